@@ -1,0 +1,80 @@
+"""From a population's scores to one fitness for each member.
+
+Symbols: s[n, p, r] is the score of member n on prompt p, repeat r; N, P, R their counts. All in float64 inside.
+
+    c[n, p, r] = s[n, p, r] - mean_{n, r} s[:, p, :]        a prompt's level says nothing about a member
+    f[n]       = mean_{p, r} c[n] / sqrt(mean_{n, p, r} c^2)
+
+f is in units of one standard deviation, so rounding it to 9 decimals is below float32's own resolution of it; it
+makes members that are equal on paper exactly equal, so ties tie and a flat population stays flat.
+"""
+
+import torch
+
+METHODS = ("zscore", "centered_rank", "none")
+
+
+def prompt_normalized(scores: torch.Tensor) -> torch.Tensor:
+    """Each prompt's mean over population and repeats removed, over one global (biased) standard deviation, averaged.
+
+    Args:
+        scores: float32 [N, P, R], finite.
+
+    Returns:
+        float32 [N] on the scores' device; zeros if no prompt's scores vary.
+
+    Raises:
+        ValueError: another shape or dtype, an empty dimension, or a score that is not finite.
+    """
+    return _normalized(scores).float()
+
+
+def shape(scores: torch.Tensor, method: str = "zscore") -> torch.Tensor:
+    """Prompt-normalised scores f, shaped into the fitness that the update is given.
+
+        zscore         (f - mean f) / std f, biased std
+        centered_rank  rank(f) / (N - 1) - 1/2 in [-1/2, 1/2], equal members sharing their average rank
+        none           f
+
+    The same scores give the same bits on one device; reordering members reorders the result, up to float32 rounding.
+
+    Args:
+        scores: float32 [N, P, R], finite.
+        method: one of `METHODS`.
+
+    Returns:
+        float32 [N] on the scores' device; zeros if no member differs from another.
+
+    Raises:
+        ValueError: as `prompt_normalized`, or an unknown method.
+
+    Source: centred ranks as Salimans et al., arXiv 1703.03864.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    f = _normalized(scores)
+    if (f == f[0]).all():  # a mean of equal values need not equal them, and a std of that error would blow it up
+        return torch.zeros_like(f, dtype=torch.float32)
+    if method == "zscore":
+        f = (f - f.mean()) / f.std(unbiased=False)
+    elif method == "centered_rank":
+        _, group, count = torch.unique(f, return_inverse=True, return_counts=True)
+        rank = count.cumsum(0) - (count + 1) / 2  # average of the group's ranks, counted from 0
+        f = rank.double()[group] / (len(f) - 1) - 0.5
+    return f.float()
+
+
+def _normalized(scores: torch.Tensor) -> torch.Tensor:
+    if scores.ndim != 3 or scores.numel() == 0 or scores.dtype != torch.float32:
+        raise ValueError(f"scores: expected float32 [N, P, R], none of them 0, got {scores.dtype} {list(scores.shape)}")
+    if not torch.isfinite(scores).all():
+        bad = torch.nonzero(~torch.isfinite(scores))[0].tolist()
+        raise ValueError(
+            f"scores: expected finite values, got {scores[tuple(bad)].item()} at [member, prompt, repeat] {bad}"
+        )
+    s = scores.double()
+    c = s - s.mean(dim=(0, 2), keepdim=True)  # exactly 0 for a prompt whose float32 scores are all equal
+    std = c.square().mean().sqrt()
+    if std == 0:
+        return torch.zeros_like(c[:, 0, 0])
+    return (c.mean(dim=(1, 2)) / std).round(decimals=9)

@@ -1,0 +1,131 @@
+"""The drop-in layer: PEFT's LoRA linear that, inside `Population.perturbed`, gives each batch row its own member."""
+
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear as LoraLinear
+from torch import nn
+
+from esengine.kernels import Streams, population_linear_torch, population_linear_triton
+
+ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What the layers need to perturb one batch. B batch rows, P pairs among them.
+
+    Attributes:
+        members: int64 [B].
+        step, seed, sigma, rank: of the noise contract.
+        slots: int64 [B], the place of each row's pair among the P; torch path only, as are the next two.
+        c: fp32 [B], sign * sigma / sqrt(k).
+        factors: V, U, V', U' of each layer by name, fp32 [P, L, k].
+    """
+
+    members: torch.Tensor
+    step: int
+    seed: int
+    sigma: float
+    rank: int
+    slots: torch.Tensor | None = None
+    c: torch.Tensor | None = None
+    factors: dict[str, tuple[torch.Tensor, ...]] | None = None
+
+
+class Scope:
+    """The chunk now in force, shared by a population and its layers."""
+
+    def __init__(self):
+        self.chunk: Chunk | None = None
+
+
+class PopulationLinear(LoraLinear):
+    """A LoRA linear that renders one member per batch row while its scope holds a chunk, and is PEFT's otherwise."""
+
+    name: str
+    streams: Streams
+    scope: Scope | None = None
+
+    @property
+    def a(self) -> nn.Parameter:
+        """LoRA A, fp32 [r, in]."""
+        return self.lora_A[ADAPTER].weight
+
+    @property
+    def b(self) -> nn.Parameter:
+        """LoRA B, fp32 [out, r]."""
+        return self.lora_B[ADAPTER].weight
+
+    @property
+    def scale(self) -> float:
+        """s = lora_alpha / r, or PEFT's rank-stabilised variant of it."""
+        return self.scaling[ADAPTER]
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        chunk = self.scope.chunk if self.scope is not None else None
+        if chunk is None or self.disable_adapters:
+            return super().forward(x, *args, **kwargs)
+        if len(x) != len(chunk.members):
+            raise ValueError(
+                f"members: expected one for each batch row of {self.name}, int64 [{len(x)}], "
+                f"got int64 [{len(chunk.members)}]"
+            )
+        linear = self.base_layer
+        if chunk.factors is None:
+            return population_linear_triton(
+                x, linear.weight, linear.bias, self.a, self.b, members=chunk.members, streams=self.streams,
+                seed=chunk.seed, step=chunk.step, sigma=chunk.sigma, rank=chunk.rank, scale=self.scale,
+            )  # fmt: skip
+        return population_linear_torch(
+            x, linear.weight, linear.bias, self.a, self.b,
+            factors=chunk.factors[self.name], slots=chunk.slots, c=chunk.c, scale=self.scale,
+        )  # fmt: skip
+
+
+def make_layer(target: nn.Module, adapter_name: str, **kwargs) -> PopulationLinear:
+    """PEFT's dispatch calls this for every target. Anything but a dense `torch.nn.Linear` is refused by name."""
+    dense = isinstance(target, nn.Linear) and type(target).forward is nn.Linear.forward
+    fused = isinstance(target, nn.modules.linear.NonDynamicallyQuantizableLinear)  # its owner reads the weight itself
+    if not dense or fused or not target.weight.is_floating_point():
+        name = kwargs.get("target_name", "?")
+        raise TypeError(f"target_modules: expected a dense torch.nn.Linear at '{name}', got {type(target).__name__}")
+    return PopulationLinear(target, adapter_name, **kwargs)
+
+
+def strip(module: nn.Module, trainable: dict[str, bool]) -> None:
+    """Put the base layers back and forget the adapter."""
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, PopulationLinear):
+            parent, _, child = name.rpartition(".")
+            setattr(module.get_submodule(parent), child, layer.base_layer)
+    if hasattr(module, "peft_config"):
+        del module.peft_config
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(trainable[name])
+
+
+def check_config(config: LoraConfig) -> None:
+    """Refuse what would change the base weights, add parameters besides A and B, or make the forward random."""
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"config: expected peft.LoraConfig, got {type(config).__name__}")
+    refused = {
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_dora": False,
+        "lora_bias": False,
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "layer_replication": None,
+        "target_parameters": None,
+        "trainable_token_indices": None,
+    }
+    for name, expected in refused.items():
+        value = getattr(config, name, expected)
+        if value != expected and value:
+            raise ValueError(f"config.{name}: expected {expected!r} for ES on frozen weights, got {value!r}")
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        raise ValueError(
+            f"config.init_lora_weights: expected True, False or 'gaussian', got {config.init_lora_weights!r}"
+        )

@@ -1,0 +1,329 @@
+"""A population of LoRA adapters around one module: attach it, render its members in one batch, update it, take it off.
+
+    population = esengine.attach(module, LoraConfig(...), esengine.Noise(sigma=1e-2, rank=1, seed=0))
+    with population.perturbed(step=7, members=members):     # int64 [B], one for each batch row
+        y = module(x)
+    population.update(step=7, fitness=fitness)              # fp32 [N]
+
+Nothing of a member is stored: its noise is rebuilt from (seed, step, layer, member) wherever it is needed.
+"""
+
+import copy
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraModel
+from safetensors.torch import save_file
+from torch import nn
+
+from esengine.kernels import (
+    CONTRACT,
+    PAIRS_PER_CHUNK,
+    NoisePlan,
+    check_fitness,
+    es_update,
+    es_update_chunk,
+    factor,
+    linear_streams,
+    pair_weights,
+    signed_sigma,
+    uses_triton,
+)
+from esengine.layers import ADAPTER, Chunk, PopulationLinear, Scope, check_config, make_layer, strip
+from esengine.update import Updater, UpdateRule, UpdateStats
+
+PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How members differ from the adapter.
+
+    Attributes:
+        sigma: standard deviation of the noise on every element of A and B.
+        rank: rank k of the noise on each factor.
+        seed: the run's seed, in [0, 2^64).
+    """
+
+    sigma: float = 1e-2
+    rank: int = 1
+    seed: int = 0
+
+    def __post_init__(self):
+        if not (math.isfinite(self.sigma) and self.sigma > 0):
+            raise ValueError(f"sigma: expected a positive number, got {self.sigma}")
+        if self.rank < 1:
+            raise ValueError(f"rank: expected at least 1, got {self.rank}")
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"seed: expected an integer in [0, 2^64), got {self.seed}")
+
+
+def attach(
+    module: nn.Module,
+    config: LoraConfig,
+    noise: Noise | None = None,
+    *,
+    rule: UpdateRule | None = None,
+    backend: Literal["auto", "triton", "torch"] = "auto",
+) -> "Population":
+    """Put a LoRA adapter on `module`, in place, whose members can be rendered together.
+
+    Args:
+        module: any module with dense `torch.nn.Linear` layers below it.
+        config: PEFT's; its target_modules, exclude_modules, rank_pattern, alpha_pattern and the rest select as in PEFT.
+        noise: defaults to `Noise()`.
+        rule: how `update` moves the adapter, defaults to `UpdateRule()`.
+        backend: `auto` takes Triton on CUDA and batched torch elsewhere.
+
+    Returns:
+        The population. `module` computes with the unperturbed adapter outside `Population.perturbed`.
+
+    Raises:
+        ValueError: an option of `config` that ES on frozen weights cannot honour, a target that matches nothing, an
+            adapter already there, a clash of stream ids.
+        TypeError: a target that is not a dense linear.
+    """
+    noise, rule = noise or Noise(), rule or UpdateRule()
+    check_config(config)
+    if getattr(module, "peft_config", None):
+        raise ValueError("module: expected one without an adapter, got one with peft_config; detach or unload it first")
+    if backend not in ("auto", "triton", "torch"):
+        raise ValueError(f"backend: expected auto, triton or torch, got {backend}")
+    config = copy.deepcopy(config)
+    config._register_custom_module({nn.Module: make_layer})
+    trainable = {name: p.requires_grad for name, p in module.named_parameters()}
+    named_targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(noise.seed & (1 << 63) - 1)
+            LoraModel(module, config, ADAPTER)
+        layers = {name: m for name, m in module.named_modules() if isinstance(m, PopulationLinear)}
+        for target in named_targets if not isinstance(config.target_modules, str) else []:
+            if not any(name == target or name.endswith(f".{target}") for name in layers):
+                raise ValueError(f"target_modules: '{target}' matches nothing in {type(module).__name__}")
+        return Population(module, layers, config, noise, rule, backend, trainable)
+    except BaseException:
+        strip(module, trainable)
+        raise
+
+
+class Population:
+    """The members of one run around one module. Made by `attach`."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layers: dict[str, PopulationLinear],
+        config: LoraConfig,
+        noise: Noise,
+        rule: UpdateRule,
+        backend: str,
+        trainable: dict[str, bool],
+    ):
+        self.module, self.layers, self.config, self.noise, self.rule = module, layers, config, noise, rule
+        self._backend, self._trainable, self._scope, self._plan = backend, trainable, Scope(), None
+        taken: dict[int, str] = {}
+        for name, layer in layers.items():
+            layer.name, layer.streams, layer.scope = name, linear_streams(name), self._scope
+            for parameter in (layer.a, layer.b):
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(False)
+            for stream in layer.streams:
+                if stream in taken:
+                    raise ValueError(f"stream ids: {name} and {taken[stream]} clash; exclude one of the two")
+                taken[stream] = name
+        self._updater = Updater(rule, self.parameters(), noise.sigma)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """A and B of every layer, fp32, by `<layer>.lora_A.weight` and `<layer>.lora_B.weight`."""
+        found = {}
+        for name, layer in self.layers.items():
+            found[f"{name}.lora_A.weight"], found[f"{name}.lora_B.weight"] = layer.a, layer.b
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.layers.values())).a.device
+
+    @property
+    def backend(self) -> str:
+        """`triton` or `torch`: what the layers compute with on the device they are on now."""
+        if self._backend != "auto":
+            return self._backend
+        return "triton" if uses_triton(self.device) else "torch"
+
+    @contextmanager
+    def perturbed(self, *, step: int, members: torch.Tensor) -> Iterator["Population"]:
+        """Inside, every target linear applies to each batch row the noise of that row's member.
+
+        Args:
+            step: of the noise contract, in [0, 2^32).
+            members: int64 [B], not negative, on the module's device, one for each batch row.
+
+        Raises:
+            ValueError: `members` is of another dtype, shape or device, or has a negative entry; in the forward, when
+                its length is not the batch size.
+            RuntimeError: inside another `perturbed`, or after `detach`.
+        """
+        self._check_attached()
+        if self._scope.chunk is not None:
+            raise RuntimeError("perturbed: already inside one; contexts do not nest")
+        self._scope.chunk = self._chunk(step, members)
+        try:
+            yield self
+        finally:
+            self._scope.chunk = None
+
+    @torch.no_grad()
+    def gradient(self, *, step: int, fitness: torch.Tensor) -> dict[str, torch.Tensor]:
+        """g = mean_i(f_i E_i) of every tensor of `parameters`, fp32, with the noise rebuilt and never stored.
+
+        Args:
+            step: of the noise contract.
+            fitness: fp32 [N], finite, N even, entry i for member i.
+        """
+        self._check_attached()
+        check_fitness(fitness)
+        if not fitness.isfinite().all():
+            raise ValueError(f"fitness: expected finite values, got {fitness[~fitness.isfinite()][0]:g}")
+        fitness = fitness.to(self.device)
+        noise = dict(seed=self.noise.seed, step=step)
+        totals = {name: torch.zeros_like(parameter) for name, parameter in self.parameters().items()}
+        if self.backend == "triton":
+            for name, layer in self.layers.items():
+                (r, n_in), n_out, s = layer.a.shape, len(layer.b), layer.streams
+                rank = self.noise.rank
+                totals[f"{name}.lora_A.weight"] = es_update(
+                    fitness, shape=(r, n_in), stream_u=s.a_u, stream_v=s.a_v, rank=rank, **noise
+                )
+                totals[f"{name}.lora_B.weight"] = es_update(
+                    fitness, shape=(n_out, r), stream_u=s.b_u, stream_v=s.b_v, rank=rank, **noise
+                )
+        else:
+            for start, weights in enumerate(pair_weights(fitness).split(PAIRS_PER_CHUNK)):
+                pairs = start * PAIRS_PER_CHUNK + torch.arange(len(weights), device=self.device)
+                for name, (v, u, v_out, u_out) in self._factors(step, pairs).items():
+                    totals[f"{name}.lora_A.weight"] += es_update_chunk(weights, u, v)
+                    totals[f"{name}.lora_B.weight"] += es_update_chunk(weights, u_out, v_out)
+        return {name: total / len(fitness) for name, total in totals.items()}
+
+    @torch.no_grad()
+    def update(self, *, step: int, fitness: torch.Tensor) -> UpdateStats:
+        """Move the adapter along g by the rule it was attached with.
+
+        Args:
+            step: the step that the members were rendered with.
+            fitness: fp32 [N], finite, N even, entry i for member i.
+
+        Raises:
+            ValueError: `fitness` is of another dtype or shape, of odd length, or not finite; nothing has changed then.
+        """
+        gradient = self.gradient(step=step, fitness=fitness)
+        return self._updater.step(gradient)
+
+    @torch.no_grad()
+    def member_state_dict(self, *, step: int, member: int) -> dict[str, torch.Tensor]:
+        """One member's LoRA, fp32, by PEFT's key names: what `perturbed` renders, as plain weights."""
+        self._check_attached()
+        members = self._check_members(torch.tensor([member], device=self.device))
+        c = signed_sigma(members, self.noise.sigma, self.noise.rank)
+        noise = dict(seed=self.noise.seed, step=step, pairs=members >> 1, rank=self.noise.rank)
+        state = {}
+        for name, layer in self.layers.items():
+            (r, n_in), n_out, s = layer.a.shape, len(layer.b), layer.streams
+            v, u = factor(stream=s.a_v, length=n_in, **noise)[0], factor(stream=s.a_u, length=r, **noise)[0]
+            v_out, u_out = factor(stream=s.b_v, length=r, **noise)[0], factor(stream=s.b_u, length=n_out, **noise)[0]
+            state[f"{PEFT_PREFIX}{name}.lora_A.weight"] = layer.a + c * u @ v.T
+            state[f"{PEFT_PREFIX}{name}.lora_B.weight"] = layer.b + c * u_out @ v_out.T
+        return state
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs: the adapter and the optimizer's state as tensors, and the noise settings."""
+        noise = {"contract": CONTRACT, "sigma": self.noise.sigma, "rank": self.noise.rank, "seed": self.noise.seed}
+        adapter = {name: parameter.detach().clone() for name, parameter in self.parameters().items()}
+        return {"adapter": adapter, "optimizer": self._updater.state_dict(), "noise": noise}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave.
+
+        Raises:
+            ValueError: the state is of other noise settings, layers or shapes; nothing has changed then.
+        """
+        mine, parameters = self.state_dict(), self.parameters()
+        if state["noise"] != mine["noise"]:
+            raise ValueError(f"state: expected noise {mine['noise']}, got {state['noise']}")
+        shapes, got = ({k: tuple(t.shape) for k, t in s["adapter"].items()} for s in (mine, state))
+        if shapes != got:
+            odd = sorted(set(shapes.items()) ^ set(got.items()))[0]
+            raise ValueError(f"state: layers differ from the attached ones, first at {odd[0]} {list(odd[1])}")
+        for name, parameter in parameters.items():
+            parameter.copy_(state["adapter"][name])
+        self._updater.load_state_dict(state["optimizer"])
+
+    def save_pretrained(self, path: str | os.PathLike) -> None:
+        """Write the adapter as a PEFT folder: adapter_config.json and adapter_model.safetensors."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        tensors = {f"{PEFT_PREFIX}{name}": p.detach().cpu().contiguous() for name, p in self.parameters().items()}
+        config = copy.deepcopy(self.config)
+        config._custom_modules, config.inference_mode = None, True
+        config.base_model_name_or_path = getattr(self.module, "name_or_path", None) or None
+        save_file(tensors, path / "adapter_model.safetensors.tmp", metadata={"format": "pt"})
+        os.replace(path / "adapter_model.safetensors.tmp", path / "adapter_model.safetensors")
+        config.save_pretrained(path)
+
+    def detach(self) -> nn.Module:
+        """Take the adapter off and return the module as it was. The population is spent."""
+        self._check_attached()
+        if self._scope.chunk is not None:
+            raise RuntimeError("detach: inside perturbed; leave it first")
+        strip(self.module, self._trainable)
+        self.layers = {}
+        return self.module
+
+    def _check_attached(self) -> None:
+        if not self.layers:
+            raise RuntimeError("population: detached; attach a new one")
+
+    def _check_members(self, members: torch.Tensor) -> torch.Tensor:
+        if not isinstance(members, torch.Tensor) or members.dtype != torch.int64 or members.dim() != 1:
+            got = (
+                f"{members.dtype} {list(members.shape)}"
+                if isinstance(members, torch.Tensor)
+                else type(members).__name__
+            )
+            raise ValueError(f"members: expected int64 [B], got {got.removeprefix('torch.')}")
+        if members.device != self.device:
+            raise ValueError(f"members: expected on {self.device}, as the module, got on {members.device}")
+        if len(members) and (members.min() < 0 or members.max() >= 1 << 33):
+            bad = members[(members < 0) | (members >= 1 << 33)][0]
+            raise ValueError(f"members: expected values in [0, 2^33), got {bad}")
+        return members
+
+    def _chunk(self, step: int, members: torch.Tensor) -> Chunk:
+        members = self._check_members(members)
+        settings = dict(members=members, step=step, **vars(self.noise))
+        if self.backend == "triton":
+            return Chunk(**settings)
+        pairs, slots = torch.unique(members >> 1, return_inverse=True)
+        c = signed_sigma(members, self.noise.sigma, self.noise.rank)
+        return Chunk(**settings, slots=slots, c=c, factors=self._factors(step, pairs))
+
+    def _factors(self, step: int, pairs: torch.Tensor) -> dict[str, tuple[torch.Tensor, ...]]:
+        """V, U, V', U' [P, L, k] of every layer for these pairs, in one call of the generator."""
+        if self._plan is None or self._plan.quads.device != self.device:
+            shapes = []
+            for layer in self.layers.values():
+                (r, n_in), n_out = layer.a.shape, len(layer.b)
+                shapes += zip(layer.streams, (n_in, r, r, n_out), strict=True)
+            self._plan = NoisePlan(shapes, self.noise.rank, self.device)
+        block = self._plan.block(seed=self.noise.seed, step=step, pairs=pairs)
+        return {name: tuple(block[4 * i : 4 * i + 4]) for i, name in enumerate(self.layers)}

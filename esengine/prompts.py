@@ -1,0 +1,79 @@
+"""Prompt files, and which prompts a step draws."""
+
+import codecs
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from esengine.errors import ConfigError
+
+TRAIN = Path(__file__).parent / "data" / "prompts_train.txt"
+HELDOUT = Path(__file__).parent / "data" / "prompts_heldout.txt"
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """Read a UTF-8 text file of prompts, one a line; blank lines and lines that begin with # are skipped.
+
+    Duplicates are kept; spaces around a prompt are not. A byte order mark and any line ending are accepted.
+
+    Returns:
+        At least one prompt, in the file's order.
+
+    Raises:
+        ConfigError: the file cannot be read, holds no prompt, is not UTF-8, or holds a NUL byte; with the line number.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"prompts file {path}: {getattr(e, 'strerror', None) or e}") from e
+    prompts = []
+    for number, line in enumerate(data.removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
+        if b"\0" in line:
+            raise ConfigError(f"prompts file {path}, line {number}: expected text, got a NUL byte")
+        try:
+            text = line.decode("utf-8").strip()
+        except UnicodeDecodeError as e:
+            raise ConfigError(f"prompts file {path}, line {number}: expected UTF-8, got {e.reason}") from e
+        if text and not text.startswith("#"):
+            prompts.append(text)
+    if not prompts:
+        raise ConfigError(f"prompts file {path}: expected at least one prompt, got none")
+    return prompts
+
+
+class PromptSampler:
+    """Draws prompts without replacement, epoch after epoch, as a pure function of (seed, step).
+
+    Epoch e is a permutation of all prompts: the stable order of `count` raw 64-bit Philox4x64-10 words under the key
+    (seed, e), which no numpy release may change. The epochs follow one another and step t takes positions
+    t * per_step to (t + 1) * per_step - 1. So no prompt comes again before all have come, and a resumed run needs
+    no state. A step that spans two epochs can hold a prompt twice.
+
+    Args:
+        count: number of prompts.
+        per_step: prompts drawn a step, 1 to count.
+        seed: the run's seed, taken modulo 2^64.
+
+    Raises:
+        ConfigError: per_step is not in that range.
+    """
+
+    def __init__(self, count: int, per_step: int, seed: int):
+        if not 1 <= per_step <= count:
+            raise ConfigError(f"prompts per step: expected 1 to the number of prompts, {count}, got {per_step}")
+        self.count, self.per_step, self.seed = count, per_step, seed % 2**64
+
+    def draw(self, step: int) -> torch.Tensor:
+        """Indices of the prompts of step 0, 1, ... Returns int64 [per_step]; ValueError if step is negative."""
+        if step < 0:
+            raise ValueError(f"step: expected 0 or more, got {step}")
+        epoch, start = divmod(step * self.per_step, self.count)
+        order = self._epoch(epoch)[start : start + self.per_step]
+        if len(order) < self.per_step:
+            order = np.concatenate([order, self._epoch(epoch + 1)[: self.per_step - len(order)]])
+        return torch.from_numpy(order.astype(np.int64))
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        key = np.array([self.seed, epoch], dtype=np.uint64)
+        return np.argsort(np.random.Philox(key=key).random_raw(self.count), kind="stable")

@@ -1,0 +1,110 @@
+"""How the adapter moves along the ES gradient: torch.optim's rules, then caps on the step's and the adapter's norm."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """How the adapter theta moves along g = mean_i(f_i E_i).
+
+    With `sgd`, theta + lr_scale * sigma * g, as in the reference run. Momentum and Adam are torch.optim's, with
+    learning rate lr_scale * sigma. Afterwards the step, then the adapter, are scaled down to their norm caps.
+    """
+
+    optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
+    """sgd is the reference update; momentum and adam are torch.optim's"""
+    lr_scale: float = 0.1
+    """the learning rate in units of sigma"""
+    momentum: float = 0.9
+    """of momentum, and beta1 of adam"""
+    beta2: float = 0.999
+    """of adam"""
+    max_step_norm: float | None = None
+    """cap on the L2 norm of one step"""
+    max_norm: float | None = 40.0
+    """cap on the L2 norm of the adapter"""
+
+    def __post_init__(self):
+        if self.optimizer not in ("sgd", "momentum", "adam"):
+            raise ValueError(f"optimizer: expected sgd, momentum or adam, got {self.optimizer}")
+        for name in ("lr_scale", "max_step_norm", "max_norm"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}: expected a positive number, got {value}")
+        for name in ("momentum", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """L2 norms of one update: of g, of the step taken, and of the adapter after it."""
+
+    gradient_norm: float
+    step_norm: float
+    adapter_norm: float
+
+
+class Updater:
+    """A rule at work on named fp32 tensors, in place, with the optimizer's state as plain tensors.
+
+    Args:
+        rule: what to do.
+        parameters: the tensors by name.
+        sigma: the noise scale, the unit of the learning rate.
+    """
+
+    def __init__(self, rule: UpdateRule, parameters: dict[str, torch.nn.Parameter], sigma: float):
+        self.rule, self.parameters = rule, parameters
+        tensors, rate = list(parameters.values()), rule.lr_scale * sigma
+        if rule.optimizer == "adam":
+            self.optimizer = torch.optim.Adam(tensors, lr=rate, betas=(rule.momentum, rule.beta2))
+        else:
+            momentum = rule.momentum if rule.optimizer == "momentum" else 0.0
+            self.optimizer = torch.optim.SGD(tensors, lr=rate, momentum=momentum)
+
+    @torch.no_grad()
+    def step(self, gradient: dict[str, torch.Tensor]) -> UpdateStats:
+        """Move every tensor up its gradient, of the same name, shape and dtype."""
+        before = {name: parameter.clone() for name, parameter in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            parameter.grad = -gradient[name]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        step_norm = _norm(parameter - before[name] for name, parameter in self.parameters.items())
+        if self.rule.max_step_norm is not None and step_norm > self.rule.max_step_norm:
+            for name, parameter in self.parameters.items():
+                parameter.copy_(before[name] + (parameter - before[name]) * (self.rule.max_step_norm / step_norm))
+        norm = _norm(self.parameters.values())
+        if self.rule.max_norm is not None and norm > self.rule.max_norm:
+            for parameter in self.parameters.values():
+                parameter.mul_(self.rule.max_norm / norm)
+        step_norm = _norm(parameter - before[name] for name, parameter in self.parameters.items())
+        return UpdateStats(_norm(gradient.values()), step_norm, _norm(self.parameters.values()))
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The optimizer's moments and counters as `<tensor>.<moment>`."""
+        return {
+            f"{name}.{key}": value.clone()
+            for name, parameter in self.parameters.items()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+            if value is not None
+        }
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over what `state_dict` gave."""
+        self.optimizer.state.clear()
+        for key, value in state.items():
+            name, _, moment = key.rpartition(".")
+            parameter = self.parameters[name]
+            device = "cpu" if moment == "step" else parameter.device
+            self.optimizer.state[parameter][moment] = value.to(device, copy=True)
+
+
+def _norm(tensors: Iterable[torch.Tensor]) -> float:
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))

@@ -1,0 +1,51 @@
+"""One op a file: formula, Triton kernel, launcher, public function and beside it the reference, `_ref`."""
+
+from esengine.kernels.es_update import PAIRS_PER_CHUNK, check_fitness, es_update, es_update_chunk, es_update_ref
+from esengine.kernels.noise import (
+    CONTRACT,
+    NoisePlan,
+    Streams,
+    factor,
+    factor_ref,
+    linear_streams,
+    normals,
+    normals_ref,
+    padded_rank,
+    pair_weights,
+    philox_ref,
+    signed_sigma,
+    stream_id,
+    uses_triton,
+)
+from esengine.kernels.population_linear import (
+    population_linear,
+    population_linear_ref,
+    population_linear_torch,
+    population_linear_triton,
+)
+
+__all__ = [
+    "CONTRACT",
+    "PAIRS_PER_CHUNK",
+    "NoisePlan",
+    "Streams",
+    "check_fitness",
+    "es_update",
+    "es_update_chunk",
+    "es_update_ref",
+    "factor",
+    "factor_ref",
+    "linear_streams",
+    "normals",
+    "normals_ref",
+    "padded_rank",
+    "pair_weights",
+    "philox_ref",
+    "population_linear",
+    "population_linear_ref",
+    "population_linear_torch",
+    "population_linear_triton",
+    "signed_sigma",
+    "stream_id",
+    "uses_triton",
+]

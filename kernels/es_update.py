@@ -1,0 +1,122 @@
+"""The ES gradient of one tensor: the fitness-weighted sum of every member's noise, rebuilt and never stored.
+
+    sum_i f_i E_i = 1 / sqrt(k) sum_j (f_2j - f_2j+1) U_j V_j^T
+
+E_i is member i's unit-variance low-rank noise, signed; antithetic members share U_j and V_j. Pairs are summed in fixed
+order in fp32, so the result is a function of the fitness vector alone; memory does not grow with the population.
+
+Legend: N population size, L x S the tensor, k noise rank (kp padded), U [L, k], V [S, k].
+
+Source: Sarkar et al. (arXiv 2511.16652), eq. 7; Salimans et al., "Evolution Strategies as a Scalable Alternative to
+Reinforcement Learning" (arXiv 1703.03864), section 2.1 for the antithetic pairs.
+"""
+
+import math
+
+import torch
+from esengine.kernels.noise import factor_ref, padded_rank, pair_weights, signed64, triton, uses_triton
+
+PAIRS_PER_CHUNK = 64
+"""Pairs summed in one product on the torch path. A constant, so that the order of the sum never changes."""
+
+if triton is not None:
+    import triton.language as tl
+    from esengine.kernels.noise import noise_rows, offset
+    from esengine.kernels.population_linear import column
+
+    @triton.jit(do_not_specialize=["step", "stream_u", "stream_v", "pairs"])
+    def _update_kernel(
+        weights_ptr, out_ptr,
+        pairs, L, S, scale,
+        seed: tl.int64, step: tl.int64, stream_u: tl.int64, stream_v: tl.int64,
+        RANK: tl.constexpr, KP: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr,
+    ):  # fmt: skip
+        first_l, first_s = tl.program_id(0) * BLOCK_L, tl.program_id(1) * BLOCK_S
+        acc = tl.zeros((BLOCK_L, BLOCK_S), tl.float32)
+        for pair in range(pairs):
+            weight = tl.load(weights_ptr + pair)
+            u = noise_rows(seed, step, stream_u, pair, first_l, BLOCK_L, KP)
+            v = weight * noise_rows(seed, step, stream_v, pair, first_s, BLOCK_S, KP)
+            for j in tl.static_range(RANK):
+                acc += column(u, j, KP)[:, None] * column(v, j, KP)[None, :]
+        row, col = first_l + tl.arange(0, BLOCK_L), first_s + tl.arange(0, BLOCK_S)
+        mask = (row[:, None] < L) & (col[None, :] < S)
+        tl.store(out_ptr + offset(row, S)[:, None] + col[None, :], acc * scale, mask=mask)
+
+
+def es_update_ref(
+    fitness: torch.Tensor, *, shape: tuple[int, int], stream_u: int, stream_v: int, seed: int, step: int, rank: int
+) -> torch.Tensor:
+    """sum_i f_i E_i, one member after the other with its noise formed.
+
+    Args:
+        fitness: fp32 [N], N even.
+        shape: (L, S) of the tensor that was perturbed.
+        stream_u, stream_v: stream ids of its factors U [L, k] and V [S, k].
+        seed, step: of the noise contract.
+        rank: noise rank k.
+
+    Returns:
+        fp32 [L, S] on the device of `fitness`.
+
+    Raises:
+        ValueError: if `fitness` is not fp32 [N] with N even and at least 2.
+    """
+    check_fitness(fitness)
+    total = torch.zeros(shape, device=fitness.device)
+    for member, f in enumerate(fitness):
+        noise = dict(seed=seed, step=step, pairs=torch.tensor([member // 2], device=fitness.device), rank=rank)
+        u = factor_ref(stream=stream_u, length=shape[0], **noise)[0]
+        v = factor_ref(stream=stream_v, length=shape[1], **noise)[0]
+        total += f * (1 - 2 * (member % 2)) / math.sqrt(rank) * u @ v.T
+    return total
+
+
+def es_update_chunk(weights: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """A chunk of pairs in one product: weights [P], U [P, L, k], V [P, S, k], all fp32 -> fp32 [L, S]."""
+    scaled = u * (weights / math.sqrt(u.shape[-1]))[:, None, None]
+    return scaled.transpose(0, 1).flatten(1) @ v.transpose(0, 1).flatten(1).T
+
+
+def es_update(
+    fitness: torch.Tensor, *, shape: tuple[int, int], stream_u: int, stream_v: int, seed: int, step: int, rank: int
+) -> torch.Tensor:
+    """`es_update_ref` by the fastest way the device has: Triton on a GPU, chunks of pairs in torch elsewhere."""
+    check_fitness(fitness)
+    weights = pair_weights(fitness)
+    if not uses_triton(fitness.device):
+        total = torch.zeros(shape, device=fitness.device)
+        for start in range(0, len(weights), PAIRS_PER_CHUNK):
+            chunk = weights[start : start + PAIRS_PER_CHUNK]
+            pairs = torch.arange(start, start + len(chunk), device=fitness.device)
+            noise = dict(seed=seed, step=step, pairs=pairs, rank=rank)
+            u = factor_ref(stream=stream_u, length=shape[0], **noise)
+            v = factor_ref(stream=stream_v, length=shape[1], **noise)
+            total += es_update_chunk(chunk, u, v)
+        return total
+    out = torch.empty(shape, device=fitness.device)
+    if out.numel():
+        config = update_config(*shape)
+        grid = (triton.cdiv(shape[0], config["BLOCK_L"]), triton.cdiv(shape[1], config["BLOCK_S"]))
+        _update_kernel[grid](
+            weights.contiguous(), out,
+            pairs=len(weights), L=shape[0], S=shape[1], scale=1 / math.sqrt(rank),
+            seed=signed64(seed), step=step, stream_u=stream_u, stream_v=stream_v,
+            RANK=rank, KP=padded_rank(rank), **config,
+        )  # fmt: skip
+    return out
+
+
+def update_config(rows: int, cols: int) -> dict[str, int]:
+    """Launch configuration: a short factor (the LoRA rank) gets a short side of the tile."""
+
+    def side(length: int) -> int:
+        return min(64, max(4, triton.next_power_of_2(length)))
+
+    return {"BLOCK_L": side(rows), "BLOCK_S": side(cols), "num_warps": 4}
+
+
+def check_fitness(fitness: torch.Tensor) -> None:
+    if fitness.dim() != 1 or fitness.dtype != torch.float32 or len(fitness) < 2 or len(fitness) % 2:
+        dtype = str(fitness.dtype).removeprefix("torch.")
+        raise ValueError(f"fitness: expected float32 [N] with N even, got {dtype} {list(fitness.shape)}")

@@ -1,0 +1,263 @@
+"""Noise contract v1: every normal number is a pure function of five integers (seed, step, stream, pair, element).
+
+    x0..x3 = Philox4x32-10(key = seed, counter = (e >> 2, pair, stream, step))          four 32-bit words
+    u_j    = ((x_j >> 8) + 0.5) * 2^-24                                                 in float32, round to nearest
+    n0, n1 = sqrt(-2 ln u0) (cos, sin)(2 pi u1)        n2, n3 = sqrt(-2 ln u2) (cos, sin)(2 pi u3)
+    element e is n_{e & 3}
+
+A factor [L, k] is row-major with k padded to the next power of two: e = row * kp + column. `stream` names the
+tensor, `pair` is member // 2: antithetic members 2j and 2j + 1 share their noise, and the sign is the user's.
+
+Legend: P rows of noise, L length of a factor, k noise rank, kp padded rank, Q counters of four normals each.
+
+On a CPU ln, cos and sin are taken in float64 and rounded once, so that an element has the same bits wherever it stands
+in a tensor. A GPU computes them in float32 and agrees to their rounding there; integers and u are exact everywhere.
+
+Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011); Box and Muller (1958).
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU-only install: the torch path is complete without it
+    triton = None
+
+CONTRACT = 1
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton was imported as an interpreter: its kernels run on CPU tensors, and bf16 is upcast before it is multiplied."""
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+class Streams(NamedTuple):
+    """Stream ids of one linear's factors. A = [r, in] is perturbed by a_u [r, k] a_v [in, k]^T, B = [out, r] by
+    b_u [out, k] b_v [r, k]^T. In direct mode (r = 0) W = [out, in] is perturbed by b_u [out, k] a_v [in, k]^T."""
+
+    a_v: int
+    a_u: int
+    b_v: int
+    b_u: int
+
+
+def stream_id(name: str) -> int:
+    """The 32-bit stream id of a tensor's name: the first four bytes of its BLAKE2b, little endian."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
+
+
+def linear_streams(name: str, *, direct: bool = False) -> Streams:
+    """The stream ids of the linear called `name`, in LoRA form or in direct form."""
+    if direct:
+        return Streams(stream_id(f"{name}.weight.V"), 0, 0, stream_id(f"{name}.weight.U"))
+    return Streams(*(stream_id(f"{name}.{factor}") for factor in ("lora_A.V", "lora_A.U", "lora_B.V", "lora_B.U")))
+
+
+def padded_rank(rank: int) -> int:
+    """The next power of two: the row length of a factor in elements of the contract."""
+    return 1 << (rank - 1).bit_length()
+
+
+def pair_weights(fitness: torch.Tensor) -> torch.Tensor:
+    """f_2j - f_2j+1 [N / 2]: what a pair's shared noise counts for, as the two members bear opposite signs."""
+    return fitness[0::2] - fitness[1::2]
+
+
+def signed_sigma(members: torch.Tensor, sigma: float, rank: int) -> torch.Tensor:
+    """c [B] float32: sign * sigma / sqrt(k), with sign +1 for even members and -1 for odd ones."""
+    return (1 - 2 * (members & 1)).float() * (sigma / math.sqrt(rank))
+
+
+def philox_ref(counter: Sequence[torch.Tensor], key: tuple[int, int]) -> list[torch.Tensor]:
+    """Philox4x32-10 on int64 tensors that hold 32-bit words.
+
+    Args:
+        counter: four int64 tensors of one broadcastable shape, values in [0, 2^32).
+        key: two 32-bit words, low word of the seed first.
+
+    Returns:
+        Four int64 tensors, values in [0, 2^32).
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # the product wraps to a negative int64; the mask after the arithmetic shift drops the copied sign bits
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return [c0, c1, c2, c3]
+
+
+def _words(seed: int, step: int) -> tuple[int, int]:
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed: expected an integer in [0, 2^64), got {seed}")
+    if not 0 <= step < 1 << 32:
+        raise ValueError(f"step: expected an integer in [0, 2^32), got {step}")
+    return seed & _MASK, seed >> 32
+
+
+def quads_ref(*, seed: int, step: int, quads: torch.Tensor, streams: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+    """Normals of whole counters: float32 [..., 4] for int64 `quads` (e >> 2), `streams` and `pairs` that broadcast."""
+    key = _words(seed, step)
+    shape = torch.broadcast_shapes(quads.shape, streams.shape, pairs.shape)
+    counter = [
+        quads.expand(shape),
+        pairs.expand(shape),
+        streams.expand(shape),
+        torch.full_like(quads, step).expand(shape),
+    ]
+    words = philox_ref(counter, key)
+    u = ((torch.stack(words, -1) >> 8).float() + 0.5) * 2**-24
+    wide = torch.float32 if u.is_cuda else torch.float64
+    u = u.to(wide).unflatten(-1, (2, 2))  # [..., 2, (radius, angle)]
+    radius, angle = (-2 * u[..., 0].log()).clamp_min_(0).sqrt_(), 2 * math.pi * u[..., 1]
+    return torch.stack((radius * angle.cos(), radius * angle.sin()), -1).flatten(-2).float()
+
+
+def normals_ref(
+    *, seed: int, step: int, streams: torch.Tensor, pairs: torch.Tensor, count: int, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """The first `count` normals of each of P (stream, pair): the contract, in torch.
+
+    Args:
+        seed: the run's seed, in [0, 2^64).
+        step: in [0, 2^32).
+        streams: int64 [P], values in [0, 2^32).
+        pairs: int64 [P], values in [0, 2^32).
+        count: normals in each row.
+        device: where the result lies.
+
+    Returns:
+        float32 [P, count].
+    """
+    quads = torch.arange((count + 3) // 4, device=device)
+    streams, pairs = streams.to(device)[:, None], pairs.to(device)[:, None]
+    return quads_ref(seed=seed, step=step, quads=quads, streams=streams, pairs=pairs).flatten(1)[:, :count]
+
+
+def factor_ref(*, seed: int, step: int, stream: int, pairs: torch.Tensor, length: int, rank: int) -> torch.Tensor:
+    """One low-rank factor for each of P pairs, on the device of `pairs`: float32 [P, length, rank]."""
+    kp = padded_rank(rank)
+    streams = torch.full_like(pairs, stream)
+    rows = normals_ref(seed=seed, step=step, streams=streams, pairs=pairs, count=length * kp, device=pairs.device)
+    return rows.view(-1, length, kp)[:, :, :rank]
+
+
+class NoisePlan:
+    """All factors of many tensors in one call: the counters are laid out once, each `block` fills them for some pairs.
+
+    Args:
+        shapes: (stream, length) of every factor. Stream ids must differ.
+        rank: the noise rank k.
+        device: where the counters and the noise lie.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, int]], rank: int, device: torch.device | str = "cpu"):
+        self.shapes, self.rank, self.kp = list(shapes), rank, padded_rank(rank)
+        counts = [(length * self.kp + 3) // 4 for _, length in self.shapes]
+        quads = [torch.arange(count) for count in counts]
+        streams = [torch.full((count,), stream) for count, (stream, _) in zip(counts, self.shapes, strict=True)]
+        self.quads = torch.cat(quads).to(device)
+        self.streams = torch.cat(streams).to(device)
+        self.offsets = [0]
+        for count in counts:
+            self.offsets.append(self.offsets[-1] + 4 * count)
+
+    def block(self, *, seed: int, step: int, pairs: torch.Tensor) -> list[torch.Tensor]:
+        """float32 [P, length, rank] for every factor of the plan: views of one buffer; memory grows with P alone."""
+        noise = quads_ref(seed=seed, step=step, quads=self.quads, streams=self.streams, pairs=pairs[:, None]).flatten(1)
+        return [
+            noise[:, start : start + length * self.kp].unflatten(1, (length, self.kp))[:, :, : self.rank]
+            for start, (_, length) in zip(self.offsets, self.shapes, strict=False)
+        ]
+
+
+def signed64(seed: int) -> int:
+    """A 64-bit seed as the int64 that a kernel takes."""
+    return seed - (1 << 64) if seed >= 1 << 63 else seed
+
+
+if triton is not None:
+
+    @triton.jit
+    def box_muller(x_radius, x_angle):
+        u = ((x_radius >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-08
+        radius = tl.sqrt(tl.maximum(-2.0 * tl.log(u), 0.0))
+        # the angle's quadrant in integers, then Cephes' polynomials on [-pi/4, pi/4]: tl.cos would spill for huge angles
+        turn = (x_angle >> 8).to(tl.int32)
+        quadrant = (turn + 2097152) >> 22
+        phi = ((turn - (quadrant << 22)).to(tl.float32) + 0.5) * 3.7450702829239286e-07
+        z = phi * phi
+        s = phi + phi * z * (-1.6666654611e-1 + z * (8.3321608736e-3 - z * 1.9515295891e-4))
+        c = 1.0 - 0.5 * z + z * z * (4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5))
+        odd = (quadrant & 1) == 1
+        cos = tl.where(odd, s, c) * (1 - ((quadrant + 1) & 2)).to(tl.float32)
+        sin = tl.where(odd, c, s) * (1 - (quadrant & 2)).to(tl.float32)
+        return radius * cos, radius * sin
+
+    @triton.jit
+    def noise_rows(seed, step, stream, pair, row0, ROWS: tl.constexpr, KP: tl.constexpr):
+        """float32 [ROWS, KP]: rows row0.. of a factor. ROWS, KP powers of two; row0 * KP, ROWS * KP multiples of 4."""
+        quads = row0 * KP // 4 + tl.arange(0, ROWS * KP // 4)
+        zero = tl.zeros_like(quads).to(tl.int64)
+        words = (zero + quads).to(tl.uint32), (zero + pair).to(tl.uint32)
+        x0, x1, x2, x3 = tl.philox(seed, *words, (zero + stream).to(tl.uint32), (zero + step).to(tl.uint32))
+        n0, n1 = box_muller(x0, x1)
+        n2, n3 = box_muller(x2, x3)
+        lanes = tl.join(tl.join(n0, n2), tl.join(n1, n3))  # [quads, 2, 2], row-major n0 n1 n2 n3
+        return tl.reshape(lanes, (ROWS, KP))
+
+    @triton.jit
+    def offset(index, stride):
+        """index * stride in 64 bits: activations and weights pass 2^31 elements."""
+        return index.to(tl.int64) * stride
+
+    @triton.jit(do_not_specialize=["step"])
+    def _normals_kernel(
+        out_ptr, streams_ptr, pairs_ptr, seed: tl.int64, step: tl.int64, count, stride_op, BLOCK: tl.constexpr
+    ):
+        row = tl.program_id(0)
+        first = tl.program_id(1) * BLOCK
+        stream, pair = tl.load(streams_ptr + row), tl.load(pairs_ptr + row)
+        noise = tl.reshape(noise_rows(seed, step, stream, pair, first, BLOCK, 1), (BLOCK,))
+        e = first + tl.arange(0, BLOCK)
+        tl.store(out_ptr + offset(row, stride_op) + e, noise, mask=e < count)
+
+
+def normals(
+    *, seed: int, step: int, streams: torch.Tensor, pairs: torch.Tensor, count: int, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """`normals_ref` by the fastest way the device has: a Triton kernel on a GPU, torch elsewhere. Same arguments."""
+    if not uses_triton(device):
+        return normals_ref(seed=seed, step=step, streams=streams, pairs=pairs, count=count, device=device)
+    _words(seed, step)
+    streams, pairs = streams.to(device), pairs.to(device)
+    out = torch.empty(len(pairs), count, device=device)
+    if out.numel():
+        block = 1024
+        grid = (len(pairs), triton.cdiv(count, block))
+        _normals_kernel[grid](
+            out, streams, pairs, seed=signed64(seed), step=step, count=count, stride_op=out.stride(0), BLOCK=block
+        )
+    return out
+
+
+def factor(*, seed: int, step: int, stream: int, pairs: torch.Tensor, length: int, rank: int) -> torch.Tensor:
+    """`factor_ref` by the fastest way the device has. Same arguments."""
+    kp = padded_rank(rank)
+    streams = torch.full_like(pairs, stream)
+    rows = normals(seed=seed, step=step, streams=streams, pairs=pairs, count=length * kp, device=pairs.device)
+    return rows.view(-1, length, kp)[:, :, :rank]
+
+
+def uses_triton(device: torch.device | str) -> bool:
+    """Whether kernels on this device are Triton's: CUDA with Triton installed, or any device under its interpreter."""
+    return triton is not None and (INTERPRET or torch.device(device).type == "cuda")

@@ -1,0 +1,18 @@
+"""Generators of images: how a batch of (member, prompt, repeat) rows is rendered."""
+
+from esengine.models.latents import latents
+from esengine.models.lora_file import WEIGHT_NAME, write_diffusers_lora
+from esengine.models.sana_sprint import RenderSettings, SanaSprint
+from esengine.models.text_cache import TextEmbeddings
+from esengine.models.tiny import build_tiny, default_model
+
+__all__ = [
+    "WEIGHT_NAME",
+    "RenderSettings",
+    "SanaSprint",
+    "TextEmbeddings",
+    "build_tiny",
+    "default_model",
+    "latents",
+    "write_diffusers_lora",
+]

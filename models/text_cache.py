@@ -1,0 +1,234 @@
+"""Text embeddings: encoded once, trimmed to their real tokens, kept as safetensors with a JSON index beside them.
+
+One cache is an index `<key>.json` and its shards `<key>-<random>.safetensors`; the key is a hash of the identity of the
+model and of every setting that changes an embedding. New prompts go to a new shard, and the index, renamed into place
+last, is what makes them exist: a crash at any moment leaves the cache as it was. Any of the files may be deleted.
+safetensors notices a truncated file but not a flipped byte, so the index holds a sha256 of each tensor, checked
+whenever it is read.
+"""
+
+import hashlib
+import json
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from esengine.models.files import write_atomic
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from esengine.errors import ConfigError
+
+FORMAT = 1
+SHARD_PROMPTS = 1024
+WHOLE_FILE_LIMIT = 64 << 20
+EDGE = 1 << 20
+
+Progress = Callable[[int, int], None]
+"""Called with (prompts encoded so far, prompts to encode)."""
+
+
+class TextEmbeddings:
+    """Embeddings of an ordered list of prompts, each trimmed to its real tokens.
+
+    Attributes:
+        prompts: tuple[str, ...] of length P; a prompt's index is what `batch` and the latents are keyed by.
+        lengths: int64 [P], real tokens of each prompt.
+        dtype: Data type of the stored embeddings, the text encoder's own.
+    """
+
+    def __init__(self, prompts: Sequence[str], embeddings: Sequence[torch.Tensor]):
+        """Takes one [L, C] tensor for each of P >= 1 prompts, on the CPU."""
+        if not prompts or len(prompts) != len(embeddings):
+            raise ValueError(f"embeddings: expected one for each of {len(prompts)} prompts, got {len(embeddings)}")
+        self.prompts = tuple(prompts)
+        self.lengths = torch.tensor([embedding.shape[0] for embedding in embeddings])
+        self.dtype = embeddings[0].dtype
+        self._embeddings = tuple(embeddings)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """One prompt's embedding [L, C]."""
+        return self._embeddings[index]
+
+    def trimmed_length(self, indices: torch.Tensor) -> int:
+        """Tokens of the longest prompt among `indices` int64 [B]: the length that all chunks of one step share."""
+        return int(self.lengths[self._check(indices)].max())
+
+    def batch(
+        self,
+        indices: torch.Tensor,
+        *,
+        length: int | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Right-padded embeddings of a batch of prompts.
+
+        Args:
+            indices: int64 [B], an index into `prompts` for each row; repeats are welcome.
+            length: Tokens to pad to. Default: `trimmed_length(indices)`.
+            device: Where the result lies.
+            dtype: Of the embeddings. Default: as stored.
+
+        Returns:
+            Embeddings [B, length, C], zero in the padding, and the attention mask int64 [B, length].
+
+        Raises:
+            ValueError: An index out of range, or a prompt longer than `length`.
+        """
+        indices = self._check(indices)
+        longest = int(self.lengths[indices].max())
+        length = longest if length is None else length
+        if longest > length:
+            raise ValueError(f"length: expected at least {longest}, the longest prompt asked for, got {length}")
+        unique, rows = indices.unique(return_inverse=True)
+        padded = torch.zeros(len(unique), length, self._embeddings[0].shape[-1], dtype=self.dtype)
+        for row, index in enumerate(unique.tolist()):
+            padded[row, : self.lengths[index]] = self._embeddings[index]
+        mask = (torch.arange(length) < self.lengths[unique][:, None]).long()
+        rows = rows.to(device)
+        return padded.to(device, dtype)[rows], mask.to(device)[rows]
+
+    def _check(self, indices: torch.Tensor) -> torch.Tensor:
+        if indices.dtype != torch.int64 or indices.ndim != 1 or len(indices) == 0:
+            raise ValueError(f"indices: expected int64 [B] with B >= 1, got {indices.dtype} {[*indices.shape]}")
+        indices = indices.cpu()
+        if indices.min() < 0 or indices.max() >= len(self):
+            raise ValueError(f"indices: expected values in [0, {len(self)}), got {indices.min()}..{indices.max()}")
+        return indices
+
+
+def fingerprint(folder: Path, parts: Sequence[str] = ("tokenizer", "text_encoder")) -> str:
+    """Identity of a local model's text side: a sha256 over the names, sizes and contents of the files in its parts.
+
+    A file of at most 64 MiB counts in full. A larger one counts by its size and its first and last MiB: weights that
+    differ only in between are taken for the same, which is the price of not reading gigabytes at every start.
+    """
+    total = hashlib.sha256()
+    for part in parts:
+        for file in sorted((folder / part).rglob("*")):
+            if not file.is_file():
+                continue
+            size = file.stat().st_size
+            with open(file, "rb") as stream:
+                digest = hashlib.sha256(stream.read(EDGE if size > WHOLE_FILE_LIMIT else -1))
+                if size > WHOLE_FILE_LIMIT:
+                    stream.seek(-EDGE, 2)
+                    digest.update(stream.read())
+            total.update(f"{file.relative_to(folder).as_posix()}\0{size}\0{digest.hexdigest()}\n".encode())
+    return f"sha256:{total.hexdigest()}"
+
+
+def embed_prompts(
+    prompts: Sequence[str],
+    encode: Callable[[list[str]], Iterable[torch.Tensor]],
+    *,
+    key: dict,
+    cache_dir: str | Path | None = None,
+    progress: Progress | None = None,
+) -> TextEmbeddings:
+    """Embeddings of `prompts`, from the cache where it has them, from `encode` where it does not.
+
+    Args:
+        prompts: At least one; duplicates are encoded once.
+        encode: Gives one [L, C] embedding for each prompt of a list, in order. Not called when nothing is missing.
+        key: What the embeddings depend on besides the prompt: JSON values only.
+        cache_dir: Folder of the caches. None: nothing is read or written.
+        progress: Called after each encoded prompt.
+
+    Returns:
+        The embeddings, in the order of `prompts`.
+
+    Raises:
+        ConfigError: A cache file cannot be read, is damaged, or belongs to another key. The message names it.
+    """
+    if not prompts:
+        raise ConfigError("prompts: expected at least one, got an empty list")
+    cache = None if cache_dir is None else _Cache(Path(cache_dir), key)
+    wanted = list(dict.fromkeys(prompts))
+    found = {} if cache is None else cache.read(wanted)
+    missing = [prompt for prompt in wanted if prompt not in found]
+    shard = {}
+    for done, (prompt, embedding) in enumerate(zip(missing, encode(missing) if missing else (), strict=True), 1):
+        found[prompt] = shard[prompt] = embedding
+        if cache is not None and (len(shard) == SHARD_PROMPTS or done == len(missing)):
+            cache.append(shard)
+            shard = {}
+        if progress is not None:
+            progress(done, len(missing))
+    return TextEmbeddings(prompts, [found[prompt] for prompt in prompts])
+
+
+class _Cache:
+    def __init__(self, folder: Path, key: dict):
+        self.key = {"format": FORMAT, **key}
+        self.stem = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder = folder
+        self.index = folder / f"{self.stem}.json"
+
+    def read(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """The cached embeddings among `prompts`, checked against their sha256."""
+        entries = self._entries()
+        by_shard: dict[str, list[str]] = {}
+        for prompt in prompts:
+            if prompt in entries:
+                by_shard.setdefault(entries[prompt]["shard"], []).append(prompt)
+        return {p: t for shard, members in by_shard.items() for p, t in self._shard(shard, members, entries)}
+
+    def append(self, embeddings: dict[str, torch.Tensor]) -> None:
+        shard = f"{self.stem}-{secrets.token_hex(8)}.safetensors"
+        tensors = {_sha256(prompt.encode()): embedding.contiguous() for prompt, embedding in embeddings.items()}
+        new = {
+            prompt: {"shard": shard, "tensor": name, "sha256": _tensor_sha256(tensor)}
+            for (prompt, tensor), name in zip(embeddings.items(), tensors, strict=True)
+        }
+        write_atomic(self.folder / shard, lambda path: save_file(tensors, path))
+        text = json.dumps({"key": self.key, "prompts": {**self._entries(), **new}}, indent=1)
+        write_atomic(self.index, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def _entries(self) -> dict[str, dict[str, str]]:
+        try:
+            content = json.loads(self.index.read_text(encoding="utf-8"))
+            if content["key"] != self.key:
+                raise ValueError("it belongs to another model or other settings")
+            for entry in content["prompts"].values():
+                if {"shard", "tensor", "sha256"} - entry.keys() or Path(entry["shard"]).name != entry["shard"]:
+                    raise ValueError("an entry is not complete")
+            return content["prompts"]
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _damaged(self.index, error) from error
+
+    def _shard(self, shard: str, prompts: list[str], entries: dict) -> Iterator[tuple[str, torch.Tensor]]:
+        path = self.folder / shard
+        try:
+            with safe_open(path, framework="pt") as file:
+                for prompt in prompts:
+                    tensor = file.get_tensor(entries[prompt]["tensor"])
+                    if tensor.ndim != 2 or _tensor_sha256(tensor) != entries[prompt]["sha256"]:
+                        raise ValueError("the checksum of an embedding does not match")
+                    yield prompt, tensor
+        except FileNotFoundError:
+            return  # deleted: its prompts are not cached
+        except (OSError, ValueError, SafetensorError) as error:
+            raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ConfigError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ConfigError(f"text cache: cannot use {path}: {reason}; deleting it is safe, its prompts are encoded again")
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _tensor_sha256(tensor: torch.Tensor) -> str:
+    """Of the dtype, the shape and the bytes."""
+    header = f"{tensor.dtype} {[*tensor.shape]}\n".encode()
+    return _sha256(header + tensor.contiguous().view(torch.uint8).numpy().tobytes())

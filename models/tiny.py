@@ -1,0 +1,254 @@
+"""A complete tiny SANA-Sprint pipeline, made from nothing: the default model of the demo and of the tests.
+
+It has every part of the 1.6B model (guidance embedding, q/k norm across heads, linear and cross attention, GLU
+convolutions, DC-AE, Gemma-2 with its tokenizer), none of it trained. The random weights are scaled so that the images
+use the range of a byte and follow the prompt, the latent and every linear layer: a playground for ES, not a painter.
+"""
+
+import inspect
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderDC, SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
+from tokenizers.models import BPE
+from transformers import Gemma2Config, Gemma2Model, GemmaTokenizerFast
+
+from esengine.errors import ConfigError
+
+NAME = "tiny-sana-sprint-v1"
+_SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
+_LEARNED_TOKENS = 768
+_LATENT_CHANNELS = 8
+_TEXT_WIDTH = 64
+
+# found by looking: x0 / sigma_data has a standard deviation near 1, under 1 % of the pixel values are clipped
+_FF_GAIN, _TEXT_GAIN, _EMBED_GAIN, _CONTENT, _CANCEL, _CONTRAST = 10.0, 2.0, 2.5, 1.5, 0.15, 0.45
+
+_SUBJECTS = ("a red fox", "an old lighthouse", "two green apples", "a paper boat", "a blue bicycle", "a snowy mountain")
+_PLACES = ("in a quiet forest", "at sunset", "under a starry sky", "on a wooden table", "by the sea", "in the rain")
+_STYLES = ("watercolor", "oil painting", "photo", "pencil drawing", "pixel art", "soft light, detailed")
+
+
+def default_model(cache_root: Path | None = None) -> Path:
+    """The tiny pipeline in this user's cache, built at the first call.
+
+    Args:
+        cache_root: Folder to keep it in. Default: `$ESENGINE_CACHE`, else `$XDG_CACHE_HOME/esengine`, else
+            `~/.cache/esengine`.
+
+    Returns:
+        The pipeline folder. Safe when several processes ask at once: one build wins, whole.
+
+    Raises:
+        ConfigError: The folder cannot be written.
+    """
+    if cache_root is None:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        cache_root = Path(os.environ.get("ESENGINE_CACHE") or base / "esengine")
+    path = Path(cache_root) / NAME
+    if not (path / "model_index.json").is_file():
+        try:
+            build_tiny(path)
+        except FileExistsError:
+            pass  # another process finished first
+        except OSError as error:
+            raise ConfigError(f"cannot build the default model in {path}: {error}") from error
+    return path
+
+
+def build_tiny(path: str | Path, *, seed: int = 0) -> Path:
+    """Builds the tiny SANA-Sprint pipeline folder: 64 x 64 images from 8 x 8 latents of 8 channels.
+
+    Args:
+        path: The folder to create; it must not exist. It appears whole or not at all.
+        seed: Seed of the random weights. The global torch generator is left untouched.
+
+    Returns:
+        `path`, which `SanaSprintPipeline.from_pretrained` and `SanaSprint.from_pretrained` read.
+
+    Raises:
+        FileExistsError: Something is already there.
+    """
+    path = Path(path)
+    if path.exists():
+        raise FileExistsError(f"path: expected a folder that does not exist, got {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        _save_pipeline(work, seed)
+        os.chmod(work, 0o755)
+        try:
+            os.rename(work, path)
+        except OSError as error:
+            if path.exists():
+                raise FileExistsError(f"path: expected a folder that does not exist, got {path}") from error
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return path
+
+
+def _save_pipeline(path: Path, seed: int) -> None:
+    tokenizer = _save_tokenizer(path / "tokenizer")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = SanaSprintPipeline(
+            tokenizer=tokenizer,
+            text_encoder=_text_encoder(len(tokenizer)),
+            vae=_vae(),
+            transformer=_transformer(),
+            scheduler=SCMScheduler(),
+        )
+    pipeline.save_pretrained(path, safe_serialization=True)
+    # transformers 5 drops "Fast" from the name; 4.57 would then look for a sentencepiece file
+    _save_tokenizer(path / "tokenizer")
+    index = json.loads((path / "model_index.json").read_text())
+    index["tokenizer"] = ["transformers", "GemmaTokenizerFast"]
+    (path / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _corpus() -> list[str]:
+    """The pipeline's own instruction (it precedes every prompt) and a few generated prompts."""
+    instruction = inspect.signature(SanaSprintPipeline.__call__).parameters["complex_human_instruction"].default
+    prompts = [f"{s} {p}, {style}" for s in _SUBJECTS for p in _PLACES for style in _STYLES]
+    return ["\n".join(instruction), *prompts]
+
+
+def _save_tokenizer(path: Path) -> GemmaTokenizerFast:
+    """A byte-fallback BPE with Gemma's normalizer, splits and decoder. Returns it as transformers loads it."""
+    learner = Tokenizer(BPE())
+    learner.normalizer = normalizers.Replace(" ", "▁")
+    learner.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # no token across two words
+    learner.train_from_iterator(_corpus(), trainers.BpeTrainer(vocab_size=_LEARNED_TOKENS, show_progress=False))
+    learned = json.loads(learner.to_str())["model"]
+
+    tokens = [
+        *_SPECIAL,
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *sorted(learned["vocab"], key=learned["vocab"].get),
+    ]
+    tokenizer = Tokenizer(
+        BPE(
+            vocab={token: i for i, token in enumerate(tokens)},
+            merges=[tuple(merge) for merge in learned["merges"]],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", _SPECIAL.index("<bos>"))]
+    )
+    tokenizer.add_special_tokens(list(_SPECIAL))
+
+    config = {
+        "tokenizer_class": "GemmaTokenizer",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 8192,
+        "padding_side": "right",
+        **{f"{token.strip('<>')}_token": token for token in _SPECIAL},
+    }
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return GemmaTokenizerFast.from_pretrained(path, local_files_only=True)
+
+
+def _text_encoder(vocab_size: int) -> Gemma2Model:
+    config = Gemma2Config(
+        vocab_size=vocab_size,
+        hidden_size=_TEXT_WIDTH,
+        intermediate_size=2 * _TEXT_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        initializer_range=_TEXT_WIDTH**-0.5,
+        pad_token_id=_SPECIAL.index("<pad>"),
+        eos_token_id=_SPECIAL.index("<eos>"),
+        bos_token_id=_SPECIAL.index("<bos>"),
+    )
+    return Gemma2Model(config).eval()
+
+
+def _vae() -> AutoencoderDC:
+    # one width throughout: the decoder's shortcut then repeats pixels and draws no stripes
+    channels, layers = (16,) * 4, (1,) * 4
+    blocks = ("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock")
+    multiscales = ((), (), (), (5,))
+    vae = AutoencoderDC(
+        latent_channels=_LATENT_CHANNELS,
+        attention_head_dim=16,
+        encoder_block_types=blocks,
+        decoder_block_types=blocks,
+        encoder_block_out_channels=channels,
+        decoder_block_out_channels=channels,
+        encoder_layers_per_block=layers,
+        decoder_layers_per_block=layers,
+        encoder_qkv_multiscales=multiscales,
+        decoder_qkv_multiscales=multiscales,
+        upsample_block_type="interpolate",
+        scaling_factor=0.5,
+    ).eval()
+    with torch.no_grad():
+        last = vae.decoder.conv_out
+        last.bias.zero_()
+        pixels = vae.decode(2 * torch.randn(32, _LATENT_CHANNELS, 8, 8)).sample.transpose(0, 1).flatten(1)
+        # whole hundredths, so that the order of a sum on another machine changes no byte of the weights
+        last.weight *= (_CONTRAST / pixels.std(1)).round(decimals=2)[:, None, None, None]
+        last.bias -= (_CONTRAST * pixels.mean(1) / pixels.std(1)).round(decimals=2)
+    return vae
+
+
+def _transformer() -> SanaTransformer2DModel:
+    transformer = SanaTransformer2DModel(
+        in_channels=_LATENT_CHANNELS,
+        out_channels=_LATENT_CHANNELS,
+        num_attention_heads=4,
+        attention_head_dim=32,
+        num_layers=4,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=64,
+        cross_attention_dim=128,
+        caption_channels=_TEXT_WIDTH,
+        mlp_ratio=2.5,
+        attention_bias=False,
+        sample_size=8,
+        patch_size=1,
+        norm_elementwise_affine=False,
+        norm_eps=1e-6,
+        interpolation_scale=None,
+        guidance_embeds=True,
+        guidance_embeds_scale=0.1,
+        qk_norm="rms_norm_across_heads",
+    ).eval()
+    _balance(transformer)
+    return transformer
+
+
+@torch.no_grad()
+def _balance(transformer: SanaTransformer2DModel) -> None:
+    """Gives every branch a say in the residual stream, and makes most of the output cancel the input latent.
+
+    At the first angle x0 / sigma_data = latent - output. Random weights alone leave the image almost pure noise.
+    """
+    for block in transformer.transformer_blocks:
+        block.scale_shift_table[[2, 5]] += 1.0  # the two gates
+        block.ff.conv_point.weight *= _FF_GAIN
+        block.attn2.to_out[0].weight *= _TEXT_GAIN
+    into = transformer.patch_embed.proj.weight  # [inner, C, 1, 1]
+    torch.nn.init.orthogonal_(into.flatten(1), gain=_EMBED_GAIN)
+    out = transformer.proj_out.weight  # [C, inner]
+    out.mul_(_CONTENT).add_(into.flatten(1).T, alpha=_CANCEL)

@@ -1,0 +1,122 @@
+import contextlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from esengine.errors import ConfigError
+from esengine.prompts import HELDOUT, TRAIN, PromptSampler, read_prompts
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(data):
+        path = tmp_path / "p.txt"
+        path.write_bytes(data)
+        return path
+
+    return write
+
+
+def test_lines_comments_blanks_duplicates(write):
+    path = write(b"# head\na cat\n\n   \n  a dog # not a comment  \n  # indented comment\na cat")
+    assert read_prompts(path) == ["a cat", "a dog # not a comment", "a cat"]
+
+
+def test_byte_order_mark_line_endings_and_other_scripts(write):
+    path = write("\ufeff# head\r\nein Kätzchen\r\n猫\r\nlast\r".encode())
+    assert read_prompts(str(path)) == ["ein Kätzchen", "猫", "last"]
+
+
+def test_a_byte_order_mark_does_not_hide_a_comment(write):
+    assert read_prompts(write(b"\xef\xbb\xbf# comment\na")) == ["a"]
+
+
+@pytest.mark.parametrize("data", [b"", b"\n\n", b"# only\n#comments", b"\xef\xbb\xbf"])
+def test_no_prompt(write, data):
+    with pytest.raises(ConfigError, match=r"p\.txt: expected at least one prompt"):
+        read_prompts(write(data))
+
+
+def test_bad_bytes_name_their_line(write):
+    with pytest.raises(ConfigError, match=r"p\.txt, line 3: expected UTF-8"):
+        read_prompts(write(b"a\n# b\nc\xff\n"))
+    with pytest.raises(ConfigError, match=r"p\.txt, line 2: .*NUL"):
+        read_prompts(write(b"a\nb\0\n"))
+    with pytest.raises(ConfigError, match=r"p\.txt, line 1"):
+        read_prompts(write("a cat".encode("utf-16")))
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.txt: No such file"):
+        read_prompts(tmp_path / "none.txt")
+    with pytest.raises(ConfigError, match="Is a directory"):
+        read_prompts(tmp_path)
+    with pytest.raises(ConfigError, match="null"):
+        read_prompts("a\0b")
+
+
+@given(data=st.one_of(st.binary(max_size=60), st.text(max_size=40).map(str.encode)))
+@settings(max_examples=300, deadline=None)
+def test_any_bytes_are_prompts_or_a_config_error(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "fuzz.txt"
+    path.write_bytes(data)
+    with contextlib.suppress(ConfigError):
+        prompts = read_prompts(path)
+        assert prompts
+        assert all(p and p == p.strip() and not p.startswith("#") and "\n" not in p for p in prompts)
+
+
+def test_the_files_that_come_with_the_package():
+    train, heldout = read_prompts(TRAIN), read_prompts(HELDOUT)
+    assert len(set(train)) == len(train) == 64
+    assert len(set(heldout)) == len(heldout) == 48
+    assert not set(train) & set(heldout)
+
+
+@given(count=st.integers(1, 20), data=st.data(), seed=st.integers(-(2**63), 2**64 - 1))
+@settings(max_examples=100, deadline=None)
+def test_each_epoch_draws_every_prompt_once(count, data, seed):
+    per_step = data.draw(st.integers(1, count))
+    sampler = PromptSampler(count, per_step, seed)
+    drawn = torch.cat([sampler.draw(step) for step in range(3 * count)])
+    assert drawn.dtype == torch.int64
+    assert drawn.shape == (3 * count * per_step,)
+    for epoch in range(len(drawn) // count):
+        assert sorted(drawn[epoch * count : (epoch + 1) * count].tolist()) == list(range(count))
+
+
+def test_a_step_depends_on_nothing_before_it():
+    one, other = PromptSampler(50, 4, seed=7), PromptSampler(50, 4, seed=7)
+    forwards = [one.draw(step).tolist() for step in range(40)]
+    backwards = [other.draw(step).tolist() for step in reversed(range(40))]
+    assert forwards == backwards[::-1]
+
+
+def test_epochs_and_seeds_differ():
+    sampler = PromptSampler(30, 30, seed=0)
+    assert sampler.draw(0).tolist() != sampler.draw(1).tolist()
+    assert sampler.draw(0).tolist() != PromptSampler(30, 30, seed=1).draw(0).tolist()
+
+
+def test_the_order_is_frozen():
+    # Resumed runs depend on these values: a change here breaks every run in progress.
+    sampler = PromptSampler(10, 4, seed=0)
+    assert [sampler.draw(step).tolist() for step in (0, 1, 2)] == [[0, 2, 9, 1], [8, 5, 4, 3], [6, 7, 5, 3]]
+    assert sampler.draw(10**6).tolist() == [9, 8, 6, 2]
+
+
+def test_a_far_step_is_cheap_and_large():
+    assert PromptSampler(5, 2, seed=3).draw(10**15).shape == (2,)
+
+
+@pytest.mark.parametrize(("count", "per_step"), [(3, 4), (0, 1), (3, 0), (3, -1)])
+def test_too_many_or_too_few_a_step(count, per_step):
+    with pytest.raises(ConfigError, match=rf"prompts, {count}, got {per_step}"):
+        PromptSampler(count, per_step, seed=0)
+
+
+def test_negative_step():
+    with pytest.raises(ValueError, match="step"):
+        PromptSampler(3, 1, seed=0).draw(-1)

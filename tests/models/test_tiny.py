@@ -1,0 +1,89 @@
+import json
+import threading
+
+import pytest
+import torch
+from diffusers import SanaSprintPipeline
+from esengine.models import build_tiny, default_model
+from transformers import AutoTokenizer, GemmaTokenizerFast
+
+
+def contents(folder):
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_the_build_is_deterministic_and_leaves_the_global_generator(tiny_folder, tmp_path):
+    torch.manual_seed(123)
+    state = torch.get_rng_state()
+    again = build_tiny(tmp_path / "again")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert contents(again) == contents(tiny_folder)
+    other = build_tiny(tmp_path / "other", seed=1)
+    differ = {str(name) for name, content in contents(other).items() if content != contents(again)[name]}
+    assert len(differ) == 3
+    assert all(name.endswith(".safetensors") for name in differ)
+    assert [file.name for file in sorted(tmp_path.iterdir())] == ["again", "other"]
+
+
+def test_an_existing_path_is_left_alone(tiny_folder):
+    before = contents(tiny_folder)
+    with pytest.raises(FileExistsError, match="expected a folder that does not exist"):
+        build_tiny(tiny_folder)
+    assert contents(tiny_folder) == before
+
+
+def test_plain_diffusers_runs_it(pipeline):
+    images = pipeline(
+        "a red fox", height=64, width=64, use_resolution_binning=False, generator=torch.Generator().manual_seed(0)
+    ).images
+    assert images[0].size == (64, 64)
+
+
+def test_it_has_the_features_of_the_large_one(pipeline):
+    config = pipeline.transformer.config
+    assert config.guidance_embeds
+    assert config.guidance_embeds_scale == 0.1
+    assert config.qk_norm == "rms_norm_across_heads"
+    assert not config.attention_bias
+    assert (config.mlp_ratio, config.patch_size, config.interpolation_scale) == (2.5, 1, None)
+    assert config.attention_head_dim == 32
+    assert config.cross_attention_head_dim != 32
+    assert config.caption_channels == pipeline.text_encoder.config.hidden_size
+
+
+def test_the_tokenizer_is_gemmas_in_every_loader(tiny_folder):
+    fast = GemmaTokenizerFast.from_pretrained(tiny_folder / "tokenizer")
+    auto = AutoTokenizer.from_pretrained(tiny_folder / "tokenizer")
+    for text in ("a red fox in a quiet forest, watercolor", "Zażółć 🦊 \n\t<tag>", " two  spaces "):
+        ids = fast(text).input_ids
+        assert ids[0] == fast.bos_token_id
+        assert fast.unk_token_id not in ids
+        assert fast.decode(ids[1:]) == text
+        assert auto(text).input_ids == ids
+    assert len(fast("a red fox in a quiet forest").input_ids) < 12
+    # transformers 4.57 reads tokenizer.json only under the Fast name
+    assert json.loads((tiny_folder / "model_index.json").read_text())["tokenizer"][1] == "GemmaTokenizerFast"
+
+
+def test_the_default_model_is_built_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("ESENGINE_CACHE", str(tmp_path / "cache"))
+    first = default_model()
+    assert first.parent == tmp_path / "cache"
+    before = (first / "model_index.json").stat().st_mtime_ns
+    assert default_model() == first
+    assert (first / "model_index.json").stat().st_mtime_ns == before
+    monkeypatch.delenv("ESENGINE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert default_model().parent == tmp_path / "xdg" / "esengine"
+
+
+def test_two_builders_may_race(tmp_path):
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(default_model(tmp_path))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 3
+    assert [file.name for file in tmp_path.iterdir()] == [results[0].name]
+    SanaSprintPipeline.from_pretrained(results[0])
