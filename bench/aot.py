@@ -19,11 +19,12 @@ from unittest.mock import patch
 
 import torch
 import triton
-from esengine.kernels import es_update, linear_streams, normals, population_linear
-from esengine.kernels.noise import uses_triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+
+from esengine.kernels import es_update, linear_streams, normals, population_linear
+from esengine.kernels.noise import uses_triton
 
 TYPES = {
     torch.float32: "*fp32",

@@ -86,8 +86,7 @@ def save(root: str | Path, step: int, tensors: dict[str, torch.Tensor], meta: di
     files = {_STATE: state, _META: _json(record) + b"\n"}
 
     root.mkdir(parents=True, exist_ok=True)
-    for stale in root.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(stale)
+    _remove_temporaries(root)
     if not all((target / name).is_file() and (target / name).read_bytes() == data for name, data in files.items()):
         temporary = root / f"{_TEMPORARY}{target.name}"
         temporary.mkdir()
@@ -98,8 +97,7 @@ def save(root: str | Path, step: int, tensors: dict[str, torch.Tensor], meta: di
             target.rename(root / f"{_TEMPORARY}replaced-{target.name}")
         temporary.rename(target)
         _sync_folder(root)
-        for replaced in root.glob(f"{_TEMPORARY}*"):
-            shutil.rmtree(replaced)
+        _remove_temporaries(root)
     kept = [path for path in _folders(root) if path_step(path) <= step][:keep]
     for path in _folders(root):
         if path not in kept:
@@ -282,6 +280,11 @@ def _folders(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
     return sorted((p for p in root.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()), key=path_step, reverse=True)
+
+
+def _remove_temporaries(root: Path) -> None:
+    for path in root.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(path)
 
 
 def _json(value: object) -> bytes:

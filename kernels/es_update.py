@@ -14,6 +14,7 @@ Reinforcement Learning" (arXiv 1703.03864), section 2.1 for the antithetic pairs
 import math
 
 import torch
+
 from esengine.kernels.noise import factor_ref, padded_rank, pair_weights, signed64, triton, uses_triton
 
 PAIRS_PER_CHUNK = 64
@@ -21,6 +22,7 @@ PAIRS_PER_CHUNK = 64
 
 if triton is not None:
     import triton.language as tl
+
     from esengine.kernels.noise import noise_rows, offset
     from esengine.kernels.population_linear import column
 

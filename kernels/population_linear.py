@@ -19,6 +19,7 @@ Source: Sarkar et al., "Evolution Strategies at the Hyperscale" (arXiv 2511.1665
 
 import torch
 import torch.nn.functional as F
+
 from esengine.kernels.noise import (
     INTERPRET,
     Streams,
@@ -33,6 +34,7 @@ from esengine.kernels.noise import (
 
 if triton is not None:
     import triton.language as tl
+
     from esengine.kernels.noise import noise_rows, offset
 
     @triton.jit

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and where they are cached."""
 
 import os
 import tempfile
@@ -20,3 +20,9 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def cache_root() -> Path:
+    """This user's cache: `$ESENGINE_CACHE`, else `$XDG_CACHE_HOME/esengine`, else `~/.cache/esengine`."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("ESENGINE_CACHE") or base / "esengine")

@@ -1,6 +1,7 @@
 """Starting noise of the sampler, keyed so that all members of a population render from the same one."""
 
 import torch
+
 from esengine.kernels import normals, stream_id
 
 

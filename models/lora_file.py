@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from diffusers import SanaSprintPipeline
+
 from esengine.models.files import write_atomic
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"

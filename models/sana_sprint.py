@@ -9,29 +9,25 @@ Source: Chen et al., "SANA-Sprint" (2025), the trigflow sampler; diffusers' `pip
 
 import gc
 import inspect
-import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from diffusers import SanaSprintPipeline
-from diffusers.utils import logging as diffusers_logging
-from esengine.models.latents import latents
-from esengine.models.lora_file import WEIGHT_NAME
-from esengine.models.text_cache import Progress, TextEmbeddings, embed_prompts, fingerprint
-from safetensors import SafetensorError, safe_open
-from transformers.utils import logging as transformers_logging
+from safetensors import safe_open
 
 from esengine.errors import ConfigError
+from esengine.models.latents import latents
+from esengine.models.loading import READ_ERRORS, download, first_line, load, locate
+from esengine.models.lora_file import WEIGHT_NAME
+from esengine.models.text_cache import Progress, TextEmbeddings, embed_prompts, fingerprint
 
 PIPELINE_MULTIPLE = 32
 """`SanaSprintPipeline.check_inputs` takes no other height or width."""
-
-_READ_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -95,8 +91,10 @@ class SanaSprint:
         dtype: Its data type.
     """
 
-    def __init__(self, pipeline: SanaSprintPipeline, *, source: Path, identity: dict[str, str | None]):
-        """`from_pretrained` calls this; `source` is the local folder, `identity` what the text cache is keyed by."""
+    def __init__(
+        self, pipeline: SanaSprintPipeline, *, source: Path, identity: dict[str, str], local_files_only: bool = True
+    ):
+        """`from_pretrained` calls this. `source` is the local folder; `identity` a hub id and its commit, or empty."""
         self.pipeline = pipeline
         self.transformer = pipeline.transformer.eval().requires_grad_(False)
         self.vae = pipeline.vae.eval().requires_grad_(False)
@@ -104,6 +102,7 @@ class SanaSprint:
         self.image_size = self.transformer.config.sample_size * pipeline.vae_scale_factor
         self._source = source
         self._identity = identity
+        self._local_files_only = local_files_only
 
     @property
     def device(self) -> torch.device:
@@ -135,9 +134,9 @@ class SanaSprint:
         Raises:
             ConfigError: There is no such model, or it is not a SANA-Sprint pipeline that can be read.
         """
-        source, identity = _locate(str(model), revision, local_files_only)
-        pipeline = _load(source, dtype, text_encoder=None, tokenizer=None)
-        return cls(pipeline.to(device), source=source, identity=identity)
+        source, identity = locate(str(model), revision, local_files_only)
+        pipeline = load(source, dtype, text_encoder=None, tokenizer=None)
+        return cls(pipeline.to(device), source=source, identity=identity, local_files_only=local_files_only)
 
     def encode(
         self,
@@ -309,8 +308,8 @@ class SanaSprint:
             with safe_open(file, framework="pt") as opened:
                 stored = {key for key in opened.keys() if key.endswith(".lora_A.weight")}  # noqa: SIM118
             self.pipeline.load_lora_weights(str(path), weight_name=WEIGHT_NAME, use_safetensors=True)
-        except (*_READ_ERRORS, RuntimeError) as error:
-            raise ConfigError(f"adapter: cannot load {file}: {_first_line(error)}") from error
+        except (*READ_ERRORS, RuntimeError) as error:
+            raise ConfigError(f"adapter: cannot load {file}: {first_line(error)}") from error
         layers = [name for name, module in self.transformer.named_modules() if len(getattr(module, "lora_A", ()))]
         taken = stored & {f"transformer.{name}.lora_A.weight" for name in layers}
         if not stored or taken != stored:
@@ -367,8 +366,10 @@ class SanaSprint:
         """Loads the text encoder, yields one trimmed [L, C] for each prompt, and drops the encoder."""
         source = self._source
         if "commit" in self._identity:
-            source = _download(self._identity["model"], self._identity["commit"], False, transformer=None, vae=None)
-        pipeline = _load(source, dtype, transformer=None, vae=None, scheduler=None)
+            source = download(
+                self._identity["model"], self._identity["commit"], self._local_files_only, transformer=None, vae=None
+            )
+        pipeline = load(source, dtype, transformer=None, vae=None, scheduler=None)
         try:
             pipeline.text_encoder.eval().requires_grad_(False).to(self.device)
             for prompt in prompts:
@@ -389,62 +390,3 @@ class SanaSprint:
 
 def _default_instruction() -> list[str]:
     return inspect.signature(SanaSprintPipeline.__call__).parameters["complex_human_instruction"].default
-
-
-def _locate(model: str, revision: str | None, local_files_only: bool) -> tuple[Path, dict[str, str | None]]:
-    """The local folder of a model, and its identity: a hub id with its commit, or nothing for a plain folder."""
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder, {}
-    if folder.is_absolute() or model.startswith(("~", ".")) or model.count("/") != 1:
-        raise ConfigError(f"model: {model} is neither a folder nor a hub id")
-    snapshot = _download(model, revision, local_files_only, text_encoder=None, tokenizer=None)
-    return snapshot, {"model": model, "commit": snapshot.name}
-
-
-def _download(model: str, revision: str | None, local_files_only: bool, **without: None) -> Path:
-    """The snapshot folder of a hub id, without the components named in `without`. Its name is the commit."""
-    try:
-        return Path(
-            SanaSprintPipeline.download(
-                model, revision=revision, local_files_only=local_files_only, use_safetensors=True, **without
-            )
-        )
-    except (*_READ_ERRORS, RuntimeError) as error:
-        raise ConfigError(
-            f"model: {model} is not a folder, and no complete copy of a hub model of that name was found or fetched "
-            "(offline, misspelt, private, or not a pipeline)"
-        ) from error
-
-
-def _load(folder: Path, dtype: torch.dtype, **without: None) -> SanaSprintPipeline:
-    """The pipeline in a local folder, without the components named in `without`."""
-    index = folder / "model_index.json"
-    try:
-        kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-        if kind != SanaSprintPipeline.__name__:
-            raise ValueError(f"expected a SanaSprintPipeline, got {kind}")
-        with _no_progress_bars():
-            return SanaSprintPipeline.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, local_files_only=True, **without
-            )
-    except _READ_ERRORS as error:
-        raise ConfigError(f"model: cannot load {folder}: {_first_line(error)}") from error
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Loading bars are the caller's to draw; what was switched on is switched on again."""
-    loggers = [each for each in (diffusers_logging, transformers_logging) if each.is_progress_bar_enabled()]
-    for each in loggers:
-        each.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for each in loggers:
-            each.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

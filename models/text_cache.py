@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from esengine.models.files import write_atomic
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from esengine.errors import ConfigError
+from esengine.models.files import write_atomic
 
 FORMAT = 1
 SHARD_PROMPTS = 1024

@@ -19,6 +19,8 @@ from tokenizers.models import BPE
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizerFast
 
 from esengine.errors import ConfigError
+from esengine.models.files import cache_root
+from esengine.models.loading import no_progress_bars
 
 NAME = "tiny-sana-sprint-v1"
 _SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
@@ -34,12 +36,11 @@ _PLACES = ("in a quiet forest", "at sunset", "under a starry sky", "on a wooden 
 _STYLES = ("watercolor", "oil painting", "photo", "pencil drawing", "pixel art", "soft light, detailed")
 
 
-def default_model(cache_root: Path | None = None) -> Path:
+def default_model(root: Path | None = None) -> Path:
     """The tiny pipeline in this user's cache, built at the first call.
 
     Args:
-        cache_root: Folder to keep it in. Default: `$ESENGINE_CACHE`, else `$XDG_CACHE_HOME/esengine`, else
-            `~/.cache/esengine`.
+        root: Folder to keep it in. Default: `cache_root()`.
 
     Returns:
         The pipeline folder. Safe when several processes ask at once: one build wins, whole.
@@ -47,17 +48,13 @@ def default_model(cache_root: Path | None = None) -> Path:
     Raises:
         ConfigError: The folder cannot be written.
     """
-    if cache_root is None:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        cache_root = Path(os.environ.get("ESENGINE_CACHE") or base / "esengine")
-    path = Path(cache_root) / NAME
+    path = Path(root or cache_root()) / NAME
     if not (path / "model_index.json").is_file():
         try:
             build_tiny(path)
-        except FileExistsError:
-            pass  # another process finished first
         except OSError as error:
-            raise ConfigError(f"cannot build the default model in {path}: {error}") from error
+            if not (path / "model_index.json").is_file():  # else another process finished first
+                raise ConfigError(f"cannot build the default model in {path}: {error}") from error
     return path
 
 
@@ -104,7 +101,8 @@ def _save_pipeline(path: Path, seed: int) -> None:
             transformer=_transformer(),
             scheduler=SCMScheduler(),
         )
-    pipeline.save_pretrained(path, safe_serialization=True)
+    with no_progress_bars():
+        pipeline.save_pretrained(path, safe_serialization=True)
     # transformers 5 drops "Fast" from the name; 4.57 would then look for a sentencepiece file
     _save_tokenizer(path / "tokenizer")
     index = json.loads((path / "model_index.json").read_text())

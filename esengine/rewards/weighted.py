@@ -67,7 +67,7 @@ class Weighted:
         scores = {
             name: checked(name, reward, images, prompts, step=step, members=members) for name, reward, _ in self.terms
         }
-        total = functools.reduce(operator.add, (w * scores[name].double() for name, _, w in self.terms if w)).float()
+        total = functools.reduce(operator.add, (w * scores[name].double() for name, _, w in self.terms)).float()
         _require_finite(COMBINED, total, prompts, step, members)
         return {**scores, COMBINED: total}
 

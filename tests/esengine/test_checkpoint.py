@@ -117,8 +117,9 @@ def test_a_crash_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch, 
     assert any(name.startswith(".tmp-") for name in names(tmp_path))
     assert checkpoint.load_latest(tmp_path).step == 1
     assert checkpoint.latest(tmp_path).name == "step_00000001"
-    checkpoint.save(tmp_path, 3, tensors(), META)
-    assert names(tmp_path) == ["step_00000001", "step_00000003"]
+    checkpoint.save(tmp_path, 2, tensors(2.0), META)
+    assert names(tmp_path) == ["step_00000001", "step_00000002"]
+    assert checkpoint.load_latest(tmp_path).tensors["b.weight"][0, 0] == 2.0
 
 
 def test_killed_again_and_again_it_always_loads(tmp_path):

@@ -58,7 +58,7 @@ def test_jpeg_prefers_plain_images_and_lower_quality_is_smaller():
     assert rewards.load("jpeg_compressibility", quality=30)(noisy, [""]) > reward(noisy, [""])
 
 
-def test_jpeg_does_not_depend_on_batch_mates_layout_or_threads():
+def test_jpeg_does_not_depend_on_batch_mates_or_layout():
     images = noise_images(37)
     reward = rewards.load("jpeg_compressibility")
     whole = reward(images, [""] * 37)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from diffusers import SanaSprintPipeline
+
 from esengine.models import SanaSprint, build_tiny
 
 PROMPTS = ["a red fox in a quiet forest", "Two green apples on a wooden table, oil painting, soft light", "a cat"]

@@ -1,4 +1,5 @@
 import torch
+
 from esengine.kernels import normals, stream_id
 from esengine.models import latents
 

@@ -3,11 +3,11 @@ import json
 import pytest
 import torch
 from diffusers import SanaSprintPipeline
-from esengine.models import WEIGHT_NAME, write_diffusers_lora
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors import safe_open
 
 from esengine.errors import ConfigError
+from esengine.models import WEIGHT_NAME, write_diffusers_lora
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "linear_1", "linear_2", "proj_out", "linear"]
 RANKS = {"proj_out": 3, "to_q": 1, "time_embed.linear": 5}

@@ -1,11 +1,13 @@
+import json
 import math
+import shutil
 
 import diffusers.schedulers.scheduling_scm as scm
 import pytest
 import torch
-from esengine.models import RenderSettings, SanaSprint, latents
 
 from esengine.errors import ConfigError
+from esengine.models import RenderSettings, SanaSprint, latents
 
 SHAPE = (8, 8, 8)
 SEED, STEP = 7, 3
@@ -139,7 +141,6 @@ def test_every_target_of_the_reference_run_shows_in_the_image(fresh_model, texts
             noise = torch.randn(module.weight.shape, generator=generator)
             module.weight.data += 0.1 * module.weight.std() * noise
     after = fresh_model.denoise(texts, **keys, settings=RenderSettings())
-    print(target, (after - before).norm() / before.norm())
     assert (after - before).norm() / before.norm() > 0.003
 
 
@@ -228,3 +229,17 @@ def test_models_that_cannot_be_loaded(tmp_path, tiny_folder):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ConfigError, match="cannot load"):
         SanaSprint.from_pretrained(tmp_path)
+
+
+def test_a_hub_id_is_keyed_by_its_commit(tiny_folder, tmp_path, monkeypatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "models--nobody--tiny" / "snapshots" / commit
+    shutil.copytree(tiny_folder, snapshot)
+    (tmp_path / "models--nobody--tiny" / "refs").mkdir()
+    (tmp_path / "models--nobody--tiny" / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    model = SanaSprint.from_pretrained("nobody/tiny", local_files_only=True)
+    model.encode(["a cat"], cache_dir=tmp_path / "text")
+    key = json.loads(next((tmp_path / "text").glob("*.json")).read_text())["key"]
+    assert (key["model"], key["commit"]) == ("nobody/tiny", commit)
+    assert "fingerprint" not in key

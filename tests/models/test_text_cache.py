@@ -2,10 +2,10 @@ import json
 
 import pytest
 import torch
-from esengine.models import SanaSprint, TextEmbeddings
-from esengine.models.text_cache import embed_prompts, fingerprint
 
 from esengine.errors import ConfigError
+from esengine.models import SanaSprint, TextEmbeddings
+from esengine.models.text_cache import embed_prompts, fingerprint
 
 KEY = {"model": "m"}
 

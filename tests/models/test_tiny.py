@@ -1,11 +1,12 @@
 import json
-import threading
+import shutil
 
 import pytest
 import torch
-from diffusers import SanaSprintPipeline
-from esengine.models import build_tiny, default_model
 from transformers import AutoTokenizer, GemmaTokenizerFast
+
+from esengine.errors import ConfigError
+from esengine.models import SanaSprint, build_tiny, default_model, tiny
 
 
 def contents(folder):
@@ -77,13 +78,25 @@ def test_the_default_model_is_built_once(tmp_path, monkeypatch):
     assert default_model().parent == tmp_path / "xdg" / "esengine"
 
 
-def test_two_builders_may_race(tmp_path):
-    results = []
-    threads = [threading.Thread(target=lambda: results.append(default_model(tmp_path))) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(results) == 3
-    assert [file.name for file in tmp_path.iterdir()] == [results[0].name]
-    SanaSprintPipeline.from_pretrained(results[0])
+def test_a_builder_that_comes_second_takes_the_firsts_folder(tiny_folder, tmp_path, monkeypatch):
+    save = tiny._save_pipeline
+
+    def overtaken(path, seed):
+        save(path, seed)
+        shutil.copytree(tiny_folder, tmp_path / tiny.NAME)
+        (tmp_path / tiny.NAME / "mark").touch()
+
+    monkeypatch.setattr(tiny, "_save_pipeline", overtaken)
+    assert (default_model(tmp_path) / "mark").exists()
+    assert [file.name for file in tmp_path.iterdir()] == [tiny.NAME]
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot build the default model"):
+        default_model(tmp_path / "file")
+
+
+def test_nothing_is_printed(tmp_path, capfd):
+    SanaSprint.from_pretrained(build_tiny(tmp_path / "tiny")).encode(["a cat"])
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,7 @@
+"""`python -m esengine` is the console script, for torchrun and friends."""
+
+import sys
+
+from esengine.cli import main
+
+sys.exit(main())

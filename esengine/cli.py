@@ -1,0 +1,139 @@
+"""The command line. Errors a user can act on are one line; ESENGINE_DEBUG=1 shows their traceback."""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+
+from esengine.errors import EsengineError
+
+USAGE = """usage: esengine COMMAND [flags]
+
+Post-train a frozen text-to-image model from black-box rewards by Evolution Strategies on a LoRA adapter.
+
+  train    run or resume a training run; without flags, a demo that takes minutes on a laptop
+  eval     compare base and adapter: same prompts, same latents, paired differences
+  render   draw prompts with the base model and the adapter, side by side
+  env      versions, devices, and which kernels are in use and why
+
+`esengine COMMAND --help` explains each flag.
+"""
+
+
+def main(args: list[str] | None = None) -> int:
+    """The console script. Returns the exit code: 0, 1 for a failed run, 2 for wrong usage, 130 for Ctrl-C."""
+    args = sys.argv[1:] if args is None else args
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": _train,
+        "eval": _eval,
+        "render": _render,
+        "env": _env,
+    }
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if args else 2
+    if args[0] == "--version":
+        import esengine
+
+        print(f"esengine {esengine.__version__}")
+        return 0
+    if args[0] not in commands:
+        return _fail(f"unknown command '{args[0]}': expected one of {', '.join(commands)}", 2)
+    try:
+        return commands[args[0]](args[1:])
+    except EsengineError as error:
+        if os.environ.get("ESENGINE_DEBUG"):
+            raise
+        return _fail(str(error), 1)
+    except OSError as error:
+        if os.environ.get("ESENGINE_DEBUG"):
+            raise
+        return _fail(f"{error.filename or 'system'}: {error.strerror or error}", 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+
+
+def _fail(message: str, code: int) -> int:
+    line = " ".join(message.split())
+    print(f"esengine: error: {line}", file=sys.stderr)
+    return code
+
+
+def _quiet() -> None:
+    """Loaders below us talk; what matters of it is in our own lines."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+
+
+def _train(args: list[str]) -> int:
+    from esengine.config import parse_train
+
+    config = parse_train(args)
+    _quiet()
+    from esengine.progress import Bar
+    from esengine.train import train
+
+    result = train(config, Bar())
+    comparison = result.comparison
+    print(f"\nbase against adapter on {comparison.prompts} held-out prompts, {comparison.repeats} images each:")
+    print(comparison.table())
+    print(f"\nrun folder  {result.folder}")
+    print(f"adapter     {result.folder / 'adapter'}  (PEFT; SanaSprintPipeline.load_lora_weights reads it too)")
+    print(f"curves      tensorboard --logdir {result.folder / 'tensorboard'}")
+    return 0
+
+
+def _eval(args: list[str]) -> int:
+    from esengine.config import EvalConfig, parse
+
+    config = parse(EvalConfig, args, "esengine eval")
+    _quiet()
+    from esengine.inspect_run import evaluate
+    from esengine.progress import Bar
+
+    comparison = evaluate(config, Bar())
+    print(f"base against adapter on {comparison.prompts} prompts, {comparison.repeats} images each:")
+    print(comparison.table())
+    if config.json is not None:
+        config.json.parent.mkdir(parents=True, exist_ok=True)
+        config.json.write_text(comparison.to_json(), encoding="utf-8")
+        print(f"written to {config.json}")
+    return 0
+
+
+def _render(args: list[str]) -> int:
+    from esengine.config import RenderConfig, parse
+
+    config = parse(RenderConfig, args, "esengine render")
+    _quiet()
+    from esengine.inspect_run import render
+    from esengine.progress import Bar
+
+    written = render(config, Bar())
+    print(f"{written.images} images and {written.sheet.name} in {written.folder}")
+    return 0
+
+
+def _env(args: list[str]) -> int:
+    from esengine.config import EnvConfig, parse
+
+    config = parse(EnvConfig, args, "esengine env")
+    from esengine.env import describe, to_json
+
+    facts = describe()
+    if config.json:
+        print(to_json(facts))
+        return 0
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name.ljust(width)}  {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,380 @@
+"""What a run is: dataclasses, a YAML file below the flags, and the resolved copy that is saved with the run.
+
+Everything here is plain Python, so that `--help` answers before torch is imported.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+import yaml
+
+from esengine.errors import ConfigError
+
+PACKAGED = Path(__file__).parent / "data"
+"""YAML files that `--config NAME` finds by name: `reference` holds the settings of the published run."""
+
+REFERENCE_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "linear_1", "linear_2", "proj_out", "linear")
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """How the adapter theta moves along g = mean_i(f_i E_i).
+
+    With `sgd`, theta + lr_scale * sigma * g, as in the reference run. Momentum and Adam are torch.optim's, with
+    learning rate lr_scale * sigma. Afterwards the step, then the adapter, are scaled down to their norm caps.
+    """
+
+    optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
+    """sgd is the reference update; momentum and adam are torch.optim's."""
+    lr_scale: float = 0.1
+    """Learning rate in units of sigma."""
+    momentum: float = 0.9
+    """Of momentum, and beta1 of adam."""
+    beta2: float = 0.999
+    """Of adam."""
+    max_step_norm: float | None = None
+    """Cap on the L2 norm of one step."""
+    max_norm: float | None = 40.0
+    """Cap on the L2 norm of the adapter."""
+
+    def __post_init__(self):
+        if self.optimizer not in ("sgd", "momentum", "adam"):
+            raise ConfigError(f"optimizer: expected sgd, momentum or adam, got {self.optimizer}")
+        for name in ("lr_scale", "max_step_norm", "max_norm"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{name}: expected a positive number, got {value}")
+        for name in ("momentum", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The adapter. Targets are chosen as PEFT does: by the end of a layer's name."""
+
+    rank: int = 2
+    """LoRA rank r."""
+    alpha: float = 8.0
+    """The adapter counts alpha / r."""
+    targets: tuple[str, ...] = REFERENCE_TARGETS
+    """Linear layers of the transformer."""
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ConfigError(f"lora.rank: expected at least 1, got {self.rank}")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ConfigError(f"lora.alpha: expected a positive number, got {self.alpha}")
+        if not self.targets:
+            raise ConfigError("lora.targets: expected at least one layer name, got none")
+
+
+@dataclass(frozen=True)
+class ESSettings:
+    """The search: how members are drawn and how their scores become fitness."""
+
+    sigma: float = 1e-2
+    """Standard deviation of the noise on every element of the adapter."""
+    noise_rank: int = 1
+    """Rank k of each member's noise."""
+    shaping: Literal["zscore", "centered_rank", "none"] = "zscore"
+    """After each prompt's mean is removed: z-score, centred ranks, or as it is."""
+    prompts_per_step: int = 4
+    """Prompts drawn each step, without replacement until all have come."""
+    repeats: int = 4
+    """Images of each prompt for each member, from different latents."""
+
+    def __post_init__(self):
+        if not (math.isfinite(self.sigma) and self.sigma > 0):
+            raise ConfigError(f"es.sigma: expected a positive number, got {self.sigma}")
+        for name in ("noise_rank", "prompts_per_step", "repeats"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"es.{name}: expected at least 1, got {getattr(self, name)}")
+        if self.shaping not in ("zscore", "centered_rank", "none"):
+            raise ConfigError(f"es.shaping: expected zscore, centered_rank or none, got {self.shaping}")
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How an image is sampled."""
+
+    height: int | None = None
+    """Pixels; the model's own size by default."""
+    width: int | None = None
+    """Pixels; the model's own size by default."""
+    num_steps: int = 1
+    """Denoising steps."""
+    guidance_scale: float = 4.5
+    """Embedded guidance."""
+    x0_angle: float | None = None
+    """One step only: the trigflow angle at which x0 is taken. The reference run used 1.3; the scheduler's is pi / 2."""
+    chunk: int | None = None
+    """Images in one transformer forward; chosen by the device's memory by default."""
+    decode_chunk: int = 16
+    """Images in one decoder call."""
+    instruction: bool = True
+    """Encode prompts behind the pipeline's own instruction to the text encoder."""
+
+    def __post_init__(self):
+        for name in ("height", "width", "num_steps", "chunk", "decode_chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"image.{name}: expected at least 1, got {value}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Post-train a frozen text-to-image model from black-box rewards by Evolution Strategies on a LoRA adapter.
+
+    Without flags this is the demo: a tiny SANA-Sprint, made on the spot, learns to draw images that compress well.
+    """
+
+    run_dir: Path | None = None
+    """Folder of the run: config, metrics, checkpoints, adapter, strips. By default runs/<date and time>."""
+    model: str = "tiny"
+    """A SanaSprintPipeline folder, a hub id, or `tiny`: the model the demo makes from nothing."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    prompts: Path | None = None
+    """Text file, one prompt a line, # for comments. By default a packaged list."""
+    eval_prompts: Path | None = None
+    """Prompts never trained on, to compare base and adapter at the end. By default a packaged list."""
+    reward: str = "jpeg_compressibility"
+    """A reward, or several with weights: `a=1.0,my_module:score=0.5`."""
+    steps: int = 40
+    """ES steps."""
+    population: int = 32
+    """Members N, an even number: they come in antithetic pairs."""
+    seed: int = 0
+    """Keys the noise, the latents, the prompts drawn and the adapter's start."""
+    resume: bool = False
+    """Continue the run in --run-dir from its last checkpoint."""
+    config: str | None = None
+    """YAML file below the flags, or the name of a packaged one: `reference`."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU when there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the frozen model. auto: bfloat16 on a GPU, float32 on a CPU. The adapter is float32 always."""
+    checkpoint_every: int = 5
+    """Steps between checkpoints."""
+    strip_every: int = 10
+    """Steps between strips of the best, median and worst member's images. 0: none."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    es: ESSettings = field(default_factory=ESSettings)
+    update: UpdateRule = field(default_factory=UpdateRule)
+    image: ImageSettings = field(default_factory=ImageSettings)
+
+    def __post_init__(self):
+        if self.population < 2 or self.population % 2:
+            raise ConfigError(f"population: expected an even number of at least 2, got {self.population}")
+        for name, least in (("steps", 1), ("checkpoint_every", 1), ("strip_every", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.seed < 1 << 64:
+            raise ConfigError(f"seed: expected an integer in [0, 2^64), got {self.seed}")
+        if self.steps > 1 << 31:
+            raise ConfigError(f"steps: expected at most 2^31, got {self.steps}")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Compare base and adapter on prompts: the same latents for both, every reward, paired differences."""
+
+    run_dir: Path | None = None
+    """A run's folder: its adapter, and its settings for what the other flags leave open."""
+    adapter: Path | None = None
+    """An adapter's folder, instead of the run's."""
+    model: str | None = None
+    """A SanaSprintPipeline folder, a hub id, or `tiny`."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    prompts: Path | None = None
+    """Text file, one prompt a line. By default the run's held-out prompts."""
+    reward: str | None = None
+    """A reward, or several: `a=1.0,my_module:score=0.5`. By default the run's."""
+    seed: int | None = None
+    """Keys the latents. By default the run's."""
+    repeats: int | None = None
+    """Images of each prompt. By default the run's."""
+    json: Path | None = None
+    """Also write the table there."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU when there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: bfloat16 on a GPU, float32 on a CPU."""
+    image: ImageSettings | None = None
+    """By default as in the run."""
+
+
+@dataclass(frozen=True)
+class RenderConfig:
+    """Draw prompts with the base model and the adapter, from the same latents, side by side."""
+
+    prompts: tyro.conf.Positional[tuple[str, ...]] = ()
+    """What to draw. Without any, the first of --prompts-file."""
+    prompts_file: Path | None = None
+    """Text file, one prompt a line. By default the packaged held-out list."""
+    limit: int = 8
+    """So many prompts of the file."""
+    run_dir: Path | None = None
+    """A run's folder: its adapter, and its settings for what the other flags leave open."""
+    adapter: Path | None = None
+    """An adapter's folder, instead of the run's."""
+    model: str | None = None
+    """A SanaSprintPipeline folder, a hub id, or `tiny`."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    out: Path = Path("renders")
+    """Folder for the images."""
+    seed: int | None = None
+    """Keys the latents. By default the run's."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU when there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: bfloat16 on a GPU, float32 on a CPU."""
+    image: ImageSettings | None = None
+    """By default as in the run."""
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """Versions, devices, and which kernels are in use and why."""
+
+    json: bool = False
+    """As JSON."""
+
+
+MAY_CHANGE = ("run_dir", "resume", "config", "steps", "checkpoint_every", "strip_every", "eval_prompts")
+"""Settings that a resumed run may be given anew: none of them has a say in the adapter of a given step."""
+
+
+def parse_train(args: list[str]) -> TrainConfig:
+    """Defaults, then the YAML of --config (or, with --resume, the run's own), then the flags.
+
+    Raises:
+        ConfigError: a file that cannot be read, an unknown or ill-typed setting, or a value out of range.
+    """
+    # a first look for the two flags that say what lies below the flags
+    below = _peek(args, "config")
+    if below is None and "--resume" in args and (run_dir := _peek(args, "run-dir")):
+        saved = Path(run_dir) / "config.yaml"
+        below = str(saved) if saved.is_file() else None
+    default = load(TrainConfig, below) if below else TrainConfig()
+    return tyro.cli(TrainConfig, args=args, default=default, prog="esengine train")
+
+
+def parse(cls: type, args: list[str], prog: str) -> Any:
+    """A dataclass from its flags."""
+    return tyro.cli(cls, args=args, prog=prog)
+
+
+def load(cls: type, source: str | Path) -> Any:
+    """Read a dataclass from a YAML file, or from a packaged one by its bare name."""
+    path = Path(source)
+    packaged = PACKAGED / f"{source}.yaml"
+    if not path.is_file() and packaged.is_file():
+        path = packaged
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"config {path}: {reason}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"config {path}{where}: {getattr(error, 'problem', None) or 'not YAML'}") from error
+    return from_dict(cls, {} if data is None else data, str(path))
+
+
+def from_dict(cls: type, data: Any, where: str) -> Any:
+    """A dataclass from nested mappings; unknown names and wrong types are errors that name the setting."""
+    if not isinstance(data, dict):
+        raise ConfigError(f"config {where}: expected a mapping of settings, got {type(data).__name__}")
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    for name in data:
+        if name not in names:
+            raise ConfigError(f"config {where}: unknown setting '{name}'; known: {', '.join(names)}")
+    values = {name: _convert(hints[name], value, f"{where}: {name}") for name, value in data.items()}
+    return cls(**values)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The dataclass as plain YAML values."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(item) for name, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def to_yaml(config: Any) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Settings that differ between two resolved configurations and may not, as `es.sigma: 0.01 -> 0.02`."""
+
+    def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        out = {}
+        for name, value in data.items():
+            out |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        return out
+
+    old, new = flat(saved), flat(now)
+    return [
+        f"{name}: {old.get(name)} -> {new.get(name)}"
+        for name in dict.fromkeys([*old, *new])
+        if name not in MAY_CHANGE and old.get(name) != new.get(name)
+    ]
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in options:
+            return None
+        (hint,) = [option for option in options if option is not type(None)]
+        return _convert(hint, value, where)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where)
+    if origin is Literal:
+        if value not in options:
+            raise ConfigError(f"config {where}: expected one of {', '.join(map(str, options))}, got {value!r}")
+        return value
+    if origin is tuple and isinstance(value, list):
+        return tuple(_convert(options[0], item, where) for item in value)
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if type(value) is not hint:
+        # YAML 1.1 reads 1e-2 as text
+        if hint is float and isinstance(value, str):
+            try:
+                return float(value)
+            except ValueError:
+                pass
+        expected = getattr(hint, "__name__", str(hint))
+        raise ConfigError(f"config {where}: expected {expected}, got {value!r}")
+    return value
+
+
+def _peek(args: list[str], flag: str) -> str | None:
+    for spelling in (f"--{flag}", f"--{flag.replace('-', '_')}"):
+        for i, arg in enumerate(args):
+            if arg == spelling and i + 1 < len(args):
+                return args[i + 1]
+            if arg.startswith(f"{spelling}="):
+                return arg.partition("=")[2]
+    return None

@@ -1,0 +1,46 @@
+"""What a result was made with: versions, devices, and which kernels are in use and why."""
+
+import importlib.metadata
+import json
+import os
+import platform
+
+import torch
+
+import esengine
+from esengine.kernels import CONTRACT, uses_triton
+from esengine.setup import pick_device
+
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "safetensors", "numpy", "pillow")
+
+
+def describe() -> dict[str, str]:
+    """Facts by name, for people and for the record of a result."""
+    facts = {"esengine": esengine.__version__, "python": platform.python_version(), "system": platform.platform()}
+    for package in PACKAGES:
+        try:
+            facts[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            facts[package] = "not installed"
+    device = pick_device("auto")
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts["device"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        facts["cuda"] = str(torch.version.cuda)
+    else:
+        facts["device"] = f"cpu, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    facts["kernels"] = _kernels(device)
+    facts["noise contract"] = f"v{CONTRACT}"
+    return facts
+
+
+def to_json(facts: dict[str, str]) -> str:
+    return json.dumps(facts, indent=1)
+
+
+def _kernels(device: torch.device) -> str:
+    if uses_triton(device):
+        return "triton, under its interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "triton"
+    if device.type == "cuda":
+        return "batched torch: triton is not installed (pip install 'eggroll-esengine[gpu]')"
+    return "batched torch: there is no CUDA device"

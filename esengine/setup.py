@@ -1,0 +1,63 @@
+"""From names in a configuration to things that compute: device, dtype, model, image settings, chunk size."""
+
+import torch
+
+from esengine.config import ImageSettings
+from esengine.errors import ConfigError
+from esengine.models import RenderSettings, SanaSprint, default_model
+
+TINY = "tiny"
+CPU_CHUNK = 64
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` takes a GPU when there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device: cannot use '{name}': {str(error).splitlines()[0]}") from error
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return getattr(torch, name)
+
+
+def load_model(model: str, revision: str | None, device: torch.device, dtype: torch.dtype) -> SanaSprint:
+    """A pipeline folder, a hub id, or `tiny`."""
+    source = default_model() if model == TINY else model
+    return SanaSprint.from_pretrained(source, revision=revision, device=device, dtype=dtype)
+
+
+def render_settings(image: ImageSettings) -> RenderSettings:
+    return RenderSettings(
+        height=image.height,
+        width=image.width,
+        num_steps=image.num_steps,
+        guidance_scale=image.guidance_scale,
+        x0_angle=image.x0_angle,
+        decode_chunk=image.decode_chunk,
+    )
+
+
+def pick_chunk(image: ImageSettings, model: SanaSprint) -> int:
+    """Images in one transformer forward: as given, else 64 on a CPU, else what half the free GPU memory should hold.
+
+    The estimate for a GPU counts the widest tensors of a block: 16 of its MLP's width, in the model's dtype.
+    """
+    if image.chunk is not None:
+        return image.chunk
+    if model.device.type != "cuda":
+        return CPU_CHUNK
+    config = model.transformer.config
+    scale = model.image_size // config.sample_size
+    tokens = (image.height or model.image_size) * (image.width or model.image_size) // (scale * config.patch_size) ** 2
+    width = config.num_attention_heads * config.attention_head_dim
+    per_image = tokens * int(width * config.mlp_ratio) * model.dtype.itemsize * 16
+    free, _ = torch.cuda.mem_get_info(model.device)
+    return max(1, min(256, free // 2 // per_image))
