@@ -115,10 +115,10 @@ def launches_of_every_kernel() -> Iterator[tuple[str, list]]:
             for n_in, n_out, tokens in shapes if (dtype, r) == (torch.bfloat16, 2) else shapes[2:4]:
                 with recorded_launches() as launches:
                     a, b = (empty(r, n_in), empty(n_out, r)) if r else (None, None)
+                    x, w = empty(64, tokens, n_in, dtype=dtype), empty(n_out, n_in, dtype=dtype)
                     population_linear(
-                        empty(64, tokens, n_in, dtype=dtype), empty(n_out, n_in, dtype=dtype), empty(n_out, dtype=dtype),
-                        a, b, members=empty(64, dtype=torch.int64), streams=linear_streams("x", direct=r == 0),
-                        seed=0, step=1, sigma=1e-2, rank=k,
+                        x, w, empty(n_out, dtype=dtype), a, b, members=empty(64, dtype=torch.int64),
+                        streams=linear_streams("x", direct=r == 0), seed=0, step=1, sigma=1e-2, rank=k,
                     )  # fmt: skip
                 name = str(dtype).removeprefix("torch.")
                 yield f"{n_in}->{n_out} x{tokens} {name} r{r} k{k}", launches

@@ -165,9 +165,11 @@ class TrainConfig:
     """Steps between checkpoints."""
     strip_every: int = 10
     """Steps between strips of the best, median and worst member's images. 0: none."""
+    wandb: bool = False
+    """Mirror TensorBoard to Weights & Biases; needs the `wandb` extra, and WANDB_MODE=offline needs no account."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     es: ESSettings = field(default_factory=ESSettings)
-    update: UpdateRule = field(default_factory=UpdateRule)
+    update: UpdateRule = field(default_factory=lambda: UpdateRule(lr_scale=1.0))
     image: ImageSettings = field(default_factory=ImageSettings)
 
     def __post_init__(self):
@@ -250,7 +252,7 @@ class EnvConfig:
     """As JSON."""
 
 
-MAY_CHANGE = ("run_dir", "resume", "config", "steps", "checkpoint_every", "strip_every", "eval_prompts")
+MAY_CHANGE = ("run_dir", "resume", "config", "steps", "checkpoint_every", "strip_every", "eval_prompts", "wandb")
 """Settings that a resumed run may be given anew: none of them has a say in the adapter of a given step."""
 
 

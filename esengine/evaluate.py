@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -35,11 +36,12 @@ class Score:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Scores by reward name over `prompts` prompts with `repeats` images each."""
+    """Scores by reward name over `prompts` prompts with `repeats` images each, and how the images were made."""
 
     prompts: int
     repeats: int
     scores: dict[str, Score]
+    settings: dict[str, Any]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
@@ -110,7 +112,8 @@ def compare(
         found.append({name: torch.cat([p[name].cpu() for p in parts]).double() for name in parts[0]})
     names = reward.names if len(reward.names) == 1 else [*reward.names, "combined"]
     scores = {name: _score(*(f[name].view(-1, repeats).mean(1) for f in found)) for name in names}
-    return Comparison(len(texts), repeats, scores)
+    made = {"seed": seed, "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."), "chunk": chunk}
+    return Comparison(len(texts), repeats, scores, made | asdict(settings))
 
 
 def _score(base: torch.Tensor, adapter: torch.Tensor) -> Score:

@@ -19,7 +19,7 @@ class Bar(Progress):
 
     def count(self, what: str, done: int, total: int) -> None:
         if self._counter is None:
-            self._counter = tqdm(total=total, unit=f" {what}", leave=False, **_terminal())
+            self._counter = tqdm(total=total, unit=f" {what}", leave=False, **_terminal(), disable=None)
         self._counter.update(done - self._counter.n)
         if done >= total:
             self._counter.close()

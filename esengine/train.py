@@ -2,8 +2,10 @@
 
 import dataclasses
 import hashlib
+import importlib.util
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -84,12 +86,17 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Result:
     reward = parse(config.reward)
     sampler = PromptSampler(len(prompts), config.es.prompts_per_step, config.seed)
     settings = render_settings(config.image)
-    device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
+    pick_device(config.device)  # before a folder is made
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("wandb: not installed; pip install 'eggroll-esengine[wandb]'")
     run_dir = config.run_dir or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 
-    resume = config.resume
-    with checkpoint.RunFolder.open(run_dir, resume=resume) as folder:
+    with checkpoint.RunFolder.open(run_dir, resume=config.resume) as folder:
+        saved = checkpoint.load_latest(folder.checkpoints) if config.resume else None
+        if saved is not None:
+            config = _as_before(config, saved.meta["config"])
+        device = pick_device(config.device)
+        dtype = pick_dtype(config.dtype, device)
         progress.note(f"model {config.model} on {device} in {str(dtype).removeprefix('torch.')}")
         model = load_model(config.model, config.revision, device, dtype)
         config = dataclasses.replace(
@@ -107,7 +114,6 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Result:
             "contract": CONTRACT,
             "esengine": esengine.__version__,
         }
-        saved = checkpoint.load_latest(folder.checkpoints) if resume else None
         if saved is not None:
             _check_same_run(folder, saved.meta, meta)
         population = attach_population(model, config)
@@ -124,7 +130,8 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Result:
         texts, held_out = encode(model, (prompts, eval_prompts), config.image, progress)
         run = Run(config, model, reward, texts, settings, progress)
         checkpoint.replace_file(folder.config, to_yaml(config).encode())
-        with RunLog(folder, resume_step=engine.step if saved is not None else None) as log:
+        resume_step = engine.step if saved is not None else None
+        with _mirror(config, folder), RunLog(folder, resume_step) as log:
             _loop(run, engine, folder, log, meta)
         population.detach()
 
@@ -189,11 +196,13 @@ def score_task(run: Run, population: Population, task: Task) -> tuple[dict[str, 
             step=task.step,
             prompts=prompts,
             repeats=repeats,
-            members=members.to(run.model.device),
+            members=members,
             population=population,
             settings=run.settings,
             text_length=length,
         )
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
         rendered = time.perf_counter()
         words = [run.texts.prompts[index] for index in prompts.tolist()]
         scores = run.reward.score(images, words, step=task.step, members=members.tolist())
@@ -202,6 +211,16 @@ def score_task(run: Run, population: Population, task: Task) -> tuple[dict[str, 
         seconds["score"] += time.perf_counter() - rendered
         run.progress.images(len(members))
     return {name: torch.cat([part[name] for part in parts]).view(task.shape) for name in parts[0]}, seconds
+
+
+def _mirror(config: TrainConfig, folder: checkpoint.RunFolder) -> AbstractContextManager:
+    """A Weights & Biases run that follows the TensorBoard writer opened inside it, or nothing."""
+    if not config.wandb:
+        return nullcontext()
+    import wandb
+
+    name = folder.path.resolve().name
+    return wandb.init(project="esengine", name=name, dir=folder.path, config=to_dict(config), sync_tensorboard=True)
 
 
 def _loop(run: Run, engine: Engine, folder: checkpoint.RunFolder, log: RunLog, meta: dict) -> None:
@@ -262,11 +281,22 @@ def _strip(run: Run, engine: Engine, task: Task, scores: torch.Tensor, log: RunL
             step=task.step,
             prompts=prompts,
             repeats=torch.zeros_like(prompts),
-            members=member.repeat(len(prompts)).to(run.model.device),
+            members=member.repeat(len(prompts)),
             population=engine.population,
             settings=run.settings,
         )
     log.strip(task.step, images, [run.texts.prompts[index] for index in prompts.tolist()])
+
+
+def _as_before(config: TrainConfig, saved: dict) -> TrainConfig:
+    """What the flags leave to be chosen stays as it was chosen when the run began."""
+    chunk = saved["image"]["chunk"] if config.image.chunk is None else config.image.chunk
+    return dataclasses.replace(
+        config,
+        device=saved["device"] if config.device == "auto" else config.device,
+        dtype=saved["dtype"] if config.dtype == "auto" else config.dtype,
+        image=dataclasses.replace(config.image, chunk=chunk),
+    )
 
 
 def _check_same_run(folder: checkpoint.RunFolder, saved: dict, now: dict) -> None:

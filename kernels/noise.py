@@ -191,7 +191,7 @@ if triton is not None:
     def box_muller(x_radius, x_angle):
         u = ((x_radius >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-08
         radius = tl.sqrt(tl.maximum(-2.0 * tl.log(u), 0.0))
-        # the angle's quadrant in integers, then Cephes' polynomials on [-pi/4, pi/4]: tl.cos would spill for huge angles
+        # quadrant in integers, then Cephes' polynomials on [-pi/4, pi/4]: tl.cos spills, to be ready for huge angles
         turn = (x_angle >> 8).to(tl.int32)
         quadrant = (turn + 2097152) >> 22
         phi = ((turn - (quadrant << 22)).to(tl.float32) + 0.5) * 3.7450702829239286e-07

@@ -277,7 +277,7 @@ def population_linear_triton(
         K=k, R=r, RP=max(16, padded_rank(max(r, 1))), RANK=rank, KP=kp, PRECISION=precision, **config,
     )  # fmt: skip
 
-    config = expand_config(m, n, x.dtype)
+    config = expand_config(m, t, x.dtype)
     block_m = config["BLOCK_M"]
     slots = 1 if t % block_m == 0 else (block_m + t - 2) // t + 1  # batch rows that one tile can touch
     grid = (triton.cdiv(m, block_m) * triton.cdiv(n, config["BLOCK_N"]),)
@@ -299,9 +299,12 @@ def shrink_config(t: int, kp: int) -> dict[str, int]:
     return {"BLOCK_T": block_t, "BLOCK_K": max(16, 32 // kp), "num_warps": 4}
 
 
-def expand_config(m: int, n: int, dtype: torch.dtype) -> dict[str, int]:
-    """Launch configuration of the expanding GEMM: narrow row tiles where there are few rows in all."""
-    block_m = 128 if m > 1024 else 64 if m > 128 else 16
+def expand_config(m: int, t: int, dtype: torch.dtype) -> dict[str, int]:
+    """Launch configuration of the expanding GEMM for M rows, T of them a member.
+
+    Up to 16 rows a member, a tile of 16 rows: it touches few members, each of which costs it a pass of noise.
+    """
+    block_m = 16 if t <= 16 else 64 if m <= 1024 else 128
     wide = dtype != torch.float32
     return {
         "BLOCK_M": block_m,

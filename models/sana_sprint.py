@@ -274,7 +274,11 @@ class SanaSprint:
             return sigma_data * latents(**keys, shape=shape, draw=draw, device=self.device)
 
         x_bchw = noise(0)
-        with population.perturbed(step=step, members=members) if population is not None else nullcontext():
+        with (
+            population.perturbed(step=step, members=members.to(self.device))
+            if population is not None
+            else nullcontext()
+        ):
             for i, (s, t) in enumerate(pairwise(angles)):
                 v_bchw = self._velocity(x_bchw, s, embeds_blc, mask_bl, guidance_b)
                 if settings.x0_angle is not None:

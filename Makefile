@@ -1,0 +1,43 @@
+# `make demo` and `make test` need nothing but Python 3.10+ and make: they install into .venv what is missing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint aot bench clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "esengine needs Python 3.10 or newer"'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+# train a LoRA on a tiny SANA-Sprint made on the spot, compare it with the base on held-out prompts, draw with both
+demo: $(VENV)/.installed
+	$(BIN)/esengine env
+	run=runs/demo-$$(date +%Y-%m-%d_%H-%M-%S) && \
+	$(BIN)/esengine train --run-dir $$run && \
+	$(BIN)/esengine render --run-dir $$run --out $$run/renders
+
+# once as it is, and once with the Triton kernels in their interpreter
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# compile every kernel for sm_90 without a GPU, under the oldest and the newest Triton supported
+aot: $(VENV)/.installed $(VENV)/triton-oldest/.installed
+	$(BIN)/python bench/aot.py
+	PYTHONPATH=$(VENV)/triton-oldest $(BIN)/python bench/aot.py
+
+$(VENV)/triton-oldest/.installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) triton==3.6.0
+	touch $@
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m pytest bench --benchmark-enable
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis
