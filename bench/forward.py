@@ -2,33 +2,32 @@
 
     python bench/forward.py [--json bench/results/cpu_forward.json]
 
-Tiny SANA-Sprint's transformer, fp32, the reference run's eight targets, LoRA r = 2, noise rank 1. In one run, turn about:
+Tiny SANA-Sprint's transformer, fp32, the reference run's eight targets, LoRA r = 2, noise rank 1. Turn about, in one
+run:
 
     plain       the same batch through the transformer that has no adapter
     adapter     the same batch through PEFT's unperturbed adapter
     population  every row its own member: `with population.perturbed(...)`, noise generation included
     noise       entering `perturbed` alone
     loop        each member in turn: its LoRA copied into PEFT's, its rows rendered; the weights lie ready in memory
-    loop_noise  the same with the member's weights built in the loop by `member_state_dict`
+    loop_noise  the same with the member's weights built in the loop by `member_state_dict`,
+                in four rounds of its own with population
 
-First of all, population must equal loop to 1e-5; no figure is taken otherwise. Then the peak memory of a step at a fixed
-chunk, for N members from 64 to 65536, each N in processes of its own.
+First of all, population must equal loop to 1e-5; no figure is taken otherwise. Last comes the peak memory of a step at
+a fixed chunk, for N from 64 to 65536 members.
 """
 
 import argparse
 import copy
-import json
-import resource
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
+import weakref
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
 from record import environment, interleaved, ratio, write
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import esengine
 from esengine.models import SanaSprint, build_tiny
@@ -39,6 +38,7 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "linear_1", "linear_2", "proj_out
 LAYOUTS = {"64 members x 1 image": (64, 1), "8 members x 8 images": (8, 8)}
 MEMORY_MEMBERS = (64, 1024, 16384, 65536)
 CHUNK = 64
+SLOW_ROUNDS = 4
 TEXT_TOKENS = 40
 TOLERANCE = 1e-5
 STEP = 3
@@ -122,82 +122,93 @@ def measure(folder: Path, members: int, images: int, rounds: int) -> dict:
         raise RuntimeError(f"population: expected loop to {TOLERANCE:g} relative, got {error:g}; nothing was timed")
     signal = ((got - variants["adapter"]()).norm() / expected.norm()).item()
 
+    slow = {name: variants.pop(name) for name in ("loop_noise",)}
     seconds = interleaved(variants, rounds)
+    beside = interleaved({"population": render_population, **slow}, SLOW_ROUNDS)
     pairs = {
         "population / plain": ("population", "plain"),
         "population / adapter": ("population", "adapter"),
         "adapter / plain": ("adapter", "plain"),
         "loop / population": ("loop", "population"),
-        "loop_noise / population": ("loop_noise", "population"),
     }
     return {
         "members": members,
         "images_per_member": images,
         "relative_error": error,
         "relative_perturbation": signal,
-        "seconds": seconds,
-        "ratios": {name: ratio(seconds[over], seconds[under]) for name, (over, under) in pairs.items()},
+        "seconds": {**seconds, "loop_noise": beside["loop_noise"]},
+        "ratios": {
+            **{name: ratio(seconds[over], seconds[under]) for name, (over, under) in pairs.items()},
+            "loop_noise / population": ratio(beside["loop_noise"], beside["population"]),
+        },
     }
+
+
+class LiveBytes(TorchDispatchMode):
+    """Inside, counts the bytes of the tensors that ops return and that are still referred to; `peak` is the most."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self._seen = 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._note, out)
+        return out
+
+    def _note(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._seen:
+            self._seen.add(key)
+            weakref.finalize(storage, self._drop, key, size)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
 
 
 @torch.no_grad()
 def step_peaks(folder: Path, members: int) -> dict[str, int]:
-    """Peak resident bytes of this process after rendering chunks of N members, and after the update from all N.
+    """Peak bytes of live tensors while chunks of N members render, and through the update from all N.
 
-    The chunks are the first, the last and two between, so that a render is the same work for every N.
+    The chunks are the first, the last and two between, so that a render is the same work for every N. Counted, not
+    read off the process, whose resident size moves by tens of MiB from run to run with the allocator's mood.
     """
     population = attach(load(folder))
     arguments = inputs(population.module, CHUNK)
-    for first in (0, members // 3 // CHUNK * CHUNK, members // 2 // CHUNK * CHUNK, members - CHUNK):
-        with population.perturbed(step=STEP, members=torch.arange(first, first + CHUNK)):
-            population.module(**arguments)
-    forward = _peak_bytes()
-    start = time.perf_counter()
-    population.update(step=STEP, fitness=torch.linspace(-1, 1, members))
-    return {"forward": forward, "update": _peak_bytes(), "update_seconds": time.perf_counter() - start}
+    with LiveBytes() as rendering:
+        for first in (0, members // 3 // CHUNK * CHUNK, members // 2 // CHUNK * CHUNK, members - CHUNK):
+            with population.perturbed(step=STEP, members=torch.arange(first, first + CHUNK)):
+                population.module(**arguments)
+    with LiveBytes() as updating:
+        population.update(step=STEP, fitness=torch.linspace(-1, 1, members))
+    return {"forward": rendering.peak, "update": updating.peak}
 
 
-def measure_memory(folder: Path, repeats: int) -> dict:
-    """`step_peaks` for each N, the median of processes taken turn about, and what each further member costs."""
-    taken: dict[int, list[dict]] = {members: [] for members in MEMORY_MEMBERS}
-    for _ in range(repeats):
-        for members in MEMORY_MEMBERS:
-            command = [sys.executable, __file__, "--folder", str(folder), "--peaks", str(members)]
-            taken[members].append(json.loads(subprocess.run(command, capture_output=True, check=True).stdout))
-    peaks = {
-        members: {name: statistics.median(run[name] for run in runs) for name in runs[0]}
-        for members, runs in taken.items()
-    }
-    few, many = MEMORY_MEMBERS[0], MEMORY_MEMBERS[-1]
-    population = attach(load(folder))
-    numbers = population.parameters().values()
+def measure_memory(folder: Path) -> dict:
+    """`step_peaks` for each N, what each further member costs, and what one member's weights would, if stored."""
+    peaks = {members: step_peaks(folder, members) for members in MEMORY_MEMBERS}
+    *_, few, many = MEMORY_MEMBERS
+    stored = attach(load(folder)).parameters().values()
     return {
         "chunk": CHUNK,
         "peak_bytes": peaks,
         "bytes_per_further_member": {
             name: (peaks[many][name] - peaks[few][name]) / (many - few) for name in ("forward", "update")
         },
-        "stored_member_bytes": sum(parameter.nbytes for parameter in numbers),
-        "runs": taken,
+        "stored_member_bytes": sum(parameter.nbytes for parameter in stored),
     }
-
-
-def _peak_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the record there")
     parser.add_argument("--rounds", type=int, default=40, help="samples of each variant (default 40)")
-    parser.add_argument("--memory-runs", type=int, default=3, help="processes for each N (default 3, 0 for none)")
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--peaks", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--no-memory", action="store_true", help="leave out the memory of a step")
     options = parser.parse_args()
-    if options.peaks:
-        print(json.dumps(step_peaks(options.folder, options.peaks)))
-        return
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         build_tiny(folder / NAME)
@@ -216,13 +227,16 @@ def main() -> None:
             for pair, taken in result["ratios"].items():
                 low, high = taken["paired_p20"], taken["paired_p80"]
                 print(f"  {pair:24} {taken['of_medians']:.3f}  (by round {low:.3f} to {high:.3f})")
-        if options.memory_runs:
-            memory = record["memory"] = measure_memory(folder, options.memory_runs)
+        if not options.no_memory:
+            memory = record["memory"] = measure_memory(folder)
             for members, peak in memory["peak_bytes"].items():
                 print(
-                    f"N {members:6}: peak {peak['forward'] / 2**20:.1f} MiB forward, {peak['update'] / 2**20:.1f} update"
+                    f"N {members:6}: {peak['forward'] / 2**20:.2f} MiB forward, {peak['update'] / 2**20:.2f} MiB update"
                 )
-            print("bytes per further member:", memory["bytes_per_further_member"])
+            more, stored = memory["bytes_per_further_member"], memory["stored_member_bytes"]
+            print(
+                f"bytes per further member: {more['forward']:.1f} forward, {more['update']:.1f} update, {stored} stored"
+            )
         record["load_average_after"] = environment()["load_average"]
     if options.json:
         write(options.json, record)

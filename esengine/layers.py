@@ -63,6 +63,15 @@ class PopulationLinear(LoraLinear):
         """s = lora_alpha / r, or PEFT's rank-stabilised variant of it."""
         return self.scaling[ADAPTER]
 
+    def _apply(self, fn, *args, **kwargs):
+        """Moves with the module; the adapter stays fp32 when the module is cast."""
+        masters = [(side[ADAPTER].weight, side[ADAPTER].weight.data) for side in (self.lora_A, self.lora_B)]
+        super()._apply(fn, *args, **kwargs)
+        for parameter, master in masters:
+            if parameter.dtype != torch.float32:
+                parameter.data = master.to(parameter.device)
+        return self
+
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         chunk = self.scope.chunk if self.scope is not None else None
         if chunk is None or self.disable_adapters:

@@ -31,6 +31,7 @@ from esengine.kernels import (
     es_update,
     es_update_chunk,
     factor,
+    key_words,
     linear_streams,
     pair_weights,
     signed_sigma,
@@ -96,18 +97,18 @@ def attach(
         raise ValueError("module: expected one without an adapter, got one with peft_config; detach or unload it first")
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"backend: expected auto, triton or torch, got {backend}")
+    names = [name for name, _ in module.named_modules()]
+    for target in config.target_modules if isinstance(config.target_modules, (list, set, tuple)) else ():
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise ValueError(f"target_modules: '{target}' matches nothing in {type(module).__name__}")
     config = copy.deepcopy(config)
     config._register_custom_module({nn.Module: make_layer})
     trainable = {name: p.requires_grad for name, p in module.named_parameters()}
-    named_targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(noise.seed & (1 << 63) - 1)
+            torch.random.default_generator.manual_seed(noise.seed & (1 << 63) - 1)  # the CPU's alone
             LoraModel(module, config, ADAPTER)
         layers = {name: m for name, m in module.named_modules() if isinstance(m, PopulationLinear)}
-        for target in named_targets if not isinstance(config.target_modules, str) else []:
-            if not any(name == target or name.endswith(f".{target}") for name in layers):
-                raise ValueError(f"target_modules: '{target}' matches nothing in {type(module).__name__}")
         return Population(module, layers, config, noise, rule, backend, trainable)
     except BaseException:
         strip(module, trainable)
@@ -255,7 +256,7 @@ class Population:
         """Take over what `state_dict` gave.
 
         Raises:
-            ValueError: the state is of other noise settings, layers or shapes; nothing has changed then.
+            ValueError: the state is of other noise settings, layers, shapes or another optimizer; nothing has changed.
         """
         mine, parameters = self.state_dict(), self.parameters()
         if state["noise"] != mine["noise"]:
@@ -264,6 +265,7 @@ class Population:
         if shapes != got:
             odd = sorted(set(shapes.items()) ^ set(got.items()))[0]
             raise ValueError(f"state: layers differ from the attached ones, first at {odd[0]} {list(odd[1])}")
+        self._updater.check_state(state["optimizer"])
         for name, parameter in parameters.items():
             parameter.copy_(state["adapter"][name])
         self._updater.load_state_dict(state["optimizer"])
@@ -310,6 +312,7 @@ class Population:
 
     def _chunk(self, step: int, members: torch.Tensor) -> Chunk:
         members = self._check_members(members)
+        key_words(self.noise.seed, step)
         settings = dict(members=members, step=step, **vars(self.noise))
         if self.backend == "triton":
             return Chunk(**settings)

@@ -64,6 +64,19 @@ class Updater:
             if value is not None
         }
 
+    def check_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Raises ValueError if the state is another optimizer's or other tensors'."""
+        moments = {"sgd": (), "momentum": ("momentum_buffer",), "adam": ("step", "exp_avg", "exp_avg_sq")}
+        known = {f"{name}.{moment}" for name in self.parameters for moment in moments[self.rule.optimizer]}
+        if set(state) not in (set(), known):
+            odd = sorted(set(state) ^ known)[0]
+            raise ValueError(f"state: expected the moments of {self.rule.optimizer}, differs first at {odd}")
+        for key, value in state.items():
+            name, _, moment = key.rpartition(".")
+            if moment != "step" and value.shape != self.parameters[name].shape:
+                expected = list(self.parameters[name].shape)
+                raise ValueError(f"state: {key}: expected {expected}, got {list(value.shape)}")
+
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Take over what `state_dict` gave."""
         self.optimizer.state.clear()

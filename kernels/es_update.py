@@ -15,7 +15,7 @@ import math
 
 import torch
 
-from esengine.kernels.noise import factor_ref, padded_rank, pair_weights, signed64, triton, uses_triton
+from esengine.kernels.noise import factor_ref, key_words, padded_rank, pair_weights, signed64, triton, uses_triton
 
 PAIRS_PER_CHUNK = 64
 """Pairs summed in one product on the torch path. A constant, so that the order of the sum never changes."""
@@ -85,7 +85,10 @@ def es_update(
 ) -> torch.Tensor:
     """`es_update_ref` by the fastest way the device has: Triton on a GPU, chunks of pairs in torch elsewhere."""
     check_fitness(fitness)
+    key_words(seed, step)
     weights = pair_weights(fitness)
+    if 0 in shape:
+        return torch.zeros(shape, device=fitness.device)
     if not uses_triton(fitness.device):
         total = torch.zeros(shape, device=fitness.device)
         for start in range(0, len(weights), PAIRS_PER_CHUNK):
@@ -97,15 +100,14 @@ def es_update(
             total += es_update_chunk(chunk, u, v)
         return total
     out = torch.empty(shape, device=fitness.device)
-    if out.numel():
-        config = update_config(*shape)
-        grid = (triton.cdiv(shape[0], config["BLOCK_L"]), triton.cdiv(shape[1], config["BLOCK_S"]))
-        _update_kernel[grid](
-            weights.contiguous(), out,
-            pairs=len(weights), L=shape[0], S=shape[1], scale=1 / math.sqrt(rank),
-            seed=signed64(seed), step=step, stream_u=stream_u, stream_v=stream_v,
-            RANK=rank, KP=padded_rank(rank), **config,
-        )  # fmt: skip
+    config = update_config(*shape)
+    grid = (triton.cdiv(shape[0], config["BLOCK_L"]), triton.cdiv(shape[1], config["BLOCK_S"]))
+    _update_kernel[grid](
+        weights.contiguous(), out,
+        pairs=len(weights), L=shape[0], S=shape[1], scale=1 / math.sqrt(rank),
+        seed=signed64(seed), step=step, stream_u=stream_u, stream_v=stream_v,
+        RANK=rank, KP=padded_rank(rank), **config,
+    )  # fmt: skip
     return out
 
 

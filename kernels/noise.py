@@ -91,12 +91,15 @@ def philox_ref(counter: Sequence[torch.Tensor], key: tuple[int, int]) -> list[to
     for _ in range(10):
         # the product wraps to a negative int64; the mask after the arithmetic shift drops the copied sign bits
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
+        high0, high1 = (p0 >> 32).bitwise_and_(_MASK), (p1 >> 32).bitwise_and_(_MASK)
+        c0, c2 = (high1 ^ c1).bitwise_xor_(k0), (high0 ^ c3).bitwise_xor_(k1)
+        c1, c3 = p1.bitwise_and_(_MASK), p0.bitwise_and_(_MASK)
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return [c0, c1, c2, c3]
 
 
-def _words(seed: int, step: int) -> tuple[int, int]:
+def key_words(seed: int, step: int) -> tuple[int, int]:
+    """The two 32-bit words of Philox's key. Raises ValueError for a seed or step out of the contract's range."""
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed: expected an integer in [0, 2^64), got {seed}")
     if not 0 <= step < 1 << 32:
@@ -106,20 +109,14 @@ def _words(seed: int, step: int) -> tuple[int, int]:
 
 def quads_ref(*, seed: int, step: int, quads: torch.Tensor, streams: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
     """Normals of whole counters: float32 [..., 4] for int64 `quads` (e >> 2), `streams` and `pairs` that broadcast."""
-    key = _words(seed, step)
-    shape = torch.broadcast_shapes(quads.shape, streams.shape, pairs.shape)
-    counter = [
-        quads.expand(shape),
-        pairs.expand(shape),
-        streams.expand(shape),
-        torch.full_like(quads, step).expand(shape),
-    ]
-    words = philox_ref(counter, key)
-    u = ((torch.stack(words, -1) >> 8).float() + 0.5) * 2**-24
-    wide = torch.float32 if u.is_cuda else torch.float64
-    u = u.to(wide).unflatten(-1, (2, 2))  # [..., 2, (radius, angle)]
-    radius, angle = (-2 * u[..., 0].log()).clamp_min_(0).sqrt_(), 2 * math.pi * u[..., 1]
-    return torch.stack((radius * angle.cos(), radius * angle.sin()), -1).flatten(-2).float()
+    words = philox_ref([quads, pairs, streams, torch.tensor(step, device=quads.device)], key_words(seed, step))
+    wide = torch.float32 if quads.is_cuda else torch.float64
+    out = torch.empty(*torch.broadcast_shapes(*(word.shape for word in words)), 4, device=quads.device)
+    for first in (0, 2):
+        u_radius, u_angle = (((word >> 8).float() + 0.5).mul_(2**-24).to(wide) for word in words[first : first + 2])
+        radius, angle = u_radius.log_().mul_(-2).clamp_min_(0).sqrt_(), u_angle.mul_(2 * math.pi)
+        out[..., first], out[..., first + 1] = radius * angle.cos(), radius * angle.sin()
+    return out
 
 
 def normals_ref(
@@ -238,8 +235,8 @@ def normals(
     """`normals_ref` by the fastest way the device has: a Triton kernel on a GPU, torch elsewhere. Same arguments."""
     if not uses_triton(device):
         return normals_ref(seed=seed, step=step, streams=streams, pairs=pairs, count=count, device=device)
-    _words(seed, step)
-    streams, pairs = streams.to(device), pairs.to(device)
+    key_words(seed, step)
+    streams, pairs = streams.to(device).contiguous(), pairs.to(device).contiguous()
     out = torch.empty(len(pairs), count, device=device)
     if out.numel():
         block = 1024

@@ -25,6 +25,7 @@ from esengine.kernels.noise import (
     Streams,
     factor,
     factor_ref,
+    key_words,
     padded_rank,
     signed64,
     signed_sigma,
@@ -214,23 +215,25 @@ def population_linear_torch(
     """
     v, u, v_out, u_out = factors
     y = F.linear(x, weight, bias)
-    x_btk = x.reshape(len(x), -1, x.shape[-1]).float()
+    if y.numel() == 0:
+        return y
+    batch, n = len(x), len(weight)
+    x_bkt = x.reshape(batch, -1, x.shape[-1]).float().mT
     c = c[:, None, None]
     if a is None:
-        g = torch.bmm(x_btk, v[slots])
-        expand = (c * u_out[slots]).mT
+        h = c * torch.bmm(v[slots].mT, x_bkt)
+        expand = u_out[slots].mT
     else:
-        rows = len(x)
-        g = torch.bmm(x_btk, torch.cat((a.T.expand(rows, -1, -1), v[slots]), -1))
-        cu = (c * u[slots]).mT  # [B, k, r]
-        identity = torch.eye(len(a), device=x.device).expand(rows, -1, -1)
-        left = torch.cat((identity, cu), 1) * scale  # [B, r + k, r]
-        g = torch.bmm(g, torch.cat((left, torch.bmm(left, v_out[slots])), -1))
-        expand = torch.cat((b.T.expand(rows, -1, -1), (c * u_out[slots]).mT), 1)  # [B, r + k, out]
+        r = len(a)
+        g = torch.bmm(torch.cat((a.expand(batch, -1, -1), v[slots].mT), 1), x_bkt)  # [B, r + k, T]
+        h = torch.baddbmm(g[:, :r], c * u[slots], g[:, r:], beta=scale, alpha=scale)
+        h = torch.cat((h, torch.bmm((c * v_out[slots]).mT, h)), 1)
+        expand = torch.cat((b.T.expand(batch, -1, -1), u_out[slots].mT), 1)  # [B, r + k, out]
+    y_btn = y.view(batch, -1, n)
     if x.dtype == torch.float32:
-        y.view(len(x), -1, len(weight)).baddbmm_(g, expand)
+        y_btn.baddbmm_(h.mT, expand)
         return y
-    return (y.view(len(x), -1, len(weight)).float().baddbmm_(g, expand)).to(x.dtype).view(y.shape)
+    return torch.baddbmm(y_btn.float(), h.mT, expand).to(x.dtype).view(y.shape)
 
 
 def population_linear_triton(
@@ -250,17 +253,18 @@ def population_linear_triton(
 ) -> torch.Tensor:
     """The Triton path: shrink, then a GEMM whose epilogue rebuilds U' and expands. Arguments as in the reference.
 
-    Deterministic; a row's result does not depend on its batch mates. Noise and the LoRA columns stay in fp32.
+    Deterministic; a row's result depends on T, not on its batch mates. Noise and the LoRA columns stay in fp32.
     """
     _check(x, weight, bias, a, b, members)
+    key_words(seed, step)
     (n, k), r, kp = weight.shape, 0 if a is None else len(a), padded_rank(rank)
     # under the interpreter a store to bf16 truncates, so it writes fp32 and torch rounds
     y = torch.empty(*x.shape[:-1], n, device=x.device, dtype=torch.float32 if INTERPRET else x.dtype)
-    x_btk = x.reshape(len(x), -1, k)
-    batch, t, _ = x_btk.shape
-    m = batch * t
     if y.numel() == 0:
         return y.to(x.dtype)
+    x_btk = x.reshape(len(x), -1, k)
+    batch, t, _ = x_btk.shape
+    m, members = batch * t, members.contiguous()
     h = torch.empty(m, r + rank, device=x.device)
     noise = dict(seed=signed64(seed), step=step)
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
@@ -277,12 +281,12 @@ def population_linear_triton(
         K=k, R=r, RP=max(16, padded_rank(max(r, 1))), RANK=rank, KP=kp, PRECISION=precision, **config,
     )  # fmt: skip
 
-    config = expand_config(m, t, x.dtype)
+    config = expand_config(t, x.dtype)
     block_m = config["BLOCK_M"]
     slots = 1 if t % block_m == 0 else (block_m + t - 2) // t + 1  # batch rows that one tile can touch
     grid = (triton.cdiv(m, block_m) * triton.cdiv(n, config["BLOCK_N"]),)
     _expand_kernel[grid](
-        x_btk, weight, weight if bias is None else bias, h if b is None else b, h, members, y,
+        x_btk, weight, weight if bias is None else bias.contiguous(), h if b is None else b, h, members, y,
         M=m, N=n, T=t, **strides,
         stride_wn=weight.stride(0), stride_wk=weight.stride(1),
         stride_bn=0 if b is None else b.stride(0), stride_br=0 if b is None else b.stride(1),
@@ -299,12 +303,13 @@ def shrink_config(t: int, kp: int) -> dict[str, int]:
     return {"BLOCK_T": block_t, "BLOCK_K": max(16, 32 // kp), "num_warps": 4}
 
 
-def expand_config(m: int, t: int, dtype: torch.dtype) -> dict[str, int]:
-    """Launch configuration of the expanding GEMM for M rows, T of them a member.
+def expand_config(t: int, dtype: torch.dtype) -> dict[str, int]:
+    """Launch configuration of the expanding GEMM for T rows a member.
 
-    Up to 16 rows a member, a tile of 16 rows: it touches few members, each of which costs it a pass of noise.
+    Up to 16 rows a member, a tile of 16 rows: it touches few members, each of which costs it a pass of noise. Nothing
+    here depends on the batch, and with it the order of a row's sum.
     """
-    block_m = 16 if t <= 16 else 64 if m <= 1024 else 128
+    block_m = 16 if t <= 16 else 64 if t <= 128 else 128
     wide = dtype != torch.float32
     return {
         "BLOCK_M": block_m,
@@ -353,13 +358,15 @@ def _check(x, weight, bias, a, b, members) -> None:
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise ValueError(f"{name}: expected {expected}, got {dtype} {list(tensor.shape)} on {tensor.device}")
 
+    if weight.dim() != 2:
+        fail("weight", "[out, in]", weight)
     n, k = weight.shape
     if x.dim() < 2 or x.shape[-1] != k or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         fail("x", f"float32, bfloat16 or float16 [B, ..., {k}]", x)
     if weight.dtype != x.dtype or weight.device != x.device:
         fail("weight", f"{str(x.dtype).removeprefix('torch.')} [out, in] on {x.device}", weight)
-    if bias is not None and (bias.shape != (n,) or bias.device != x.device):
-        fail("bias", f"[{n}] on {x.device}", bias)
+    if bias is not None and (bias.shape != (n,) or bias.dtype != x.dtype or bias.device != x.device):
+        fail("bias", f"{str(x.dtype).removeprefix('torch.')} [{n}] on {x.device}", bias)
     if (a is None) != (b is None):
         raise ValueError("a, b: expected both tensors or both None, got one of each")
     if a is not None:

@@ -22,8 +22,8 @@ from esengine.kernels import (
 )
 from esengine.kernels.noise import INTERPRET
 
-TRITON_ATOL = 3e-6
-"""Largest difference of float32 normals from float64 ones rounded; 1.5e-6 was measured in the interpreter over 2^22."""
+TRITON_ATOL = 2e-6
+"""Of normals computed in float32 from normals computed in float64: 1.1e-6 was the most among 6 million, interpreted."""
 
 # Random123, kat_vectors: philox 4x32 10, counter, key, result
 PUBLISHED = [
@@ -186,9 +186,7 @@ def test_an_element_does_not_depend_on_its_neighbours(device):
     mixed = normals(seed=3, step=2, streams=streams[order], pairs=pairs[order], count=1500, device=device)
     assert torch.equal(mixed, whole[order])
     for i in range(5):
-        alone = normals(
-            seed=3, step=2, streams=streams[i : i + 1], pairs=pairs[i : i + 1], count=1500, device=device
-        )
+        alone = normals(seed=3, step=2, streams=streams[i : i + 1], pairs=pairs[i : i + 1], count=1500, device=device)
         assert torch.equal(alone[0], whole[i])
 
 

@@ -1,0 +1,113 @@
+"""What each op must compute and move, what a device can, and so the share of the roofline that a time reaches.
+
+    seconds at the roofline = max(flops / matmul ceiling, operations / vector ceiling, bytes / memory ceiling)
+
+FLOPs are those of matrix products, an addition and a multiplication each. Operations are single instructions of the
+vector units: Philox and Box-Muller. Bytes count every operand and result once, as if a cache held all that is reused.
+
+Legend: M rows in all, T rows a member, K in, N out, r LoRA rank, k noise rank (kp padded), P pairs, L x S a tensor.
+"""
+
+from typing import NamedTuple
+
+import torch
+from record import interleaved
+
+from esengine.kernels import padded_rank
+
+PHILOX_OPERATIONS = 83
+"""Instructions of one Philox4x32-10 call, four words; counted in sm_90 machine code."""
+
+BOX_MULLER_OPERATIONS = 33
+"""Instructions of one normal, from its words; counted there too."""
+
+
+class Work(NamedTuple):
+    """flops of matrix products, operations of the vector units, bytes of memory."""
+
+    flops: float
+    operations: float
+    bytes: float
+
+
+class Ceilings(NamedTuple):
+    """What a device achieves at best, a second: FLOPs by dtype of the product, vector operations, bytes."""
+
+    flops: dict[torch.dtype, float]
+    operations: float
+    bytes: float
+
+
+KNOWN = {
+    # achievable dense bf16 and copy bandwidth, below the data sheet; vector issue is 132 SMs x 128 lanes x 1.755 GHz
+    "H100": Ceilings({torch.bfloat16: 750e12, torch.float16: 750e12, torch.float32: 55e12}, 29.6e12, 3.0e12),
+}
+
+
+def normals_work(*, rows: int, count: int) -> Work:
+    """Noise [P, count] fp32, written once: a Philox call for four normals, nothing read but the ids."""
+    quads = rows * ((count + 3) // 4)
+    return Work(0, quads * (PHILOX_OPERATIONS + 4 * BOX_MULLER_OPERATIONS), 4 * rows * count)
+
+
+def linear_work(*, rows: int, n_in: int, n_out: int, itemsize: int, bias: bool = True) -> Work:
+    """y = x W^T + bias: 2 M K N."""
+    values = rows * n_in + n_in * n_out + rows * n_out + bias * n_out
+    return Work(2 * rows * n_in * n_out, 0, itemsize * values)
+
+
+def population_linear_work(
+    *, rows: int, members: int, n_in: int, n_out: int, r: int, k: int, itemsize: int, bias: bool = True
+) -> Work:
+    """The plain linear, and beside it
+
+        shrink  g = x [A^T | V]          2 M K (r + k)
+        mix     h = s g Mix              2 M (r + k)^2, which is 2 M k^2 saved in the direct form
+        expand  y += h [B | c U']^T      2 M (r + k) N
+
+    with A and B read once, fp32, and the factors of members / 2 antithetic pairs built once, never read.
+    """
+    plain = linear_work(rows=rows, n_in=n_in, n_out=n_out, itemsize=itemsize, bias=bias)
+    columns = r + k
+    flops = 2 * rows * columns * (n_in + n_out) + (2 * rows * columns**2 if r else 0)
+    noise = sum(normals_work(rows=members // 2, count=padded_rank(k) * length).operations for length in (n_in, n_out))
+    small = 2 * normals_work(rows=members // 2, count=padded_rank(k) * r).operations if r else 0
+    return Work(plain.flops + flops, noise + small, plain.bytes + 4 * r * (n_in + n_out) + 8 * members)
+
+
+def es_update_work(*, shape: tuple[int, int], pairs: int, k: int) -> Work:
+    """sum_j w_j U_j V_j^T: 2 P k L S, the factors of every pair built once, the fp32 sum written once."""
+    rows, cols = shape
+    noise = sum(normals_work(rows=pairs, count=padded_rank(k) * length).operations for length in shape)
+    return Work(2 * pairs * k * rows * cols, noise, 4 * rows * cols + 4 * pairs)
+
+
+def ceilings(device: torch.device | str = "cpu") -> Ceilings | None:
+    """The table's ceilings for a GPU, None for one that is not in it; for a CPU those that this process reaches now.
+
+    A CPU's are the medians of a 1536^3 fp32 product and of a 256 MiB copy (read and written). One vector operation is
+    taken to last as long as one multiply-add, two FLOPs.
+    """
+    if torch.device(device).type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return next((known for part, known in KNOWN.items() if part in name), None)
+    size, x = 1536, torch.randn(1536, 1536)
+    source = torch.zeros(1 << 26)
+    target = torch.empty_like(source)
+    taken = interleaved({"product": lambda: x @ x, "copy": lambda: target.copy_(source)}, rounds=7)
+    flops = 2 * size**3 / taken["product"]["median"]
+    return Ceilings({torch.float32: flops}, flops / 2, 2 * source.nbytes / taken["copy"]["median"])
+
+
+def share(seconds: float, work: Work, limits: Ceilings, dtype: torch.dtype = torch.float32) -> float:
+    """The part of its time that an op would need at the device's ceilings: 1 is the roofline.
+
+    Raises:
+        ValueError: `seconds` is not positive, or the ceilings lack `dtype`.
+    """
+    if not seconds > 0:
+        raise ValueError(f"seconds: expected a positive number, got {seconds}")
+    if dtype not in limits.flops:
+        raise ValueError(f"dtype: expected one of {sorted(map(str, limits.flops))}, got {dtype}")
+    bound = max(work.flops / limits.flops[dtype], work.operations / limits.operations, work.bytes / limits.bytes)
+    return bound / seconds

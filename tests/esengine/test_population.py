@@ -1,0 +1,686 @@
+"""attach, perturbed, update, save, load, detach: against PEFT with one member's weights set at a time."""
+
+import copy
+import math
+
+import pytest
+import torch
+from diffusers import SanaTransformer2DModel
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from torch import nn
+from transformers import BertConfig, BertModel, Gemma2Config, Gemma2ForCausalLM
+
+import esengine
+from esengine import Noise, UpdateRule
+from esengine.kernels import factor, signed_sigma
+from esengine.layers import PopulationLinear
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "linear_1", "linear_2", "proj_out", "linear"]
+DEVICES = ["cpu"] + [pytest.param("cuda", marks=pytest.mark.gpu)] * torch.cuda.is_available()
+
+
+class MLP(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.act, self.down = nn.Linear(7, 12), nn.GELU(), nn.Linear(12, 5, bias=False)
+        self.norm, self.conv, self.table = nn.LayerNorm(5), nn.Conv2d(1, 1, 1), nn.Embedding(3, 5)
+        self.attention = nn.MultiheadAttention(5, 1)
+        self.norm.weight.requires_grad_(False)
+
+    def forward(self, x):
+        return self.norm(self.down(self.act(self.up(x))))
+
+
+def seeded(build):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build().eval()
+
+
+def sana():
+    model = SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2,
+        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=12,
+        sample_size=4, patch_size=1, guidance_embeds=True, qk_norm="rms_norm_across_heads",
+    )  # fmt: skip
+    for parameter in model.parameters():  # the default initialisation leaves tables of tiny numbers and nought biases
+        if parameter.dim() == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def bert():
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return BertModel(config)
+
+
+def gemma():
+    config = Gemma2Config(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=24, head_dim=8, max_position_embeddings=16,
+    )  # fmt: skip
+    return Gemma2ForCausalLM(config)
+
+
+def inputs(kind, batch, device="cpu"):
+    """Keyword arguments of one forward, rows all different."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape):
+        return torch.randn(batch, *shape, generator=generator).to(device)
+
+    if kind == "mlp":
+        return {"x": draw(3, 7)}
+    if kind == "sana":
+        return {
+            "hidden_states": draw(4, 4, 4),
+            "encoder_hidden_states": draw(6, 12),
+            "timestep": draw().abs(),
+            "guidance": draw().abs(),
+            "encoder_attention_mask": torch.arange(6, device=device).expand(batch, -1) < 4,
+        }
+    return {"input_ids": torch.randint(50, (batch, 6), generator=generator).to(device)}
+
+
+def outputs(model, kwargs):
+    out = model(**kwargs)
+    for name in ("sample", "last_hidden_state", "logits"):
+        if hasattr(out, name):
+            return getattr(out, name)
+    return out
+
+
+BUILD = {"mlp": MLP, "sana": sana, "bert": bert, "gemma": gemma}
+
+
+def fresh(kind="mlp"):
+    return seeded(BUILD[kind])
+
+
+def mlp_config(**changes):
+    return LoraConfig(**({"r": 2, "lora_alpha": 6, "target_modules": ["up", "down"]} | changes))
+
+
+def trained(module, config, noise, **kwargs):
+    """A population whose adapter is not nought: LoRA's B starts there."""
+    population = esengine.attach(module, config, noise, **kwargs)
+    generator = torch.Generator().manual_seed(2)
+    for parameter in population.parameters().values():
+        parameter.data = (0.2 * torch.randn(parameter.shape, generator=generator)).to(parameter)
+    return population
+
+
+def relative(got, expected):
+    return float((got - expected).norm() / expected.norm())
+
+
+def snapshot(module):
+    """All that attach may touch: names, bits, flags, the modules themselves and their attributes."""
+    return (
+        {name: tensor.clone() for name, tensor in module.state_dict().items()},
+        {name: (id(p), p.requires_grad) for name, p in module.named_parameters()},
+        {name: (id(m), m.training, sorted(vars(m))) for name, m in module.named_modules()},
+    )
+
+
+def assert_untouched(module, before):
+    after = snapshot(module)
+    assert list(after[0]) == list(before[0])
+    assert all(torch.equal(after[0][name], tensor) for name, tensor in before[0].items())
+    assert after[1:] == before[1:]
+    assert not hasattr(module, "peft_config")
+
+
+CASES = {
+    "mlp r1 k1": ("mlp", mlp_config(r=1), 1),
+    "mlp r3 k2 rslora": ("mlp", mlp_config(r=3, use_rslora=True), 2),
+    "mlp r8 k4 patterns": ("mlp", mlp_config(r=8, rank_pattern={"up": 3}, alpha_pattern={"down": 2}), 4),
+    "mlp regex": ("mlp", mlp_config(target_modules=r".*(up|down)"), 3),
+    "bert r4 k2": (
+        "bert",
+        LoraConfig(r=4, target_modules=["query", "key", "value", "dense"], exclude_modules=["pooler.dense"]),
+        2,
+    ),
+    "bert regex": (
+        "bert",
+        LoraConfig(r=2, target_modules=r".*layer\.\d\.(attention.*(query|value)|output.dense)"),
+        1,
+    ),
+    "gemma r2 k3": (
+        "gemma",
+        LoraConfig(r=2, target_modules=["q_proj", "k_proj", "o_proj", "down_proj"], rank_pattern={"k_proj": 5}),
+        3,
+    ),
+    "sana reference run": ("sana", LoraConfig(r=2, lora_alpha=8, target_modules=TARGETS), 1),
+    "sana r1 k2": ("sana", LoraConfig(r=1, target_modules=TARGETS, exclude_modules=r".*\.1\.attn2\..*"), 2),
+    "sana r4 k3 rslora": ("sana", LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, use_rslora=True), 3),
+    "sana r8 k4 patterns": (
+        "sana",
+        LoraConfig(
+            r=8, lora_alpha=8, target_modules=TARGETS,
+            rank_pattern={"proj_out": 3, r"transformer_blocks\.0\.attn1\.to_q": 1},
+            alpha_pattern={"to_v": 2, "linear": 5},
+        ),
+        4,
+    ),
+}  # fmt: skip
+MEMBERS = [5, 0, 3, 2, 1, 6, 5]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_mixed_batch_is_every_member_alone_in_peft(case, device):
+    kind, config, rank = CASES[case]
+    noise = Noise(sigma=0.05, rank=rank, seed=(1 << 63) + 3)
+    population = trained(fresh(kind).to(device), config, noise)
+    kwargs = inputs(kind, len(MEMBERS), device)
+    with torch.no_grad(), population.perturbed(step=9, members=torch.tensor(MEMBERS, device=device)):
+        batch = outputs(population.module, kwargs)
+    peft = get_peft_model(fresh(kind).to(device), copy.deepcopy(config)).eval()
+    assert sum(isinstance(m, PopulationLinear) for m in peft.modules()) == 0
+    assert {name.rpartition(".lora_")[0] for name in population.member_state_dict(step=9, member=0)} == {
+        name for name, module in peft.named_modules() if hasattr(module, "lora_A")
+    }
+    for row, member in enumerate(MEMBERS):
+        result = set_peft_model_state_dict(peft, population.member_state_dict(step=9, member=member))
+        assert not result.unexpected_keys
+        assert not [key for key in result.missing_keys if "lora" in key]
+        with torch.no_grad():
+            alone = outputs(peft, {name: value[row : row + 1] for name, value in kwargs.items()})
+        assert relative(batch[row], alone[0]) < 1e-5
+    assert relative(batch[6], batch[0]) > 1e-3  # the same member on another input
+    # the noise is no rounding error: another member is far away
+    set_peft_model_state_dict(peft, population.member_state_dict(step=9, member=4))
+    with torch.no_grad():
+        assert relative(outputs(peft, {n: v[:1] for n, v in kwargs.items()})[0], batch[0]) > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["mlp", "sana"])
+def test_a_row_does_not_depend_on_its_batch_mates(kind):
+    config = mlp_config() if kind == "mlp" else LoraConfig(r=2, target_modules=TARGETS)
+    population = trained(fresh(kind), config, Noise(sigma=0.05, rank=2))
+    kwargs, members = inputs(kind, 6), torch.tensor([8, 3, 3, 0, 9, 1 << 32])
+    with torch.no_grad():
+        with population.perturbed(step=1, members=members):
+            whole = outputs(population.module, kwargs)
+        for order in ([0], [4, 1], [5, 4, 3, 2, 1, 0], [2, 2, 2]):
+            with population.perturbed(step=1, members=members[order]):
+                some = outputs(population.module, {name: value[order] for name, value in kwargs.items()})
+            assert relative(some, whole[order]) < 1e-6
+
+
+def test_outside_perturbed_it_is_pefts_forward():
+    config, kwargs = mlp_config(), inputs("mlp", 4)
+    population = trained(fresh(), config, Noise())
+    peft = get_peft_model(fresh(), copy.deepcopy(config)).eval()
+    set_peft_model_state_dict(peft, {f"base_model.model.{name}": p.data for name, p in population.parameters().items()})
+    with torch.no_grad():
+        assert torch.equal(population.module(**kwargs), peft(**kwargs))
+        with population.perturbed(step=0, members=torch.arange(4)):
+            assert not torch.allclose(population.module(**kwargs), peft(**kwargs))
+        assert torch.equal(population.module(**kwargs), peft(**kwargs))
+
+
+def test_member_state_dict_is_the_design_s_formula():
+    population = trained(fresh(), mlp_config(r=3), Noise(sigma=0.2, rank=2, seed=4))
+    layer, pairs = population.layers["up"], torch.tensor([3])
+    for member in (6, 7):
+        c = float(signed_sigma(torch.tensor(member), 0.2, 2))
+        assert c == pytest.approx((1 if member == 6 else -1) * 0.2 / 2**0.5)
+        noise = dict(seed=4, step=8, pairs=pairs, rank=2)
+        v, u = factor(stream=layer.streams.a_v, length=7, **noise), factor(stream=layer.streams.a_u, length=3, **noise)
+        state = population.member_state_dict(step=8, member=member)
+        assert all(tensor.dtype == torch.float32 for tensor in state.values())
+        expected = layer.a + c * u[0] @ v[0].T
+        torch.testing.assert_close(state["base_model.model.up.lora_A.weight"], expected, rtol=0, atol=1e-7)
+        v, u = factor(stream=layer.streams.b_v, length=3, **noise), factor(stream=layer.streams.b_u, length=12, **noise)
+        expected = layer.b + c * u[0] @ v[0].T
+        torch.testing.assert_close(state["base_model.model.up.lora_B.weight"], expected, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_module_keeps_its_adapter_in_fp32(dtype):
+    module = fresh().to(dtype)
+    population = trained(module, mlp_config(), Noise(sigma=0.05))
+    assert {p.dtype for p in population.parameters().values()} == {torch.float32}
+    x = inputs("mlp", 4)["x"]
+    with torch.no_grad(), population.perturbed(step=1, members=torch.tensor([0, 1, 2, 3])):
+        half = module(x.to(dtype))
+    assert half.dtype == dtype
+    wide = trained(fresh(), mlp_config(), Noise(sigma=0.05))
+    with torch.no_grad(), wide.perturbed(step=1, members=torch.tensor([0, 1, 2, 3])):
+        expected = wide.module(x)
+    assert relative(half.float(), expected) < (2e-2 if dtype == torch.bfloat16 else 3e-3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_after_a_move(device):
+    population = trained(fresh(), mlp_config(), Noise(sigma=0.05), rule=UpdateRule(optimizer="momentum"))
+    population.update(step=0, fitness=torch.tensor([1.0, -1.0]))
+    with torch.no_grad(), population.perturbed(step=1, members=torch.tensor([3, 0])):
+        before = population.module(**inputs("mlp", 2))
+    population.module.to("cpu").to(device)
+    assert population.device.type == device
+    with torch.no_grad(), population.perturbed(step=1, members=torch.tensor([3, 0], device=device)):
+        after = population.module(**inputs("mlp", 2, device))
+    torch.testing.assert_close(after.cpu(), before, rtol=1e-5, atol=1e-6)
+    adapter = copy.deepcopy(population.parameters()["up.lora_A.weight"].data)
+    population.module.cpu()
+    population.update(step=1, fitness=torch.tensor([1.0, -1.0]))
+    assert not torch.equal(population.parameters()["up.lora_A.weight"].data, adapter.cpu())
+
+
+def test_gradients_of_the_input_flow_outside_and_inside():
+    population = trained(fresh(), mlp_config(), Noise())
+    x = inputs("mlp", 2)["x"].requires_grad_()
+    with population.perturbed(step=0, members=torch.tensor([0, 1])):
+        population.module(x).square().sum().backward()
+    assert x.grad.isfinite().all()
+    assert x.grad.abs().max() > 0
+    assert all(p.grad is None for p in population.parameters().values())
+
+
+def test_contexts_do_not_nest_and_the_outer_one_goes_on():
+    population, kwargs = trained(fresh(), mlp_config(), Noise()), inputs("mlp", 2)
+    members = torch.tensor([4, 1])
+    with torch.no_grad(), population.perturbed(step=0, members=members):
+        expected = population.module(**kwargs)
+        with (
+            pytest.raises(RuntimeError, match="perturbed: already inside one"),
+            population.perturbed(step=1, members=members),
+        ):
+            pass
+        assert torch.equal(population.module(**kwargs), expected)
+    with torch.no_grad():
+        assert not torch.equal(population.module(**kwargs), expected)
+
+
+def test_an_exception_inside_leaves_it_unperturbed():
+    population, kwargs = trained(fresh(), mlp_config(), Noise()), inputs("mlp", 2)
+    with torch.no_grad():
+        expected = population.module(**kwargs)
+        with pytest.raises(KeyError), population.perturbed(step=0, members=torch.tensor([0, 1])):
+            raise KeyError("reward")
+        assert torch.equal(population.module(**kwargs), expected)
+        with pytest.raises(ValueError, match="members"), population.perturbed(step=0, members=torch.tensor([0, -1])):
+            pass
+        assert torch.equal(population.module(**kwargs), expected)
+        with population.perturbed(step=0, members=torch.tensor([0, 1])):
+            assert not torch.equal(population.module(**kwargs), expected)
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (torch.tensor([0, -3]), r"members: expected values in \[0, 2\^33\), got -3"),
+        (torch.tensor([1 << 33, 0]), r"members: expected values in \[0, 2\^33\), got 8589934592"),
+        (torch.tensor([0, 1], dtype=torch.int32), r"members: expected int64 \[B\], got int32 \[2\]"),
+        (torch.tensor([0.0, 1.0]), r"members: expected int64 \[B\], got float32 \[2\]"),
+        (torch.tensor([True, False]), r"members: expected int64 \[B\], got bool \[2\]"),
+        (torch.zeros(2, 1, dtype=torch.int64), r"members: expected int64 \[B\], got int64 \[2, 1\]"),
+        (torch.tensor(0), r"members: expected int64 \[B\], got int64 \[\]"),
+        ([0, 1], r"members: expected int64 \[B\], got list"),
+        (torch.zeros(2, dtype=torch.int64, device="meta"), r"members: expected on cpu, .* got on meta"),
+    ],
+)
+def test_wrong_members(members, message):
+    population = trained(fresh(), mlp_config(), Noise())
+    with pytest.raises(ValueError, match=message), population.perturbed(step=0, members=members):
+        pass
+
+
+@pytest.mark.parametrize("length", [0, 1, 3, 6])
+def test_members_of_another_length_than_the_batch(length):
+    population = trained(fresh(), mlp_config(), Noise())
+    members, message = torch.zeros(length).long(), rf"members: .* row of up, int64 \[2\], got int64 \[{length}\]"
+    with population.perturbed(step=0, members=members), pytest.raises(ValueError, match=message):
+        population.module(**inputs("mlp", 2))
+
+
+@pytest.mark.parametrize("step", [-1, 1 << 32])
+def test_a_step_out_of_range(step):
+    population = trained(fresh(), mlp_config(), Noise())
+    members = torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="step: expected"), population.perturbed(step=step, members=members):
+        pass
+    with pytest.raises(ValueError, match="step: expected"):
+        population.update(step=step, fitness=torch.tensor([1.0, 0.0]))
+    with pytest.raises(ValueError, match="step: expected"):
+        population.member_state_dict(step=step, member=0)
+
+
+def test_no_rows():
+    population = trained(fresh(), mlp_config(), Noise())
+    with torch.no_grad(), population.perturbed(step=0, members=torch.zeros(0, dtype=torch.int64)):
+        assert population.module(torch.zeros(0, 3, 7)).shape == (0, 3, 5)
+
+
+REFUSED = {
+    "one bad name": (mlp_config(target_modules=["up", "nothing"]), ValueError, "'nothing' matches nothing in MLP"),
+    "only bad names": (mlp_config(target_modules=["nothing"]), ValueError, "nothing"),
+    "bad regex": (mlp_config(target_modules=r"no\.such.*"), ValueError, r"no\\?\.such"),
+    "all excluded": (mlp_config(exclude_modules=["up", "down"]), ValueError, "exclude"),
+    "convolution": (
+        mlp_config(target_modules=["up", "conv"]),
+        TypeError,
+        "dense torch.nn.Linear at 'conv', got Conv2d",
+    ),
+    "embedding": (mlp_config(target_modules=["up", "table"]), TypeError, "at 'table', got Embedding"),
+    "norm": (mlp_config(target_modules=["norm"]), TypeError, "at 'norm', got LayerNorm"),
+    "attention": (mlp_config(target_modules=["attention"]), TypeError, "at 'attention', got MultiheadAttention"),
+    "inside attention": (mlp_config(target_modules=["up", "out_proj"]), TypeError, "NonDynamicallyQuantizableLinear"),
+    "dropout": (mlp_config(lora_dropout=0.1), ValueError, "config.lora_dropout"),
+    "dora": (mlp_config(use_dora=True), ValueError, "config.use_dora"),
+    "bias": (mlp_config(bias="all"), ValueError, "config.bias"),
+    "lora bias": (mlp_config(lora_bias=True), ValueError, "config.lora_bias"),
+    "modules to save": (mlp_config(modules_to_save=["norm"]), ValueError, "config.modules_to_save"),
+    "parameters": (mlp_config(target_parameters=["up.weight"]), ValueError, "config.target_parameters"),
+    "initialisation": (mlp_config(init_lora_weights="pissa"), ValueError, "config.init_lora_weights"),
+    "no config": ({"r": 2}, TypeError, "config: expected peft.LoraConfig, got dict"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_attach_refuses_leaves_the_module_as_it_was(name):
+    config, error, message = REFUSED[name]
+    module, kwargs = fresh(), inputs("mlp", 2)
+    before, expected = snapshot(module), module(**kwargs)
+    with pytest.raises(error, match=message):
+        esengine.attach(module, config)
+    assert_untouched(module, before)
+    assert torch.equal(module(**kwargs), expected)
+    esengine.attach(module, mlp_config()).detach()
+    assert_untouched(module, before)
+
+
+def test_attach_refuses_a_second_adapter_and_leaves_the_first():
+    population, kwargs = trained(fresh(), mlp_config(), Noise()), inputs("mlp", 2)
+    with torch.no_grad():
+        expected = population.module(**kwargs)
+        with pytest.raises(ValueError, match="module: expected one without an adapter"):
+            esengine.attach(population.module, mlp_config())
+        assert torch.equal(population.module(**kwargs), expected)
+
+
+def test_attach_refuses_an_unknown_backend():
+    with pytest.raises(ValueError, match="backend: expected auto, triton or torch, got cuda"):
+        esengine.attach(fresh(), mlp_config(), backend="cuda")
+
+
+def test_clashing_streams_are_an_error(monkeypatch):
+    import esengine.population as module
+
+    streams = module.linear_streams
+    monkeypatch.setattr(module, "linear_streams", lambda name: streams("up")._replace(b_u=len(name)))
+    mlp = fresh()
+    before = snapshot(mlp)
+    with pytest.raises(ValueError, match="stream ids: down and up clash"):
+        esengine.attach(mlp, mlp_config())
+    assert_untouched(mlp, before)
+
+
+def test_default_targets_are_pefts():
+    """target_modules left out: PEFT knows the architecture."""
+    population = esengine.attach(fresh("bert"), LoraConfig(r=2))
+    peft = get_peft_model(fresh("bert"), LoraConfig(r=2))
+    assert {f"base_model.model.{name}" for name in population.layers} == {
+        name for name, module in peft.named_modules() if hasattr(module, "lora_A")
+    }
+
+
+def test_all_linear_layers_as_peft_finds_them():
+    population = esengine.attach(fresh("bert"), LoraConfig(r=2, target_modules="all-linear"))
+    peft = get_peft_model(fresh("bert"), LoraConfig(r=2, target_modules="all-linear"))
+    assert {f"base_model.model.{name}" for name in population.layers} == {
+        name for name, module in peft.named_modules() if hasattr(module, "lora_A")
+    }
+
+
+def test_a_target_that_is_excluded_by_name_is_no_error():
+    population = esengine.attach(fresh(), mlp_config(exclude_modules=["down"]))
+    assert list(population.layers) == ["up"]
+
+
+def test_a_state_whose_moments_are_of_unknown_layers_changes_nothing():
+    rule = UpdateRule(optimizer="momentum")
+    population, other = (trained(fresh(), mlp_config(), Noise(), rule=rule) for _ in range(2))
+    other.update(step=3, fitness=torch.tensor([3.0, -1.0]))
+    state, before = other.state_dict(), adapter_of(population)
+    state["optimizer"]["more.lora_A.weight.momentum_buffer"] = torch.zeros(2, 7)
+    with pytest.raises((ValueError, KeyError)):
+        population.load_state_dict(state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapter_of(population).items())
+
+
+def test_the_callers_config_is_not_changed():
+    config = mlp_config()
+    before = copy.deepcopy(config.to_dict())
+    esengine.attach(fresh(), config)
+    assert config.to_dict() == before
+    assert getattr(config, "_custom_modules", None) is None
+
+
+def test_attach_depends_on_the_seed_alone():
+    def adapter(seed, kind="mlp"):
+        population = esengine.attach(fresh(), mlp_config(), Noise(seed=seed))
+        return {name: p.data for name, p in population.parameters().items()}
+
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    one = adapter(7)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(6)
+    two, other = adapter(7), adapter(8)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not torch.equal(one["up.lora_A.weight"], other["up.lora_A.weight"])
+    assert not one["up.lora_B.weight"].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_attach_leaves_the_generator_of_the_gpu_alone():
+    torch.cuda.manual_seed(5)
+    state = torch.cuda.get_rng_state()
+    esengine.attach(fresh().cuda(), mlp_config())
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("kind", BUILD)
+def test_detach_gives_back_the_module(kind):
+    module, kwargs = fresh(kind), inputs(kind, 2)
+    config = CASES[
+        {"mlp": "mlp r1 k1", "sana": "sana reference run", "bert": "bert r4 k2", "gemma": "gemma r2 k3"}[kind]
+    ][1]
+    before = snapshot(module)
+    with torch.no_grad():
+        expected = outputs(module, kwargs)
+        population = trained(module, config, Noise())
+        assert not any(p.requires_grad for p in module.parameters())
+        assert not torch.equal(outputs(module, kwargs), expected)
+        assert population.detach() is module
+        assert_untouched(module, before)
+        assert torch.equal(outputs(module, kwargs), expected)
+    for spent in (
+        lambda: population.detach(),
+        lambda: population.update(step=0, fitness=torch.tensor([1.0, 0.0])),
+        lambda: population.member_state_dict(step=0, member=0),
+        lambda: population.perturbed(step=0, members=torch.tensor([0])).__enter__(),
+    ):
+        with pytest.raises(RuntimeError, match="detached"):
+            spent()
+
+
+def test_detach_inside_perturbed_is_refused():
+    population = trained(fresh(), mlp_config(), Noise())
+    with population.perturbed(step=0, members=torch.tensor([0, 1])):
+        with pytest.raises(RuntimeError, match="inside perturbed"):
+            population.detach()
+        assert population.layers
+
+
+@pytest.mark.parametrize(
+    "case", ["mlp r8 k4 patterns", "mlp r3 k2 rslora", "mlp regex", "bert r4 k2", "sana r8 k4 patterns"]
+)
+def test_peft_reads_the_saved_adapter(tmp_path, case):
+    kind, config, rank = CASES[case]
+    population, kwargs = trained(fresh(kind), config, Noise(rank=rank)), inputs(kind, 3)
+    population.save_pretrained(tmp_path / "run" / "adapter")
+    population.save_pretrained(str(tmp_path / "run" / "adapter"))
+    files = sorted(path.name for path in (tmp_path / "run" / "adapter").iterdir())
+    assert files == ["adapter_config.json", "adapter_model.safetensors"]
+    peft = PeftModel.from_pretrained(fresh(kind), tmp_path / "run" / "adapter").eval()
+    assert not any(isinstance(module, PopulationLinear) for module in peft.modules())
+    with torch.no_grad():
+        expected = outputs(population.module, kwargs)
+        assert torch.equal(outputs(peft, kwargs), expected)
+        assert relative(outputs(fresh(kind), kwargs), expected) > 1e-3
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
+def test_state_round_trip_continues_bit_for_bit(optimizer):
+    noise, rule = Noise(sigma=0.1, rank=2, seed=3), UpdateRule(optimizer=optimizer, lr_scale=2.0, max_norm=3.0)
+    fitness = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+
+    def run(population, steps):
+        for step in steps:
+            population.update(step=step, fitness=fitness[step])
+
+    whole = esengine.attach(fresh(), mlp_config(), noise, rule=rule)
+    run(whole, range(6))
+    first = esengine.attach(fresh(), mlp_config(), noise, rule=rule)
+    run(first, range(3))
+    state = first.state_dict()
+    frozen = copy.deepcopy(state)
+    run(first, range(3, 6))
+    second = esengine.attach(fresh(), mlp_config(), noise, rule=rule)
+    run(second, [5, 4])  # whatever it did before is forgotten
+    second.load_state_dict(state)
+    run(second, range(3, 6))
+    for population in (first, second):
+        mine, expected = population.state_dict(), whole.state_dict()
+        for part in ("adapter", "optimizer"):
+            assert mine[part].keys() == expected[part].keys()
+            assert all(torch.equal(mine[part][name], tensor) for name, tensor in expected[part].items())
+    # the state is a copy: neither run has written into it
+    for part in ("adapter", "optimizer"):
+        assert all(torch.equal(state[part][name], tensor) for name, tensor in frozen[part].items())
+
+
+def adapter_of(population):
+    return {name: p.detach().clone() for name, p in population.parameters().items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s["noise"].update(sigma=0.5), "state: expected noise .*, got .*0.5"),
+        (lambda s: s["noise"].update(rank=2), "state: expected noise"),
+        (lambda s: s["noise"].update(seed=9), "state: expected noise"),
+        (lambda s: s["noise"].update(contract=2), "state: expected noise"),
+        (lambda s: s["adapter"].pop("down.lora_B.weight"), r"state: layers differ .* down.lora_B.weight \[5, 2\]"),
+        (lambda s: s["adapter"].update({"up.lora_A.weight": torch.zeros(3, 7)}), "state: layers differ .* up.lora_A"),
+        (
+            lambda s: s["adapter"].update({"more.lora_A.weight": torch.zeros(3, 7)}),
+            "state: layers differ .* more.lora_A",
+        ),
+    ],
+)
+def test_a_state_of_another_population_is_refused(change, message):
+    rule = UpdateRule(optimizer="momentum")
+    population = trained(fresh(), mlp_config(), Noise(), rule=rule)
+    population.update(step=0, fitness=torch.tensor([1.0, -1.0]))
+    other = trained(fresh(), mlp_config(), Noise(), rule=rule)
+    other.update(step=3, fitness=torch.tensor([3.0, -1.0]))
+    state, before = other.state_dict(), population.state_dict()
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        population.load_state_dict(state)
+    for part in ("adapter", "optimizer"):
+        assert all(torch.equal(population.state_dict()[part][name], tensor) for name, tensor in before[part].items())
+
+
+@pytest.mark.parametrize("rule", ["momentum", "adam"])
+def test_a_state_of_another_optimizer_is_refused(rule):
+    """Its moments mean something else: a resumed run would not be the run."""
+    other = trained(fresh(), mlp_config(), Noise(), rule=UpdateRule(optimizer=rule))
+    other.update(step=3, fitness=torch.tensor([3.0, -1.0]))
+    population = trained(fresh(), mlp_config(), Noise())
+    population.update(step=0, fitness=torch.tensor([1.0, -1.0]))
+    before = adapter_of(population)
+    with pytest.raises(ValueError, match="state"):
+        population.load_state_dict(other.state_dict())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapter_of(population).items())
+
+
+@pytest.mark.parametrize("n", [2, 6, 200])
+def test_the_update_is_the_fitness_weighted_mean_of_the_members(n):
+    noise = Noise(sigma=0.05, rank=2, seed=6)
+    rule = UpdateRule(lr_scale=0.7, max_norm=None)
+    population = trained(fresh(), mlp_config(r=3), noise, rule=rule)
+    fitness = torch.randn(n, generator=torch.Generator().manual_seed(n))
+    theta = adapter_of(population)
+    mean = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in theta.items()}
+    for member in range(n):
+        state = population.member_state_dict(step=4, member=member)
+        for name in mean:
+            # E_i from the member's own weights: (theta_i - theta) / sigma
+            unit = (state[f"base_model.model.{name}"].double() - theta[name].double()) / noise.sigma
+            mean[name] += float(fitness[member]) * unit / n
+    gradient = population.gradient(step=4, fitness=fitness)
+    stats = population.update(step=4, fitness=fitness)
+    for name, parameter in population.parameters().items():
+        assert relative(gradient[name].double(), mean[name]) < 2e-5
+        step = parameter.double() - theta[name].double()
+        assert relative(step, 0.7 * 0.05 * mean[name]) < 1e-4  # of a step that is rounded to theta's last place
+    norm = math.sqrt(sum(float(m.square().sum()) for m in mean.values()))
+    assert stats.gradient_norm == pytest.approx(norm, rel=1e-4)
+    assert stats.step_norm == pytest.approx(0.7 * 0.05 * norm, rel=1e-4)
+
+
+def test_the_gradient_does_not_depend_on_other_targets():
+    """Adding a target changes no other tensor's noise."""
+    fitness = torch.randn(8, generator=torch.Generator().manual_seed(0))
+    one = trained(fresh(), mlp_config(target_modules=["up"]), Noise()).gradient(step=1, fitness=fitness)
+    two = trained(fresh(), mlp_config(), Noise()).gradient(step=1, fitness=fitness)
+    assert all(torch.equal(two[name], tensor) for name, tensor in one.items())
+    assert len(two) == 2 * len(one)
+
+
+@pytest.mark.parametrize(
+    ("fitness", "message"),
+    [
+        (torch.tensor([1.0, float("nan")]), "fitness: expected finite values, got nan"),
+        (torch.tensor([1.0, float("inf"), 0.0, 0.0]), "fitness: expected finite values, got inf"),
+        (torch.tensor([1.0, 2.0, 3.0]), r"fitness: expected float32 \[N\] with N even, got float32 \[3\]"),
+        (torch.zeros(0), r"fitness: .* got float32 \[0\]"),
+        (torch.zeros(2, 2), r"fitness: .* got float32 \[2, 2\]"),
+        (torch.zeros(2, dtype=torch.float64), r"fitness: .* got float64 \[2\]"),
+        (torch.zeros(2, dtype=torch.int64), r"fitness: .* got int64 \[2\]"),
+    ],
+)
+def test_wrong_fitness_leaves_the_adapter(fitness, message):
+    population = trained(fresh(), mlp_config(), Noise(), rule=UpdateRule(optimizer="adam"))
+    population.update(step=0, fitness=torch.tensor([1.0, -1.0]))
+    before = population.state_dict()
+    with pytest.raises(ValueError, match=message):
+        population.update(step=1, fitness=fitness)
+    for part in ("adapter", "optimizer"):
+        assert all(torch.equal(population.state_dict()[part][name], tensor) for name, tensor in before[part].items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(sigma=0.0), "sigma: expected a positive number, got 0.0"),
+        (dict(sigma=float("nan")), "sigma: expected a positive number, got nan"),
+        (dict(rank=0), "rank: expected at least 1, got 0"),
+        (dict(seed=-1), "seed: expected an integer"),
+        (dict(seed=1 << 64), "seed: expected an integer"),
+    ],
+)
+def test_wrong_noise_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Noise(**settings)
