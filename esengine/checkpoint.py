@@ -9,6 +9,7 @@ It is written under a temporary name, synced and renamed, so it is there whole o
 and meta give the same bytes.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -25,6 +26,7 @@ import torch
 from safetensors import SafetensorError
 
 from esengine.errors import RunError
+from esengine.files import sync_folder, write_synced
 
 FORMAT = 1
 _STATE, _META = "state.safetensors", "meta.json"
@@ -92,11 +94,11 @@ def save(root: str | Path, step: int, tensors: dict[str, torch.Tensor], meta: di
         temporary.mkdir()
         for name, data in files.items():
             write_synced(temporary / name, data)
-        _sync_folder(temporary)
+        sync_folder(temporary)
         if target.exists():
             target.rename(root / f"{_TEMPORARY}replaced-{target.name}")
         temporary.rename(target)
-        _sync_folder(root)
+        sync_folder(root)
         _remove_temporaries(root)
     kept = [path for path in _folders(root) if path_step(path) <= step][:keep]
     for path in _folders(root):
@@ -165,31 +167,16 @@ def path_step(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Give a file new contents such that a crash leaves either the old ones or the new ones."""
-    temporary = path.with_name(_TEMPORARY + path.name)
-    write_synced(temporary, data)
-    temporary.replace(path)
-    _sync_folder(path.parent)
-
-
 class RunFolder:
     """A run's folder, held by one process at a time through a lock that ends with the process.
 
     Use `RunFolder.open` in a `with` statement, or call `close`.
     """
 
-    def __init__(self, path: Path, lock: int):
+    def __init__(self, path: Path, lock: int, created: tuple[Path, ...] = ()):
         self.path = path
         self._lock: int | None = lock
+        self._created = created
 
     @classmethod
     def open(cls, path: str | Path, resume: bool = False) -> "RunFolder":
@@ -206,12 +193,15 @@ class RunFolder:
         path = Path(path)
         if resume and not path.is_dir():
             raise RunError(f"run folder {path}: nothing to resume, there is no such folder")
+        created = tuple(p for p in (path, *path.parents) if not p.exists())
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except (FileExistsError, NotADirectoryError) as e:
+            raise RunError(f"run folder {path}: expected a folder, there is a file") from e
         except OSError as e:
             raise RunError(f"run folder {path}: {e.strerror or e}") from e
-        folder = cls(path, lock)
+        folder = cls(path, lock, created)
         try:
             folder._acquire()
             folder._require(resume)
@@ -254,6 +244,11 @@ class RunFolder:
         return self
 
     def __exit__(self, *exception) -> None:
+        if exception[0] is not None and self._created and [p.name for p in self.path.iterdir()] == [".lock"]:
+            (self.path / ".lock").unlink()  # nothing was done here: leave nothing behind
+            for made in self._created:
+                with contextlib.suppress(OSError):  # another run may have moved in
+                    made.rmdir()
         self.close()
 
     def _acquire(self) -> None:
@@ -293,11 +288,3 @@ def _json(value: object) -> bytes:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

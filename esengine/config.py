@@ -210,8 +210,12 @@ class EvalConfig:
     """cpu, cuda, cuda:1, ...; auto takes a GPU when there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: bfloat16 on a GPU, float32 on a CPU."""
-    image: ImageSettings | None = None
-    """By default as in the run."""
+    image: tyro.conf.AvoidSubcommands[ImageSettings | None] = None
+
+    def __post_init__(self):
+        _check_common(self)
+        if self.repeats is not None and self.repeats < 1:
+            raise ConfigError(f"repeats: expected at least 1, got {self.repeats}")
 
 
 @dataclass(frozen=True)
@@ -240,8 +244,17 @@ class RenderConfig:
     """cpu, cuda, cuda:1, ...; auto takes a GPU when there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: bfloat16 on a GPU, float32 on a CPU."""
-    image: ImageSettings | None = None
-    """By default as in the run."""
+    image: tyro.conf.AvoidSubcommands[ImageSettings | None] = None
+
+    def __post_init__(self):
+        _check_common(self)
+        if self.limit < 1:
+            raise ConfigError(f"limit: expected at least 1, got {self.limit}")
+
+
+def _check_common(config: EvalConfig | RenderConfig) -> None:
+    if config.seed is not None and not 0 <= config.seed < 1 << 64:
+        raise ConfigError(f"seed: expected an integer in [0, 2^64), got {config.seed}")
 
 
 @dataclass(frozen=True)
@@ -252,7 +265,10 @@ class EnvConfig:
     """As JSON."""
 
 
-MAY_CHANGE = ("run_dir", "resume", "config", "steps", "checkpoint_every", "strip_every", "eval_prompts", "wandb")
+MAY_CHANGE = (
+    *("run_dir", "resume", "config", "steps", "checkpoint_every", "strip_every", "wandb"),
+    *("prompts", "eval_prompts"),  # paths; the contents of `prompts` are compared by their hash
+)
 """Settings that a resumed run may be given anew: none of them has a say in the adapter of a given step."""
 
 
@@ -267,17 +283,28 @@ def parse_train(args: list[str]) -> TrainConfig:
     if below is None and "--resume" in args and (run_dir := _peek(args, "run-dir")):
         saved = Path(run_dir) / "config.yaml"
         below = str(saved) if saved.is_file() else None
-    default = load(TrainConfig, below) if below else TrainConfig()
+    default = load(below) if below else TrainConfig()
     return tyro.cli(TrainConfig, args=args, default=default, prog="esengine train")
 
 
 def parse(cls: type, args: list[str], prog: str) -> Any:
-    """A dataclass from its flags."""
-    return tyro.cli(cls, args=args, prog=prog)
+    """A dataclass from its flags; image settings start from those of the run in --run-dir."""
+    default = cls()
+    if hasattr(default, "image"):
+        run_dir = _peek(args, "run-dir")
+        default = dataclasses.replace(default, image=load_run(Path(run_dir)).image if run_dir else ImageSettings())
+    return tyro.cli(cls, args=args, default=default, prog=prog)
 
 
-def load(cls: type, source: str | Path) -> Any:
-    """Read a dataclass from a YAML file, or from a packaged one by its bare name."""
+def load_run(run_dir: Path) -> TrainConfig:
+    """The resolved settings that a run folder was made with."""
+    if not (run_dir / "config.yaml").is_file():
+        raise ConfigError(f"run folder {run_dir}: expected a run's config.yaml in it, there is none")
+    return load(run_dir / "config.yaml")
+
+
+def load(source: str | Path) -> TrainConfig:
+    """Read a run's settings from a YAML file, or from a packaged one by its bare name."""
     path = Path(source)
     packaged = PACKAGED / f"{source}.yaml"
     if not path.is_file() and packaged.is_file():
@@ -291,20 +318,24 @@ def load(cls: type, source: str | Path) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise ConfigError(f"config {path}{where}: {getattr(error, 'problem', None) or 'not YAML'}") from error
-    return from_dict(cls, {} if data is None else data, str(path))
+    return from_dict(TrainConfig(), {} if data is None else data, str(path))
 
 
-def from_dict(cls: type, data: Any, where: str) -> Any:
-    """A dataclass from nested mappings; unknown names and wrong types are errors that name the setting."""
+def from_dict(base: Any, data: Any, where: str) -> Any:
+    """A dataclass with the settings of nested mappings; unknown names and wrong types are errors that name them."""
     if not isinstance(data, dict):
         raise ConfigError(f"config {where}: expected a mapping of settings, got {type(data).__name__}")
-    hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]
+    hints = typing.get_type_hints(type(base))
+    names = [f.name for f in dataclasses.fields(base)]
     for name in data:
         if name not in names:
             raise ConfigError(f"config {where}: unknown setting '{name}'; known: {', '.join(names)}")
-    values = {name: _convert(hints[name], value, f"{where}: {name}") for name, value in data.items()}
-    return cls(**values)
+    values = {}
+    for name, value in data.items():
+        below, current = f"{where}: {name}", getattr(base, name)
+        section = dataclasses.is_dataclass(current)
+        values[name] = from_dict(current, value, below) if section else _convert(hints[name], value, below)
+    return dataclasses.replace(base, **values)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -348,8 +379,6 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return None
         (hint,) = [option for option in options if option is not type(None)]
         return _convert(hint, value, where)
-    if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, where)
     if origin is Literal:
         if value not in options:
             raise ConfigError(f"config {where}: expected one of {', '.join(map(str, options))}, got {value!r}")

@@ -83,7 +83,7 @@ class Engine:
 
     def fitness(self, task: Task, scores: torch.Tensor) -> torch.Tensor:
         """float32 [N] from scores float32 [N, P, R] (or flat in the order of `Task.rows`)."""
-        if scores.numel() != task.images:
+        if scores.shape not in (task.shape, (task.images,)):
             raise ValueError(f"scores: expected float32 {list(task.shape)}, got {list(scores.shape)}")
         return shape(scores.reshape(task.shape), self.shaping)
 

@@ -5,13 +5,17 @@ class EsengineError(Exception):
     """Base of the errors below."""
 
 
-class ConfigError(EsengineError, ValueError):
-    """A setting, file or flag is not usable."""
+class ConfigError(EsengineError):
+    """A setting, file or flag is not usable. No ValueError, which flag parsers catch and explain in their own words."""
 
 
-class RewardError(EsengineError, RuntimeError):
+class RewardError(EsengineError):
     """A reward raised, or returned something that is not a finite float32 score per image."""
 
 
-class RunError(EsengineError, RuntimeError):
+class RenderError(EsengineError):
+    """A member's image is not finite, or does not fit into memory."""
+
+
+class RunError(EsengineError):
     """A run folder or a checkpoint cannot be used."""

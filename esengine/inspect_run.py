@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from esengine.config import EvalConfig, ImageSettings, RenderConfig, TrainConfig, load
+from esengine.config import EvalConfig, RenderConfig, TrainConfig, load_run
 from esengine.errors import ConfigError
 from esengine.evaluate import EVAL_STEP, Comparison, compare
 from esengine.models import SanaSprint
@@ -33,10 +33,10 @@ def evaluate(config: EvalConfig, progress: Progress) -> Comparison:
     Raises:
         ConfigError: no adapter, model, prompts or reward that can be used.
     """
-    run = _run_config(config.run_dir)
+    run = load_run(config.run_dir) if config.run_dir else TrainConfig()
     prompts = read_prompts(config.prompts or run.eval_prompts or HELDOUT)
     reward = parse(config.reward or run.reward)
-    image = config.image if config.image is not None else run.image
+    image = config.image or run.image
     model = _model_with_adapter(config, run, progress)
     (texts,) = encode(model, [prompts], image, progress)
     return compare(
@@ -53,9 +53,9 @@ def evaluate(config: EvalConfig, progress: Progress) -> Comparison:
 
 def render(config: RenderConfig, progress: Progress) -> Drawn:
     """Draw each prompt with the base model and the adapter, from shared latents, into a folder of PNG files."""
-    run = _run_config(config.run_dir)
+    run = load_run(config.run_dir) if config.run_dir else TrainConfig()
     prompts = list(config.prompts) or read_prompts(config.prompts_file or HELDOUT)[: config.limit]
-    image = config.image if config.image is not None else run.image
+    image = config.image or run.image
     model = _model_with_adapter(config, run, progress)
     (texts,) = encode(model, [prompts], image, progress)
     chunk, settings = pick_chunk(image, model), render_settings(image)
@@ -87,20 +87,12 @@ def render(config: RenderConfig, progress: Progress) -> Drawn:
     return Drawn(config.out, sheet, sum(map(len, rows.values())))
 
 
-def _run_config(run_dir: Path | None) -> TrainConfig:
-    if run_dir is None:
-        return TrainConfig(image=ImageSettings())
-    if not (run_dir / "config.yaml").is_file():
-        raise ConfigError(f"run folder {run_dir}: expected a run's config.yaml in it, there is none")
-    return load(TrainConfig, run_dir / "config.yaml")
-
-
 def _model_with_adapter(config: EvalConfig | RenderConfig, run: TrainConfig, progress: Progress) -> SanaSprint:
     adapter = config.adapter or (config.run_dir / "adapter" if config.run_dir else None)
     if adapter is None:
         raise ConfigError("adapter: expected --run-dir or --adapter, got neither")
     device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
+    dtype = pick_dtype(run.dtype if config.dtype == "auto" else config.dtype, device)
     name = config.model or run.model
     progress.note(f"model {name} on {device} in {str(dtype).removeprefix('torch.')}, adapter {adapter}")
     model = load_model(name, config.revision or run.revision, device, dtype)

@@ -20,9 +20,10 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
+from esengine.files import replace_file
 from esengine.kernels import (
     CONTRACT,
     PAIRS_PER_CHUNK,
@@ -273,13 +274,14 @@ class Population:
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Write the adapter as a PEFT folder: adapter_config.json and adapter_model.safetensors."""
         path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
         tensors = {f"{PEFT_PREFIX}{name}": p.detach().cpu().contiguous() for name, p in self.parameters().items()}
         config = copy.deepcopy(self.config)
         config._custom_modules, config.inference_mode = None, True
+        for name in ("target_modules", "exclude_modules"):  # sets have no order to repeat
+            if isinstance(getattr(config, name), set):
+                setattr(config, name, sorted(getattr(config, name)))
         config.base_model_name_or_path = getattr(self.module, "name_or_path", None) or None
-        save_file(tensors, path / "adapter_model.safetensors.tmp", metadata={"format": "pt"})
-        os.replace(path / "adapter_model.safetensors.tmp", path / "adapter_model.safetensors")
+        replace_file(path / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
         config.save_pretrained(path)
 
     def detach(self) -> nn.Module:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from esengine.checkpoint import RunFolder, replace_file
+from esengine.checkpoint import RunFolder
+from esengine.files import replace_file
 
 _log = logging.getLogger(__name__)
 

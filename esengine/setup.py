@@ -14,12 +14,14 @@ def pick_device(name: str) -> torch.device:
     """`auto` takes a GPU when there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device: cannot use '{name}': {str(error).splitlines()[0]}") from error
-    return device
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or not (index.isdecimal() or name == kind):
+        raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got '{name}'")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device: '{name}' is not there; torch {torch.__version__} sees {torch.cuda.device_count()} GPUs"
+        )
+    return torch.device(name)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -17,10 +17,11 @@ import esengine
 from esengine import checkpoint
 from esengine.config import ImageSettings, TrainConfig, differences, to_dict, to_yaml
 from esengine.engine import Engine, Task
-from esengine.errors import ConfigError, RunError
+from esengine.errors import ConfigError, RenderError, RunError
 from esengine.evaluate import Comparison, compare
+from esengine.files import cache_root, replace_file
 from esengine.kernels import CONTRACT
-from esengine.models import RenderSettings, SanaSprint, TextEmbeddings, cache_root, write_diffusers_lora
+from esengine.models import RenderSettings, SanaSprint, TextEmbeddings, write_diffusers_lora
 from esengine.population import Noise, Population, attach
 from esengine.prompts import HELDOUT, TRAIN, PromptSampler, read_prompts
 from esengine.rewards import Weighted, parse
@@ -78,7 +79,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Result:
     Raises:
         ConfigError: a setting, file or reward that cannot be used; the run folder is untouched.
         RunError: the run folder is in use, holds another run, or has nothing to resume.
-        RewardError: a reward failed; the adapter is as before that step, and a checkpoint of it is written.
+        RewardError, RenderError: a step failed; the adapter is as before it, and a checkpoint of that is written.
     """
     progress = progress or Progress()
     prompts = read_prompts(config.prompts or TRAIN)
@@ -89,6 +90,8 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Result:
     pick_device(config.device)  # before a folder is made
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("wandb: not installed; pip install 'eggroll-esengine[wandb]'")
+    if config.resume and config.run_dir is None:
+        raise ConfigError("resume: which run? give its folder with --run-dir")
     run_dir = config.run_dir or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 
     with checkpoint.RunFolder.open(run_dir, resume=config.resume) as folder:
@@ -104,6 +107,8 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Result:
             run_dir=None,
             resume=False,
             config=None,
+            prompts=config.prompts and config.prompts.resolve(),
+            eval_prompts=config.eval_prompts and config.eval_prompts.resolve(),
             device=str(device),
             dtype=str(dtype).removeprefix("torch."),
             image=dataclasses.replace(config.image, chunk=pick_chunk(config.image, model)),
@@ -129,7 +134,6 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Result:
         progress.note(f"encoding {len(prompts)} prompts to train on and {len(eval_prompts)} held out")
         texts, held_out = encode(model, (prompts, eval_prompts), config.image, progress)
         run = Run(config, model, reward, texts, settings, progress)
-        checkpoint.replace_file(folder.config, to_yaml(config).encode())
         resume_step = engine.step if saved is not None else None
         with _mirror(config, folder), RunLog(folder, resume_step) as log:
             _loop(run, engine, folder, log, meta)
@@ -147,7 +151,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Result:
             chunk=config.image.chunk,
             progress=lambda done, total: progress.count("images", done, total),
         )
-        checkpoint.replace_file(Path(folder.path) / "eval.json", comparison.to_json().encode())
+        replace_file(Path(folder.path) / "eval.json", comparison.to_json().encode())
         return Result(Path(folder.path), comparison)
 
 
@@ -190,17 +194,7 @@ def score_task(run: Run, population: Population, task: Task) -> tuple[dict[str, 
     seconds = {"render": 0.0, "score": 0.0}
     for members, prompts, repeats in zip(*(column.split(run.config.image.chunk) for column in columns), strict=True):
         start = time.perf_counter()
-        images = run.model.render(
-            run.texts,
-            seed=run.config.seed,
-            step=task.step,
-            prompts=prompts,
-            repeats=repeats,
-            members=members,
-            population=population,
-            settings=run.settings,
-            text_length=length,
-        )
+        images = _render(run, population, task.step, prompts, repeats, members, length)
         if images.is_cuda:
             torch.cuda.synchronize(images.device)
         rendered = time.perf_counter()
@@ -223,6 +217,27 @@ def _mirror(config: TrainConfig, folder: checkpoint.RunFolder) -> AbstractContex
     return wandb.init(project="esengine", name=name, dir=folder.path, config=to_dict(config), sync_tensorboard=True)
 
 
+def _render(run: Run, population: Population, step: int, prompts, repeats, members, length: int) -> torch.Tensor:
+    """One chunk: int64 [B] of prompts, repeats and members -> uint8 [B, 3, H, W]."""
+    try:
+        return run.model.render(
+            run.texts,
+            seed=run.config.seed,
+            step=step,
+            prompts=prompts,
+            repeats=repeats,
+            members=members,
+            population=population,
+            settings=run.settings,
+            text_length=length,
+        )
+    except torch.OutOfMemoryError as error:
+        raise RenderError(
+            f"step {step}: {len(prompts)} images in one forward do not fit into {run.model.device}'s memory; "
+            "give a smaller --image.chunk"
+        ) from error
+
+
 def _loop(run: Run, engine: Engine, folder: checkpoint.RunFolder, log: RunLog, meta: dict) -> None:
     config, population = run.config, engine.population
 
@@ -231,20 +246,25 @@ def _loop(run: Run, engine: Engine, folder: checkpoint.RunFolder, log: RunLog, m
         save_adapter(population, folder.adapter)
         return engine.step
 
-    kept = keep()
+    if engine.step > config.steps:
+        raise RunError(
+            f"run folder {folder.path}: {engine.step} steps are done, --steps {config.steps} lies behind them"
+        )
+    kept = keep()  # before the config: a run that has one can be resumed
+    replace_file(folder.config, to_yaml(config).encode())
     per_step = engine.ask().images
     run.progress.start(config.steps * per_step, engine.step * per_step)
+    settled = True  # the adapter, the step's number and its metrics agree
     try:
         while engine.step < config.steps:
-            start = time.perf_counter()
             task = engine.ask()
             scores, seconds = score_task(run, population, task)
             total = scores["combined"]
             if config.strip_every and (task.step % config.strip_every == 0 or task.step == config.steps - 1):
                 _strip(run, engine, task, total, log)
-            updating = time.perf_counter()
+            start, settled = time.perf_counter(), False
             norms = engine.tell(task, total)
-            end = time.perf_counter()
+            seconds["update"] = time.perf_counter() - start
             members = total.mean(dim=(1, 2))
             metrics = {
                 "reward": float(total.mean()),
@@ -253,38 +273,32 @@ def _loop(run: Run, engine: Engine, folder: checkpoint.RunFolder, log: RunLog, m
                 "reward_std": float(members.std(unbiased=False)),
                 **{f"reward/{name}": float(scores[name].mean()) for name in run.reward.names},
                 **norms,
-                "images_per_second": task.images / (end - start),
-                "seconds": end - start,
-                "seconds_render": seconds["render"],
-                "seconds_score": seconds["score"],
-                "seconds_update": end - updating,
+                "images_per_second": task.images / sum(seconds.values()),
+                "seconds": sum(seconds.values()),
+                **{f"seconds_{part}": spent for part, spent in seconds.items()},
             }
             log.log(task.step, metrics)
+            settled = True
             run.progress.step(engine.step, config.steps, metrics)
             if engine.step % config.checkpoint_every == 0 or engine.step == config.steps:
                 kept = keep()
     finally:
         run.progress.stop()
-        if engine.step > kept:
+        if settled and engine.step > kept:
             keep()
 
 
 def _strip(run: Run, engine: Engine, task: Task, scores: torch.Tensor, log: RunLog) -> None:
     """The best, median and worst member of this step, rendered again: images are never kept."""
     order = engine.fitness(task, scores).argsort(descending=True)
-    prompts = task.prompts[:STRIP_PROMPTS]
+    prompts, length = task.prompts[:STRIP_PROMPTS], run.texts.trimmed_length(task.prompts)
     images = {}
     for label, member in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
-        images[label] = run.model.render(
-            run.texts,
-            seed=run.config.seed,
-            step=task.step,
-            prompts=prompts,
-            repeats=torch.zeros_like(prompts),
-            members=member.repeat(len(prompts)),
-            population=engine.population,
-            settings=run.settings,
-        )
+        rows = [
+            _render(run, engine.population, task.step, part, torch.zeros_like(part), member.repeat(len(part)), length)
+            for part in prompts.split(run.config.image.chunk)
+        ]
+        images[label] = torch.cat(rows)
     log.strip(task.step, images, [run.texts.prompts[index] for index in prompts.tolist()])
 
 
@@ -301,6 +315,8 @@ def _as_before(config: TrainConfig, saved: dict) -> TrainConfig:
 
 def _check_same_run(folder: checkpoint.RunFolder, saved: dict, now: dict) -> None:
     changed = differences(saved["config"], now["config"])
+    if saved["contract"] != now["contract"]:
+        changed.append(f"noise contract: {saved['contract']} -> {now['contract']}")
     if saved["prompts_sha256"] != now["prompts_sha256"]:
         changed.append("prompts: the file's contents")
     if changed:

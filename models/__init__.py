@@ -1,6 +1,5 @@
 """Generators of images: how a batch of (member, prompt, repeat) rows is rendered."""
 
-from esengine.models.files import cache_root
 from esengine.models.latents import latents
 from esengine.models.lora_file import WEIGHT_NAME, write_diffusers_lora
 from esengine.models.sana_sprint import RenderSettings, SanaSprint
@@ -13,7 +12,6 @@ __all__ = [
     "SanaSprint",
     "TextEmbeddings",
     "build_tiny",
-    "cache_root",
     "default_model",
     "latents",
     "write_diffusers_lora",

@@ -1,5 +1,6 @@
 """LoRA files that diffusers' own pipelines read, at the right strength."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -7,8 +8,10 @@ from pathlib import Path
 
 import torch
 from diffusers import SanaSprintPipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from safetensors.torch import save
 
-from esengine.models.files import write_atomic
+from esengine.files import replace_file
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 
@@ -59,14 +62,10 @@ def write_diffusers_lora(path: str | Path, state: Mapping[str, torch.Tensor], sc
         "target_modules": modules,
     }
 
-    def write(temporary: Path) -> None:
-        SanaSprintPipeline.save_lora_weights(
-            temporary.parent,
-            transformer_lora_layers=weights,
-            weight_name=temporary.name,
-            transformer_lora_adapter_metadata=metadata,
-        )
-
+    # one entry of metadata: safetensors writes several in random order, and equal adapters are to be equal bytes
+    prefix = SanaSprintPipeline.transformer_name
+    packed = json.dumps({f"{prefix}.{name}": value for name, value in metadata.items()}, sort_keys=True)
+    tensors = {f"{prefix}.{name}": tensor for name, tensor in weights.items()}
     file = Path(path) / WEIGHT_NAME
-    write_atomic(file, write)
+    replace_file(file, save(tensors, metadata={LORA_ADAPTER_METADATA_KEY: packed}))
     return file

@@ -10,7 +10,7 @@ Source: Chen et al., "SANA-Sprint" (2025), the trigflow sampler; diffusers' `pip
 import gc
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,7 +20,7 @@ import torch
 from diffusers import SanaSprintPipeline
 from safetensors import safe_open
 
-from esengine.errors import ConfigError
+from esengine.errors import ConfigError, RenderError
 from esengine.models.latents import latents
 from esengine.models.loading import READ_ERRORS, download, first_line, load, locate
 from esengine.models.lora_file import WEIGHT_NAME
@@ -218,8 +218,14 @@ class SanaSprint:
         Raises:
             ValueError: Rows that do not match, `members` without `population` or the reverse, or a size that the
                 model cannot render.
+            RenderError: An image is not finite; the message names its step, member and prompt.
         """
         settings = settings or RenderSettings()
+
+        def describe(row: int) -> str:
+            member = "" if members is None else f", member {int(members[row])}"
+            return f"step {step}{member}, prompt {texts.prompts[int(prompts[row])]!r}"
+
         x0_bchw = self.denoise(
             texts,
             seed=seed,
@@ -231,7 +237,7 @@ class SanaSprint:
             settings=settings,
             text_length=text_length,
         )
-        return self.decode(x0_bchw, chunk=settings.decode_chunk)
+        return self.decode(x0_bchw, chunk=settings.decode_chunk, describe=describe)
 
     @torch.no_grad()
     def denoise(
@@ -289,11 +295,25 @@ class SanaSprint:
         return x0_bchw / sigma_data
 
     @torch.no_grad()
-    def decode(self, x0_bchw: torch.Tensor, *, chunk: int) -> torch.Tensor:
-        """The second half of `render`: uint8 [B, 3, H, W] from x0 / sigma_data, `chunk` images in one VAE call."""
+    def decode(
+        self, x0_bchw: torch.Tensor, *, chunk: int, describe: Callable[[int], str] = "row {}".format
+    ) -> torch.Tensor:
+        """The second half of `render`: uint8 [B, 3, H, W] from x0 / sigma_data, `chunk` images in one VAE call.
+
+        Raises:
+            RenderError: A decoded image is not finite; `describe` says of which row.
+        """
         scaled = x0_bchw.to(self.vae.dtype) / self.vae.config.scaling_factor
-        images = [(self.vae.decode(z, return_dict=False)[0] / 2 + 0.5).clamp(0, 1) for z in scaled.split(chunk)]
-        return torch.cat([(image.float() * 255).round().to(torch.uint8) for image in images])
+        images, finite = [], []
+        for z in scaled.split(chunk):
+            decoded = self.vae.decode(z, return_dict=False)[0]
+            finite.append(decoded.isfinite().flatten(1).all(1))
+            images.append(((decoded / 2 + 0.5).clamp(0, 1).float() * 255).round().to(torch.uint8))
+        if not (good := torch.cat(finite)).all():
+            raise RenderError(
+                f"{describe(int((~good).nonzero()[0]))}: the image is not finite; lower the noise or the rate"
+            )
+        return torch.cat(images)
 
     def load_adapter(self, path: str | Path) -> None:
         """Loads a LoRA folder with the pipeline's own loader, in place of one loaded before.

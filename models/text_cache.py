@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from esengine.errors import ConfigError
-from esengine.models.files import write_atomic
+from esengine.files import write_atomic
 
 FORMAT = 1
 SHARD_PROMPTS = 1024

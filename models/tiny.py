@@ -19,7 +19,7 @@ from tokenizers.models import BPE
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizerFast
 
 from esengine.errors import ConfigError
-from esengine.models.files import cache_root
+from esengine.files import cache_root
 from esengine.models.loading import no_progress_bars
 
 NAME = "tiny-sana-sprint-v1"

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from esengine import checkpoint
+from esengine import checkpoint, files
 from esengine.checkpoint import RunFolder
 from esengine.errors import RunError
 
@@ -103,7 +103,7 @@ def test_a_step_saved_again(tmp_path):
     assert names(tmp_path) == ["step_00000001", "step_00000002"]
 
 
-@pytest.mark.parametrize("moment", ["write_synced", "_sync_folder", "rename"])
+@pytest.mark.parametrize("moment", ["write_synced", "sync_folder", "rename"])
 def test_a_crash_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch, moment):
     checkpoint.save(tmp_path, 1, tensors(), META)
 
@@ -229,13 +229,13 @@ def test_save_refuses_before_it_writes(tmp_path, step, keep, meta, error):
 
 def test_replace_file_keeps_the_old_contents_in_a_crash(tmp_path, monkeypatch):
     path = tmp_path / "f"
-    checkpoint.replace_file(path, b"old")
+    files.replace_file(path, b"old")
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "fsync", lambda descriptor: 1 / 0)
+        patch.setattr(files.os, "fsync", lambda descriptor: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            checkpoint.replace_file(path, b"new")
+            files.replace_file(path, b"new")
     assert path.read_bytes() == b"old"
-    checkpoint.replace_file(path, b"newer")
+    files.replace_file(path, b"newer")
     assert contents(tmp_path) == {"f": b"newer"}
 
 
@@ -302,7 +302,7 @@ def test_run_folder_with_nothing_to_resume(tmp_path):
 
 def test_run_folder_that_is_a_file(tmp_path):
     (tmp_path / "f").write_text("")
-    with pytest.raises(RunError, match="File exists"):
+    with pytest.raises(RunError, match="there is a file"):
         RunFolder.open(tmp_path / "f")
-    with pytest.raises(RunError, match="Not a directory"):
+    with pytest.raises(RunError, match="there is a file"):
         RunFolder.open(tmp_path / "f" / "g")

@@ -158,13 +158,11 @@ def test_an_adapter_folder_is_enough(trained, prompt_files, cache):
     assert found.scores == result.comparison.scores
 
 
-@pytest.mark.xfail(strict=True, reason="the run's dtype is not taken: eval of a bfloat16 run on a CPU is in float32")
 def test_eval_computes_in_the_dtype_of_the_run(small, tmp_path):
     result = train(small(tmp_path / "run", steps=1, dtype="bfloat16"))
     assert evaluate(EvalConfig(run_dir=tmp_path / "run"), Progress()).to_json() == result.comparison.to_json()
 
 
-@pytest.mark.xfail(strict=True, reason="config.yaml keeps relative paths, which mean other files in another folder")
 def test_eval_works_from_another_folder(small, tmp_path, prompt_files, monkeypatch):
     monkeypatch.chdir(prompt_files[0].parent)
     relative = {"prompts": prompt_files[0], "eval_prompts": prompt_files[1]}

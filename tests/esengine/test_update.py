@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from esengine.errors import ConfigError
 from esengine.update import Updater, UpdateRule
 
 
@@ -157,5 +158,5 @@ def test_the_gradient_is_not_written_to_and_not_kept(optimizer):
     ],
 )
 def test_wrong_rules(settings, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         UpdateRule(**settings)
