@@ -34,8 +34,8 @@ class Bar(Progress):
 
     def step(self, step: int, steps: int, metrics: dict[str, float]) -> None:
         if self._bar is not None:
-            self._bar.set_description(f"step {step}/{steps}")
-            self._bar.set_postfix_str(f"reward {metrics['reward']:.4f}, {metrics['seconds']:.2f} s/step")
+            self._bar.set_description(f"step {step}/{steps}", refresh=False)
+            self._bar.set_postfix_str(f"reward {metrics['reward']:.4f}, {metrics['seconds']:.2f} s/step", refresh=False)
 
     def stop(self) -> None:
         if self._bar is not None:
