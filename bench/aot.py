@@ -7,7 +7,6 @@ configuration, instead of run. Exit code 1 if a kernel does not compile or spill
 """
 
 import argparse
-import json
 import re
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
+import record
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -156,9 +156,7 @@ def main() -> int:
                 ),
             )
     if options.json:
-        options.json.write_text(
-            json.dumps({"triton": triton.__version__, "arch": options.arch, "rows": rows}, indent=1)
-        )
+        record.write(options.json, {"what": "bench/aot.py", "arch": options.arch, "rows": rows, **record.environment()})
     print(
         f"aot: {len(rows) - failed} of {len(rows)} kernels compile for sm_{options.arch} without spills, "
         f"triton {triton.__version__}"
