@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import table
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
@@ -21,7 +22,8 @@ def test_block_runs(block, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_figures_name_files_that_exist():
-    named = re.findall(r"bench/results/[\w.-]+", README.read_text(encoding="utf-8"))
-    assert named
-    assert all((README.parent / name).is_file() for name in named)
+def test_the_table_is_the_stored_results():
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert table.rows()
+    assert [row for row in table.rows() if row not in lines] == []
+    assert [line for line in lines if "`bench/results/" in line and line not in table.rows()] == []

@@ -1,0 +1,56 @@
+"""The README's table of results, drawn from the stored files; a test holds the two together."""
+
+import json
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def rows() -> list[str]:
+    """One Markdown row a figure: what, figure, device, file."""
+    lines = []
+
+    def add(what: str, figure: str, device: str, file: str) -> None:
+        lines.append(f"| {what} | {figure} | {device} | `bench/results/{file}` |")
+
+    file = "cpu_demo.json"
+    demo = _read(file)
+    scores = [run["scores"]["jpeg_compressibility"] for run in demo["runs"].values()]
+    gains = ", ".join(f"{s['difference']:+.2f} ± {s['standard_error']:.2f}" for s in scores)
+    prompts, seeds = demo["runs"]["0"]["prompts"], ", ".join(demo["runs"])
+    what = f"demo: gain in JPEG kB on {prompts} held-out prompts, base {scores[0]['base']:.2f}, seeds {seeds}"
+    add(what, gains, demo["device"], file)
+    seconds = ", ".join(f"{run['seconds']:.0f}" for run in demo["runs"].values())
+    add("demo: seconds of `esengine train`", seconds, demo["device"], file)
+
+    file = "cpu_forward.json"
+    forward = _read(file)
+    device = forward["environment"]["device"]
+    for name, layout in forward["layouts"].items():
+        ratios = layout["ratios"]
+        for pair, what in (
+            ("population / plain", "population forward over the plain forward of the same batch"),
+            ("loop / population", "setting each member's weights and looping, over the population forward"),
+        ):
+            ratio = ratios[pair]
+            spread = f"{ratio['of_medians']:.2f} (p20 {ratio['paired_p20']:.2f}, p80 {ratio['paired_p80']:.2f})"
+            add(f"{what}, tiny SANA, {name}", spread, device, file)
+    memory = forward["memory"]["bytes_per_further_member"]
+    figure = f"{memory['forward']:.0f} B forward, {memory['update']:.0f} B update"
+    add("memory for each further member at a fixed chunk, N 16384 to 65536", figure, device, file)
+
+    for version in ("3.9", "3.6"):
+        file = f"aot_sm90_triton-{version}.json"
+        aot = _read(file)
+        clean = sum("error" not in row and row["spills"] == 0 for row in aot["rows"])
+        what = f"kernels compiled for sm_90 without spills, Triton {version}"
+        add(what, f"{clean} of {len(aot['rows'])}", "no GPU", file)
+    return lines
+
+
+def _read(file: str) -> dict:
+    return json.loads((RESULTS / file).read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    print("\n".join(rows()))
