@@ -26,16 +26,16 @@ if triton is not None:
     from esengine.kernels.noise import noise_rows, offset
     from esengine.kernels.population_linear import column
 
-    @triton.jit(do_not_specialize=["step", "stream_u", "stream_v", "pairs"])
+    @triton.jit(do_not_specialize=["step", "stream_u", "stream_v"])
     def _update_kernel(
         weights_ptr, out_ptr,
-        pairs, L, S, scale,
+        L, S, scale,
         seed: tl.int64, step: tl.int64, stream_u: tl.int64, stream_v: tl.int64,
-        RANK: tl.constexpr, KP: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr,
+        PAIRS: tl.constexpr, RANK: tl.constexpr, KP: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr,
     ):  # fmt: skip
         first_l, first_s = tl.program_id(0) * BLOCK_L, tl.program_id(1) * BLOCK_S
         acc = tl.zeros((BLOCK_L, BLOCK_S), tl.float32)
-        for pair in range(pairs):
+        for pair in range(PAIRS):
             weight = tl.load(weights_ptr + pair)
             u = noise_rows(seed, step, stream_u, pair, first_l, BLOCK_L, KP)
             v = weight * noise_rows(seed, step, stream_v, pair, first_s, BLOCK_S, KP)
@@ -104,9 +104,9 @@ def es_update(
     grid = (triton.cdiv(shape[0], config["BLOCK_L"]), triton.cdiv(shape[1], config["BLOCK_S"]))
     _update_kernel[grid](
         weights.contiguous(), out,
-        pairs=len(weights), L=shape[0], S=shape[1], scale=1 / math.sqrt(rank),
+        L=shape[0], S=shape[1], scale=1 / math.sqrt(rank),
         seed=signed64(seed), step=step, stream_u=stream_u, stream_v=stream_v,
-        RANK=rank, KP=padded_rank(rank), **config,
+        PAIRS=len(weights), RANK=rank, KP=padded_rank(rank), **config,
     )  # fmt: skip
     return out
 
