@@ -122,6 +122,12 @@ def launches_of_every_kernel() -> Iterator[tuple[str, list]]:
                     )  # fmt: skip
                 name = str(dtype).removeprefix("torch.")
                 yield f"{n_in}->{n_out} x{tokens} {name} r{r} k{k}", launches
+    with recorded_launches() as launches:
+        population_linear(
+            empty(64, 256, 2240), empty(2240, 2240), None, empty(2, 2240), empty(2240, 2),
+            members=empty(64, dtype=torch.int64), streams=linear_streams("x"), seed=0, step=1, sigma=1e-2, rank=1,
+        )  # fmt: skip
+    yield "2240->2240 x256 float32 r2 k1", launches
     for shape, k in (((2, 2240), 1), ((13440, 16), 4), ((2240, 2240), 1)):
         with recorded_launches() as launches:
             es_update(empty(128), shape=shape, stream_u=1, stream_v=2, seed=0, step=1, rank=k)

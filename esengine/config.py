@@ -209,7 +209,7 @@ class EvalConfig:
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU when there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """auto: bfloat16 on a GPU, float32 on a CPU."""
+    """auto: the run's; without a run, bfloat16 on a GPU and float32 on a CPU."""
     image: tyro.conf.AvoidSubcommands[ImageSettings | None] = None
 
     def __post_init__(self):
@@ -243,7 +243,7 @@ class RenderConfig:
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU when there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """auto: bfloat16 on a GPU, float32 on a CPU."""
+    """auto: the run's; without a run, bfloat16 on a GPU and float32 on a CPU."""
     image: tyro.conf.AvoidSubcommands[ImageSettings | None] = None
 
     def __post_init__(self):
@@ -267,7 +267,7 @@ class EnvConfig:
 
 MAY_CHANGE = (
     *("run_dir", "resume", "config", "steps", "checkpoint_every", "strip_every", "wandb"),
-    *("prompts", "eval_prompts"),  # paths; the contents of `prompts` are compared by their hash
+    *("model", "revision", "prompts", "eval_prompts"),  # names; what `model` and `prompts` hold is compared by hash
 )
 """Settings that a resumed run may be given anew: none of them has a say in the adapter of a given step."""
 

@@ -2,13 +2,13 @@
 
 import importlib.metadata
 import json
-import os
 import platform
 
 import torch
 
 import esengine
 from esengine.kernels import CONTRACT, uses_triton
+from esengine.kernels.noise import INTERPRET
 from esengine.setup import pick_device
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "safetensors", "numpy", "pillow")
@@ -40,7 +40,7 @@ def to_json(facts: dict[str, str]) -> str:
 
 def _kernels(device: torch.device) -> str:
     if uses_triton(device):
-        return "triton, under its interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "triton"
+        return "triton, under its interpreter" if INTERPRET else "triton: there is a CUDA device and Triton"
     if device.type == "cuda":
         return "batched torch: triton is not installed (pip install 'eggroll-esengine[gpu]')"
     return "batched torch: there is no CUDA device"

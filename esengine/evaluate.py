@@ -74,6 +74,9 @@ def compare(
 ) -> Comparison:
     """Score the model without and with the adapter that it has loaded, on shared latents.
 
+    This measures what users of diffusers get: its loader holds the adapter in the model's dtype, where training kept
+    it in float32.
+
     Args:
         model: with an adapter from `load_adapter`.
         texts: the prompts to compare on; a prompt's place among them keys its latents.

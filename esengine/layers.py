@@ -1,6 +1,6 @@
 """The drop-in layer: PEFT's LoRA linear that, inside `Population.perturbed`, gives each batch row its own member."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from peft import LoraConfig
@@ -10,6 +10,14 @@ from torch import nn
 from esengine.kernels import Streams, population_linear_torch, population_linear_triton
 
 ADAPTER = "default"
+
+HONOURED = (
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "runtime_config", "megatron_core"),
+)
+"""Fields of a LoraConfig that may be set: what selects and scales layers, and what has no part in the forward."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,12 @@ class PopulationLinear(LoraLinear):
                 f"members: expected one for each batch row of {self.name}, int64 [{len(x)}], "
                 f"got int64 [{len(chunk.members)}]"
             )
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self._perturbed(x.to(self.base_layer.weight.dtype), chunk)
+        return self._perturbed(x, chunk)
+
+    def _perturbed(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         linear = self.base_layer
         if chunk.factors is None:
             return population_linear_triton(
@@ -112,27 +126,17 @@ def strip(module: nn.Module, trainable: dict[str, bool]) -> None:
     if hasattr(module, "peft_config"):
         del module.peft_config
     for name, parameter in module.named_parameters():
-        parameter.requires_grad_(trainable[name])
+        parameter.requires_grad_(trainable.get(name, parameter.requires_grad))
 
 
 def check_config(config: LoraConfig) -> None:
     """Refuse what would change the base weights, add parameters besides A and B, or make the forward random."""
     if not isinstance(config, LoraConfig):
         raise TypeError(f"config: expected peft.LoraConfig, got {type(config).__name__}")
-    refused = {
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_dora": False,
-        "lora_bias": False,
-        "fan_in_fan_out": False,
-        "modules_to_save": None,
-        "layer_replication": None,
-        "target_parameters": None,
-        "trainable_token_indices": None,
-    }
-    for name, expected in refused.items():
-        value = getattr(config, name, expected)
-        if value != expected and value:
+    default = LoraConfig()
+    for name in (f.name for f in fields(LoraConfig)):
+        value, expected = getattr(config, name), getattr(default, name)
+        if name not in HONOURED and value != expected and value:
             raise ValueError(f"config.{name}: expected {expected!r} for ES on frozen weights, got {value!r}")
     if config.init_lora_weights not in (True, False, "gaussian"):
         raise ValueError(

@@ -110,7 +110,10 @@ def attach(
             torch.random.default_generator.manual_seed(noise.seed & (1 << 63) - 1)  # the CPU's alone
             LoraModel(module, config, ADAPTER)
         layers = {name: m for name, m in module.named_modules() if isinstance(m, PopulationLinear)}
-        return Population(module, layers, config, noise, rule, backend, trainable)
+        population = Population(module, layers, config, noise, rule, backend, trainable)
+        if backend == "triton" and not uses_triton(population.device):
+            raise ValueError(f"backend: triton needs Triton and a CUDA device, the module is on {population.device}")
+        return population
     except BaseException:
         strip(module, trainable)
         raise
@@ -169,6 +172,8 @@ class Population:
             step: of the noise contract, in [0, 2^32).
             members: int64 [B], not negative, on the module's device, one for each batch row.
 
+        On a GPU the forward has no gradient: call it under torch.no_grad.
+
         Raises:
             ValueError: `members` is of another dtype, shape or device, or has a negative entry; in the forward, when
                 its length is not the batch size.
@@ -216,6 +221,7 @@ class Population:
                     totals[f"{name}.lora_B.weight"] += es_update_chunk(weights, u_out, v_out)
         return {name: total / len(fitness) for name, total in totals.items()}
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def update(self, *, step: int, fitness: torch.Tensor) -> UpdateStats:
         """Move the adapter along g by the rule it was attached with.

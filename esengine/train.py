@@ -17,7 +17,7 @@ import esengine
 from esengine import checkpoint
 from esengine.config import ImageSettings, TrainConfig, differences, to_dict, to_yaml
 from esengine.engine import Engine, Task
-from esengine.errors import ConfigError, RenderError, RunError
+from esengine.errors import ConfigError, RunError
 from esengine.evaluate import Comparison, compare
 from esengine.files import cache_root, replace_file
 from esengine.kernels import CONTRACT
@@ -107,6 +107,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Result:
             run_dir=None,
             resume=False,
             config=None,
+            model=str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model,
             prompts=config.prompts and config.prompts.resolve(),
             eval_prompts=config.eval_prompts and config.eval_prompts.resolve(),
             device=str(device),
@@ -116,12 +117,14 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Result:
         meta = {
             "config": to_dict(config),
             "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+            "model": model.identity(),
             "contract": CONTRACT,
             "esengine": esengine.__version__,
         }
         if saved is not None:
             _check_same_run(folder, saved.meta, meta)
         population = attach_population(model, config)
+        progress.note(f"population of {config.population}, kernels: {population.backend}")
         engine = Engine(
             population, sampler, size=config.population, repeats=config.es.repeats, shaping=config.es.shaping
         )
@@ -132,11 +135,13 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Result:
             progress.note(f"resuming {folder.path} after step {engine.step} of {config.steps}")
 
         progress.note(f"encoding {len(prompts)} prompts to train on and {len(eval_prompts)} held out")
+        if shared := set(prompts) & set(eval_prompts):
+            progress.note(f"warning: {len(shared)} of the held-out prompts are trained on too")
         texts, held_out = encode(model, (prompts, eval_prompts), config.image, progress)
         run = Run(config, model, reward, texts, settings, progress)
         resume_step = engine.step if saved is not None else None
         with _mirror(config, folder), RunLog(folder, resume_step) as log:
-            _loop(run, engine, folder, log, meta)
+            _loop(run, engine, folder, log, meta, resumed=saved is not None)
         population.detach()
 
         progress.note(f"comparing base and adapter on {len(eval_prompts)} held-out prompts")
@@ -171,8 +176,9 @@ def encode(
     """Text embeddings of several lists of prompts, with the text encoder loaded at most once, by way of the cache."""
     settings = dict(cache_dir=cache_root() / "text", instruction=image.instruction)
     everything = list(dict.fromkeys(prompt for prompts in lists for prompt in prompts))
-    model.encode(everything, **settings, progress=lambda done, total: progress.count("prompts", done, total))
-    return [model.encode(prompts, **settings) for prompts in lists]
+    texts = model.encode(everything, **settings, progress=lambda done, total: progress.count("prompts", done, total))
+    place = {prompt: index for index, prompt in enumerate(everything)}
+    return [TextEmbeddings(prompts, [texts[place[prompt]] for prompt in prompts]) for prompts in lists]
 
 
 def save_adapter(population: Population, path: Path) -> None:
@@ -219,26 +225,20 @@ def _mirror(config: TrainConfig, folder: checkpoint.RunFolder) -> AbstractContex
 
 def _render(run: Run, population: Population, step: int, prompts, repeats, members, length: int) -> torch.Tensor:
     """One chunk: int64 [B] of prompts, repeats and members -> uint8 [B, 3, H, W]."""
-    try:
-        return run.model.render(
-            run.texts,
-            seed=run.config.seed,
-            step=step,
-            prompts=prompts,
-            repeats=repeats,
-            members=members,
-            population=population,
-            settings=run.settings,
-            text_length=length,
-        )
-    except torch.OutOfMemoryError as error:
-        raise RenderError(
-            f"step {step}: {len(prompts)} images in one forward do not fit into {run.model.device}'s memory; "
-            "give a smaller --image.chunk"
-        ) from error
+    return run.model.render(
+        run.texts,
+        seed=run.config.seed,
+        step=step,
+        prompts=prompts,
+        repeats=repeats,
+        members=members,
+        population=population,
+        settings=run.settings,
+        text_length=length,
+    )
 
 
-def _loop(run: Run, engine: Engine, folder: checkpoint.RunFolder, log: RunLog, meta: dict) -> None:
+def _loop(run: Run, engine: Engine, folder: checkpoint.RunFolder, log: RunLog, meta: dict, *, resumed: bool) -> None:
     config, population = run.config, engine.population
 
     def keep() -> int:
@@ -250,7 +250,11 @@ def _loop(run: Run, engine: Engine, folder: checkpoint.RunFolder, log: RunLog, m
         raise RunError(
             f"run folder {folder.path}: {engine.step} steps are done, --steps {config.steps} lies behind them"
         )
-    kept = keep()  # before the config: a run that has one can be resumed
+    if resumed:
+        kept = engine.step
+        save_adapter(population, folder.adapter)
+    else:
+        kept = keep()  # before the config: a run that has one can be resumed
     replace_file(folder.config, to_yaml(config).encode())
     per_step = engine.ask().images
     run.progress.start(config.steps * per_step, engine.step * per_step)
@@ -317,8 +321,9 @@ def _check_same_run(folder: checkpoint.RunFolder, saved: dict, now: dict) -> Non
     changed = differences(saved["config"], now["config"])
     if saved["contract"] != now["contract"]:
         changed.append(f"noise contract: {saved['contract']} -> {now['contract']}")
-    if saved["prompts_sha256"] != now["prompts_sha256"]:
-        changed.append("prompts: the file's contents")
+    for name, what in (("model", "model: its weights"), ("prompts_sha256", "prompts: the file's contents")):
+        if saved[name] != now[name]:
+            changed.append(what)
     if changed:
         raise RunError(
             f"run folder {folder.path} was trained with other settings ({'; '.join(changed)}): "

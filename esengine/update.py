@@ -38,7 +38,16 @@ class Updater:
 
     @torch.no_grad()
     def step(self, gradient: dict[str, torch.Tensor]) -> UpdateStats:
-        """Move every tensor up its gradient, of the same name, shape and dtype."""
+        """Move every tensor up its gradient, of the same name, shape and dtype.
+
+        Raises:
+            ValueError: the gradient is not finite; nothing has changed.
+        """
+        gradient_norm = _norm(gradient.values())
+        if not math.isfinite(gradient_norm):
+            raise ValueError(f"gradient: expected a finite norm, got {gradient_norm}")
+        for parameter, state in self.optimizer.state.items():  # follows a module that has moved
+            state |= {key: value.to(parameter.device) for key, value in state.items() if _moves(key, value)}
         before = {name: parameter.clone() for name, parameter in self.parameters.items()}
         for name, parameter in self.parameters.items():
             parameter.grad = -gradient[name]
@@ -53,7 +62,7 @@ class Updater:
             for parameter in self.parameters.values():
                 parameter.mul_(self.rule.max_norm / norm)
         step_norm = _norm(parameter - before[name] for name, parameter in self.parameters.items())
-        return UpdateStats(_norm(gradient.values()), step_norm, _norm(self.parameters.values()))
+        return UpdateStats(gradient_norm, step_norm, _norm(self.parameters.values()))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The optimizer's moments and counters as `<tensor>.<moment>`."""
@@ -87,5 +96,10 @@ class Updater:
             self.optimizer.state[parameter][moment] = value.to(device, copy=True)
 
 
+def _moves(key: str, value: torch.Tensor | None) -> bool:
+    """Adam's step counter stays on the CPU, as torch.optim has it."""
+    return isinstance(value, torch.Tensor) and key != "step"
+
+
 def _norm(tensors: Iterable[torch.Tensor]) -> float:
-    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
+    return float(torch.stack([tensor.double().square().sum() for tensor in tensors]).sum().sqrt())

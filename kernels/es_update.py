@@ -65,7 +65,7 @@ def es_update_ref(
         ValueError: if `fitness` is not fp32 [N] with N even and at least 2.
     """
     check_fitness(fitness)
-    total = torch.zeros(shape, device=fitness.device)
+    total = torch.zeros(shape, dtype=torch.float32, device=fitness.device)
     for member, f in enumerate(fitness):
         noise = dict(seed=seed, step=step, pairs=torch.tensor([member // 2], device=fitness.device), rank=rank)
         u = factor_ref(stream=stream_u, length=shape[0], **noise)[0]
@@ -88,9 +88,9 @@ def es_update(
     key_words(seed, step)
     weights = pair_weights(fitness)
     if 0 in shape:
-        return torch.zeros(shape, device=fitness.device)
+        return torch.zeros(shape, dtype=torch.float32, device=fitness.device)
     if not uses_triton(fitness.device):
-        total = torch.zeros(shape, device=fitness.device)
+        total = torch.zeros(shape, dtype=torch.float32, device=fitness.device)
         for start in range(0, len(weights), PAIRS_PER_CHUNK):
             chunk = weights[start : start + PAIRS_PER_CHUNK]
             pairs = torch.arange(start, start + len(chunk), device=fitness.device)
@@ -99,15 +99,16 @@ def es_update(
             v = factor_ref(stream=stream_v, length=shape[1], **noise)
             total += es_update_chunk(chunk, u, v)
         return total
-    out = torch.empty(shape, device=fitness.device)
+    out = torch.empty(shape, dtype=torch.float32, device=fitness.device)
     config = update_config(*shape)
     grid = (triton.cdiv(shape[0], config["BLOCK_L"]), triton.cdiv(shape[1], config["BLOCK_S"]))
-    _update_kernel[grid](
-        weights.contiguous(), out,
-        L=shape[0], S=shape[1], scale=1 / math.sqrt(rank),
-        seed=signed64(seed), step=step, stream_u=stream_u, stream_v=stream_v,
-        PAIRS=len(weights), RANK=rank, KP=padded_rank(rank), **config,
-    )  # fmt: skip
+    with torch.cuda.device_of(out):
+        _update_kernel[grid](
+            weights.contiguous(), out,
+            L=shape[0], S=shape[1], scale=1 / math.sqrt(rank),
+            seed=signed64(seed), step=step, stream_u=stream_u, stream_v=stream_v,
+            PAIRS=len(weights), RANK=rank, KP=padded_rank(rank), **config,
+        )  # fmt: skip
     return out
 
 

@@ -18,7 +18,6 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011); 
 
 import hashlib
 import math
-import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -31,7 +30,7 @@ except ImportError:  # a CPU-only install: the torch path is complete without it
     triton = None
 
 CONTRACT = 1
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRET = triton is not None and bool(triton.knobs.runtime.interpret)
 """Triton was imported as an interpreter: its kernels run on CPU tensors, and bf16 is upcast before it is multiplied."""
 
 _MASK = 0xFFFFFFFF
@@ -111,9 +110,12 @@ def quads_ref(*, seed: int, step: int, quads: torch.Tensor, streams: torch.Tenso
     """Normals of whole counters: float32 [..., 4] for int64 `quads` (e >> 2), `streams` and `pairs` that broadcast."""
     words = philox_ref([quads, pairs, streams, torch.tensor(step, device=quads.device)], key_words(seed, step))
     wide = torch.float32 if quads.is_cuda else torch.float64
-    out = torch.empty(*torch.broadcast_shapes(*(word.shape for word in words)), 4, device=quads.device)
+    shape = torch.broadcast_shapes(*(word.shape for word in words))
+    out = torch.empty(*shape, 4, dtype=torch.float32, device=quads.device)
     for first in (0, 2):
-        u_radius, u_angle = (((word >> 8).float() + 0.5).mul_(2**-24).to(wide) for word in words[first : first + 2])
+        u_radius, u_angle = (
+            ((word >> 8).to(torch.float32) + 0.5).mul_(2**-24).to(wide) for word in words[first : first + 2]
+        )
         radius, angle = u_radius.log_().mul_(-2).clamp_min_(0).sqrt_(), u_angle.mul_(2 * math.pi)
         out[..., first], out[..., first + 1] = radius * angle.cos(), radius * angle.sin()
     return out
@@ -191,7 +193,8 @@ if triton is not None:
         # quadrant in integers, then Cephes' polynomials on [-pi/4, pi/4]: tl.cos spills, to be ready for huge angles
         turn = (x_angle >> 8).to(tl.int32)
         quadrant = (turn + 2097152) >> 22
-        phi = ((turn - (quadrant << 22)).to(tl.float32) + 0.5) * 3.7450702829239286e-07
+        half = tl.where(turn < 8388608, 0.5, (turn & 1).to(tl.float32))  # as float32 rounds turn + 0.5
+        phi = ((turn - (quadrant << 22)).to(tl.float32) + half) * 3.7450702829239286e-07
         z = phi * phi
         s = phi + phi * z * (-1.6666654611e-1 + z * (8.3321608736e-3 - z * 1.9515295891e-4))
         c = 1.0 - 0.5 * z + z * z * (4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5))
@@ -237,13 +240,14 @@ def normals(
         return normals_ref(seed=seed, step=step, streams=streams, pairs=pairs, count=count, device=device)
     key_words(seed, step)
     streams, pairs = streams.to(device).contiguous(), pairs.to(device).contiguous()
-    out = torch.empty(len(pairs), count, device=device)
+    out = torch.empty(len(pairs), count, dtype=torch.float32, device=device)
     if out.numel():
         block = 1024
         grid = (len(pairs), triton.cdiv(count, block))
-        _normals_kernel[grid](
-            out, streams, pairs, seed=signed64(seed), step=step, count=count, stride_op=out.stride(0), BLOCK=block
-        )
+        with torch.cuda.device_of(out):
+            _normals_kernel[grid](
+                out, streams, pairs, seed=signed64(seed), step=step, count=count, stride_op=out.stride(0), BLOCK=block
+            )
     return out
 
 

@@ -253,10 +253,13 @@ def population_linear_triton(
 ) -> torch.Tensor:
     """The Triton path: shrink, then a GEMM whose epilogue rebuilds U' and expands. Arguments as in the reference.
 
-    Deterministic; a row's result depends on T, not on its batch mates. Noise and the LoRA columns stay in fp32.
+    Deterministic; a row's result depends on T, not on its batch mates. Noise and the LoRA columns stay in fp32
+    (three tf32 products where x is of half precision).
     """
     _check(x, weight, bias, a, b, members)
     key_words(seed, step)
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("x: requires a gradient, which the Triton path does not have; call it under torch.no_grad")
     (n, k), r, kp = weight.shape, 0 if a is None else len(a), padded_rank(rank)
     # under the interpreter a store to bf16 truncates, so it writes fp32 and torch rounds
     y = torch.empty(*x.shape[:-1], n, device=x.device, dtype=torch.float32 if INTERPRET else x.dtype)
@@ -265,35 +268,38 @@ def population_linear_triton(
     x_btk = x.reshape(len(x), -1, k)
     batch, t, _ = x_btk.shape
     m, members = batch * t, members.contiguous()
-    h = torch.empty(m, r + rank, device=x.device)
+    h = torch.empty(m, r + rank, dtype=torch.float32, device=x.device)
     noise = dict(seed=signed64(seed), step=step)
-    precision = "ieee" if x.dtype == torch.float32 else "tf32"
+    ieee = x.dtype == torch.float32
     strides = dict(zip(("stride_xb", "stride_xt", "stride_xk"), x_btk.stride(), strict=True))
 
     config = shrink_config(t, kp)
     grid = (batch, triton.cdiv(t, config["BLOCK_T"]))
-    _shrink_kernel[grid](
-        x_btk, x_btk if a is None else a, members, h,
-        T=t, **strides,
-        stride_ar=0 if a is None else a.stride(0), stride_ak=0 if a is None else a.stride(1),
-        sigma=float(signed_sigma(torch.tensor(0), sigma, rank)), scale=scale,
-        **noise, stream_av=streams.a_v, stream_au=streams.a_u, stream_bv=streams.b_v,
-        K=k, R=r, RP=max(16, padded_rank(max(r, 1))), RANK=rank, KP=kp, PRECISION=precision, **config,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _shrink_kernel[grid](
+            x_btk, x_btk if a is None else a, members, h,
+            T=t, **strides,
+            stride_ar=0 if a is None else a.stride(0), stride_ak=0 if a is None else a.stride(1),
+            sigma=float(signed_sigma(torch.tensor(0), sigma, rank)), scale=scale,
+            **noise, stream_av=streams.a_v, stream_au=streams.a_u, stream_bv=streams.b_v,
+            K=k, R=r, RP=max(16, padded_rank(max(r, 1))), RANK=rank, KP=kp,
+            PRECISION="ieee" if ieee else "tf32x3", **config,
+        )  # fmt: skip
 
     config = expand_config(t, x.dtype)
     block_m = config["BLOCK_M"]
     slots = 1 if t % block_m == 0 else (block_m + t - 2) // t + 1  # batch rows that one tile can touch
     grid = (triton.cdiv(m, block_m) * triton.cdiv(n, config["BLOCK_N"]),)
-    _expand_kernel[grid](
-        x_btk, weight, weight if bias is None else bias.contiguous(), h if b is None else b, h, members, y,
-        M=m, N=n, T=t, **strides,
-        stride_wn=weight.stride(0), stride_wk=weight.stride(1),
-        stride_bn=0 if b is None else b.stride(0), stride_br=0 if b is None else b.stride(1),
-        **noise, stream_bu=streams.b_u,
-        K=k, R=r, RANK=rank, KP=kp, SLOTS=slots, HAS_BIAS=bias is not None,
-        UPCAST=INTERPRET, PRECISION=precision, **config,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _expand_kernel[grid](
+            x_btk, weight, weight if bias is None else bias.contiguous(), h if b is None else b, h, members, y,
+            M=m, N=n, T=t, **strides,
+            stride_wn=weight.stride(0), stride_wk=weight.stride(1),
+            stride_bn=0 if b is None else b.stride(0), stride_br=0 if b is None else b.stride(1),
+            **noise, stream_bu=streams.b_u,
+            K=k, R=r, RANK=rank, KP=kp, SLOTS=slots, HAS_BIAS=bias is not None,
+            UPCAST=INTERPRET, PRECISION="ieee" if ieee else "tf32", **config,
+        )  # fmt: skip
     return y.to(x.dtype)
 
 

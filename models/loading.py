@@ -11,7 +11,7 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from esengine.errors import ConfigError
+from esengine.errors import ConfigError, RenderError
 
 READ_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError)
 
@@ -60,6 +60,15 @@ def load(folder: Path, dtype: torch.dtype, **without: None) -> SanaSprintPipelin
 def first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def fits(images: int, what: str, setting: str) -> Iterator[None]:
+    """Out of memory inside becomes a RenderError that names the setting to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RenderError(f"{images} images in one {what} do not fit into memory: give a smaller {setting}") from error
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from safetensors import safe_open
 
 from esengine.errors import ConfigError, RenderError
 from esengine.models.latents import latents
-from esengine.models.loading import READ_ERRORS, download, first_line, load, locate
+from esengine.models.loading import READ_ERRORS, download, first_line, fits, load, locate
 from esengine.models.lora_file import WEIGHT_NAME
 from esengine.models.text_cache import Progress, TextEmbeddings, embed_prompts, fingerprint
 
@@ -137,6 +137,12 @@ class SanaSprint:
         source, identity = locate(str(model), revision, local_files_only)
         pipeline = load(source, dtype, text_encoder=None, tokenizer=None)
         return cls(pipeline.to(device), source=source, identity=identity, local_files_only=local_files_only)
+
+    def identity(self) -> str:
+        """What was loaded, for the record of a run: a hub id and its commit, or a fingerprint of a folder's weights."""
+        if "commit" in self._identity:
+            return f"{self._identity['model']}@{self._identity['commit']}"
+        return fingerprint(self._source, ("transformer", "vae", "scheduler"))
 
     def encode(
         self,
@@ -286,7 +292,8 @@ class SanaSprint:
             else nullcontext()
         ):
             for i, (s, t) in enumerate(pairwise(angles)):
-                v_bchw = self._velocity(x_bchw, s, embeds_blc, mask_bl, guidance_b)
+                with fits(batch, "transformer forward", "chunk"):
+                    v_bchw = self._velocity(x_bchw, s, embeds_blc, mask_bl, guidance_b)
                 if settings.x0_angle is not None:
                     s = torch.full_like(s, settings.x0_angle)
                 x0_bchw = torch.cos(s) * x_bchw - torch.sin(s) * v_bchw
@@ -306,7 +313,8 @@ class SanaSprint:
         scaled = x0_bchw.to(self.vae.dtype) / self.vae.config.scaling_factor
         images, finite = [], []
         for z in scaled.split(chunk):
-            decoded = self.vae.decode(z, return_dict=False)[0]
+            with fits(len(z), "VAE call", "decode chunk"):
+                decoded = self.vae.decode(z, return_dict=False)[0]
             finite.append(decoded.isfinite().flatten(1).all(1))
             images.append(((decoded / 2 + 0.5).clamp(0, 1).float() * 255).round().to(torch.uint8))
         if not (good := torch.cat(finite)).all():

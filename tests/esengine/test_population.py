@@ -268,9 +268,8 @@ def test_after_a_move(device):
         after = population.module(**inputs("mlp", 2, device))
     torch.testing.assert_close(after.cpu(), before, rtol=1e-5, atol=1e-6)
     adapter = copy.deepcopy(population.parameters()["up.lora_A.weight"].data)
-    population.module.cpu()
     population.update(step=1, fitness=torch.tensor([1.0, -1.0]))
-    assert not torch.equal(population.parameters()["up.lora_A.weight"].data, adapter.cpu())
+    assert not torch.equal(population.parameters()["up.lora_A.weight"].data, adapter)
 
 
 def test_gradients_of_the_input_flow_outside_and_inside():
@@ -684,3 +683,64 @@ def test_wrong_fitness_leaves_the_adapter(fitness, message):
 def test_wrong_noise_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         Noise(**settings)
+
+
+def test_autocast_is_left_outside():
+    population = trained(fresh(), mlp_config(), Noise(sigma=0.05))
+    members, x = torch.tensor([0, 1]), inputs("mlp", 2)
+    with torch.no_grad(), population.perturbed(step=1, members=members):
+        expected = population.module(**x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert relative(population.module(**x).float(), expected) < 2e-2
+
+
+def test_the_default_dtype_has_no_say():
+    population = trained(fresh(), mlp_config(), Noise(sigma=0.05))
+    expected = population.member_state_dict(step=1, member=3)
+    gradient = population.gradient(step=1, fitness=torch.tensor([1.0, -2.0]))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        again = population.member_state_dict(step=1, member=3)
+        repeated = population.gradient(step=1, fitness=torch.tensor([1.0, -2.0], dtype=torch.float32))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+    assert all(torch.equal(repeated[name], gradient[name]) for name in gradient)
+
+
+def test_a_gradient_that_overflows_changes_nothing():
+    population = trained(fresh(), mlp_config(), Noise(sigma=0.05), rule=UpdateRule(optimizer="adam"))
+    population.update(step=0, fitness=torch.tensor([1.0, -1.0]))
+    before = population.state_dict()
+    with pytest.raises(ValueError, match="gradient: expected a finite norm"):
+        population.update(step=1, fitness=torch.tensor([3e38, -3e38]))
+    after = population.state_dict()
+    for part in ("adapter", "optimizer"):
+        assert all(torch.equal(after[part][name], before[part][name]) for name in before[part])
+
+
+def test_an_update_inside_inference_mode_is_one_like_any_other():
+    population = trained(fresh(), mlp_config(), Noise(sigma=0.05), rule=UpdateRule(optimizer="momentum"))
+    twin = trained(fresh(), mlp_config(), Noise(sigma=0.05), rule=UpdateRule(optimizer="momentum"))
+    fitness = torch.tensor([1.0, -1.0])
+    with torch.inference_mode():
+        population.update(step=0, fitness=fitness)
+    twin.update(step=0, fitness=fitness)
+    assert population.update(step=1, fitness=fitness) == twin.update(step=1, fitness=fitness)
+
+
+def test_detach_with_a_parameter_that_came_later():
+    module = fresh()
+    population = trained(module, mlp_config(), Noise())
+    module.late = torch.nn.Parameter(torch.zeros(1))
+    assert population.detach() is module
+    assert module.late.requires_grad
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_triton_without_a_gpu_is_refused():
+    module = fresh()
+    keys = list(module.state_dict())
+    with pytest.raises(ValueError, match="backend: triton needs"):
+        esengine.attach(module, mlp_config(), backend="triton")
+    assert list(module.state_dict()) == keys

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -15,9 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from esengine import checkpoint
-from esengine.config import ESSettings, ImageSettings, LoraSettings, TrainConfig, UpdateRule, load, to_dict
+from esengine.config import ESSettings, ImageSettings, LoraSettings, TrainConfig, UpdateRule, load, load_run, to_dict
 from esengine.errors import ConfigError, EsengineError, RewardError, RunError
-from esengine.models import SanaSprint, default_model
+from esengine.models import SanaSprint, build_tiny, default_model
 from esengine.runlog import RunLog
 from esengine.train import Progress, attach_population, save_adapter, train
 from esengine.update import Updater
@@ -554,6 +555,19 @@ def test_the_same_prompts_under_another_path_may_resume(small, tmp_path, prompt_
     moved = tmp_path / "moved.txt"
     moved.write_bytes(prompt_files[0].read_bytes())
     train(dataclasses.replace(config, resume=True, steps=2, prompts=moved))
+
+
+def test_other_weights_in_the_models_folder_are_refused(small, tmp_path, monkeypatch):
+    model = build_tiny(tmp_path / "model", seed=0)
+    monkeypatch.chdir(tmp_path)
+    config = small(tmp_path / "run", steps=1, model="./model", strip_every=0)
+    train(config)
+    monkeypatch.chdir("/")
+    train(dataclasses.replace(load_run(tmp_path / "run"), run_dir=tmp_path / "run", resume=True, steps=2))
+    shutil.rmtree(model)
+    build_tiny(model, seed=1)
+    with pytest.raises(RunError, match="model: its weights"):
+        train(dataclasses.replace(load_run(tmp_path / "run"), run_dir=tmp_path / "run", resume=True, steps=3))
 
 
 # ---- rewards that fail
