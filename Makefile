@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+export GOMP_SPINCOUNT ?= 10000
 
 .PHONY: demo test lint aot bench clean
 

@@ -174,6 +174,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, lock: int, created: tuple[Path, ...] = ()):
+        """`created`: the lock file and the folders that this process made, innermost first."""
         self.path = path
         self._lock: int | None = lock
         self._created = created
@@ -183,17 +184,17 @@ class RunFolder:
         """Make or reopen a run folder and lock it.
 
         Args:
-            path: the folder; without resume it may be missing, or hold anything but a run.
+            path: the folder; without resume it may be missing, or hold anything but a run that has made a step.
             resume: the folder must hold a checkpoint.
 
         Raises:
-            RunError: another process holds it, it holds a run and resume is false, it holds no checkpoint and resume
-                is true, or it cannot be made or locked.
+            RunError: another process holds it, it cannot be made or locked, it holds a run with a step behind it and
+                resume is false, or no checkpoint and resume is true.
         """
         path = Path(path)
         if resume and not path.is_dir():
             raise RunError(f"run folder {path}: nothing to resume, there is no such folder")
-        created = tuple(p for p in (path, *path.parents) if not p.exists())
+        created = tuple(p for p in (path / ".lock", path, *path.parents) if not p.exists())
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -204,8 +205,14 @@ class RunFolder:
         folder = cls(path, lock, created)
         try:
             folder._acquire()
-            folder._require(resume)
         except BaseException:
+            folder.close()
+            raise
+        try:
+            folder._require(resume)
+            folder._remove_torn_files()
+        except BaseException:
+            folder._leave_nothing()
             folder.close()
             raise
         return folder
@@ -244,11 +251,8 @@ class RunFolder:
         return self
 
     def __exit__(self, *exception) -> None:
-        if exception[0] is not None and self._created and [p.name for p in self.path.iterdir()] == [".lock"]:
-            (self.path / ".lock").unlink()  # nothing was done here: leave nothing behind
-            for made in self._created:
-                with contextlib.suppress(OSError):  # another run may have moved in
-                    made.rmdir()
+        if exception[0] is not None:
+            self._leave_nothing()
         self.close()
 
     def _acquire(self) -> None:
@@ -263,11 +267,25 @@ class RunFolder:
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
 
+    def _leave_nothing(self) -> None:
+        """Where nothing was begun, take away what `open` made."""
+        if not self._created or self.config.exists() or latest(self.checkpoints):
+            return
+        for made in self._created:
+            with contextlib.suppress(OSError):  # not empty: it holds something else
+                made.unlink() if made.name == ".lock" else made.rmdir()
+
+    def _remove_torn_files(self) -> None:
+        """What a killed process left half written."""
+        for place in (self.path, self.adapter):
+            for torn in place.glob(f"{_TEMPORARY}*"):
+                torn.unlink()
+
     def _require(self, resume: bool) -> None:
         checkpoint = latest(self.checkpoints)
         if resume and checkpoint is None:
             raise RunError(f"run folder {self.path}: nothing to resume, it holds no checkpoint")
-        if not resume and (checkpoint or self.config.exists()):
+        if not resume and checkpoint and path_step(checkpoint) > 0:
             raise RunError(f"run folder {self.path} already holds a run: add --resume, or choose another --run-dir")
 
 

@@ -23,6 +23,8 @@ Post-train a frozen text-to-image model from black-box rewards by Evolution Stra
 def main(args: list[str] | None = None) -> int:
     """The console script. Returns the exit code: 0, 1 for a failed run, 2 for wrong usage, 130 for Ctrl-C."""
     args = sys.argv[1:] if args is None else args
+    # libgomp's threads spin long at every barrier, which starves them all when other programs want the same cores
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "eval": _eval,
@@ -39,6 +41,10 @@ def main(args: list[str] | None = None) -> int:
         return 0
     if args[0] not in commands:
         return _fail(f"unknown command '{args[0]}': expected one of {', '.join(commands)}", 2)
+    try:
+        "".join(args).encode()
+    except UnicodeEncodeError:
+        return _fail("expected arguments in UTF-8, got bytes that are not", 2)
     try:
         return commands[args[0]](args[1:])
     except EsengineError as error:

@@ -3,7 +3,9 @@
 Everything here is plain Python, so that `--help` answers before torch is imported.
 """
 
+import contextlib
 import dataclasses
+import json
 import math
 import types
 import typing
@@ -281,9 +283,9 @@ def parse_train(args: list[str]) -> TrainConfig:
     # a first look for the two flags that say what lies below the flags
     below = _peek(args, "config")
     if below is None and "--resume" in args and (run_dir := _peek(args, "run-dir")):
-        saved = Path(run_dir) / "config.yaml"
-        below = str(saved) if saved.is_file() else None
-    default = load(below) if below else TrainConfig()
+        default = _saved(Path(run_dir))
+    else:
+        default = load(below) if below else TrainConfig()
     return tyro.cli(TrainConfig, args=args, default=default, prog="esengine train")
 
 
@@ -294,6 +296,16 @@ def parse(cls: type, args: list[str], prog: str) -> Any:
         run_dir = _peek(args, "run-dir")
         default = dataclasses.replace(default, image=load_run(Path(run_dir)).image if run_dir else ImageSettings())
     return tyro.cli(cls, args=args, default=default, prog=prog)
+
+
+def _saved(run_dir: Path) -> TrainConfig:
+    """The settings of a run to be resumed: its config.yaml, or its newest checkpoint's if it was killed before that."""
+    if (run_dir / "config.yaml").is_file():
+        return load(run_dir / "config.yaml")
+    for record in sorted(run_dir.glob("checkpoints/step_*/meta.json"), reverse=True):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged one is for its reader to tell
+            return from_dict(TrainConfig(), json.loads(record.read_bytes())["meta"]["config"], str(record))
+    return TrainConfig()
 
 
 def load_run(run_dir: Path) -> TrainConfig:

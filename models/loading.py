@@ -67,7 +67,9 @@ def fits(images: int, what: str, setting: str) -> Iterator[None]:
     """Out of memory inside becomes a RenderError that names the setting to lower."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
         raise RenderError(f"{images} images in one {what} do not fit into memory: give a smaller {setting}") from error
 
 

@@ -280,14 +280,33 @@ def test_run_folder_is_locked_within_one_process_and_released(tmp_path):
 def test_run_folder_that_holds_a_run(tmp_path):
     with RunFolder.open(tmp_path / "a") as run:
         run.config.write_text("seed: 0\n")
+        checkpoint.save(run.checkpoints, 0, tensors(), {})
+    with RunFolder.open(tmp_path / "a", resume=True) as run:
+        assert checkpoint.load_latest(run.checkpoints).step == 0
+    with RunFolder.open(tmp_path / "a") as run:  # no step is behind it, so it may begin anew
+        checkpoint.save(run.checkpoints, 1, tensors(), {})
     with pytest.raises(RunError, match=r"already holds a run: add --resume, or choose another --run-dir"):
         RunFolder.open(tmp_path / "a")
-    with RunFolder.open(tmp_path / "b") as run:
-        checkpoint.save(run.checkpoints, 0, tensors(), {})
-    with pytest.raises(RunError, match="already holds a run"):
-        RunFolder.open(tmp_path / "b")
-    with RunFolder.open(tmp_path / "b", resume=True) as run:
-        assert checkpoint.load_latest(run.checkpoints).step == 0
+
+
+def test_a_refusal_leaves_no_lock_in_a_folder_of_somebody_else(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match="nothing to resume"):
+        RunFolder.open(tmp_path, resume=True)
+    with pytest.raises(ZeroDivisionError), RunFolder.open(tmp_path):
+        raise ZeroDivisionError
+    assert names(tmp_path) == ["notes.txt"]
+
+
+def test_half_written_files_are_removed_on_the_next_visit(tmp_path):
+    with RunFolder.open(tmp_path / "a") as run:
+        checkpoint.save(run.checkpoints, 1, tensors(), {})
+        run.adapter.mkdir()
+        (run.adapter / ".tmp-adapter_model.safetensors-x").write_text("torn")
+        (run.path / ".tmp-config.yaml-x").write_text("torn")
+    with RunFolder.open(tmp_path / "a", resume=True) as run:
+        assert names(run.adapter) == []
+        assert names(run.path) == [".lock", "adapter", "checkpoints"]
 
 
 def test_run_folder_with_nothing_to_resume(tmp_path):
