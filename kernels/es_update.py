@@ -46,38 +46,13 @@ if triton is not None:
         tl.store(out_ptr + offset(row, S)[:, None] + col[None, :], acc * scale, mask=mask)
 
 
-def es_update_ref(
-    fitness: torch.Tensor, *, shape: tuple[int, int], stream_u: int, stream_v: int, seed: int, step: int, rank: int
-) -> torch.Tensor:
-    """sum_i f_i E_i, one member after the other with its noise formed.
+def update_config(rows: int, cols: int) -> dict[str, int]:
+    """Launch configuration: a short factor (the LoRA rank) gets a short side of the tile."""
 
-    Args:
-        fitness: fp32 [N], N even.
-        shape: (L, S) of the tensor that was perturbed.
-        stream_u, stream_v: stream ids of its factors U [L, k] and V [S, k].
-        seed, step: of the noise contract.
-        rank: noise rank k.
+    def side(length: int) -> int:
+        return min(64, max(4, triton.next_power_of_2(length)))
 
-    Returns:
-        fp32 [L, S] on the device of `fitness`.
-
-    Raises:
-        ValueError: if `fitness` is not fp32 [N] with N even and at least 2.
-    """
-    check_fitness(fitness)
-    total = torch.zeros(shape, dtype=torch.float32, device=fitness.device)
-    for member, f in enumerate(fitness):
-        noise = dict(seed=seed, step=step, pairs=torch.tensor([member // 2], device=fitness.device), rank=rank)
-        u = factor_ref(stream=stream_u, length=shape[0], **noise)[0]
-        v = factor_ref(stream=stream_v, length=shape[1], **noise)[0]
-        total += f * (1 - 2 * (member % 2)) / math.sqrt(rank) * u @ v.T
-    return total
-
-
-def es_update_chunk(weights: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """A chunk of pairs in one product: weights [P], U [P, L, k], V [P, S, k], all fp32 -> fp32 [L, S]."""
-    scaled = u * (weights / math.sqrt(u.shape[-1]))[:, None, None]
-    return scaled.transpose(0, 1).flatten(1) @ v.transpose(0, 1).flatten(1).T
+    return {"BLOCK_L": side(rows), "BLOCK_S": side(cols), "num_warps": 4}
 
 
 def es_update(
@@ -112,13 +87,38 @@ def es_update(
     return out
 
 
-def update_config(rows: int, cols: int) -> dict[str, int]:
-    """Launch configuration: a short factor (the LoRA rank) gets a short side of the tile."""
+def es_update_chunk(weights: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """A chunk of pairs in one product: weights [P], U [P, L, k], V [P, S, k], all fp32 -> fp32 [L, S]."""
+    scaled = u * (weights / math.sqrt(u.shape[-1]))[:, None, None]
+    return scaled.transpose(0, 1).flatten(1) @ v.transpose(0, 1).flatten(1).T
 
-    def side(length: int) -> int:
-        return min(64, max(4, triton.next_power_of_2(length)))
 
-    return {"BLOCK_L": side(rows), "BLOCK_S": side(cols), "num_warps": 4}
+def es_update_ref(
+    fitness: torch.Tensor, *, shape: tuple[int, int], stream_u: int, stream_v: int, seed: int, step: int, rank: int
+) -> torch.Tensor:
+    """sum_i f_i E_i, one member after the other with its noise formed.
+
+    Args:
+        fitness: fp32 [N], N even.
+        shape: (L, S) of the tensor that was perturbed.
+        stream_u, stream_v: stream ids of its factors U [L, k] and V [S, k].
+        seed, step: of the noise contract.
+        rank: noise rank k.
+
+    Returns:
+        fp32 [L, S] on the device of `fitness`.
+
+    Raises:
+        ValueError: if `fitness` is not fp32 [N] with N even and at least 2.
+    """
+    check_fitness(fitness)
+    total = torch.zeros(shape, dtype=torch.float32, device=fitness.device)
+    for member, f in enumerate(fitness):
+        noise = dict(seed=seed, step=step, pairs=torch.tensor([member // 2], device=fitness.device), rank=rank)
+        u = factor_ref(stream=stream_u, length=shape[0], **noise)[0]
+        v = factor_ref(stream=stream_v, length=shape[1], **noise)[0]
+        total += f * (1 - 2 * (member % 2)) / math.sqrt(rank) * u @ v.T
+    return total
 
 
 def check_fitness(fitness: torch.Tensor) -> None:

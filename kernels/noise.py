@@ -75,28 +75,6 @@ def signed_sigma(members: torch.Tensor, sigma: float, rank: int) -> torch.Tensor
     return (1 - 2 * (members & 1)).float() * (sigma / math.sqrt(rank))
 
 
-def philox_ref(counter: Sequence[torch.Tensor], key: tuple[int, int]) -> list[torch.Tensor]:
-    """Philox4x32-10 on int64 tensors that hold 32-bit words.
-
-    Args:
-        counter: four int64 tensors of one broadcastable shape, values in [0, 2^32).
-        key: two 32-bit words, low word of the seed first.
-
-    Returns:
-        Four int64 tensors, values in [0, 2^32).
-    """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        # the product wraps to a negative int64; the mask after the arithmetic shift drops the copied sign bits
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        high0, high1 = (p0 >> 32).bitwise_and_(_MASK), (p1 >> 32).bitwise_and_(_MASK)
-        c0, c2 = (high1 ^ c1).bitwise_xor_(k0), (high0 ^ c3).bitwise_xor_(k1)
-        c1, c3 = p1.bitwise_and_(_MASK), p0.bitwise_and_(_MASK)
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return [c0, c1, c2, c3]
-
-
 def key_words(seed: int, step: int) -> tuple[int, int]:
     """The two 32-bit words of Philox's key. Raises ValueError for a seed or step out of the contract's range."""
     if not 0 <= seed < 1 << 64:
@@ -106,82 +84,14 @@ def key_words(seed: int, step: int) -> tuple[int, int]:
     return seed & _MASK, seed >> 32
 
 
-def quads_ref(*, seed: int, step: int, quads: torch.Tensor, streams: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
-    """Normals of whole counters: float32 [..., 4] for int64 `quads` (e >> 2), `streams` and `pairs` that broadcast."""
-    words = philox_ref([quads, pairs, streams, torch.tensor(step, device=quads.device)], key_words(seed, step))
-    wide = torch.float32 if quads.is_cuda else torch.float64
-    shape = torch.broadcast_shapes(*(word.shape for word in words))
-    out = torch.empty(*shape, 4, dtype=torch.float32, device=quads.device)
-    for first in (0, 2):
-        u_radius, u_angle = (
-            ((word >> 8).to(torch.float32) + 0.5).mul_(2**-24).to(wide) for word in words[first : first + 2]
-        )
-        radius, angle = u_radius.log_().mul_(-2).clamp_min_(0).sqrt_(), u_angle.mul_(2 * math.pi)
-        out[..., first], out[..., first + 1] = radius * angle.cos(), radius * angle.sin()
-    return out
-
-
-def normals_ref(
-    *, seed: int, step: int, streams: torch.Tensor, pairs: torch.Tensor, count: int, device: torch.device | str = "cpu"
-) -> torch.Tensor:
-    """The first `count` normals of each of P (stream, pair): the contract, in torch.
-
-    Args:
-        seed: the run's seed, in [0, 2^64).
-        step: in [0, 2^32).
-        streams: int64 [P], values in [0, 2^32).
-        pairs: int64 [P], values in [0, 2^32).
-        count: normals in each row.
-        device: where the result lies.
-
-    Returns:
-        float32 [P, count].
-    """
-    quads = torch.arange((count + 3) // 4, device=device)
-    streams, pairs = streams.to(device)[:, None], pairs.to(device)[:, None]
-    return quads_ref(seed=seed, step=step, quads=quads, streams=streams, pairs=pairs).flatten(1)[:, :count]
-
-
-def factor_ref(*, seed: int, step: int, stream: int, pairs: torch.Tensor, length: int, rank: int) -> torch.Tensor:
-    """One low-rank factor for each of P pairs, on the device of `pairs`: float32 [P, length, rank]."""
-    kp = padded_rank(rank)
-    streams = torch.full_like(pairs, stream)
-    rows = normals_ref(seed=seed, step=step, streams=streams, pairs=pairs, count=length * kp, device=pairs.device)
-    return rows.view(-1, length, kp)[:, :, :rank]
-
-
-class NoisePlan:
-    """All factors of many tensors in one call: the counters are laid out once, each `block` fills them for some pairs.
-
-    Args:
-        shapes: (stream, length) of every factor. Stream ids must differ.
-        rank: the noise rank k.
-        device: where the counters and the noise lie.
-    """
-
-    def __init__(self, shapes: Sequence[tuple[int, int]], rank: int, device: torch.device | str = "cpu"):
-        self.shapes, self.rank, self.kp = list(shapes), rank, padded_rank(rank)
-        counts = [(length * self.kp + 3) // 4 for _, length in self.shapes]
-        quads = [torch.arange(count) for count in counts]
-        streams = [torch.full((count,), stream) for count, (stream, _) in zip(counts, self.shapes, strict=True)]
-        self.quads = torch.cat(quads).to(device)
-        self.streams = torch.cat(streams).to(device)
-        self.offsets = [0]
-        for count in counts:
-            self.offsets.append(self.offsets[-1] + 4 * count)
-
-    def block(self, *, seed: int, step: int, pairs: torch.Tensor) -> list[torch.Tensor]:
-        """float32 [P, length, rank] for every factor of the plan: views of one buffer; memory grows with P alone."""
-        noise = quads_ref(seed=seed, step=step, quads=self.quads, streams=self.streams, pairs=pairs[:, None]).flatten(1)
-        return [
-            noise[:, start : start + length * self.kp].unflatten(1, (length, self.kp))[:, :, : self.rank]
-            for start, (_, length) in zip(self.offsets, self.shapes, strict=False)
-        ]
-
-
 def signed64(seed: int) -> int:
     """A 64-bit seed as the int64 that a kernel takes."""
     return seed - (1 << 64) if seed >= 1 << 63 else seed
+
+
+def uses_triton(device: torch.device | str) -> bool:
+    """Whether kernels on this device are Triton's: CUDA with Triton installed, or any device under its interpreter."""
+    return triton is not None and (INTERPRET or torch.device(device).type == "cuda")
 
 
 if triton is not None:
@@ -259,6 +169,96 @@ def factor(*, seed: int, step: int, stream: int, pairs: torch.Tensor, length: in
     return rows.view(-1, length, kp)[:, :, :rank]
 
 
-def uses_triton(device: torch.device | str) -> bool:
-    """Whether kernels on this device are Triton's: CUDA with Triton installed, or any device under its interpreter."""
-    return triton is not None and (INTERPRET or torch.device(device).type == "cuda")
+def philox_ref(counter: Sequence[torch.Tensor], key: tuple[int, int]) -> list[torch.Tensor]:
+    """Philox4x32-10 on int64 tensors that hold 32-bit words.
+
+    Args:
+        counter: four int64 tensors of one broadcastable shape, values in [0, 2^32).
+        key: two 32-bit words, low word of the seed first.
+
+    Returns:
+        Four int64 tensors, values in [0, 2^32).
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # the product wraps to a negative int64; the mask after the arithmetic shift drops the copied sign bits
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        high0, high1 = (p0 >> 32).bitwise_and_(_MASK), (p1 >> 32).bitwise_and_(_MASK)
+        c0, c2 = (high1 ^ c1).bitwise_xor_(k0), (high0 ^ c3).bitwise_xor_(k1)
+        c1, c3 = p1.bitwise_and_(_MASK), p0.bitwise_and_(_MASK)
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return [c0, c1, c2, c3]
+
+
+def quads_ref(*, seed: int, step: int, quads: torch.Tensor, streams: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+    """Normals of whole counters: float32 [..., 4] for int64 `quads` (e >> 2), `streams` and `pairs` that broadcast."""
+    words = philox_ref([quads, pairs, streams, torch.tensor(step, device=quads.device)], key_words(seed, step))
+    wide = torch.float32 if quads.is_cuda else torch.float64
+    shape = torch.broadcast_shapes(*(word.shape for word in words))
+    out = torch.empty(*shape, 4, dtype=torch.float32, device=quads.device)
+    for first in (0, 2):
+        u_radius, u_angle = (
+            ((word >> 8).to(torch.float32) + 0.5).mul_(2**-24).to(wide) for word in words[first : first + 2]
+        )
+        radius, angle = u_radius.log_().mul_(-2).clamp_min_(0).sqrt_(), u_angle.mul_(2 * math.pi)
+        out[..., first], out[..., first + 1] = radius * angle.cos(), radius * angle.sin()
+    return out
+
+
+def normals_ref(
+    *, seed: int, step: int, streams: torch.Tensor, pairs: torch.Tensor, count: int, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """The first `count` normals of each of P (stream, pair): the contract, in torch.
+
+    Args:
+        seed: the run's seed, in [0, 2^64).
+        step: in [0, 2^32).
+        streams: int64 [P], values in [0, 2^32).
+        pairs: int64 [P], values in [0, 2^32).
+        count: normals in each row.
+        device: where the result lies.
+
+    Returns:
+        float32 [P, count].
+    """
+    quads = torch.arange((count + 3) // 4, device=device)
+    streams, pairs = streams.to(device)[:, None], pairs.to(device)[:, None]
+    return quads_ref(seed=seed, step=step, quads=quads, streams=streams, pairs=pairs).flatten(1)[:, :count]
+
+
+def factor_ref(*, seed: int, step: int, stream: int, pairs: torch.Tensor, length: int, rank: int) -> torch.Tensor:
+    """One low-rank factor for each of P pairs, on the device of `pairs`: float32 [P, length, rank]."""
+    kp = padded_rank(rank)
+    streams = torch.full_like(pairs, stream)
+    rows = normals_ref(seed=seed, step=step, streams=streams, pairs=pairs, count=length * kp, device=pairs.device)
+    return rows.view(-1, length, kp)[:, :, :rank]
+
+
+class NoisePlan:
+    """All factors of many tensors in one call: the counters are laid out once, each `block` fills them for some pairs.
+
+    Args:
+        shapes: (stream, length) of every factor. Stream ids must differ.
+        rank: the noise rank k.
+        device: where the counters and the noise lie.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, int]], rank: int, device: torch.device | str = "cpu"):
+        self.shapes, self.rank, self.kp = list(shapes), rank, padded_rank(rank)
+        counts = [(length * self.kp + 3) // 4 for _, length in self.shapes]
+        quads = [torch.arange(count) for count in counts]
+        streams = [torch.full((count,), stream) for count, (stream, _) in zip(counts, self.shapes, strict=True)]
+        self.quads = torch.cat(quads).to(device)
+        self.streams = torch.cat(streams).to(device)
+        self.offsets = [0]
+        for count in counts:
+            self.offsets.append(self.offsets[-1] + 4 * count)
+
+    def block(self, *, seed: int, step: int, pairs: torch.Tensor) -> list[torch.Tensor]:
+        """float32 [P, length, rank] for every factor of the plan: views of one buffer; memory grows with P alone."""
+        noise = quads_ref(seed=seed, step=step, quads=self.quads, streams=self.streams, pairs=pairs[:, None]).flatten(1)
+        return [
+            noise[:, start : start + length * self.kp].unflatten(1, (length, self.kp))[:, :, : self.rank]
+            for start, (_, length) in zip(self.offsets, self.shapes, strict=False)
+        ]

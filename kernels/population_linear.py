@@ -140,100 +140,28 @@ if triton is not None:
         tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
 
 
-def population_linear_ref(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    a: torch.Tensor | None,
-    b: torch.Tensor | None,
-    *,
-    members: torch.Tensor,
-    streams: Streams,
-    seed: int,
-    step: int,
-    sigma: float,
-    rank: int,
-    scale: float = 1.0,
-) -> torch.Tensor:
-    """Each batch row through its own member's LoRA, one member at a time with its weights formed, in fp32.
+def shrink_config(t: int, kp: int) -> dict[str, int]:
+    """Launch configuration of the shrink for T rows a member: below 16, the tensor cores' minimum, it sums."""
+    block_t = min(32, triton.next_power_of_2(t))
+    return {"BLOCK_T": block_t, "BLOCK_K": max(16, 32 // kp), "num_warps": 4}
 
-    Args:
-        x: [B, ..., in], fp32, bf16 or fp16, any strides.
-        weight: [out, in], dtype of x.
-        bias: [out] or None.
-        a: LoRA A [r, in] fp32, or None for the direct form.
-        b: LoRA B [out, r] fp32, or None for the direct form.
-        members: int64 [B], the member of each batch row, in [0, 2^33).
-        streams: stream ids of the linear's factors, from `linear_streams`.
-        seed, step: of the noise contract.
-        sigma: noise scale.
-        rank: noise rank k.
-        scale: s = lora_alpha / r.
 
-    Returns:
-        [B, ..., out], dtype of x.
+def expand_config(t: int, dtype: torch.dtype) -> dict[str, int]:
+    """Launch configuration of the expanding GEMM for T rows a member.
+
+    Up to 16 rows a member, a tile of 16 rows: it touches few members, each of which costs it a pass of noise. Nothing
+    here depends on the batch, and with it the order of a row's sum.
     """
-    _check(x, weight, bias, a, b, members)
-    rows = []
-    for x_row, member in zip(x.float(), members.tolist(), strict=True):
-        c = float(signed_sigma(torch.tensor(member), sigma, rank))
-        noise = dict(seed=seed, step=step, pairs=torch.tensor([member // 2], device=x.device), rank=rank)
-        v = factor_ref(stream=streams.a_v, length=weight.shape[1], **noise)[0]
-        u_out = factor_ref(stream=streams.b_u, length=weight.shape[0], **noise)[0]
-        if a is None:
-            rows.append(F.linear(x_row, weight.float() + c * u_out @ v.T, _float(bias)))
-            continue
-        a_member = a + c * factor_ref(stream=streams.a_u, length=len(a), **noise)[0] @ v.T
-        b_member = b + c * u_out @ factor_ref(stream=streams.b_v, length=len(a), **noise)[0].T
-        rows.append(F.linear(x_row, weight.float(), _float(bias)) + scale * (x_row @ a_member.T) @ b_member.T)
-    return torch.stack(rows).to(x.dtype) if rows else x.new_empty(*x.shape[:-1], len(weight))
-
-
-def population_linear_torch(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    a: torch.Tensor | None,
-    b: torch.Tensor | None,
-    *,
-    factors: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor],
-    slots: torch.Tensor,
-    c: torch.Tensor,
-    scale: float = 1.0,
-) -> torch.Tensor:
-    """The batched torch path: one shared GEMM, and the low-rank columns of all members in three small batched products.
-
-    Args:
-        x, weight, bias, a, b, scale: as in `population_linear_ref`.
-        factors: V [P, in, k], U [P, r, k], V' [P, r, k], U' [P, out, k], fp32, of the chunk's P pairs; U and V' are
-            None in the direct form.
-        slots: int64 [B], the place of each batch row's pair among the P.
-        c: fp32 [B], sign * sigma / sqrt(k) of each batch row.
-
-    Returns:
-        [B, ..., out], dtype of x.
-    """
-    v, u, v_out, u_out = factors
-    y = F.linear(x, weight, bias)
-    if y.numel() == 0:
-        return y
-    batch, n = len(x), len(weight)
-    x_bkt = x.reshape(batch, -1, x.shape[-1]).float().mT
-    c = c[:, None, None]
-    if a is None:
-        h = c * torch.bmm(v[slots].mT, x_bkt)
-        expand = u_out[slots].mT
-    else:
-        r = len(a)
-        g = torch.bmm(torch.cat((a.expand(batch, -1, -1), v[slots].mT), 1), x_bkt)  # [B, r + k, T]
-        h = torch.baddbmm(g[:, :r], c * u[slots], g[:, r:], beta=scale, alpha=scale)
-        h = torch.cat((h, torch.bmm((c * v_out[slots]).mT, h)), 1)
-        expand = torch.cat((b.T.expand(batch, -1, -1), u_out[slots].mT), 1)  # [B, r + k, out]
-    y_btn = y.view(batch, -1, n)
-    if x.dtype == torch.float32:
-        y_btn.baddbmm_(h.mT, expand)
-        return y
-    return torch.baddbmm(y_btn.float(), h.mT, expand).to(x.dtype).view(y.shape)
+    block_m = 16 if t <= 16 else 64 if t <= 128 else 128
+    wide = dtype != torch.float32
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": 128 if wide and block_m > 16 else 64,
+        "BLOCK_K": 64 if wide else 32,
+        "GROUP_M": 8,
+        "num_warps": 8 if block_m == 128 else 4,
+        "num_stages": 3,
+    }
 
 
 def population_linear_triton(
@@ -303,28 +231,51 @@ def population_linear_triton(
     return y.to(x.dtype)
 
 
-def shrink_config(t: int, kp: int) -> dict[str, int]:
-    """Launch configuration of the shrink for T rows a member: below 16, the tensor cores' minimum, it sums."""
-    block_t = min(32, triton.next_power_of_2(t))
-    return {"BLOCK_T": block_t, "BLOCK_K": max(16, 32 // kp), "num_warps": 4}
+def population_linear_torch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    a: torch.Tensor | None,
+    b: torch.Tensor | None,
+    *,
+    factors: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor],
+    slots: torch.Tensor,
+    c: torch.Tensor,
+    scale: float = 1.0,
+) -> torch.Tensor:
+    """The batched torch path: one shared GEMM, and the low-rank columns of all members in three small batched products.
 
+    Args:
+        x, weight, bias, a, b, scale: as in `population_linear_ref`.
+        factors: V [P, in, k], U [P, r, k], V' [P, r, k], U' [P, out, k], fp32, of the chunk's P pairs; U and V' are
+            None in the direct form.
+        slots: int64 [B], the place of each batch row's pair among the P.
+        c: fp32 [B], sign * sigma / sqrt(k) of each batch row.
 
-def expand_config(t: int, dtype: torch.dtype) -> dict[str, int]:
-    """Launch configuration of the expanding GEMM for T rows a member.
-
-    Up to 16 rows a member, a tile of 16 rows: it touches few members, each of which costs it a pass of noise. Nothing
-    here depends on the batch, and with it the order of a row's sum.
+    Returns:
+        [B, ..., out], dtype of x.
     """
-    block_m = 16 if t <= 16 else 64 if t <= 128 else 128
-    wide = dtype != torch.float32
-    return {
-        "BLOCK_M": block_m,
-        "BLOCK_N": 128 if wide and block_m > 16 else 64,
-        "BLOCK_K": 64 if wide else 32,
-        "GROUP_M": 8,
-        "num_warps": 8 if block_m == 128 else 4,
-        "num_stages": 3,
-    }
+    v, u, v_out, u_out = factors
+    y = F.linear(x, weight, bias)
+    if y.numel() == 0:
+        return y
+    batch, n = len(x), len(weight)
+    x_bkt = x.reshape(batch, -1, x.shape[-1]).float().mT
+    c = c[:, None, None]
+    if a is None:
+        h = c * torch.bmm(v[slots].mT, x_bkt)
+        expand = u_out[slots].mT
+    else:
+        r = len(a)
+        g = torch.bmm(torch.cat((a.expand(batch, -1, -1), v[slots].mT), 1), x_bkt)  # [B, r + k, T]
+        h = torch.baddbmm(g[:, :r], c * u[slots], g[:, r:], beta=scale, alpha=scale)
+        h = torch.cat((h, torch.bmm((c * v_out[slots]).mT, h)), 1)
+        expand = torch.cat((b.T.expand(batch, -1, -1), u_out[slots].mT), 1)  # [B, r + k, out]
+    y_btn = y.view(batch, -1, n)
+    if x.dtype == torch.float32:
+        y_btn.baddbmm_(h.mT, expand)
+        return y
+    return torch.baddbmm(y_btn.float(), h.mT, expand).to(x.dtype).view(y.shape)
 
 
 def population_linear(
@@ -353,6 +304,55 @@ def population_linear(
     factors = [factor(stream=s, length=n, **noise) if n else None for s, n in zip(streams, lengths, strict=True)]
     c = signed_sigma(members, sigma, rank)
     return population_linear_torch(x, weight, bias, a, b, factors=tuple(factors), slots=slots, c=c, scale=scale)
+
+
+def population_linear_ref(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    a: torch.Tensor | None,
+    b: torch.Tensor | None,
+    *,
+    members: torch.Tensor,
+    streams: Streams,
+    seed: int,
+    step: int,
+    sigma: float,
+    rank: int,
+    scale: float = 1.0,
+) -> torch.Tensor:
+    """Each batch row through its own member's LoRA, one member at a time with its weights formed, in fp32.
+
+    Args:
+        x: [B, ..., in], fp32, bf16 or fp16, any strides.
+        weight: [out, in], dtype of x.
+        bias: [out] or None.
+        a: LoRA A [r, in] fp32, or None for the direct form.
+        b: LoRA B [out, r] fp32, or None for the direct form.
+        members: int64 [B], the member of each batch row, in [0, 2^33).
+        streams: stream ids of the linear's factors, from `linear_streams`.
+        seed, step: of the noise contract.
+        sigma: noise scale.
+        rank: noise rank k.
+        scale: s = lora_alpha / r.
+
+    Returns:
+        [B, ..., out], dtype of x.
+    """
+    _check(x, weight, bias, a, b, members)
+    rows = []
+    for x_row, member in zip(x.float(), members.tolist(), strict=True):
+        c = float(signed_sigma(torch.tensor(member), sigma, rank))
+        noise = dict(seed=seed, step=step, pairs=torch.tensor([member // 2], device=x.device), rank=rank)
+        v = factor_ref(stream=streams.a_v, length=weight.shape[1], **noise)[0]
+        u_out = factor_ref(stream=streams.b_u, length=weight.shape[0], **noise)[0]
+        if a is None:
+            rows.append(F.linear(x_row, weight.float() + c * u_out @ v.T, _float(bias)))
+            continue
+        a_member = a + c * factor_ref(stream=streams.a_u, length=len(a), **noise)[0] @ v.T
+        b_member = b + c * u_out @ factor_ref(stream=streams.b_v, length=len(a), **noise)[0].T
+        rows.append(F.linear(x_row, weight.float(), _float(bias)) + scale * (x_row @ a_member.T) @ b_member.T)
+    return torch.stack(rows).to(x.dtype) if rows else x.new_empty(*x.shape[:-1], len(weight))
 
 
 def _float(tensor: torch.Tensor | None) -> torch.Tensor | None:
