@@ -24,6 +24,9 @@ from esengine.kernels.population_linear import (
     population_linear_torch,
     population_linear_triton,
 )
+from esengine.kernels.vml import resolve_vml
+
+resolve_vml()  # at import, because any later op may be the racing one
 
 __all__ = [
     "CONTRACT",
