@@ -86,6 +86,6 @@ def batched_torch(x, weight, bias, a, b, ids, streams):
     pairs, slots = torch.unique(ids >> 1, return_inverse=True)
     lengths = weight.shape[1], len(a), len(a), len(weight)
     noise = dict(seed=KEYS["seed"], step=KEYS["step"], pairs=pairs, rank=RANK)
-    factors = tuple(factor(stream=s, length=n, **noise) for s, n in zip(streams, lengths, strict=True))
+    factors = tuple(factor(stream=s, length=n, **noise)[slots] for s, n in zip(streams, lengths, strict=True))
     c = signed_sigma(ids, KEYS["sigma"], RANK)
-    return population_linear_torch(x, weight, bias, a, b, factors=factors, slots=slots, c=c, scale=SCALE)
+    return population_linear_torch(x, weight, bias, a, b, factors=factors, c=c, scale=SCALE)

@@ -22,14 +22,13 @@ HONOURED = (
 
 @dataclass(frozen=True)
 class Chunk:
-    """What the layers need to perturb one batch. B batch rows, P pairs among them.
+    """What the layers need to perturb one batch of B rows.
 
     Attributes:
         members: int64 [B].
         step, seed, sigma, rank: of the noise contract.
-        slots: int64 [B], the place of each row's pair among the P; torch path only, as are the next two.
-        c: fp32 [B], sign * sigma / sqrt(k).
-        factors: V, U, V', U' of each layer by name, fp32 [P, L, k].
+        c: fp32 [B], sign * sigma / sqrt(k); torch path only, as is the next.
+        factors: V, U, V', U' of each layer by name, fp32 [B, L, k].
     """
 
     members: torch.Tensor
@@ -37,7 +36,6 @@ class Chunk:
     seed: int
     sigma: float
     rank: int
-    slots: torch.Tensor | None = None
     c: torch.Tensor | None = None
     factors: dict[str, tuple[torch.Tensor, ...]] | None = None
 
@@ -103,7 +101,7 @@ class PopulationLinear(LoraLinear):
             )  # fmt: skip
         return population_linear_torch(
             x, linear.weight, linear.bias, self.a, self.b,
-            factors=chunk.factors[self.name], slots=chunk.slots, c=chunk.c, scale=self.scale,
+            factors=chunk.factors[self.name], c=chunk.c, scale=self.scale,
         )  # fmt: skip
 
 

@@ -326,15 +326,17 @@ class Population:
             return Chunk(**settings)
         pairs, slots = torch.unique(members >> 1, return_inverse=True)
         c = signed_sigma(members, self.noise.sigma, self.noise.rank)
-        return Chunk(**settings, slots=slots, c=c, factors=self._factors(step, pairs))
+        return Chunk(**settings, c=c, factors=self._factors(step, pairs, slots))
 
-    def _factors(self, step: int, pairs: torch.Tensor) -> dict[str, tuple[torch.Tensor, ...]]:
-        """V, U, V', U' [P, L, k] of every layer for these pairs, in one call of the generator."""
+    def _factors(
+        self, step: int, pairs: torch.Tensor, slots: torch.Tensor | None = None
+    ) -> dict[str, tuple[torch.Tensor, ...]]:
+        """V, U, V', U' [P, L, k] of every layer for these pairs, [B, L, k] with `slots`, in one call of the generator."""
         if self._plan is None or self._plan.quads.device != self.device:
             shapes = []
             for layer in self.layers.values():
                 (r, n_in), n_out = layer.a.shape, len(layer.b)
                 shapes += zip(layer.streams, (n_in, r, r, n_out), strict=True)
             self._plan = NoisePlan(shapes, self.noise.rank, self.device)
-        block = self._plan.block(seed=self.noise.seed, step=step, pairs=pairs)
+        block = self._plan.block(seed=self.noise.seed, step=step, pairs=pairs, slots=slots)
         return {name: tuple(block[4 * i : 4 * i + 4]) for i, name in enumerate(self.layers)}

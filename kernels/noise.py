@@ -255,9 +255,22 @@ class NoisePlan:
         for count in counts:
             self.offsets.append(self.offsets[-1] + 4 * count)
 
-    def block(self, *, seed: int, step: int, pairs: torch.Tensor) -> list[torch.Tensor]:
-        """float32 [P, length, rank] for every factor of the plan: views of one buffer; memory grows with P alone."""
+    def block(
+        self, *, seed: int, step: int, pairs: torch.Tensor, slots: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        """Every factor of the plan for P pairs, as views of one buffer; memory grows with P, or B, alone.
+
+        Args:
+            seed, step: of the contract.
+            pairs: int64 [P].
+            slots: int64 [B], the place of each batch row's pair among the P.
+
+        Returns:
+            float32 [P, length, rank] for each factor, or [B, length, rank] with `slots`.
+        """
         noise = quads_ref(seed=seed, step=step, quads=self.quads, streams=self.streams, pairs=pairs[:, None]).flatten(1)
+        if slots is not None:
+            noise = noise.index_select(0, slots)  # whole rows at once: gathering each factor costs tens of times as much
         return [
             noise[:, start : start + length * self.kp].unflatten(1, (length, self.kp))[:, :, : self.rank]
             for start, (_, length) in zip(self.offsets, self.shapes, strict=False)

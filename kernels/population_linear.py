@@ -239,7 +239,6 @@ def population_linear_torch(
     b: torch.Tensor | None,
     *,
     factors: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor],
-    slots: torch.Tensor,
     c: torch.Tensor,
     scale: float = 1.0,
 ) -> torch.Tensor:
@@ -247,9 +246,8 @@ def population_linear_torch(
 
     Args:
         x, weight, bias, a, b, scale: as in `population_linear_ref`.
-        factors: V [P, in, k], U [P, r, k], V' [P, r, k], U' [P, out, k], fp32, of the chunk's P pairs; U and V' are
+        factors: V [B, in, k], U [B, r, k], V' [B, r, k], U' [B, out, k], fp32, of each batch row's pair; U and V' are
             None in the direct form.
-        slots: int64 [B], the place of each batch row's pair among the P.
         c: fp32 [B], sign * sigma / sqrt(k) of each batch row.
 
     Returns:
@@ -263,14 +261,14 @@ def population_linear_torch(
     x_bkt = x.reshape(batch, -1, x.shape[-1]).float().mT
     c = c[:, None, None]
     if a is None:
-        h = c * torch.bmm(v[slots].mT, x_bkt)
-        expand = u_out[slots].mT
+        h = c * torch.bmm(v.mT, x_bkt)
+        expand = u_out.mT
     else:
         r = len(a)
-        g = torch.bmm(torch.cat((a.expand(batch, -1, -1), v[slots].mT), 1), x_bkt)  # [B, r + k, T]
-        h = torch.baddbmm(g[:, :r], c * u[slots], g[:, r:], beta=scale, alpha=scale)
-        h = torch.cat((h, torch.bmm((c * v_out[slots]).mT, h)), 1)
-        expand = torch.cat((b.T.expand(batch, -1, -1), u_out[slots].mT), 1)  # [B, r + k, out]
+        g = torch.bmm(torch.cat((a.expand(batch, -1, -1), v.mT), 1), x_bkt)  # [B, r + k, T]
+        h = torch.baddbmm(g[:, :r], c * u, g[:, r:], beta=scale, alpha=scale)
+        h = torch.cat((h, torch.bmm((c * v_out).mT, h)), 1)
+        expand = torch.cat((b.T.expand(batch, -1, -1), u_out.mT), 1)  # [B, r + k, out]
     y_btn = y.view(batch, -1, n)
     if x.dtype == torch.float32:
         y_btn.baddbmm_(h.mT, expand)
@@ -301,9 +299,9 @@ def population_linear(
     pairs, slots = torch.unique(members >> 1, return_inverse=True)
     noise = dict(seed=seed, step=step, pairs=pairs, rank=rank)
     lengths = (weight.shape[1], 0, 0, len(weight)) if a is None else (weight.shape[1], len(a), len(a), len(weight))
-    factors = [factor(stream=s, length=n, **noise) if n else None for s, n in zip(streams, lengths, strict=True)]
+    factors = [factor(stream=s, length=n, **noise)[slots] if n else None for s, n in zip(streams, lengths, strict=True)]
     c = signed_sigma(members, sigma, rank)
-    return population_linear_torch(x, weight, bias, a, b, factors=tuple(factors), slots=slots, c=c, scale=scale)
+    return population_linear_torch(x, weight, bias, a, b, factors=tuple(factors), c=c, scale=scale)
 
 
 def population_linear_ref(
