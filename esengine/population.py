@@ -331,7 +331,7 @@ class Population:
     def _factors(
         self, step: int, pairs: torch.Tensor, slots: torch.Tensor | None = None
     ) -> dict[str, tuple[torch.Tensor, ...]]:
-        """V, U, V', U' [P, L, k] of every layer for these pairs, [B, L, k] with `slots`, in one call of the generator."""
+        """V, U, V', U' [P, L, k] of every layer, [B, L, k] with `slots`, in one call of the generator."""
         if self._plan is None or self._plan.quads.device != self.device:
             shapes = []
             for layer in self.layers.values():

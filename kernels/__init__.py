@@ -1,6 +1,8 @@
 """One op a file: formula, Triton kernel, launcher, public function and beside it the reference, `_ref`."""
 
+from esengine.kernels.adapters import Adapters, Perturbation, stream_table
 from esengine.kernels.es_update import PAIRS_PER_CHUNK, check_fitness, es_update, es_update_chunk, es_update_ref
+from esengine.kernels.fused_linear import fused_linear, fused_linear_ref
 from esengine.kernels.noise import (
     CONTRACT,
     NoisePlan,
@@ -24,6 +26,7 @@ from esengine.kernels.population_linear import (
     population_linear_torch,
     population_linear_triton,
 )
+from esengine.kernels.shrink import Modulation, shrink, shrink_ref
 from esengine.kernels.vml import resolve_vml
 
 resolve_vml()  # at import, because any later op may be the racing one
@@ -31,7 +34,10 @@ resolve_vml()  # at import, because any later op may be the racing one
 __all__ = [
     "CONTRACT",
     "PAIRS_PER_CHUNK",
+    "Adapters",
+    "Modulation",
     "NoisePlan",
+    "Perturbation",
     "Streams",
     "check_fitness",
     "es_update",
@@ -39,6 +45,8 @@ __all__ = [
     "es_update_ref",
     "factor",
     "factor_ref",
+    "fused_linear",
+    "fused_linear_ref",
     "key_words",
     "linear_streams",
     "normals",
@@ -50,7 +58,10 @@ __all__ = [
     "population_linear_ref",
     "population_linear_torch",
     "population_linear_triton",
+    "shrink",
+    "shrink_ref",
     "signed_sigma",
     "stream_id",
+    "stream_table",
     "uses_triton",
 ]

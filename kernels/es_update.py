@@ -23,8 +23,8 @@ PAIRS_PER_CHUNK = 64
 if triton is not None:
     import triton.language as tl
 
+    from esengine.kernels.fused_linear import column
     from esengine.kernels.noise import noise_rows, offset
-    from esengine.kernels.population_linear import column
 
     @triton.jit(do_not_specialize=["step", "stream_u", "stream_v"])
     def _update_kernel(

@@ -126,6 +126,16 @@ if triton is not None:
         return tl.reshape(lanes, (ROWS, KP))
 
     @triton.jit
+    def noise_at(seed, step, stream, pair, e):
+        """float32, shape of e: single elements of factors. `stream`, `pair` and `e` broadcast to one shape."""
+        zero = (e + stream + pair).to(tl.int64) * 0
+        words = ((zero + (e >> 2)).to(tl.uint32), (zero + pair).to(tl.uint32), (zero + stream).to(tl.uint32))
+        x0, x1, x2, x3 = tl.philox(seed, *words, (zero + step).to(tl.uint32))
+        lane = (zero + e) & 3
+        cos, sin = box_muller(tl.where(lane < 2, x0, x2), tl.where(lane < 2, x1, x3))
+        return tl.where((lane & 1) == 0, cos, sin)
+
+    @triton.jit
     def offset(index, stride):
         """index * stride in 64 bits: activations and weights pass 2^31 elements."""
         return index.to(tl.int64) * stride
@@ -270,7 +280,7 @@ class NoisePlan:
         """
         noise = quads_ref(seed=seed, step=step, quads=self.quads, streams=self.streams, pairs=pairs[:, None]).flatten(1)
         if slots is not None:
-            noise = noise.index_select(0, slots)  # whole rows at once: gathering each factor costs tens of times as much
+            noise = noise.index_select(0, slots)  # whole rows: gathering each factor by itself costs far more
         return [
             noise[:, start : start + length * self.kp].unflatten(1, (length, self.kp))[:, :, : self.rank]
             for start, (_, length) in zip(self.offsets, self.shapes, strict=False)

@@ -20,148 +20,10 @@ Source: Sarkar et al., "Evolution Strategies at the Hyperscale" (arXiv 2511.1665
 import torch
 import torch.nn.functional as F
 
-from esengine.kernels.noise import (
-    INTERPRET,
-    Streams,
-    factor,
-    factor_ref,
-    key_words,
-    padded_rank,
-    signed64,
-    signed_sigma,
-    triton,
-    uses_triton,
-)
-
-if triton is not None:
-    import triton.language as tl
-
-    from esengine.kernels.noise import noise_rows, offset
-
-    @triton.jit
-    def column(tile, j, KP: tl.constexpr):
-        """float32 [ROWS]: column j of a [ROWS, KP] tile."""
-        return tl.sum(tl.where(tl.arange(0, KP)[None, :] == j, tile, 0.0), axis=1)
-
-    @triton.jit(do_not_specialize=["step", "stream_av", "stream_au", "stream_bv"])
-    def _shrink_kernel(
-        x_ptr, a_ptr, members_ptr, h_ptr,
-        T,
-        stride_xb, stride_xt, stride_xk, stride_ar, stride_ak,
-        sigma, scale,
-        seed: tl.int64, step: tl.int64, stream_av: tl.int64, stream_au: tl.int64, stream_bv: tl.int64,
-        K: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, RANK: tl.constexpr, KP: tl.constexpr,
-        BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    ):  # fmt: skip
-        b = tl.program_id(0)
-        t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-        member = tl.load(members_ptr + b)
-        pair = member >> 1
-        c = sigma * (1 - 2 * (member & 1)).to(tl.float32)
-        x_rows = x_ptr + offset(b, stride_xb) + offset(t, stride_xt)[:, None]
-
-        r = tl.arange(0, RP)
-        j = tl.arange(0, KP)
-        g_v = tl.zeros((BLOCK_T, KP), tl.float32)
-        g_a = tl.zeros((BLOCK_T, RP), tl.float32)
-        for k0 in range(0, K, BLOCK_K):
-            k = k0 + tl.arange(0, BLOCK_K)
-            mask = (t[:, None] < T) & (k[None, :] < K)
-            x = tl.load(x_rows + offset(k, stride_xk)[None, :], mask=mask, other=0.0).to(tl.float32)
-            v = noise_rows(seed, step, stream_av, pair, k0, BLOCK_K, KP)
-            g_v += tl.sum(x[:, :, None] * v[None, :, :], axis=1)
-            if R > 0:
-                a_ptrs = a_ptr + offset(k, stride_ak)[:, None] + offset(r, stride_ar)[None, :]
-                a = tl.load(a_ptrs, mask=(k[:, None] < K) & (r[None, :] < R), other=0.0)
-                if BLOCK_T >= 16:
-                    g_a = tl.dot(x, a, g_a, input_precision=PRECISION)
-                else:
-                    g_a += tl.sum(x[:, :, None] * a[None, :, :], axis=1)
-
-        h_rows = h_ptr + offset(b * T + t, R + RANK)[:, None]
-        stored = (t[:, None] < T) & (j[None, :] < RANK)
-        if R > 0:
-            real = (r[:, None] < R) & (j[None, :] < RANK)
-            u = tl.where(real, noise_rows(seed, step, stream_au, pair, 0, RP, KP), 0.0)
-            v = tl.where(real, noise_rows(seed, step, stream_bv, pair, 0, RP, KP), 0.0)
-            h = scale * (g_a + c * tl.sum(g_v[:, None, :] * u[None, :, :], axis=2))
-            tl.store(h_rows + r[None, :], h, mask=(t[:, None] < T) & (r[None, :] < R))
-            tl.store(h_rows + R + j[None, :], c * tl.sum(h[:, :, None] * v[None, :, :], axis=1), mask=stored)
-        else:
-            tl.store(h_rows + j[None, :], c * g_v, mask=stored)
-
-    @triton.jit(do_not_specialize=["step", "stream_bu"])
-    def _expand_kernel(
-        x_ptr, w_ptr, bias_ptr, b_ptr, h_ptr, members_ptr, y_ptr,
-        M, N, T,
-        stride_xb, stride_xt, stride_xk, stride_wn, stride_wk, stride_bn, stride_br,
-        seed: tl.int64, step: tl.int64, stream_bu: tl.int64,
-        K: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, KP: tl.constexpr, SLOTS: tl.constexpr,
-        HAS_BIAS: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    ):  # fmt: skip
-        # programs of one group of row tiles share columns of W in L2
-        pid, tiles_m, tiles_n = tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-        group = pid // (GROUP_M * tiles_n)
-        group_m = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
-        tile_m = group * GROUP_M + (pid % (GROUP_M * tiles_n)) % group_m
-        tile_n = (pid % (GROUP_M * tiles_n)) // group_m
-
-        m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        row = m // T  # the batch row, and with it the member, of each row of the tile
-        x_rows = x_ptr + (offset(row, stride_xb) + offset(m % T, stride_xt))[:, None]
-        w_cols = w_ptr + offset(n, stride_wn)[None, :]
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k0 in range(0, K, BLOCK_K):
-            k = k0 + tl.arange(0, BLOCK_K)
-            x_mask, w_mask = (m[:, None] < M) & (k[None, :] < K), (k[:, None] < K) & (n[None, :] < N)
-            x = tl.load(x_rows + offset(k, stride_xk)[None, :], mask=x_mask, other=0.0)
-            w = tl.load(w_cols + offset(k, stride_wk)[:, None], mask=w_mask, other=0.0)
-            if UPCAST:
-                x, w = x.to(tl.float32), w.to(tl.float32)
-            acc = tl.dot(x, w, acc, input_precision=PRECISION)
-
-        h_rows = h_ptr + offset(m, R + RANK)
-        for j in range(R):
-            h = tl.load(h_rows + j, mask=m < M, other=0.0)
-            acc += h[:, None] * tl.load(b_ptr + offset(n, stride_bn) + j * stride_br, mask=n < N, other=0.0)[None, :]
-        first = tile_m * BLOCK_M // T
-        for slot in range(SLOTS):  # the tile may straddle members
-            b = first + slot
-            pair = tl.load(members_ptr + b, mask=b * T < M, other=0) >> 1
-            u = noise_rows(seed, step, stream_bu, pair, tile_n * BLOCK_N, BLOCK_N, KP)
-            for i in tl.static_range(RANK):
-                h = tl.load(h_rows + R + i, mask=(m < M) & (row == b), other=0.0)
-                acc += h[:, None] * column(u, i, KP)[None, :]
-        if HAS_BIAS:
-            acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        y_ptrs = y_ptr + offset(m, N)[:, None] + n[None, :]
-        tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
-
-
-def shrink_config(t: int, kp: int) -> dict[str, int]:
-    """Launch configuration of the shrink for T rows a member: below 16, the tensor cores' minimum, it sums."""
-    block_t = min(32, triton.next_power_of_2(t))
-    return {"BLOCK_T": block_t, "BLOCK_K": max(16, 32 // kp), "num_warps": 4}
-
-
-def expand_config(t: int, dtype: torch.dtype) -> dict[str, int]:
-    """Launch configuration of the expanding GEMM for T rows a member.
-
-    Up to 16 rows a member, a tile of 16 rows: it touches few members, each of which costs it a pass of noise. Nothing
-    here depends on the batch, and with it the order of a row's sum.
-    """
-    block_m = 16 if t <= 16 else 64 if t <= 128 else 128
-    wide = dtype != torch.float32
-    return {
-        "BLOCK_M": block_m,
-        "BLOCK_N": 128 if wide and block_m > 16 else 64,
-        "BLOCK_K": 64 if wide else 32,
-        "GROUP_M": 8,
-        "num_warps": 8 if block_m == 128 else 4,
-        "num_stages": 3,
-    }
+from esengine.kernels.adapters import Adapters, Perturbation, stream_table
+from esengine.kernels.fused_linear import fused_linear
+from esengine.kernels.noise import Streams, factor, factor_ref, key_words, signed_sigma, uses_triton
+from esengine.kernels.shrink import shrink
 
 
 def population_linear_triton(
@@ -188,47 +50,14 @@ def population_linear_triton(
     key_words(seed, step)
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("x: requires a gradient, which the Triton path does not have; call it under torch.no_grad")
-    (n, k), r, kp = weight.shape, 0 if a is None else len(a), padded_rank(rank)
-    # under the interpreter a store to bf16 truncates, so it writes fp32 and torch rounds
-    y = torch.empty(*x.shape[:-1], n, device=x.device, dtype=torch.float32 if INTERPRET else x.dtype)
-    if y.numel() == 0:
-        return y.to(x.dtype)
-    x_btk = x.reshape(len(x), -1, k)
-    batch, t, _ = x_btk.shape
-    m, members = batch * t, members.contiguous()
-    h = torch.empty(m, r + rank, dtype=torch.float32, device=x.device)
-    noise = dict(seed=signed64(seed), step=step)
-    ieee = x.dtype == torch.float32
-    strides = dict(zip(("stride_xb", "stride_xt", "stride_xk"), x_btk.stride(), strict=True))
-
-    config = shrink_config(t, kp)
-    grid = (batch, triton.cdiv(t, config["BLOCK_T"]))
-    with torch.cuda.device_of(x):
-        _shrink_kernel[grid](
-            x_btk, x_btk if a is None else a, members, h,
-            T=t, **strides,
-            stride_ar=0 if a is None else a.stride(0), stride_ak=0 if a is None else a.stride(1),
-            sigma=float(signed_sigma(torch.tensor(0), sigma, rank)), scale=scale,
-            **noise, stream_av=streams.a_v, stream_au=streams.a_u, stream_bv=streams.b_v,
-            K=k, R=r, RP=max(16, padded_rank(max(r, 1))), RANK=rank, KP=kp,
-            PRECISION="ieee" if ieee else "tf32x3", **config,
-        )  # fmt: skip
-
-    config = expand_config(t, x.dtype)
-    block_m = config["BLOCK_M"]
-    slots = 1 if t % block_m == 0 else (block_m + t - 2) // t + 1  # batch rows that one tile can touch
-    grid = (triton.cdiv(m, block_m) * triton.cdiv(n, config["BLOCK_N"]),)
-    with torch.cuda.device_of(x):
-        _expand_kernel[grid](
-            x_btk, weight, weight if bias is None else bias.contiguous(), h if b is None else b, h, members, y,
-            M=m, N=n, T=t, **strides,
-            stride_wn=weight.stride(0), stride_wk=weight.stride(1),
-            stride_bn=0 if b is None else b.stride(0), stride_br=0 if b is None else b.stride(1),
-            **noise, stream_bu=streams.b_u,
-            K=k, R=r, RANK=rank, KP=kp, SLOTS=slots, HAS_BIAS=bias is not None,
-            UPCAST=INTERPRET, PRECISION="ieee" if ieee else "tf32", **config,
-        )  # fmt: skip
-    return y.to(x.dtype)
+    if x.numel() == 0 or len(weight) == 0:
+        return x.new_empty(*x.shape[:-1], len(weight))
+    x_btk = x.reshape(len(x), -1, x.shape[-1])
+    adapters = Adapters(a, b, stream_table((streams,), x.device), scale)
+    perturbation = Perturbation(members.contiguous(), seed, step, sigma, rank)
+    _, h = shrink(x_btk, adapters, perturbation)
+    y = fused_linear(x_btk, weight, bias, h=h, adapters=adapters, perturbation=perturbation)
+    return y.view(*x.shape[:-1], len(weight))
 
 
 def population_linear_torch(

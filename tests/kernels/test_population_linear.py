@@ -18,8 +18,8 @@ from esengine.kernels import (
     signed_sigma,
     uses_triton,
 )
+from esengine.kernels.fused_linear import linear_config
 from esengine.kernels.noise import INTERPRET
-from esengine.kernels.population_linear import expand_config
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FLOOR = 2.0**-20
@@ -246,14 +246,14 @@ def test_twice_the_same(device):
 @pytest.mark.parametrize(("t", "block"), [(43, 64), (205, 128)])
 def test_wide_row_tiles(device, t, block):
     """Tiles of 64 and of 128 rows, some of them with two members or more."""
-    assert expand_config(t, torch.float32)["BLOCK_M"] == block
+    assert linear_config(t, torch.float32)["BLOCK_M"] == block
     args = case(members=tuple(range(4)), t=(t,), n_in=6, n_out=5, k=2, device=device)
     assert_right(call(population_linear, args), args)
 
 
 def test_several_groups_of_tiles(device):
     """More than GROUP_M row tiles and several column tiles: every one is visited once."""
-    config = expand_config(14, torch.float32)
+    config = linear_config(14, torch.float32)
     assert 154 / config["BLOCK_M"] > config["GROUP_M"]
     args = case(members=tuple(range(11)), t=(14,), n_in=4, n_out=130, r=1, device=device)
     assert_right(call(population_linear, args), args)
@@ -343,12 +343,12 @@ BIG_STRIDES = """
 import sys, torch, triton, triton.language as tl
 from esengine.kernels import linear_streams, population_linear as op, population_linear_ref
 from esengine.kernels.noise import INTERPRET
-module = sys.modules["esengine.kernels.population_linear"]
 if sys.argv[1] == "32":
     @triton.jit
     def narrow(index, stride):
         return index * stride
-    module.offset = narrow
+    for module in ("shrink", "fused_linear"):
+        sys.modules[f"esengine.kernels.{module}"].offset = narrow
 device = "cpu" if INTERPRET else "cuda"
 try:
     storage = torch.empty((1 << 31) + 64, dtype=torch.bfloat16, device=device)

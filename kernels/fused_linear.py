@@ -1,0 +1,201 @@
+"""A GEMM whose epilogue does what would else be passes over y: the members' low-rank columns, SiLU, a gated residual.
+
+    z = x W^T + bias + h [B | U']^T          expand: U' rebuilt from (seed, step, stream, pair, column)
+    z = z sigmoid(z)                         if asked
+    y = residual + gate z                    if asked; rounded once
+
+W holds G targets of N columns each, one below the other, each with columns of its own in h (see
+`esengine.kernels.shrink`, which has put c and s into h). No noise is in the loop over K: there it would make the
+compiler wait for every product.
+
+Legend: B batch rows, T rows a batch row, M = B T, K in, G targets of N columns, r LoRA rank, k noise rank (kp padded).
+
+Source: as `esengine.kernels.population_linear`.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from esengine.kernels.adapters import Adapters, Perturbation
+from esengine.kernels.noise import INTERPRET, factor_ref, padded_rank, signed64, triton
+
+if triton is not None:
+    import triton.language as tl
+
+    from esengine.kernels.noise import noise_rows, offset
+
+    @triton.jit
+    def column(tile, j, KP: tl.constexpr):
+        """float32 [ROWS]: column j of a [ROWS, KP] tile."""
+        return tl.sum(tl.where(tl.arange(0, KP)[None, :] == j, tile, 0.0), axis=1)
+
+    @triton.jit(do_not_specialize=["T", "step"])
+    def _linear_kernel(
+        x_ptr, w_ptr, bias_ptr, b_ptr, h_ptr, streams_ptr, members_ptr, residual_ptr, gate_ptr, y_ptr,
+        M, N, T,
+        stride_xb, stride_xt, stride_xk, stride_wn, stride_wk, stride_bn, stride_br, stride_gb,
+        seed: tl.int64, step: tl.int64,
+        K: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, KP: tl.constexpr,
+        EXPAND: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+        UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    ):  # fmt: skip
+        # programs of one group of row tiles share columns of W in L2; no tile straddles two targets
+        pid, tiles_m, tiles = tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+        group = pid // (GROUP_M * G * tiles)
+        group_m = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+        tile_m = group * GROUP_M + (pid % (GROUP_M * G * tiles)) % group_m
+        tile_n = (pid % (GROUP_M * G * tiles)) // group_m
+        target, first_n = tile_n // tiles, (tile_n % tiles) * BLOCK_N
+
+        m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        real_n = first_n + tl.arange(0, BLOCK_N) < N
+        n = target * N + first_n + tl.arange(0, BLOCK_N)
+        row = m // T  # the batch row, and with it the member, of each row of the tile
+        x_rows = x_ptr + (offset(row, stride_xb) + offset(m % T, stride_xt))[:, None]
+        w_cols = w_ptr + offset(n, stride_wn)[None, :]
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k0 in range(0, K, BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K)
+            x_mask, w_mask = (m[:, None] < M) & (k[None, :] < K), (k[:, None] < K) & real_n[None, :]
+            x = tl.load(x_rows + offset(k, stride_xk)[None, :], mask=x_mask, other=0.0)
+            w = tl.load(w_cols + offset(k, stride_wk)[:, None], mask=w_mask, other=0.0)
+            if UPCAST:
+                x, w = x.to(tl.float32), w.to(tl.float32)
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
+
+        if EXPAND:
+            h_rows = h_ptr + offset(m, G * (R + RANK))
+            for j in range(R):
+                h = tl.load(h_rows + target * R + j, mask=m < M, other=0.0)
+                b = tl.load(b_ptr + offset(n, stride_bn) + j * stride_br, mask=real_n, other=0.0)
+                acc += h[:, None] * b[None, :]
+            stream = tl.load(streams_ptr + 4 * target + 3)
+            last = tl.minimum((tile_m + 1) * BLOCK_M, M) - 1
+            for member_row in range(tile_m * BLOCK_M // T, last // T + 1):  # the tile may straddle members
+                pair = tl.load(members_ptr + member_row) >> 1
+                u = noise_rows(seed, step, stream, pair, first_n, BLOCK_N, KP)
+                for i in tl.static_range(RANK):
+                    noised = tl.load(h_rows + G * R + target * RANK + i, mask=(m < M) & (row == member_row), other=0.0)
+                    acc += noised[:, None] * column(u, i, KP)[None, :]
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + n, mask=real_n, other=0.0).to(tl.float32)[None, :]
+        if SILU:
+            acc = acc / (1 + tl.exp(-acc))
+        mask = (m[:, None] < M) & real_n[None, :]
+        if GATED:
+            gate_ptrs = gate_ptr + offset(row, stride_gb)[:, None] + n[None, :]
+            acc = acc * tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
+        y_offsets = offset(m, G * N)[:, None] + n[None, :]
+        if RESIDUAL:
+            acc += tl.load(residual_ptr + y_offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_ptr + y_offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def linear_config(t: int, dtype: torch.dtype) -> dict[str, int]:
+    """Launch configuration for T rows a batch row.
+
+    Up to 16 rows, a tile of 16 rows: it touches few members, each of which costs it a pass of noise. Nothing here
+    depends on the batch, and with it the order of a row's sum.
+    """
+    block_m = 16 if t <= 16 else 64 if t <= 128 else 128
+    wide = dtype != torch.float32
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": 128 if wide and block_m > 16 else 64,
+        "BLOCK_K": 64 if wide else 32,
+        "GROUP_M": 8,
+        "num_warps": 8 if block_m == 128 else 4,
+        "num_stages": 3,
+    }
+
+
+def fused_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    h: torch.Tensor | None = None,
+    adapters: Adapters | None = None,
+    perturbation: Perturbation | None = None,
+    silu: bool = False,
+    residual: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The Triton path of `fused_linear_ref`. Same arguments. A row's result does not depend on its batch mates."""
+    batch, t, k = x.shape
+    m, targets = batch * t, adapters.targets if adapters else 1
+    n = len(weight) // targets
+    # under the interpreter a store to bf16 truncates, so it writes fp32 and torch rounds
+    y = torch.empty(batch, t, len(weight), device=x.device, dtype=torch.float32 if INTERPRET else x.dtype)
+    if y.numel() == 0:
+        return y.to(x.dtype)
+    keys = perturbation or Perturbation(x, 0, 0, 0.0, 1)
+    b = None if adapters is None else adapters.b
+    config = linear_config(t, x.dtype)
+    grid = (triton.cdiv(m, config["BLOCK_M"]) * targets * triton.cdiv(n, config["BLOCK_N"]),)
+    with torch.cuda.device_of(x):
+        _linear_kernel[grid](
+            x, weight, weight if bias is None else bias.contiguous(), x if b is None else b, x if h is None else h,
+            adapters.streams if adapters else x, keys.members, x if residual is None else residual.contiguous(),
+            x if gate is None else gate, y,
+            M=m, N=n, T=t, stride_xb=x.stride(0), stride_xt=x.stride(1), stride_xk=x.stride(2),
+            stride_wn=weight.stride(0), stride_wk=weight.stride(1),
+            stride_bn=0 if b is None else b.stride(0), stride_br=0 if b is None else b.stride(1),
+            stride_gb=0 if gate is None else gate.stride(0), seed=signed64(keys.seed), step=keys.step,
+            K=k, G=targets, R=adapters.r if adapters else 0, RANK=keys.rank, KP=padded_rank(keys.rank),
+            EXPAND=adapters is not None, HAS_BIAS=bias is not None, SILU=silu, RESIDUAL=residual is not None,
+            GATED=gate is not None, UPCAST=INTERPRET, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+            **config,
+        )  # fmt: skip
+    return y.to(x.dtype)
+
+
+def fused_linear_ref(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    h: torch.Tensor | None = None,
+    adapters: Adapters | None = None,
+    perturbation: Perturbation | None = None,
+    silu: bool = False,
+    residual: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The linear and its epilogue in fp32, one member and target at a time, rounded once.
+
+    Args:
+        x: [B, T, K], fp32, bf16 or fp16, any strides.
+        weight: [G N, K], dtype of x.
+        bias: [G N] or None.
+        h: fp32 [B, T, G (r + k)], contiguous, from `shrink` with the same adapters and perturbation.
+        adapters: The G targets. None: one target without low-rank columns.
+        perturbation: The noise of the batch; with `adapters`.
+        silu: Apply SiLU before the gate and the residual.
+        residual: [B, T, G N], dtype of x, or None.
+        gate: [B, G N], one for each batch row, last stride 1, or None.
+
+    Returns:
+        [B, T, G N], dtype of x, contiguous.
+    """
+    y = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    if adapters is not None:
+        g, r, rank = adapters.targets, adapters.r, perturbation.rank
+        n = len(weight) // g
+        for row, member in enumerate(perturbation.members.tolist()):
+            pair = torch.tensor([member // 2], device=x.device)
+            noise = dict(seed=perturbation.seed, step=perturbation.step, pairs=pair, rank=rank)
+            for i, (*_, stream) in enumerate(adapters.streams.tolist()):
+                columns = y[row, :, i * n : (i + 1) * n]
+                if r:
+                    columns += h[row, :, i * r : (i + 1) * r] @ adapters.b[i * n : (i + 1) * n].T
+                high = h[row, :, g * r + i * rank : g * r + (i + 1) * rank]
+                columns += high @ factor_ref(stream=stream, length=n, **noise)[0].T
+    if silu:
+        y = F.silu(y)
+    if gate is not None:
+        y = y * gate.float()[:, None]
+    if residual is not None:
+        y = y + residual.float()
+    return y.to(x.dtype)
