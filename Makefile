@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: demo test lint aot bench clean
+.PHONY: demo test lint aot bench gpu-suite clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "esengine needs Python 3.10 or newer"'
@@ -28,10 +28,9 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# compile every kernel for sm_90 without a GPU, under the oldest and the newest Triton supported
+# compile every kernel without a GPU, under the newest and the oldest Triton supported, and judge the machine code
 aot: $(VENV)/.installed $(VENV)/triton-oldest/.installed
-	$(BIN)/python bench/aot.py
-	PYTHONPATH=$(VENV)/triton-oldest $(BIN)/python bench/aot.py
+	$(BIN)/python bench/aot.py --arch 90 80 100 --also $(VENV)/triton-oldest
 
 $(VENV)/triton-oldest/.installed: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) triton==3.6.0
@@ -39,6 +38,10 @@ $(VENV)/triton-oldest/.installed: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest bench --benchmark-enable
+
+# every speed figure at full size on a CUDA device, correctness first, within 8 minutes: a table, and JSON in bench/results
+gpu-suite: $(VENV)/.installed
+	$(BIN)/python bench/suite.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis

@@ -1,107 +1,95 @@
-"""Compile every Triton kernel at SANA-Sprint's shapes for a GPU that is not there, and report what the compiler made.
+"""Compile every Triton kernel at SANA-Sprint's shapes for GPUs that are not there, and judge what the compiler made.
 
-    python bench/aot.py [--arch 90] [--json FILE]
+    python bench/aot.py [--arch 90 80 100] [--json FOLDER] [--also FOLDER_WITH_ANOTHER_TRITON ...]
 
 The public ops are called on tensors without storage, and each launch they make is compiled, with the launcher's own
-configuration, instead of run. Exit code 1 if a kernel does not compile or spills registers.
+configuration and Triton's own specialisation, instead of run. For each: registers, spill instructions, shared memory,
+tensor-core instructions, and the waits in the main loop, the innermost one with the most work of tensor cores, read
+from the machine code. `wgmma 1` leaves one group of products running into the next round; `wgmma 0` drains them all.
+
+Exit code 1 if a kernel spills, serialises its main loop, needs more shared memory than there is, or is launched by no
+entry of `OPS`; or if one does not compile for sm_90. Other architectures get the reference run's shapes only, and what
+Triton cannot compile for them is counted apart.
 """
 
 import argparse
+import importlib
+import io
+import math
+import os
+import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from functools import cache, partial
+from itertools import chain
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import record
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+import esengine.kernels
 from esengine.kernels import es_update, linear_streams, normals, population_linear
-from esengine.kernels.noise import uses_triton
+from esengine.kernels.depthwise_gate import depthwise_gate
+from esengine.kernels.linear_attention import linear_attention
 
-TYPES = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int64: "*i64",
+SUMMARY = "aot: kernels without spills or a serialised main loop: "
+TARGET = 90
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+"""Bytes of shared memory that one block may have, by architecture."""
+
+TENSOR_CORES = {
+    "wgmma": re.compile(r"\b[HQI]GMMA\.(\d+x\d+x\d+)"),
+    "tcgen05": re.compile(r"\b()UTC[HQIO]MMA\b"),
+    "mma.sync": re.compile(r"\b()[HQIDO]MMA\."),
 }
+WAITS = {
+    "wgmma": re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\w+)"),
+    "cp.async": re.compile(r"(?<!WARPGROUP\.)DEPBAR\.LE SB0, 0x(\w+)"),
+    "mbarrier": re.compile(r"SYNCS\.PHASECHK()"),
+}
+"""Waits for products and for copies. A number is how many groups may still be under way; an mbarrier has none."""
 
 
-@contextmanager
-def recorded_launches() -> Iterator[list[tuple[JITFunction, tuple, dict]]]:
-    """Inside, the ops take the Triton path on meta tensors and their launches are noted, not made."""
-    launches = []
+class Case(NamedTuple):
+    """One call of a public op on tensors without storage, and the shape it is made at."""
 
-    def record(kernel, *args, grid, warmup, **kwargs):
-        launches.append((kernel, args, kwargs))
-
-    modules = [sys.modules[f"esengine.kernels.{name}"] for name in ("noise", "population_linear", "es_update")]
-    with patch.object(JITFunction, "run", record):
-        patches = [patch.object(module, uses_triton.__name__, lambda device: True) for module in modules]
-        for each in patches:
-            each.start()
-        try:
-            yield launches
-        finally:
-            for each in patches:
-                each.stop()
+    shape: str
+    call: Callable[[], object]
+    reference: bool = True
+    """A shape and dtype of the reference run: compiled for every architecture."""
 
 
-def compile_launch(kernel: JITFunction, args: tuple, kwargs: dict, arch: int):
-    """The compiled kernel of one recorded launch, specialised as the runtime would on aligned pointers."""
-    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-    options = {name: values.pop(name) for name in ("num_warps", "num_stages") if name in values}
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(kernel.params):
-        value = values[parameter.name]
-        one = type(value) is int and value == 1 and not parameter.do_not_specialize
-        if parameter.is_constexpr or one:
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = TYPES[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = parameter.annotation_type or "i32"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+class Launch(NamedTuple):
+    """One kernel launch that a case makes."""
+
+    shape: str
+    reference: bool
+    kernel: JITFunction
+    args: tuple
+    kwargs: dict[str, Any]
 
 
-def resources(compiled) -> dict[str, int]:
-    """Registers, stack bytes and spill instructions from the machine code; tensor-core instructions from the PTX."""
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run(
-            [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-        sass = subprocess.run([tools / "nvdisasm", file.name], capture_output=True, text=True, check=True).stdout
-    return {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
-        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
-        "shared": compiled.metadata.shared,
-        "mma": len(re.findall(r"wgmma\.mma_async|mma\.sync", compiled.asm["ptx"])),
-    }
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def launches_of_every_kernel() -> Iterator[tuple[str, list]]:
-    """The ops at the reference run's targets: attention, text tokens, time embedding, output projection."""
+def named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
-    def empty(*shape, dtype=torch.float32):
-        return torch.empty(*shape, dtype=dtype, device="meta")
 
+def linear_cases() -> Iterator[Case]:
+    """Attention, text tokens, time embedding, output projection; other dtypes and ranks at three of the shapes."""
     shapes = [
         (2240, 2240, 1024),
         (2240, 2240, 256),
@@ -110,64 +98,309 @@ def launches_of_every_kernel() -> Iterator[tuple[str, list]]:
         (2240, 32, 1024),
         (256, 2240, 1),
     ]
+    ranks = ((2, 1), (16, 4), (0, 1))
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for r, k in ((2, 1), (16, 4), (0, 1)):
-            for n_in, n_out, tokens in shapes if (dtype, r) == (torch.bfloat16, 2) else shapes[2:4]:
-                with recorded_launches() as launches:
-                    a, b = (empty(r, n_in), empty(n_out, r)) if r else (None, None)
-                    x, w = empty(64, tokens, n_in, dtype=dtype), empty(n_out, n_in, dtype=dtype)
-                    population_linear(
-                        x, w, empty(n_out, dtype=dtype), a, b, members=empty(64, dtype=torch.int64),
-                        streams=linear_streams("x", direct=r == 0), seed=0, step=1, sigma=1e-2, rank=k,
-                    )  # fmt: skip
-                name = str(dtype).removeprefix("torch.")
-                yield f"{n_in}->{n_out} x{tokens} {name} r{r} k{k}", launches
-    with recorded_launches() as launches:
-        population_linear(
-            empty(64, 256, 2240), empty(2240, 2240), None, empty(2, 2240), empty(2240, 2),
-            members=empty(64, dtype=torch.int64), streams=linear_streams("x"), seed=0, step=1, sigma=1e-2, rank=1,
-        )  # fmt: skip
-    yield "2240->2240 x256 float32 r2 k1", launches
+        for r, k in ranks[:1] if dtype == torch.float16 else ranks:
+            reference = (dtype, r) == (torch.bfloat16, 2)
+            for n_in, n_out, tokens in shapes if reference else shapes[1:4]:
+                call = partial(
+                    population_linear,
+                    empty(64, tokens, n_in, dtype=dtype),
+                    empty(n_out, n_in, dtype=dtype),
+                    empty(n_out, dtype=dtype) if r else None,
+                    empty(r, n_in) if r else None,
+                    empty(n_out, r) if r else None,
+                    members=empty(64, dtype=torch.int64),
+                    streams=linear_streams("x", direct=r == 0),
+                    seed=0,
+                    step=1,
+                    sigma=1e-2,
+                    rank=k,
+                )
+                yield Case(f"{n_in}->{n_out} x{tokens} {named(dtype)} r{r} k{k}", call, reference)
+
+
+def update_cases() -> Iterator[Case]:
     for shape, k in (((2, 2240), 1), ((13440, 16), 4), ((2240, 2240), 1)):
-        with recorded_launches() as launches:
-            es_update(empty(128), shape=shape, stream_u=1, stream_v=2, seed=0, step=1, rank=k)
-        yield f"{shape[0]}x{shape[1]} k{k}", launches
-    with recorded_launches() as launches:
-        ids = empty(8, dtype=torch.int64)
-        normals(seed=0, step=1, streams=ids, pairs=ids, count=32768, device="meta")
-    yield "8x32768", launches
+        call = partial(es_update, empty(128), shape=shape, stream_u=1, stream_v=2, seed=0, step=1, rank=k)
+        yield Case(f"{shape[0]}x{shape[1]} k{k}", call)
+
+
+def normals_cases() -> Iterator[Case]:
+    ids = empty(8, dtype=torch.int64)
+    yield Case("8x32768", partial(normals, seed=0, step=1, streams=ids, pairs=ids, count=32768, device="meta"))
+
+
+def gate_cases() -> Iterator[Case]:
+    """The Mix-FFN of a 512 px and of a 1024 px image."""
+    channels = 5600
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for side in (16, 32):
+            x, weight = empty(64, side**2, 2 * channels, dtype=dtype), empty(2 * channels, 1, 3, 3, dtype=dtype)
+            call = partial(depthwise_gate, x, weight, empty(2 * channels, dtype=dtype), height=side, width=side)
+            yield Case(f"{channels} channels {side}x{side} {named(dtype)}", call, dtype == torch.bfloat16)
+
+
+def attention_cases() -> Iterator[Case]:
+    """70 heads of 32, with the norms across heads; q, k and v are slices of one projection."""
+    heads, width = 70, 2240
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for tokens in (256, 1024):
+            q, k, v = empty(64, tokens, 3 * width, dtype=dtype).split(width, dim=-1)
+            norm = empty(width, dtype=dtype)
+            call = partial(linear_attention, q, k, v, heads=heads, norm_q=norm, norm_k=norm)
+            yield Case(f"{heads} heads of 32 x{tokens} {named(dtype)}", call, dtype == torch.bfloat16)
+
+
+OPS = (linear_cases, update_cases, normals_cases, gate_cases, attention_cases)
+"""An entry for each op: its calls at the shapes that matter."""
+
+
+def modules() -> list:
+    """Every module of `esengine.kernels`."""
+    found = pkgutil.iter_modules(esengine.kernels.__path__, "esengine.kernels.")
+    return [importlib.import_module(module.name) for module in found]
+
+
+@contextmanager
+def recorded_launches() -> Iterator[list[tuple[JITFunction, tuple, dict]]]:
+    """Inside, the ops take the Triton path on meta tensors and their launches are noted, not made."""
+    launches = []
+
+    def note(kernel, *args, grid, warmup, **kwargs):
+        launches.append((kernel, args, kwargs))
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(JITFunction, "run", note))
+        for module in modules():
+            if hasattr(module, "uses_triton"):
+                stack.enter_context(patch.object(module, "uses_triton", lambda device: True))
+        yield launches
+
+
+@cache
+def launches() -> list[Launch]:
+    """Every launch of every case."""
+    found = []
+    for case in chain.from_iterable(op() for op in OPS):
+        with recorded_launches() as noted:
+            case.call()
+        found += [Launch(case.shape, case.reference, *launch) for launch in noted]
+    return found
+
+
+def unlaunched() -> list[str]:
+    """Kernels of the package that no case launches."""
+    here = {
+        value.fn.__name__
+        for module in modules()
+        for value in vars(module).values()
+        if isinstance(value, JITFunction) and value.fn.__name__.endswith("_kernel")
+    }
+    return sorted(here - {launch.kernel.fn.__name__ for launch in launches()})
+
+
+class AbsentGPU:
+    """What Triton's runtime asks of a driver before a launch, answered for a GPU that is not there."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # keeps the architectures apart in Triton's cache of compiled kernels
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compiled(kernel: JITFunction, args: tuple, kwargs: dict[str, Any], arch: int) -> tuple[Any, str]:
+    """The kernel of one launch as the runtime would compile it, and what ptxas said."""
+    with (
+        patch.object(triton.runtime.driver, "_active", AbsentGPU(arch)),
+        patch.dict(kernel.device_caches, clear=True),
+        triton.knobs.nvidia.scope(),
+        triton.knobs.compilation.scope(),
+        redirect_stdout(io.StringIO()) as said,
+    ):
+        triton.knobs.nvidia.dump_ptxas_log = True
+        triton.knobs.compilation.always_compile = True  # a cached kernel has no log
+        return kernel.warmup(*args, grid=(1,), **kwargs), said.getvalue()
+
+
+def disassembly(cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+        return subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+
+
+def main_loop(sass: str) -> str:
+    """The innermost loop with the most work of tensor cores, from a branch's target to the branch; "" if none has any.
+
+    Of two spans that overlap the shorter is the loop: the other is a loop around it, or a wait moved out of line that
+    jumps back into it.
+    """
+    lines = sass.splitlines()
+    labels = {line.split(":")[0]: index for index, line in enumerate(lines) if line.startswith(".L")}
+    spans = []
+    for end, line in enumerate(lines):
+        branch = re.search(r"\bBRA\S* .*`\((\.L\w+)\)", line)
+        if branch and labels[branch[1]] < end:
+            spans.append((labels[branch[1]], end))
+    loops: dict[tuple[int, int], int] = {}
+    for start, end in sorted(spans, key=lambda span: span[1] - span[0]):
+        work = tensor_core_work("\n".join(lines[start:end]))
+        if work and all(end < first or last < start for first, last in loops):
+            loops[start, end] = work
+    start, end = max(loops, key=loops.get, default=(0, 0))
+    return "\n".join(lines[start:end])
+
+
+def tensor_core_work(sass: str) -> int:
+    """Tensor-core instructions, each by its m n k where its name has them."""
+    found = chain.from_iterable(pattern.findall(sass) for pattern in TENSOR_CORES.values())
+    return sum(math.prod(map(int, re.findall(r"\d+", name))) for name in found)
+
+
+def drains(code: str, groups: list[int], unrolled: bool) -> bool:
+    """Whether the rounds of a main loop wait for every product although a sum is carried on, and need not.
+
+    Where no loop is left, most waits are judged: the last, and an epilogue's, must be for every product.
+    """
+    if unrolled:
+        return len(groups) > 3 and groups.count(0) > len(groups) / 2
+    first: dict[str, str] = {}
+    for register, operands in re.findall(r"\b[HQI]GMMA\.\S+ (R\d+),(.*)", code):
+        first.setdefault(register, operands)
+    return 0 in groups and any("RZ" not in operands for operands in first.values())
+
+
+def judge(kernel, log: str, arch: int) -> dict[str, Any]:
+    """A row's figures, and under "fault" why the kernel may not be used as it is, if so."""
+    sass = disassembly(kernel.asm["cubin"])
+    counts = {kind: len(pattern.findall(sass)) for kind, pattern in TENSOR_CORES.items()}
+    loop, waits = main_loop(sass), {}
+    code = loop or (sass if counts["wgmma"] else "")
+    for kind, pattern in WAITS.items():
+        if found := pattern.findall(code):
+            waits[kind] = [int(groups, 16) for groups in found if groups]
+    row = {
+        "registers": int(re.search(r"Used (\d+) registers", log)[1]),
+        "stack": int(re.search(r"(\d+) bytes stack frame", log)[1]),
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        "shared": kernel.metadata.shared,
+        "mma": sum(counts.values()),
+        "mma_kind": next((kind for kind, count in counts.items() if count), None),
+        "main_loop": bool(loop),
+        "waits": waits,
+    }
+    warning = re.search(r"wgmma\.mma_async instructions are serialized.*", log)
+    if row["spills"]:
+        row["fault"] = "spills registers"
+    elif warning or drains(code, waits.get("wgmma", []), not loop):
+        row["fault"] = "serialised main loop: " + (warning[0] if warning else "a round waits for all of its products")
+    elif row["shared"] > SHARED_LIMIT.get(arch, row["shared"]):
+        row["fault"] = f"needs {row['shared']} bytes of shared memory, sm_{arch} has {SHARED_LIMIT[arch]}"
+    return row
+
+
+def row_of(index: int, arch: int) -> dict[str, Any]:
+    """The report's row of one launch of `launches()`."""
+    launch = launches()[index]
+    config = {
+        parameter.name: launch.kwargs[parameter.name] for parameter in launch.kernel.params if parameter.is_constexpr
+    }
+    row = {"arch": arch, "kernel": launch.kernel.fn.__name__.strip("_"), "shape": launch.shape, "config": config}
+    try:
+        kernel, log = compiled(launch.kernel, launch.args, launch.kwargs, arch)
+        config |= {name: getattr(kernel.metadata, name) for name in ("num_warps", "num_stages")}
+        return row | judge(kernel, log, arch)
+    except Exception as error:  # the report names every kernel that fails, not only the first
+        lines = f"{type(error).__name__}: {error}".strip().splitlines()
+        return row | {"error": " ".join(dict.fromkeys((lines[0], lines[-1].strip())))}
+
+
+def described(row: dict[str, Any]) -> str:
+    """A row in one line of text."""
+    head = f"sm_{row['arch']} {row['kernel']}  {row['shape']}"
+    if "error" in row:
+        return f"{head}  {row['error']}"
+    config = " ".join(f"{name} {value}" for name, value in row["config"].items())
+    groups = {kind: " ".join(map(str, dict.fromkeys(each))) or "yes" for kind, each in row["waits"].items()}
+    waits = ", ".join(f"{kind} {each}" for kind, each in groups.items())
+    return "  ".join(
+        [
+            head,
+            f"[{config}]",
+            f"registers {row['registers']}  spills {row['spills']}  shared {row['shared']}",
+            f"{row['mma']} {row['mma_kind']}" if row["mma"] else "no tensor cores",
+            f"waits in the main loop: {waits or ('none' if row['main_loop'] else 'no such loop')}",
+            *([row["fault"]] if "fault" in row else []),
+        ]
+    )
+
+
+def failed(row: dict[str, Any]) -> bool:
+    return "fault" in row or ("error" in row and row["arch"] == TARGET)
+
+
+def under_another_triton(folder: Path, options: argparse.Namespace) -> tuple[int, str]:
+    """The same report by the Triton in `folder`, printed as it comes: its exit code and its last line."""
+    words = ["--arch", *map(str, options.arch), "--jobs", str(options.jobs)]
+    words += ["--json", str(options.json)] if options.json else []
+    path = os.pathsep.join(filter(None, [str(folder.resolve()), os.environ.get("PYTHONPATH")]))
+    variables, last = os.environ | {"PYTHONPATH": path}, ""
+    with subprocess.Popen(
+        [sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, env=variables
+    ) as child:
+        for last in child.stdout:
+            print(last, end="", flush=True)
+    return child.returncode, last.strip()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--arch", type=int, default=90, help="compute capability, 90 for Hopper")
-    parser.add_argument("--json", type=Path, help="also write the table there")
+    parser.add_argument("--arch", type=int, nargs="+", default=[TARGET], help="compute capabilities, 90 for Hopper")
+    parser.add_argument("--json", type=Path, help="a folder: also write the table of each architecture there")
+    parser.add_argument("--also", type=Path, nargs="+", default=[], help="folders of other Tritons to report on too")
+    parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
     options = parser.parse_args()
-    rows, failed = [], 0
-    for shape, launches in launches_of_every_kernel():
-        for kernel, args, kwargs in launches:
-            row = {"kernel": kernel.fn.__name__.strip("_"), "shape": shape}
-            try:
-                row |= resources(compile_launch(kernel, args, kwargs, options.arch))
-                bad = row["spills"] > 0
-            except Exception as error:  # the report names every kernel that fails, not only the first
-                row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
-                bad = True
-            failed += bad
+    tasks = [
+        (index, arch)
+        for arch in options.arch
+        for index, launch in enumerate(launches())
+        if arch == TARGET or launch.reference
+    ]
+    rows, forgotten = [], unlaunched()
+    for name in forgotten:
+        print(f"FAIL {name}: no entry of OPS launches it")
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        for row in pool.map(row_of, *zip(*tasks, strict=True)):
             rows.append(row)
-            print(
-                "FAIL" if bad else "ok  ",
-                "  ".join(
-                    f"{value}" if name in ("kernel", "shape") else f"{name} {value}" for name, value in row.items()
-                ),
-            )
-    if options.json:
-        record.write(options.json, {"what": "bench/aot.py", "arch": options.arch, "rows": rows, **record.environment()})
-    print(
-        f"aot: {len(rows) - failed} of {len(rows)} kernels compile for sm_{options.arch} without spills, "
-        f"triton {triton.__version__}"
-    )
-    return 1 if failed else 0
+            print("FAIL" if failed(row) else "n/a " if "error" in row else "ok  ", described(row), flush=True)
+
+    parts = []
+    for arch in options.arch:
+        here = [row for row in rows if row["arch"] == arch]
+        absent = sum("error" in row and not failed(row) for row in here)
+        good = len(here) - absent - sum(map(failed, here))
+        parts.append(f"{good} of {len(here) - absent} on sm_{arch}" + f" ({absent} not compiled)" * bool(absent))
+        if options.json:
+            table = {"what": "bench/aot.py", "arch": arch, "rows": here, "unlaunched": forgotten}
+            version = ".".join(triton.__version__.split(".")[:2])
+            record.write(options.json / f"aot_sm{arch}_triton-{version}.json", table | record.environment())
+    codes = [int(bool(forgotten) or any(map(failed, rows)))]
+    summary = f"{SUMMARY}triton {triton.__version__}: {', '.join(parts)}"
+    for folder in options.also:
+        code, last = under_another_triton(folder, options)
+        codes.append(code)
+        summary += "; " + last.removeprefix(SUMMARY)
+    print(summary, flush=True)
+    return max(codes)
 
 
 if __name__ == "__main__":

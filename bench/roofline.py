@@ -82,6 +82,19 @@ def es_update_work(*, shape: tuple[int, int], pairs: int, k: int) -> Work:
     return Work(2 * pairs * k * rows * cols, noise, 4 * rows * cols + 4 * pairs)
 
 
+def linear_attention_work(*, batch: int, tokens: int, heads: int, width: int, itemsize: int) -> Work:
+    """S = K^T V with the sum of K, and Q S with its divisor: 4 D (D + 1) a token and head; q, k, v read, y written."""
+    rows = batch * tokens * heads
+    return Work(4 * rows * width * (width + 1), 0, itemsize * 4 * rows * width)
+
+
+def depthwise_gate_work(*, tokens: int, channels: int, itemsize: int, bias: bool = True) -> Work:
+    """z silu(gate) of 2C channels: 18 multiply-adds an output, and an exponential, a sum, a quotient and two products
+    of the gate; x is read once, [tokens, C] written once, the weight's 18 taps a channel of y read once."""
+    values = 3 * tokens * channels + (18 + 2 * bias) * channels
+    return Work(0, 23 * tokens * channels, itemsize * values)
+
+
 def ceilings(device: torch.device | str = "cpu") -> Ceilings | None:
     """The table's ceilings for a GPU, None for one that is not in it; for a CPU those that this process reaches now.
 

@@ -28,6 +28,7 @@ from esengine.kernels import (
     CONTRACT,
     PAIRS_PER_CHUNK,
     NoisePlan,
+    Perturbation,
     check_fitness,
     es_update,
     es_update_chunk,
@@ -163,6 +164,14 @@ class Population:
         if self._backend != "auto":
             return self._backend
         return "triton" if uses_triton(self.device) else "torch"
+
+    @property
+    def perturbation(self) -> Perturbation:
+        """The noise of the batch in force, as kernels take it. Raises RuntimeError outside `perturbed`."""
+        if self._scope.chunk is None:
+            raise RuntimeError("perturbation: expected to be inside perturbed")
+        chunk = self._scope.chunk
+        return Perturbation(chunk.members, chunk.seed, chunk.step, chunk.sigma, chunk.rank)
 
     @contextmanager
     def perturbed(self, *, step: int, members: torch.Tensor) -> Iterator["Population"]:

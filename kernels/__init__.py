@@ -1,8 +1,10 @@
 """One op a file: formula, Triton kernel, launcher, public function and beside it the reference, `_ref`."""
 
 from esengine.kernels.adapters import Adapters, Perturbation, stream_table
+from esengine.kernels.depthwise_gate import depthwise_gate, depthwise_gate_ref
 from esengine.kernels.es_update import PAIRS_PER_CHUNK, check_fitness, es_update, es_update_chunk, es_update_ref
 from esengine.kernels.fused_linear import fused_linear, fused_linear_ref
+from esengine.kernels.linear_attention import linear_attention, linear_attention_ref
 from esengine.kernels.noise import (
     CONTRACT,
     NoisePlan,
@@ -40,6 +42,8 @@ __all__ = [
     "Perturbation",
     "Streams",
     "check_fitness",
+    "depthwise_gate",
+    "depthwise_gate_ref",
     "es_update",
     "es_update_chunk",
     "es_update_ref",
@@ -48,6 +52,8 @@ __all__ = [
     "fused_linear",
     "fused_linear_ref",
     "key_words",
+    "linear_attention",
+    "linear_attention_ref",
     "linear_streams",
     "normals",
     "normals_ref",

@@ -26,21 +26,23 @@ if triton is not None:
     from esengine.kernels.fused_linear import column
     from esengine.kernels.noise import noise_rows, offset
 
-    @triton.jit(do_not_specialize=["step", "stream_u", "stream_v"])
+    @triton.jit(do_not_specialize=["PAIRS", "step", "stream_u", "stream_v"])
     def _update_kernel(
         weights_ptr, out_ptr,
-        L, S, scale,
+        PAIRS, L, S, scale,
         seed: tl.int64, step: tl.int64, stream_u: tl.int64, stream_v: tl.int64,
-        PAIRS: tl.constexpr, RANK: tl.constexpr, KP: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr,
+        RANK: tl.constexpr, KP: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr,
     ):  # fmt: skip
         first_l, first_s = tl.program_id(0) * BLOCK_L, tl.program_id(1) * BLOCK_S
         acc = tl.zeros((BLOCK_L, BLOCK_S), tl.float32)
-        for pair in range(PAIRS):
+        pair = PAIRS * 0
+        while pair < PAIRS:  # Triton 3.6's interpreter has no range of a run-time number
             weight = tl.load(weights_ptr + pair)
             u = noise_rows(seed, step, stream_u, pair, first_l, BLOCK_L, KP)
             v = weight * noise_rows(seed, step, stream_v, pair, first_s, BLOCK_S, KP)
             for j in tl.static_range(RANK):
                 acc += column(u, j, KP)[:, None] * column(v, j, KP)[None, :]
+            pair += 1
         row, col = first_l + tl.arange(0, BLOCK_L), first_s + tl.arange(0, BLOCK_S)
         mask = (row[:, None] < L) & (col[None, :] < S)
         tl.store(out_ptr + offset(row, S)[:, None] + col[None, :], acc * scale, mask=mask)
@@ -80,9 +82,9 @@ def es_update(
     with torch.cuda.device_of(out):
         _update_kernel[grid](
             weights.contiguous(), out,
-            L=shape[0], S=shape[1], scale=1 / math.sqrt(rank),
+            PAIRS=len(weights), L=shape[0], S=shape[1], scale=1 / math.sqrt(rank),
             seed=signed64(seed), step=step, stream_u=stream_u, stream_v=stream_v,
-            PAIRS=len(weights), RANK=rank, KP=padded_rank(rank), **config,
+            RANK=rank, KP=padded_rank(rank), **config,
         )  # fmt: skip
     return out
 

@@ -8,7 +8,10 @@ W holds G targets of N columns each, one below the other, each with columns of i
 `esengine.kernels.shrink`, which has put c and s into h). No noise is in the loop over K: there it would make the
 compiler wait for every product.
 
-Legend: B batch rows, T rows a batch row, M = B T, K in, G targets of N columns, r LoRA rank, k noise rank (kp padded).
+The expand is one more product, in tf32 where x is of half precision: 2^-11 of the low-rank part, below its rounding.
+
+Legend: B batch rows, T rows a batch row, M = B T, K in, G targets of N columns, r LoRA rank, k noise rank (kp padded),
+KD low-rank columns of a tile, padded.
 
 Source: as `esengine.kernels.population_linear`.
 """
@@ -35,7 +38,7 @@ if triton is not None:
         M, N, T,
         stride_xb, stride_xt, stride_xk, stride_wn, stride_wk, stride_bn, stride_br, stride_gb,
         seed: tl.int64, step: tl.int64,
-        K: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, KP: tl.constexpr,
+        K: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, KP: tl.constexpr, KD: tl.constexpr,
         EXPAND: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
         UPCAST: tl.constexpr, PRECISION: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -65,19 +68,24 @@ if triton is not None:
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
 
         if EXPAND:
-            h_rows = h_ptr + offset(m, G * (R + RANK))
-            for j in range(R):
-                h = tl.load(h_rows + target * R + j, mask=m < M, other=0.0)
-                b = tl.load(b_ptr + offset(n, stride_bn) + j * stride_br, mask=real_n, other=0.0)
-                acc += h[:, None] * b[None, :]
+            # columns of all members that the tile touches, gathered first: one product then costs half the registers
+            q, first_row = tl.arange(0, KD), tile_m * BLOCK_M // T
+            b_ptrs = b_ptr + offset(n, stride_bn)[None, :] + offset(q, stride_br)[:, None]
+            columns = tl.load(b_ptrs, mask=(q < R)[:, None] & real_n[None, :], other=0.0)
             stream = tl.load(streams_ptr + 4 * target + 3)
-            last = tl.minimum((tile_m + 1) * BLOCK_M, M) - 1
-            for member_row in range(tile_m * BLOCK_M // T, last // T + 1):  # the tile may straddle members
+            member_row, last_row = first_row, (tl.minimum((tile_m + 1) * BLOCK_M, M) - 1) // T
+            while member_row <= last_row:  # Triton 3.6's interpreter has no range of a run-time number
                 pair = tl.load(members_ptr + member_row) >> 1
                 u = noise_rows(seed, step, stream, pair, first_n, BLOCK_N, KP)
                 for i in tl.static_range(RANK):
-                    noised = tl.load(h_rows + G * R + target * RANK + i, mask=(m < M) & (row == member_row), other=0.0)
-                    acc += noised[:, None] * column(u, i, KP)[None, :]
+                    place = R + (member_row - first_row) * RANK + i
+                    columns = tl.where((q == place)[:, None], column(u, i, KP)[None, :], columns)
+                member_row += 1
+            h_column = tl.where(q < R, target * R + q, G * R + target * RANK + (q - R) % RANK)
+            own = (q < R)[None, :] | ((row - first_row)[:, None] == ((q - R) // RANK)[None, :])
+            h_ptrs = h_ptr + offset(m, G * (R + RANK))[:, None] + h_column[None, :]
+            h = tl.load(h_ptrs, mask=(m < M)[:, None] & own, other=0.0)
+            acc = tl.dot(h, columns, acc, input_precision=PRECISION)
         if HAS_BIAS:
             acc += tl.load(bias_ptr + n, mask=real_n, other=0.0).to(tl.float32)[None, :]
         if SILU:
@@ -105,7 +113,7 @@ def linear_config(t: int, dtype: torch.dtype) -> dict[str, int]:
         "BLOCK_N": 128 if wide and block_m > 16 else 64,
         "BLOCK_K": 64 if wide else 32,
         "GROUP_M": 8,
-        "num_warps": 8 if block_m == 128 else 4,
+        "num_warps": 8 if block_m == 128 or (block_m == 64 and not wide) else 4,
         "num_stages": 3,
     }
 
@@ -130,20 +138,24 @@ def fused_linear(
     y = torch.empty(batch, t, len(weight), device=x.device, dtype=torch.float32 if INTERPRET else x.dtype)
     if y.numel() == 0:
         return y.to(x.dtype)
+    h = x if h is None else h
     keys = perturbation or Perturbation(x, 0, 0, 0.0, 1)
     b = None if adapters is None else adapters.b
     config = linear_config(t, x.dtype)
-    grid = (triton.cdiv(m, config["BLOCK_M"]) * targets * triton.cdiv(n, config["BLOCK_N"]),)
+    block_m, r = config["BLOCK_M"], adapters.r if adapters else 0
+    touched = 1 if t % block_m == 0 else (block_m + t - 2) // t + 1  # batch rows that one tile can touch
+    grid = (triton.cdiv(m, block_m) * targets * triton.cdiv(n, config["BLOCK_N"]),)
     with torch.cuda.device_of(x):
         _linear_kernel[grid](
-            x, weight, weight if bias is None else bias.contiguous(), x if b is None else b, x if h is None else h,
+            x, weight, weight if bias is None else bias.contiguous(), h if b is None else b, h,
             adapters.streams if adapters else x, keys.members, x if residual is None else residual.contiguous(),
             x if gate is None else gate, y,
             M=m, N=n, T=t, stride_xb=x.stride(0), stride_xt=x.stride(1), stride_xk=x.stride(2),
             stride_wn=weight.stride(0), stride_wk=weight.stride(1),
             stride_bn=0 if b is None else b.stride(0), stride_br=0 if b is None else b.stride(1),
             stride_gb=0 if gate is None else gate.stride(0), seed=signed64(keys.seed), step=keys.step,
-            K=k, G=targets, R=adapters.r if adapters else 0, RANK=keys.rank, KP=padded_rank(keys.rank),
+            K=k, G=targets, R=r, RANK=keys.rank, KP=padded_rank(keys.rank),
+            KD=max(16, triton.next_power_of_2(r + keys.rank * touched)),
             EXPAND=adapters is not None, HAS_BIAS=bias is not None, SILU=silu, RESIDUAL=residual is not None,
             GATED=gate is not None, UPCAST=INTERPRET, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
             **config,

@@ -43,8 +43,8 @@ def population_linear_triton(
 ) -> torch.Tensor:
     """The Triton path: shrink, then a GEMM whose epilogue rebuilds U' and expands. Arguments as in the reference.
 
-    Deterministic; a row's result depends on T, not on its batch mates. Noise and the LoRA columns stay in fp32
-    (three tf32 products where x is of half precision).
+    Deterministic; a row's result depends on T, not on its batch mates. The LoRA columns stay in fp32, but for the
+    expand of a half-precision x, which rounds them to tf32.
     """
     _check(x, weight, bias, a, b, members)
     key_words(seed, step)

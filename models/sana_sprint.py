@@ -11,7 +11,7 @@ import gc
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +24,7 @@ from esengine.errors import ConfigError, RenderError
 from esengine.models.latents import latents
 from esengine.models.loading import READ_ERRORS, download, first_line, fits, load, locate
 from esengine.models.lora_file import WEIGHT_NAME
+from esengine.models.sana_block import can_fuse, fused
 from esengine.models.text_cache import Progress, TextEmbeddings, embed_prompts, fingerprint
 
 PIPELINE_MULTIPLE = 32
@@ -286,11 +287,11 @@ class SanaSprint:
             return sigma_data * latents(**keys, shape=shape, draw=draw, device=self.device)
 
         x_bchw = noise(0)
-        with (
-            population.perturbed(step=step, members=members.to(self.device))
-            if population is not None
-            else nullcontext()
-        ):
+        with ExitStack() as inside:
+            if population is not None:
+                inside.enter_context(population.perturbed(step=step, members=members.to(self.device)))
+                if self.fuses(population):
+                    inside.enter_context(fused(self.transformer, population.perturbation))
             for i, (s, t) in enumerate(pairwise(angles)):
                 with fits(batch, "transformer forward", "chunk"):
                     v_bchw = self._velocity(x_bchw, s, embeds_blc, mask_bl, guidance_b)
@@ -322,6 +323,10 @@ class SanaSprint:
                 f"{describe(int((~good).nonzero()[0]))}: the image is not finite; lower the noise or the rate"
             )
         return torch.cat(images)
+
+    def fuses(self, population) -> bool:
+        """Whether a population's members render through fused blocks: on Triton, where the model has the parts."""
+        return population.backend == "triton" and can_fuse(self.transformer)
 
     def load_adapter(self, path: str | Path) -> None:
         """Loads a LoRA folder with the pipeline's own loader, in place of one loaded before.

@@ -1,0 +1,294 @@
+"""What the parts of the suite share: sizes, the stand-in models, the reference in higher precision, and the checks.
+
+A figure is taken after its check: an output may be off the reference by at most twice what torch's own forward in the
+same dtype is off it, and a check that could not tell a member from the plain model is a failure too.
+"""
+
+import copy
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import pickscore
+import roofline
+import standin
+import torch
+from peers import linears
+from peers.reference_loop import ALPHA, RANK, SIGMA, TARGETS, X0_ANGLE
+from peft import LoraConfig
+
+import esengine
+from esengine.models import RenderSettings, SanaSprint
+from esengine.population import PEFT_PREFIX
+from esengine.prompts import PromptSampler
+
+STEP = 3
+FLOOR = {torch.bfloat16: 0.0, torch.float16: 0.0, torch.float32: 1e-5}
+"""Least tolerance: fp32 against fp64 leaves so little error that the order of a sum is most of it."""
+
+
+class CheckFailed(RuntimeError):
+    """An output is not what it has to be: no figure is taken of it."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of a run of the suite.
+
+    Attributes:
+        name: `full` or `tiny`, of the stand-in.
+        pixels: sides of the images, the smaller first.
+        shapes: (in, out) of the linears that `linear_vs_gemm` is the worst of.
+        tokens: rows a member of those.
+        other_linears: (in, out, rows a member) of the rest of the model's.
+        members: of a linear's and of a forward's batch, one row or image each.
+        population, prompts, repeats: of the timed step.
+        chunk: images in one forward.
+        decode_chunk: images in one call of the decoder.
+        text_tokens: of a prompt.
+        rounds: samples of a microbenchmark, of a forward and of a step.
+        update_members: N of the timed update.
+        memory_members: N of the peaks.
+        reference_population: N of the reference run.
+        reference_text: tokens that it pads to.
+        bars: whether the bars of the issue are meant for it.
+    """
+
+    name: str = "full"
+    pixels: tuple[int, int] = (512, 1024)
+    shapes: tuple[tuple[int, int], ...] = ((2240, 2240), (2240, 6720), (2304, 2240))
+    tokens: tuple[int, ...] = (256, 1024)
+    other_linears: tuple[tuple[int, int, int], ...] = ((2240, 2240, 40), (2240, 32, 1024), (2240, 13440, 1))
+    members: int = 64
+    population: int = 64
+    prompts: int = 4
+    repeats: int = 1
+    chunk: int = 64
+    decode_chunk: int = 8
+    text_tokens: int = 40
+    rounds: tuple[int, int, int] = (24, 12, 4)
+    update_members: int = 1024
+    memory_members: tuple[int, ...] = (64, 1024, 16384, 65536)
+    reference_population: int = 128
+    reference_text: int = 300
+    bars: bool = True
+
+
+SCALES = {
+    "full": Scale(),
+    "tiny": Scale(
+        name="tiny",
+        pixels=(32, 64),
+        shapes=((64, 64), (48, 64)),
+        tokens=(16,),
+        other_linears=((64, 8, 16), (64, 384, 1)),
+        members=8,
+        population=4,
+        prompts=2,
+        chunk=8,
+        text_tokens=8,
+        rounds=(3, 2, 2),
+        update_members=32,
+        memory_members=(8, 128, 256),
+        reference_population=8,
+        reference_text=12,
+        bars=False,
+    ),
+}
+
+
+class Context:
+    """Models and settings of one run; what is expensive is made when a part first asks for it.
+
+    Args:
+        scale: of the run.
+        device: to measure.
+        deadline: `time.monotonic()` at which no further measurement is begun.
+        dtype: of the models; default bf16 on CUDA, fp32 elsewhere.
+        compile_backend: of torch.compile for the plain transformer.
+        compile_modes: each is measured; the fastest counts.
+        peers: further linears, `module:function`, see `peers/linears.py`.
+    """
+
+    def __init__(
+        self,
+        scale: Scale,
+        device: torch.device,
+        *,
+        deadline: float,
+        dtype: torch.dtype | None = None,
+        compile_backend: str = "inductor",
+        compile_modes: tuple[str, ...] = ("default",),
+        peers: tuple[str, ...] = (),
+    ):
+        self.scale, self.device, self.deadline = scale, device, deadline
+        self.dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        self.exact_dtype = torch.float64 if self.dtype == torch.float32 else torch.float32
+        self.compile_backend, self.compile_modes = compile_backend, compile_modes
+        self.peers = {**linears.KNOWN, **{spec: linears.by_path(spec) for spec in peers}}
+        self.compiled: dict[int, SanaSprint] = {}
+        self._checked: dict[int, dict[str, float]] = {}
+
+    @cached_property
+    def plain(self) -> SanaSprint:
+        """The stand-in, without an adapter."""
+        return standin.sana_sprint(self.scale.name, device=self.device, dtype=self.dtype)
+
+    @cached_property
+    def model(self) -> SanaSprint:
+        """The same weights in a transformer of its own, to put a population on; the decoder is shared."""
+        return self.copy_of_plain()
+
+    @cached_property
+    def population(self) -> esengine.Population:
+        """With the reference run's settings, and a B that is no longer zero."""
+        config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS))
+        noise = esengine.Noise(sigma=SIGMA, rank=1, seed=0)
+        population = esengine.attach(self.model.transformer, config, noise)
+        population.update(step=0, fitness=torch.linspace(-1, 1, 64, device=self.device))
+        return population
+
+    @cached_property
+    def texts(self) -> esengine.models.TextEmbeddings:
+        return standin.text_embeddings(self.scale.name, tokens=self.scale.text_tokens, dtype=self.dtype)
+
+    @cached_property
+    def scorer(self) -> pickscore.Scorer:
+        clip = standin.clip(self.scale.name, device=self.device, dtype=self.dtype)
+        return pickscore.Scorer(clip, self.texts.prompts, chunk=self.scale.chunk)
+
+    @cached_property
+    def ceilings(self) -> roofline.Ceilings | None:
+        return roofline.ceilings(self.device)
+
+    def copy_of_plain(self) -> SanaSprint:
+        """`plain` with a transformer of its own."""
+        model = copy.copy(self.plain)
+        model.transformer = copy.deepcopy(self.plain.transformer)
+        return model
+
+    def settings(self, pixels: int) -> RenderSettings:
+        return RenderSettings(height=pixels, width=pixels, x0_angle=X0_ANGLE, decode_chunk=self.scale.decode_chunk)
+
+    def engine(self, **changes) -> esengine.Engine:
+        """A new engine on the population, for the timed step's N, P and R or others."""
+        sizes = replace(self.scale, **changes)
+        sampler = PromptSampler(len(self.texts), sizes.prompts, seed=0)
+        return esengine.Engine(self.population, sampler, size=sizes.population, repeats=sizes.repeats)
+
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Member, prompt and repeat of a forward's rows: each its own member, no latent twice."""
+        members = torch.arange(self.scale.members)
+        return members, members % len(self.texts), members // len(self.texts)
+
+    def forward(
+        self,
+        model: SanaSprint,
+        pixels: int,
+        population: esengine.Population | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """One forward of `rows`, or of all, by `SanaSprint.denoise`: x0 / sigma_data, fp32 [B, C, h, w]."""
+        members, prompts, repeats = (column if rows is None else column[list(rows)] for column in self.rows())
+        return model.denoise(
+            self.texts,
+            seed=0,
+            step=STEP,
+            prompts=prompts,
+            repeats=repeats,
+            members=None if population is None else members,
+            population=population,
+            settings=self.settings(pixels),
+            text_length=self.scale.text_tokens,
+        )
+
+    def check_members(self, pixels: int) -> dict[str, float]:
+        """The batched population forward against each of three members alone, its weights formed, in `exact_dtype`.
+
+        Returns:
+            relative `error`, its `bound`, and how far a member is from the plain model, `perturbation`.
+
+        Raises:
+            CheckFailed: beyond the bound, or the bound could not tell a member from the plain model.
+        """
+        if pixels not in self._checked:
+            rows = [0, 1, self.scale.members - 1]
+            exact = Exact(self)
+            plain = exact.forward(pixels, rows)
+            states = {row: self.population.member_state_dict(step=STEP, member=row) for row in rows}
+            expected = torch.cat([exact.forward(pixels, [row], states[row]) for row in rows])
+            own = worst_error(self.forward(self.plain, pixels, rows=rows), plain)
+            facts = bounded(
+                f"population forward at {pixels} px",
+                worst_error(self.forward(self.model, pixels, self.population)[rows], expected),
+                max(2 * own, FLOOR[self.dtype]),
+                perturbation=worst_error(plain, expected),
+            )
+            self._checked[pixels] = facts
+        return self._checked[pixels]
+
+    def time_left(self) -> float:
+        """Seconds of the budget."""
+        return self.deadline - time.monotonic()
+
+
+class Exact:
+    """The plain transformer in `exact_dtype`, in which one member's LoRA at a time is merged into the weights."""
+
+    def __init__(self, context: Context):
+        self.context, self.base = context, context.plain.transformer
+        self.model = context.copy_of_plain()
+        own = self.model.transformer
+        self.model.transformer = own.double() if context.exact_dtype == torch.float64 else own.float()
+        self.scale = {name: layer.scale for name, layer in context.population.layers.items()}
+
+    @torch.no_grad()
+    def forward(self, pixels: int, rows: list[int], state: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """`Context.forward` of some rows with the plain weights, or with those of one member's `member_state_dict`."""
+        for name, scale in self.scale.items():
+            linear = self.model.transformer.get_submodule(name)
+            linear.weight.copy_(self.base.get_submodule(name).weight)
+            if state is not None:
+                a, b = (state[f"{PEFT_PREFIX}{name}.lora_{side}.weight"].to(linear.weight) for side in "AB")
+                linear.weight += scale * b @ a
+        with full_precision():
+            return torch.cat([self.context.forward(self.model, pixels, rows=[row]) for row in rows])
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Inside, products of fp32 are of fp32, not of tf32."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def worst_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative L2 error of the worst row."""
+    difference = (got.double() - expected.double()).flatten(1).norm(dim=1)
+    return (difference / expected.double().flatten(1).norm(dim=1)).max().item()
+
+
+def bounded(what: str, error: float, bound: float, perturbation: float | None = None) -> dict[str, float]:
+    """The facts of a passed check.
+
+    Raises:
+        CheckFailed: the error is above the bound or not a number, or `perturbation`, what an output without noise
+            would be off, is not above it.
+    """
+    if not error <= bound:
+        raise CheckFailed(f"{what}: expected a relative error of at most {bound:.2e}, got {error:.2e}")
+    if perturbation is not None and not perturbation > bound:
+        raise CheckFailed(f"{what}: the noise moves the output by {perturbation:.2e}, a bound of {bound:.2e} is blind")
+    return {
+        "error": error,
+        "bound": bound,
+        **({} if perturbation is None else {"perturbation": perturbation}),
+    }

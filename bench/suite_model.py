@@ -1,0 +1,317 @@
+"""The suite's parts on the whole model: a forward, a step, the reference run's loop, the update and memory."""
+
+import copy
+import gc
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import record
+import torch
+from clock import Laps, interleaved
+from forward import LiveBytes
+from peers import reference_loop
+from suite_context import STEP, CheckFailed, Context, Exact, bounded, worst_error
+from suite_linear import attempt
+
+import esengine
+from esengine.kernels import es_update_ref
+from esengine.models import SanaSprint
+
+MINIMUM_FOR_COMPILE = 60
+"""Seconds of the budget without which no further mode of torch.compile is begun."""
+
+
+@torch.no_grad()
+def forward(context: Context, pixels: int) -> dict[str, Any]:
+    """Population forward, the plain one eager and compiled, same inputs, turn about. The plain ones have no adapter."""
+    check = context.check_members(pixels)
+    exact = Exact(context).forward(pixels, [0])
+    variants = {
+        "population": lambda: context.forward(context.model, pixels, context.population),
+        "eager": lambda: context.forward(context.plain, pixels),
+    }
+    modes: dict[str, Any] = {}
+    compiled: dict[str, SanaSprint] = {}
+    for number, mode in enumerate(context.compile_modes):
+        if number and context.time_left() < MINIMUM_FOR_COMPILE:
+            modes[mode] = {"not_measured": "out of time"}
+            continue
+        modes[mode] = attempt(lambda mode=mode: _compile(context, mode, pixels, exact, check["bound"]))
+        if "model" in modes[mode]:
+            model = compiled[f"compiled {mode}"] = modes[mode].pop("model")
+            variants[f"compiled {mode}"] = lambda model=model: context.forward(model, pixels)
+    seconds = interleaved(variants, context.scale.rounds[1], device=context.device)
+    fastest = min(compiled, key=lambda name: seconds[name]["median"], default=None)
+    if fastest is not None:
+        context.compiled[pixels] = compiled[fastest]
+    return {
+        "pixels": pixels,
+        "members": context.scale.members,
+        "images_per_member": 1,
+        "text_tokens": context.scale.text_tokens,
+        "targets": list(reference_loop.TARGETS),
+        "backend": context.population.backend,
+        "check": check,
+        "compile": {"backend": context.compile_backend, "modes": modes, "fastest": fastest},
+        "seconds": seconds,
+        "ratios": {
+            "over_eager": record.ratio(seconds["eager"], seconds["population"]),
+            **({} if fastest is None else {"over_compiled": record.ratio(seconds[fastest], seconds["population"])}),
+        },
+    }
+
+
+@torch.no_grad()
+def step(context: Context, pixels: int) -> dict[str, Any]:
+    """An ES step, ask to tell, against plain generation, decoding and scoring of as many images of the same prompts."""
+    check = context.check_members(pixels)
+    context.scorer  # noqa: B018  made before the clock starts
+    engine, plain = context.engine(), context.compiled.get(pixels, context.plain)
+    stages: dict[str, list[dict[str, float]]] = {"step": [], "inference": []}
+
+    def es_step() -> torch.Tensor:
+        laps, task = Laps(context.device), engine.ask()
+        scores = _render_and_score(context, context.model, task, pixels, laps, engine.population)
+        engine.tell(task, scores)
+        laps.lap("update")
+        stages["step"].append(laps.seconds())
+        return scores
+
+    def inference() -> None:
+        laps = Laps(context.device)
+        _render_and_score(context, plain, engine.ask(), pixels, laps)
+        stages["inference"].append(laps.seconds())
+
+    _check_step(context, engine, pixels)
+    seconds = interleaved({"step": es_step, "inference": inference}, context.scale.rounds[2], device=context.device)
+    images = engine.ask().images
+    median = {  # the first of each warmed up
+        variant: {name: statistics.median(taken[name] for taken in laps[1:]) for name in laps[0]}
+        for variant, laps in stages.items()
+    }
+    rates = {name: images / spent for name, spent in median["step"].items() if name != "update"}
+    return {
+        "pixels": pixels,
+        "population": engine.size,
+        "images": images,
+        "chunk": context.scale.chunk,
+        "decode_chunk": context.scale.decode_chunk,
+        "inference_transformer": "compiled" if pixels in context.compiled else "eager",
+        "check": check,
+        "seconds": seconds,
+        "stages": median,
+        "images_per_second": {**rates, "step": images / seconds["step"]["median"]},
+        "ratio": record.ratio(seconds["inference"], seconds["step"]),
+    }
+
+
+@torch.no_grad()
+def loop(context: Context) -> dict[str, Any]:
+    """The reference run's algorithm against ours at its settings, a few members of each, scaled to its population."""
+    pixels, total = context.scale.pixels[0], context.scale.reference_population
+    check = context.check_members(pixels)
+    settings, images = context.settings(pixels), reference_loop.PROMPTS * reference_loop.REPEATS
+    peer = reference_loop.ReferenceLoop(
+        context.copy_of_plain(),
+        context.texts,
+        context.scorer,
+        settings=settings,
+        text_length=context.scale.reference_text,
+    )
+    peer_check = _check_loop(context, peer, pixels, check["bound"])
+    batch = max(1, context.scale.chunk // images) + max(1, context.scale.chunk // images) % 2  # members, even
+    engine = context.engine(population=batch, prompts=reference_loop.PROMPTS, repeats=reference_loop.REPEATS)
+    task, turn = engine.ask(), iter(range(1 << 30))
+    variants = {
+        "reference_member": lambda: peer.evaluate(STEP, next(turn), task.prompts),
+        "our_members": lambda: _render_and_score(
+            context, context.model, task, pixels, Laps(context.device), context.population
+        ),
+    }
+    seconds = interleaved(variants, context.scale.rounds[2], device=context.device)
+    few = min(8, total)
+    scores = torch.randn(few, reference_loop.PROMPTS, reference_loop.REPEATS)
+    updates = interleaved(
+        {
+            "reference_update": lambda: peer.update(STEP, scores),
+            "our_update": lambda: context.population.update(
+                step=STEP, fitness=torch.linspace(-1, 1, total, device=context.device)
+            ),
+        },
+        context.scale.rounds[2],
+        device=context.device,
+    )
+    reference = total * seconds["reference_member"]["median"] + total / few * updates["reference_update"]["median"]
+    ours = total / batch * seconds["our_members"]["median"] + updates["our_update"]["median"]
+    return {
+        "pixels": pixels,
+        "population": total,
+        "images_per_member": images,
+        "reference_text_length": context.scale.reference_text,
+        "scaled": (
+            f"from single members of the reference, {batch} members of ours and a reference update of {few} members, "
+            f"each to the population of {total}: members cost the same"
+        ),
+        "check": {"population": check, "reference": peer_check},
+        "seconds": {**seconds, **updates},
+        "step_seconds": {"reference": reference, "ours": ours},
+        "ratio": reference / ours,
+    }
+
+
+@torch.no_grad()
+def update(context: Context) -> dict[str, Any]:
+    """The whole adapter's update at N = `update_members`; two tensors' gradients against the members one by one."""
+    population, few = context.population, min(64, context.scale.update_members)
+    fitness = torch.linspace(-1, 1, few, device=context.device)
+    gradient = population.gradient(step=STEP, fitness=fitness)
+    name, layer = next(iter(population.layers.items()))
+    errors = []
+    for side, streams in (("A", layer.streams[1::-1]), ("B", layer.streams[:1:-1])):
+        key = f"{name}.lora_{side}.weight"
+        noise = dict(seed=population.noise.seed, step=STEP, rank=population.noise.rank)
+        expected = es_update_ref(
+            fitness, shape=tuple(gradient[key].shape), stream_u=streams[0], stream_v=streams[1], **noise
+        )
+        errors.append(worst_error(few * gradient[key][None], expected[None]))
+    check = bounded(f"gradient of {name}", max(errors), 1e-5)
+    full = torch.linspace(-1, 1, context.scale.update_members, device=context.device)
+    seconds = interleaved(
+        {"update": lambda: population.update(step=STEP, fitness=full)}, context.scale.rounds[1], device=context.device
+    )["update"]
+    return {"members": context.scale.update_members, "check": check, "seconds": seconds}
+
+
+@torch.no_grad()
+def memory(context: Context) -> dict[str, Any]:
+    """Peak memory of a step by N at one chunk: its first, last and two middle chunks, then the update from all N.
+
+    The scores of the chunks between are made up, since a render is the same work for every chunk. On CUDA the peak of
+    the allocator, on a CPU the bytes of live tensors.
+    """
+    pixels = context.scale.pixels[0]
+    check = context.check_members(pixels)
+    context.scorer  # noqa: B018
+    peaks = {members: _peak(context, lambda n=members: _few_chunks(context, n, pixels)) for members in _sizes(context)}
+    *_, few, many = peaks
+    return {
+        "pixels": pixels,
+        "chunk": context.scale.chunk,
+        "prompts": context.scale.prompts,
+        "repeats": context.scale.repeats,
+        "check": check,
+        "peak_bytes": peaks,
+        "bytes_per_further_member": (peaks[many] - peaks[few]) / (many - few),
+        "stored_member_bytes": sum(parameter.nbytes for parameter in context.population.parameters().values()),
+    }
+
+
+def _sizes(context: Context) -> tuple[int, ...]:
+    chunk_members = context.scale.chunk // (context.scale.prompts * context.scale.repeats)
+    return tuple(n for n in context.scale.memory_members if n >= chunk_members)
+
+
+def _few_chunks(context: Context, members: int, pixels: int) -> None:
+    engine = context.engine(population=members)
+    task = engine.ask()
+    scores = torch.randn(task.images, device=context.device)
+    columns, chunk = task.rows(), context.scale.chunk
+    last = task.images - chunk
+    for first in sorted({0, last // 3 // chunk * chunk, last // 2 // chunk * chunk, last}):
+        rows = tuple(column[first : first + chunk] for column in columns)
+        scores[first : first + chunk] = _chunk(context, context.model, task, rows, pixels, None, engine.population)
+    engine.tell(task, scores)
+
+
+def _peak(context: Context, work: Callable[[], None]) -> int:
+    gc.collect()
+    if context.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(context.device)
+        work()
+        return torch.cuda.max_memory_allocated(context.device)
+    with LiveBytes() as live:
+        work()
+    return live.peak
+
+
+def _compile(context: Context, mode: str, pixels: int, exact: torch.Tensor, bound: float) -> dict[str, Any]:
+    """Compiles the plain transformer for this shape, and checks it; `model` and what its compilation took."""
+    options = {} if mode == "default" else {"mode": mode}
+    model = copy.copy(context.plain)
+    model.transformer = torch.compile(
+        context.plain.transformer, backend=context.compile_backend, dynamic=False, **options
+    )
+    before = context.time_left()
+    got = context.forward(model, pixels)[:1]
+    if context.device.type == "cuda":
+        torch.cuda.synchronize(context.device)
+    return {
+        "first_call_seconds": before - context.time_left(),
+        "check": bounded(f"compiled {mode}", worst_error(got, exact), bound),
+        "model": model,
+    }
+
+
+def _render_and_score(
+    context: Context,
+    model: SanaSprint,
+    task: esengine.engine.Task,
+    pixels: int,
+    laps: Laps,
+    population: esengine.Population | None = None,
+) -> torch.Tensor:
+    """float32 [N, P, R] of a whole task, chunk by chunk; without a population every image is the plain model's."""
+    columns = zip(*(column.split(context.scale.chunk) for column in task.rows()), strict=True)
+    parts = [_chunk(context, model, task, rows, pixels, laps, population) for rows in columns]
+    return torch.cat(parts).view(task.shape)
+
+
+def _chunk(context, model, task, rows, pixels, laps: Laps | None, population) -> torch.Tensor:
+    """float32 [B] of one chunk's (members, prompts, repeats)."""
+    members, prompts, repeats = rows
+    settings = context.settings(pixels)
+    x0_bchw = model.denoise(
+        context.texts,
+        seed=0,
+        step=task.step,
+        prompts=prompts,
+        repeats=repeats,
+        members=None if population is None else members,
+        population=population,
+        settings=settings,
+        text_length=context.scale.text_tokens,
+    )
+    if laps is not None:
+        laps.lap("transformer")
+    images = model.decode(x0_bchw, chunk=settings.decode_chunk)
+    if laps is not None:
+        laps.lap("decode")
+    scores = context.scorer(images, [context.texts.prompts[index] for index in prompts.tolist()])
+    if laps is not None:
+        laps.lap("score")
+    return scores
+
+
+def _check_step(context: Context, engine: esengine.Engine, pixels: int) -> None:
+    """A chunk's scores repeat bit for bit, are finite, and differ between members."""
+    task = engine.ask()
+    rows = tuple(column[: context.scale.chunk] for column in task.rows())
+    first, again = (_chunk(context, context.model, task, rows, pixels, None, engine.population) for _ in range(2))
+    if not torch.equal(first, again):
+        gap = (first - again).abs().max().item()
+        raise CheckFailed(f"step at {pixels} px: expected the same scores twice, they differ by {gap:.2e}")
+    one = rows[1] == rows[1][0]  # one prompt's
+    if not first.isfinite().all() or not first[one.to(first.device)].std() > 0:
+        raise CheckFailed(f"step at {pixels} px: expected finite scores that differ between members")
+
+
+def _check_loop(context: Context, peer: reference_loop.ReferenceLoop, pixels: int, bound: float) -> dict[str, float]:
+    """The reference's transformer with one of our members' weights set, against that member in higher precision."""
+    prefix = esengine.population.PEFT_PREFIX
+    state = context.population.member_state_dict(step=STEP, member=1)
+    expected = Exact(context).forward(pixels, [1], state)
+    peer.set_weights({name.removeprefix(prefix): tensor for name, tensor in state.items()})
+    got = context.forward(peer.model, pixels, rows=[1])
+    return bounded("reference loop", worst_error(got, expected), bound)

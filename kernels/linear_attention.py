@@ -1,0 +1,265 @@
+"""ReLU linear attention with RMS norm across heads: SANA's self-attention between the projections.
+
+    q'_t = relu(w_q q_t / sqrt(mean q_t^2 + eps)),   k'_t alike         means over all H D columns, r = 1 / sqrt(...)
+    S = sum_t k'_t v_t^T,   z = sum_t k'_t                              per batch row and head
+    y_t = q'_t S / (q'_t z + 1e-15)
+
+q's own rstd cancels, so q is read once: p = relu(sign(w_q) q) stands for q', |w_q| goes into S and z, and 1e-15 shrinks
+by sqrt(eps), the least that 1 / rstd can be. That differs from the formula where q'_t z is below about 1e-9, or where
+q_t is not finite: its NaN stays in its own head.
+
+Rounding: v and p are bf16 as they are, k', S and z fp32, multiplied as two bf16 halves each, 16 bits. Emulated in torch
+at D = 32 with T 256 and 1024, against fp64 and before the last rounding: 4e-6 of the norm; tf32 products 2e-4, rounding
+q' and k' to bf16 as diffusers does 1.5e-3, the last rounding 1.7e-3.
+
+Bytes: one pass of k for r, then q, k and v once, y written: five rows of H D where four are the least, and 8 M of r.
+Programs run from the last batch row to the first, as the first pass leaves the end of k in L2. Instructions, in sm_90
+machine code: 422 in each of two warps for 32 tokens of a head of 32. On paper, for B = 64, T = 1024, H = 70 on an H100:
+0.49 ms of memory, 0.13 ms of issue slots; not measured.
+
+Legend: B batch rows, T tokens, M = B T, H heads, D their width (DP padded), C = H D.
+
+Source: Katharopoulos et al., "Transformers are RNNs" (arXiv 2006.16236), eq. 4-6; Xie et al., SANA (arXiv 2410.10629).
+"""
+
+import math
+
+import torch
+
+from esengine.kernels.noise import INTERPRET, triton, uses_triton
+
+if triton is not None:
+    import triton.language as tl
+
+    from esengine.kernels.noise import offset
+
+    @triton.jit
+    def relu(x):
+        """relu, NaN where x is."""
+        return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+    @triton.jit
+    def halves(x, SPLIT: tl.constexpr, UPCAST: tl.constexpr):
+        """Two bf16 parts of an fp32 tile, the larger first, that sum to x within 2^-16 of it. If not split, x twice."""
+        upper, lower = x, x
+        if SPLIT:
+            upper = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+            lower = (x - upper).to(tl.bfloat16)
+            if UPCAST:
+                lower = lower.to(tl.float32)
+            else:
+                upper = upper.to(tl.bfloat16)
+        return upper, lower
+
+    @triton.jit
+    def product(a, b, a_rest, b_rest, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+        """acc + a b, and if split + a_rest b_rest, in fp32."""
+        if SPLIT:
+            acc = tl.dot(a_rest, b_rest, acc)
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+    @triton.jit
+    def _rstd_kernel(
+        x_ptr, rstd_ptr,
+        M, T,
+        stride_xb, stride_xt, stride_xc,
+        eps,
+        C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    ):  # fmt: skip
+        m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+        x_rows = x_ptr + (offset(m // T, stride_xb) + offset(m % T, stride_xt))[:, None]
+        squares = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+        for c0 in range(0, C, BLOCK_C):
+            c = c0 + tl.arange(0, BLOCK_C)
+            mask = (m[:, None] < M) & (c[None, :] < C)
+            x = tl.load(x_rows + offset(c, stride_xc)[None, :], mask=mask, other=0.0).to(tl.float32)
+            squares += x * x
+        tl.store(rstd_ptr + m, 1 / tl.sqrt(tl.sum(squares, axis=1) / C + eps), mask=m < M)
+
+    @triton.jit
+    def _attention_kernel(
+        q_ptr, k_ptr, v_ptr, norm_q_ptr, norm_k_ptr, rstd_ptr, y_ptr,
+        stride_qb, stride_qt, stride_qc, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt, stride_vc,
+        tiny,
+        T: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+        HAS_NORM_Q: tl.constexpr, HAS_NORM_K: tl.constexpr,
+        SPLIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+        BLOCK_T: tl.constexpr,
+    ):  # fmt: skip
+        pid = tl.num_programs(0) - 1 - tl.program_id(0)
+        b, d = pid // H, tl.arange(0, DP)
+        c = pid % H * D + d
+        q_cols = q_ptr + (offset(b, stride_qb) + offset(c, stride_qc))[None, :]
+        k_cols = k_ptr + (offset(b, stride_kb) + offset(c, stride_kc))[None, :]
+        v_cols = v_ptr + (offset(b, stride_vb) + offset(c, stride_vc))[None, :]
+        weight_q = tl.full((DP,), 1.0, tl.float32)
+        weight_k = tl.full((DP,), 1.0, tl.float32)
+        if HAS_NORM_Q:
+            weight_q = tl.load(norm_q_ptr + c, mask=d < D, other=0.0).to(tl.float32)
+        if HAS_NORM_K:
+            weight_k = tl.load(norm_k_ptr + c, mask=d < D, other=0.0).to(tl.float32)
+
+        first = tl.arange(0, 16)[None, :] == 0  # a sum over rows or columns is a product with one column of 16
+        state = tl.zeros((DP, DP), tl.float32)
+        keys = tl.zeros((DP, 16), tl.float32)
+        for t0 in range(0, T, BLOCK_T):
+            t = t0 + tl.arange(0, BLOCK_T)
+            mask = (t[:, None] < T) & (d[None, :] < D)
+            k = tl.load(k_cols + offset(t, stride_kt)[:, None], mask=mask, other=0.0).to(tl.float32)
+            v = tl.load(v_cols + offset(t, stride_vt)[:, None], mask=mask, other=0.0)
+            if HAS_NORM_K:
+                k *= weight_k[None, :]
+                k *= tl.load(rstd_ptr + offset(b, T) + t, mask=t < T, other=0.0)[:, None]
+            upper, lower = halves(tl.trans(relu(k)), SPLIT, UPCAST)
+            v = v.to(upper.dtype)
+            ones = tl.where(first, tl.full((BLOCK_T, 1), 1.0, tl.float32), 0.0).to(upper.dtype)
+            state = product(upper, v, lower, v, state, SPLIT, PRECISION)
+            keys = product(upper, ones, lower, ones, keys, SPLIT, PRECISION)
+
+        weight = tl.abs(weight_q)[:, None]
+        s_upper, s_lower = halves(state * weight, SPLIT, UPCAST)
+        z_upper, z_lower = halves(keys * weight, SPLIT, UPCAST)
+        sign = tl.where(weight_q < 0, -1.0, 1.0)
+        for t0 in range(0, T, BLOCK_T):
+            t = t0 + tl.arange(0, BLOCK_T)
+            mask = (t[:, None] < T) & (d[None, :] < D)
+            q = tl.load(q_cols + offset(t, stride_qt)[:, None], mask=mask, other=0.0).to(tl.float32)
+            if HAS_NORM_Q:
+                q *= sign[None, :]
+            q = relu(q).to(s_upper.dtype)
+            total = tl.zeros((BLOCK_T, 16), tl.float32)
+            total = tl.sum(product(q, z_upper, q, z_lower, total, SPLIT, PRECISION), axis=1)
+            y = tl.zeros((BLOCK_T, DP), tl.float32)
+            y = product(q, s_upper, q, s_lower, y, SPLIT, PRECISION) * (1 / (total + tiny))[:, None]
+            y_ptrs = y_ptr + (offset(b, T) + t)[:, None] * (H * D) + c[None, :]
+            tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def attention_config(d: int) -> dict[str, int]:
+    """Launch configuration for heads of width d. Nothing depends on the batch, and with it the order of a sum."""
+    dp = max(16, triton.next_power_of_2(d))
+    return {"DP": dp, "BLOCK_T": 32 if dp <= 32 else 16, "num_warps": 2 if dp <= 32 else 8, "num_stages": 3}
+
+
+def linear_attention_triton(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    heads: int,
+    norm_q: torch.Tensor | None = None,
+    norm_k: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """The Triton path: rstd of k's rows, then one program for each head of a batch row. Arguments as in the reference.
+
+    Deterministic; a batch row's result does not depend on its batch mates. Sums over tokens are in fp32, in one order.
+    Products are of bf16 halves where q is bf16, of three tf32 parts where it is fp16, and exact where it is fp32.
+    """
+    _check(q, k, v, heads, norm_q, norm_k, eps)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, norm_q, norm_k)):
+        raise RuntimeError("q, k, v: one requires a gradient, which the Triton path does not have")
+    batch, t, c = q.shape
+    # under the interpreter a store to bf16 truncates, so it writes fp32 and torch rounds
+    y = torch.empty(batch, t, c, dtype=torch.float32 if INTERPRET else q.dtype, device=q.device)
+    if y.numel() == 0:
+        return y.to(q.dtype)
+    rstd = q
+    if norm_k is not None:
+        rstd = torch.empty(batch * t, dtype=torch.float32, device=q.device)
+        block = {"BLOCK_M": 8, "BLOCK_C": 512, "num_warps": 4}
+        with torch.cuda.device_of(q):
+            _rstd_kernel[(triton.cdiv(batch * t, block["BLOCK_M"]),)](
+                k, rstd, M=batch * t, T=t, stride_xb=k.stride(0), stride_xt=k.stride(1), stride_xc=k.stride(2),
+                eps=eps, C=c, **block,
+            )  # fmt: skip
+    config = attention_config(c // heads)
+    with torch.cuda.device_of(q):
+        _attention_kernel[(batch * heads,)](
+            q, k, v, q if norm_q is None else norm_q.contiguous(), q if norm_k is None else norm_k.contiguous(),
+            rstd, y,
+            stride_qb=q.stride(0), stride_qt=q.stride(1), stride_qc=q.stride(2),
+            stride_kb=k.stride(0), stride_kt=k.stride(1), stride_kc=k.stride(2),
+            stride_vb=v.stride(0), stride_vt=v.stride(1), stride_vc=v.stride(2),
+            tiny=1e-15 if norm_q is None else 1e-15 * math.sqrt(eps),
+            T=t, H=heads, D=c // heads, HAS_NORM_Q=norm_q is not None, HAS_NORM_K=norm_k is not None,
+            SPLIT=q.dtype == torch.bfloat16, UPCAST=INTERPRET,
+            PRECISION="ieee" if q.dtype == torch.float32 else "tf32x3", **config,
+        )  # fmt: skip
+    return y.to(q.dtype)
+
+
+def linear_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    heads: int,
+    norm_q: torch.Tensor | None = None,
+    norm_k: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """`linear_attention_ref` by the fastest way the device has: Triton on a GPU, the reference elsewhere."""
+    op = linear_attention_triton if uses_triton(q.device) else linear_attention_ref
+    return op(q, k, v, heads=heads, norm_q=norm_q, norm_k=norm_k, eps=eps)
+
+
+def linear_attention_ref(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    heads: int,
+    norm_q: torch.Tensor | None = None,
+    norm_k: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """Linear attention of all heads, in fp32, rounded once at the end.
+
+    diffusers rounds the normed q and k to the storage dtype first; in fp32 the two are the same formula.
+
+    Args:
+        q, k, v: [B, T, H * D], fp32, bf16 or fp16, any strides: slices of one stacked projection are welcome. D <= 64.
+        heads: H.
+        norm_q, norm_k: weights [H * D] of the RMS norm over all heads, fp32, bf16 or fp16, or None for no norm.
+        eps: added to the mean square, positive.
+
+    Returns:
+        [B, T, H * D], dtype of q.
+
+    Raises:
+        ValueError: an argument is of another shape, dtype or device, or out of range.
+    """
+    _check(q, k, v, heads, norm_q, norm_k, eps)
+
+    def features(x, weight):  # [B, H, T, D]
+        x = x.float()
+        if weight is not None:
+            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+        return x.relu().unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    queries, keys = features(q, norm_q), features(k, norm_k)
+    state = keys.mT @ v.float().unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, H, D, D]
+    total = queries @ keys.sum(2).unsqueeze(-1)  # [B, H, T, 1]
+    return (queries @ state / (total + 1e-15)).transpose(1, 2).flatten(2).to(q.dtype)
+
+
+def _check(q, k, v, heads, norm_q, norm_k, eps) -> None:
+    def fail(name, expected, tensor):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(f"{name}: expected {expected}, got {dtype} {list(tensor.shape)} on {tensor.device}")
+
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    if q.dim() != 3 or q.dtype not in dtypes:
+        fail("q", "float32, bfloat16 or float16 [B, T, H * D]", q)
+    for name, x in (("k", k), ("v", v)):
+        if x.shape != q.shape or x.dtype != q.dtype or x.device != q.device:
+            fail(name, f"{str(q.dtype).removeprefix('torch.')} {list(q.shape)} on {q.device}", x)
+    c = q.shape[-1]
+    if heads < 1 or c < heads or c % heads or c // heads > 64:
+        raise ValueError(f"heads: expected a divisor of {c} that leaves heads of 1 to 64, got {heads}")
+    for name, weight in (("norm_q", norm_q), ("norm_k", norm_k)):
+        if weight is not None and (weight.shape != (c,) or weight.dtype not in dtypes or weight.device != q.device):
+            fail(name, f"float32, bfloat16 or float16 [{c}] on {q.device}", weight)
+    if not eps > 0:
+        raise ValueError(f"eps: expected a positive number, got {eps}")

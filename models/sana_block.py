@@ -1,0 +1,151 @@
+"""SANA's transformer block in eleven launches, for a batch whose rows are members of a population.
+
+    x, h  = shrink(LayerNorm(z) (1 + scale) + shift)           low-rank columns of to_q, to_k, to_v
+    q|k|v = x [W_q | W_k | W_v]^T + expand(h)                  one stacked GEMM
+    z    += gate to_out(linear_attention(q, k, v))             gate and residual in the epilogue
+    z    += to_out(softmax(to_q(z) to_k(text)^T) to_v(text))   on trimmed text
+    z    += gate GLUMBConv(LayerNorm(z) (1 + scale) + shift)   SiLU in the first GEMM, gate and residual in the last
+
+It equals diffusers' block up to rounding, of which it does less: sums and products stay in fp32 inside a launch.
+
+Legend: z_btd hidden states of B rows and T tokens, text_blc text states, table_b6d the block's shifts, scales, gates.
+
+Source: Xie et al., SANA (arXiv 2410.10629); diffusers' `SanaTransformerBlock`.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from diffusers import SanaTransformer2DModel
+from torch import nn
+
+from esengine.kernels import (
+    Adapters,
+    Modulation,
+    Perturbation,
+    depthwise_gate,
+    fused_linear,
+    linear_attention,
+    shrink,
+    stream_table,
+)
+from esengine.layers import PopulationLinear
+
+
+def stacked(tensors: Sequence[nn.Parameter | None]) -> torch.Tensor | None:
+    """The tensors one below the other, of which each becomes a view: no second copy, and updates in place show.
+
+    Args:
+        tensors: Of equal shape, dtype and device; or all None, which gives None.
+    """
+    first = tensors[0]
+    if first is None:
+        return None
+    step = first.numel() * first.element_size()
+    if not all(t.is_contiguous() and t.data_ptr() == first.data_ptr() + i * step for i, t in enumerate(tensors)):
+        joined = torch.cat([t.data for t in tensors])
+        for tensor, piece in zip(tensors, joined.chunk(len(tensors)), strict=True):
+            tensor.data = piece
+    return first.data.as_strided((len(tensors) * len(first), *first.shape[1:]), first.stride())
+
+
+class Stack:
+    """Linears that read the same x: one shrink, one GEMM."""
+
+    def __init__(self, *layers: nn.Module):
+        """Raises ValueError for linears that cannot be stacked: some targets and some not, or of unlike ranks."""
+        targets = [layer for layer in layers if isinstance(layer, PopulationLinear)]
+        bases = [layer.base_layer if layer in targets else layer for layer in layers]
+        unlike = len({(len(t.a), t.scale) for t in targets}) > 1 or len({t.weight.shape for t in bases}) > 1
+        if unlike or len(targets) not in (0, len(layers)) or len({t.bias is None for t in bases}) > 1:
+            raise ValueError(f"layers: expected {len(layers)} alike, all targets or none, got {layers}")
+        self.weight, self.bias = stacked([t.weight for t in bases]), stacked([t.bias for t in bases])
+        self.adapters = None
+        if targets:
+            a, b = stacked([t.a for t in targets]), stacked([t.b for t in targets])
+            table = stream_table(tuple(t.streams for t in targets), a.device)
+            self.adapters = Adapters(a, b, table, targets[0].scale)
+
+    def __call__(
+        self, x: torch.Tensor, keys: Perturbation, modulation: Modulation | None = None, **epilogue
+    ) -> torch.Tensor:
+        keys = keys if self.adapters else None
+        x, h = shrink(x, self.adapters, keys, modulation)
+        return fused_linear(x, self.weight, self.bias, h=h, adapters=self.adapters, perturbation=keys, **epilogue)
+
+
+class FusedBlock:
+    """One block's stacked weights and its forward, with the signature of diffusers'."""
+
+    def __init__(self, block: nn.Module):
+        """Raises ValueError for a block with parts that the launches do not have."""
+        attention, cross, conv = block.attn1, block.attn2, block.ff
+        extras = cross is None or conv.norm_type is not None or conv.residual_connection
+        if extras or block.norm2.elementwise_affine or cross.rescale_output_factor != 1:
+            raise ValueError(f"block: expected SANA-Sprint's, got {block}")
+        self.block = block
+        self.qkv = Stack(attention.to_q, attention.to_k, attention.to_v)
+        self.q, self.kv = Stack(cross.to_q), Stack(cross.to_k, cross.to_v)
+        self.out, self.cross_out = Stack(attention.to_out[0]), Stack(cross.to_out[0])
+
+    def forward(
+        self,
+        keys: Perturbation,
+        z_btd: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        text_blc: torch.Tensor,
+        text_mask: torch.Tensor,
+        timestep: torch.Tensor,
+        height: int,
+        width: int,
+    ) -> torch.Tensor:
+        block, attention, cross, conv = self.block, self.block.attn1, self.block.attn2, self.block.ff
+        table_b6d = block.scale_shift_table[None] + timestep.reshape(len(z_btd), 6, -1)
+        shift, scale, gate, shift_ff, scale_ff, gate_ff = table_b6d.unbind(1)
+
+        qkv = self.qkv(z_btd, keys, Modulation(shift, scale, block.norm1.eps))
+        norms = {} if attention.norm_q is None else {"eps": attention.norm_q.eps}
+        for name in ("norm_q", "norm_k") if norms else ():
+            norms[name] = getattr(attention, name).weight
+        y_btd = linear_attention(*qkv.chunk(3, -1), heads=attention.heads, **norms)
+        z_btd = self.out(y_btd, keys, residual=z_btd, gate=gate)
+
+        q, (k, v) = self.q(z_btd, keys), self.kv(text_blc, keys).chunk(2, -1)
+        if cross.norm_q is not None:
+            q, k = cross.norm_q(q), cross.norm_k(k)
+        q, k, v = (y.unflatten(-1, (cross.heads, -1)).transpose(1, 2) for y in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=text_mask[:, None])
+        z_btd = self.cross_out(y.transpose(1, 2).flatten(2), keys, residual=z_btd)
+
+        x_btd, _ = shrink(z_btd, None, None, Modulation(shift_ff, scale_ff, block.norm2.eps))
+        y = fused_linear(x_btd, conv.conv_inverted.weight.flatten(1), conv.conv_inverted.bias, silu=True)
+        y = depthwise_gate(y, conv.conv_depth.weight, conv.conv_depth.bias, height=height, width=width)
+        return fused_linear(y, conv.conv_point.weight.flatten(1), residual=z_btd, gate=gate_ff)
+
+
+def can_fuse(transformer: SanaTransformer2DModel) -> bool:
+    """Whether every block has a fused form; fp16 has none, whose overflows diffusers clamps."""
+    try:
+        return transformer.dtype != torch.float16 and bool([FusedBlock(b) for b in transformer.transformer_blocks])
+    except ValueError:
+        return False
+
+
+@contextmanager
+def fused(transformer: SanaTransformer2DModel, keys: Perturbation) -> Iterator[None]:
+    """Inside, the transformer's blocks run fused for the members that `keys` names; outside, as they did.
+
+    Raises:
+        ValueError: A block has no fused form; see `can_fuse`.
+    """
+    blocks = [FusedBlock(block) for block in transformer.transformer_blocks]
+    try:
+        for each in blocks:
+            each.block.forward = partial(each.forward, keys)
+        yield
+    finally:
+        for each in blocks:
+            each.block.__dict__.pop("forward", None)

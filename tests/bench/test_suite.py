@@ -1,0 +1,292 @@
+import contextlib
+import copy
+import json
+import time
+
+import clock
+import pytest
+import suite
+import suite_context
+import suite_linear
+import suite_model
+import suite_summary
+import torch
+from peers import linears, reference_loop
+
+import esengine
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """The record of the whole suite at toy size, as the command writes it."""
+    path = tmp_path_factory.mktemp("suite") / "record.json"
+    code = suite.main(["--scale", "tiny", "--device", "cpu", "--json", str(path)])
+    return code, json.loads(path.read_text())
+
+
+@pytest.fixture
+def context():
+    return tiny_context()
+
+
+def tiny_context(budget: float = 300, **options) -> suite_context.Context:
+    scale, device = suite_context.SCALES["tiny"], torch.device("cpu")
+    return suite_context.Context(scale, device, deadline=time.monotonic() + budget, compile_backend="eager", **options)
+
+
+def test_every_part_is_measured_and_every_figure_is_there(stored):
+    code, record = stored
+    assert code == 0
+    assert list(record["parts"]) == list(suite.parts(suite_context.SCALES["tiny"]))
+    assert {part["status"] for part in record["parts"].values()} == {"ok"}
+    summary = record["summary"]
+    for name in (
+        "linear_vs_gemm",
+        "forward_vs_compiled",
+        "step_vs_inference",
+        "step_vs_reference_loop",
+        "memory_per_extra_member",
+        "update_share",
+    ):
+        assert summary[name]["value"] > 0, name
+        assert summary[name]["verdict"] == "no bar"
+    assert list(summary["images_per_second"]) == ["32", "64"]
+    assert set(summary["images_per_second"]["64"]["detail"]) == {"transformer", "decode", "score", "step"}
+    assert set(summary["memory_per_extra_member"]["detail"]) == {"8", "128", "256"}
+    assert sum(summary["step_breakdown"]["detail"]["step_64"].values()) == pytest.approx(1)
+    assert {"environment", "settings", "load_average_after"} <= set(record)
+    assert {"device", "commit", "dirty", "versions"} <= set(record["environment"])
+
+
+def test_linear_holds_its_peers_and_the_worst_shape(stored):
+    part = stored[1]["parts"]["linear"]["result"]
+    for case in part["shapes"].values():
+        variants = case["variants"]
+        assert set(variants) == {"plain", "population", "stored_torch", "peft_mixed_batch", "batched_bmm"}
+        for variant in variants.values():
+            assert variant["check"]["error"] <= variant["check"]["bound"]
+            assert {"median", "p20", "p80", "samples"} <= set(variant["seconds"])
+    ratios = [case["ratios"]["population"]["of_medians"] for case in part["shapes"].values()]
+    assert stored[1]["summary"]["linear_vs_gemm"]["value"] == min(ratios)
+
+
+def test_every_kernel_has_a_checked_share_of_the_roofline(stored):
+    kernels = stored[1]["parts"]["kernels"]["result"]
+    shares = stored[1]["summary"]["roofline_share"]["detail"]
+    for name in ("linear_attention 64 px", "depthwise_gate 32 px", "normals", "es_update 2x64"):
+        assert kernels[name]["check"]["error"] <= kernels[name]["check"]["bound"]
+        assert shares[name] > 0
+    assert shares["linear 64->64 x16"] > shares["population_linear 64->64 x16"] > 0
+
+
+def test_step_stages_add_up_to_the_step(stored):
+    for side in (32, 64):
+        part = stored[1]["parts"][f"step_{side}"]["result"]
+        assert sum(part["stages"]["step"].values()) == pytest.approx(part["seconds"]["step"]["median"], rel=0.5)
+        assert part["images"] == 8
+        assert part["inference_transformer"] == "compiled"
+
+
+def test_a_wrong_linear_fails_its_check_and_has_no_figure(monkeypatch, context):
+    right = suite_linear.population_linear
+    monkeypatch.setattr(suite_linear, "population_linear", lambda *a, **k: right(*a, **{**k, "sigma": 2e-2}))
+    record = suite.run(context, chosen=["linear"])
+    for case in record["parts"]["linear"]["result"]["shapes"].values():
+        assert "failed" in case["variants"]["population"]["check"]
+        assert "seconds" not in case["variants"]["population"]
+        assert "population" not in case["ratios"]
+        assert "seconds" in case["variants"]["batched_bmm"]
+    assert record["summary"]["linear_vs_gemm"]["verdict"] == "failed check"
+    assert record["summary"]["linear_vs_gemm"]["value"] is None
+
+
+def test_a_forward_without_noise_fails_and_the_rest_goes_on(monkeypatch, context, tmp_path):
+    monkeypatch.setattr(esengine.Population, "perturbed", lambda self, step, members: contextlib.nullcontext())
+    path = tmp_path / "record.json"
+    suite.run(context, chosen=["forward_32", "step_32", "update"], json_path=path)
+    record = json.loads(path.read_text())
+    assert [part["status"] for part in record["parts"].values()] == ["failed", "failed", "ok"]
+    assert not any("result" in record["parts"][name] for name in ("forward_32", "step_32"))
+    assert record["summary"]["forward_vs_compiled"] == {
+        "value": None,
+        "bar": None,
+        "verdict": "failed check",
+        "detail": None,
+        "reason": record["summary"]["forward_vs_compiled"]["reason"],
+    }
+    assert "relative error" in record["parts"]["forward_32"]["reason"]
+
+
+def test_a_blind_check_is_a_failed_one():
+    with pytest.raises(suite_context.CheckFailed, match="blind"):
+        suite_context.bounded("x", 1e-3, 1e-2, perturbation=5e-3)
+    with pytest.raises(suite_context.CheckFailed, match="at most"):
+        suite_context.bounded("x", float("nan"), 1e-2)
+
+
+def test_an_error_is_stored_and_what_was_measured_before_is_kept(monkeypatch, context, tmp_path):
+    def broken(context):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(suite_model, "update", broken)
+    path = tmp_path / "record.json"
+    record = suite.run(context, chosen=["linear", "update", "kernels"], json_path=path)
+    assert [part["status"] for part in record["parts"].values()] == ["ok", "error", "ok"]
+    assert record["parts"]["update"]["reason"] == "RuntimeError: out of luck"
+    assert "out of luck" in record["parts"]["update"]["traceback"]
+    assert json.loads(path.read_text())["summary"]["update_share"]["verdict"] == "error"
+
+
+def test_a_run_that_is_cut_off_leaves_what_it_has(monkeypatch, context, tmp_path):
+    def interrupted(context):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(suite_linear, "kernels", interrupted)
+    path = tmp_path / "record.json"
+    with pytest.raises(KeyboardInterrupt):
+        suite.run(context, chosen=["linear", "kernels"], json_path=path)
+    assert list(json.loads(path.read_text())["parts"]) == ["linear"]
+
+
+def test_without_time_nothing_is_measured_and_it_says_so(tmp_path, capsys):
+    path = tmp_path / "record.json"
+    assert suite.main(["--scale", "tiny", "--device", "cpu", "--budget", "0", "--json", str(path)]) == 0
+    record = json.loads(path.read_text())
+    assert {part["reason"] for part in record["parts"].values()} == {"out of time"}
+    assert record["summary"]["linear_vs_gemm"]["verdict"] == "not measured"
+    assert record["summary"]["linear_vs_gemm"]["reason"] == "linear: out of time"
+    assert "not measured" in capsys.readouterr().out
+
+
+def test_bars_pass_and_fail(stored):
+    record = copy.deepcopy(stored[1])
+    record["settings"]["bars"] = True
+    shapes = record["parts"]["linear"]["result"]["shapes"]
+    for case, value in zip(shapes.values(), (1.2, 0.98), strict=True):
+        case["ratios"]["population"]["of_medians"] = value
+    record["parts"]["memory"]["result"]["bytes_per_further_member"] = 65.0
+    del record["parts"]["step_64"]
+    summary = suite_summary.summarize(record)
+    assert (summary["linear_vs_gemm"]["verdict"], summary["linear_vs_gemm"]["value"]) == ("pass", 0.98)
+    assert summary["linear_vs_gemm"]["bar"] == ">= 0.97"
+    assert summary["memory_per_extra_member"]["verdict"] == "fail"
+    assert summary["step_vs_inference"]["verdict"] == "not measured"
+    assert summary["step_vs_inference"]["reason"] == "step_64: not asked for"
+    assert summary["images_per_second"]["32"]["bar"] == ">= 130"
+    assert any("not measured" in row for row in suite_summary.rows(summary))
+
+
+def test_the_reference_loop_moves_theta_as_its_formula_says(context):
+    loop = reference_loop.ReferenceLoop(
+        context.copy_of_plain(), context.texts, context.scorer, settings=context.settings(32), text_length=12
+    )
+    before = {name: value.clone() for name, value in loop.theta.items()}
+    even, odd = loop.noise(0, 2), loop.noise(0, 3)
+    name = next(iter(before))
+    assert torch.equal(even[name], -odd[name])
+    scores = loop.evaluate(0, 2, torch.tensor([0, 1]))
+    assert scores.shape == (2, 4)
+    assert scores.isfinite().all()
+    assert torch.allclose(loop.parameters[name].float(), before[name] + 1e-2 * even[name])
+    # two members, antithetic: f = +-1, so mean(f E) is E of the better one
+    loop.update(0, torch.tensor([[[1.0]], [[0.0]]]))
+    assert torch.allclose(loop.theta[name], before[name] + 0.1 * 1e-2 * loop.noise(0, 0)[name], atol=1e-6)
+
+
+def test_a_peer_by_path_is_measured_and_a_wrong_one_refused(monkeypatch, tmp_path):
+    (tmp_path / "my_peer.py").write_text(
+        "import torch\n"
+        "def good(x, weight, bias, a, b, scale):\n"
+        "    return torch.nn.functional.linear(x, weight, bias) + scale * x @ a.mT @ b.mT\n"
+        "def wrong(x, weight, bias, a, b, scale):\n"
+        "    return torch.nn.functional.linear(x, weight, bias)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    context = tiny_context(peers=("my_peer:good", "my_peer:wrong"))
+    record = suite.run(context, chosen=["linear"])
+    case = next(iter(record["parts"]["linear"]["result"]["shapes"].values()))
+    assert "seconds" in case["variants"]["my_peer:good"]
+    assert "failed" in case["variants"]["my_peer:wrong"]["check"]
+    assert record["summary"]["linear_vs_gemm"]["verdict"] == "no bar"
+    assert "peer: failed check" in record["summary"]["linear_vs_gemm"]["detail"].values()
+    with pytest.raises(ValueError, match="expected module:function"):
+        linears.by_path("my_peer")
+
+
+def test_what_is_asked_for_must_exist(context, capsys):
+    with pytest.raises(ValueError, match="parts: expected some of linear"):
+        suite.run(context, chosen=["everything"])
+    with pytest.raises(SystemExit):
+        suite.main(["--scale", "tiny", "--device", "cpu", "--parts", "everything"])
+    assert "parts: expected some of" in capsys.readouterr().err
+
+
+def test_bf16_is_held_to_twice_torchs_own_error(monkeypatch):
+    context = tiny_context(dtype=torch.bfloat16)
+    facts = context.check_members(32)
+    assert facts["error"] <= facts["bound"] < facts["perturbation"]
+    right = esengine.Population.perturbed  # noise of the right size, and the next pair's
+    monkeypatch.setattr(
+        esengine.Population, "perturbed", lambda self, step, members: right(self, step=step, members=members + 2)
+    )
+    context._checked.clear()
+    with pytest.raises(suite_context.CheckFailed, match="population forward"):
+        context.check_members(32)
+
+
+class FakeEvent:
+    def __init__(self, enable_timing=False):
+        assert enable_timing
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.at - self.at)
+
+
+def test_the_gpu_clock_turns_the_order_and_reads_events(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    calls = []
+    variants = {"a": lambda: (calls.append("a"), time.sleep(0.002)), "b": lambda: calls.append("b")}
+    taken = clock.interleaved(variants, 2, device="cuda")
+    assert "".join(calls) == "ab" + "ab" + "ba"
+    assert taken["a"]["median"] >= 0.002 > taken["b"]["median"]
+    laps = clock.Laps("cuda")
+    for name in ("x", "y", "x"):
+        time.sleep(0.001)
+        laps.lap(name)
+    assert list(laps.seconds()) == ["x", "y"]
+    assert laps.seconds()["x"] >= 0.002
+    assert laps.seconds()["y"] >= 0.001
+
+
+def test_pictures_are_drawn_from_the_record(stored, tmp_path):
+    pytest.importorskip("matplotlib")
+    import plots
+
+    drawn = plots.draw(stored[1], tmp_path)
+    assert [path.name for path in drawn] == ["linears.png", "ratios.png", "step.png", "memory.png", "roofline.png"]
+    assert all(path.stat().st_size > 5000 for path in drawn)
+    empty = copy.deepcopy(stored[1])
+    empty["parts"] = {}
+    empty["summary"] = suite_summary.summarize(empty)
+    assert plots.draw(empty, tmp_path / "empty") == []
+
+
+def test_population_is_the_reference_runs(context):
+    assert isinstance(context.population, esengine.Population)
+    assert context.population.config.r == 2
+    assert len(context.population.layers) == 2 * 8 + 2 + 2 * 2 + 1 + 1

@@ -1,0 +1,125 @@
+"""The fused SANA block against diffusers' own, under a population whose rows are all of different members."""
+
+import pytest
+import torch
+from diffusers import SanaTransformer2DModel
+from peft import LoraConfig
+
+import esengine
+from esengine.kernels.noise import INTERPRET
+from esengine.models.sana_block import FusedBlock, can_fuse, fused, stacked
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "linear_1", "linear_2", "proj_out", "linear"]
+MEMBERS = [5, 0]
+
+needs_triton = pytest.mark.skipif(
+    not (INTERPRET or torch.cuda.is_available()), reason="Triton kernels need TRITON_INTERPRET=1 or a GPU"
+)
+
+
+@pytest.fixture
+def transformer():
+    """All parts of the 1.6B in one block of width 32, because the interpreter is slow."""
+    torch.manual_seed(0)
+    model = SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=16,
+        num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=24,
+        sample_size=4, patch_size=1, guidance_embeds=True, qk_norm="rms_norm_across_heads",
+    )  # fmt: skip
+    device = "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
+    return model.eval().requires_grad_(False).to(device)
+
+
+def inputs(transformer):
+    generator = torch.Generator().manual_seed(0)
+    config, batch = transformer.config, len(MEMBERS)
+    mask = torch.ones(batch, 5, dtype=torch.int64)
+    mask[1, 3:] = 0
+    arguments = {
+        "hidden_states": torch.randn(batch, config.in_channels, 3, 5, generator=generator),
+        "encoder_hidden_states": torch.randn(batch, 5, config.caption_channels, generator=generator),
+        "encoder_attention_mask": mask,
+        "guidance": torch.full((batch,), 0.45),
+        "timestep": torch.linspace(0.3, 1, batch),
+    }
+    return {name: value.to(transformer.device) for name, value in arguments.items()} | {"return_dict": False}
+
+
+def attach(transformer, targets=TARGETS, **options):
+    config = LoraConfig(r=2, lora_alpha=8, target_modules=targets, **options)
+    population = esengine.attach(transformer, config, esengine.Noise(sigma=3e-2, rank=2, seed=1))
+    for i, layer in enumerate(population.layers.values()):
+        layer.b.copy_(torch.randn(layer.b.shape, generator=torch.Generator().manual_seed(i)) / 8)
+    return population
+
+
+@torch.no_grad()
+def both(transformer, population):
+    """Velocities by diffusers' blocks and by the fused ones."""
+    arguments = inputs(transformer)
+    with population.perturbed(step=3, members=torch.tensor(MEMBERS, device=transformer.device)):
+        plain = transformer(**arguments)[0]
+        with fused(transformer, population.perturbation):
+            return plain, transformer(**arguments)[0]
+
+
+def relative(got, expected):
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+@needs_triton
+@pytest.mark.parametrize("targets", [TARGETS, ["to_out.0"], ["attn1.to_q", "attn1.to_k", "attn1.to_v", "linear_1"]])
+def test_equals_diffusers(transformer, targets):
+    plain, got = both(transformer, attach(transformer, targets))
+    assert relative(got, plain) <= 1e-5
+
+
+@needs_triton
+def test_members_differ(transformer):
+    """So that the equality above is not one of two forwards without noise."""
+    population = attach(transformer)
+    noised, _ = both(transformer, population)
+    with torch.no_grad():
+        assert relative(noised, transformer(**inputs(transformer))[0]) > 1e-2
+
+
+@needs_triton
+def test_outside_it_is_the_module_as_it_was(transformer):
+    population = attach(transformer)
+    arguments = inputs(transformer)
+    with torch.no_grad():
+        before = transformer(**arguments)[0]
+        both(transformer, population)
+        assert torch.equal(transformer(**arguments)[0], before)
+    assert all("forward" not in block.__dict__ for block in transformer.transformer_blocks)
+
+
+def test_stacking_keeps_one_copy_and_shows_updates(transformer):
+    population = attach(transformer)
+    attention = transformer.transformer_blocks[0].attn1
+    block = FusedBlock(transformer.transformer_blocks[0])
+    weights = [layer.base_layer.weight for layer in (attention.to_q, attention.to_k, attention.to_v)]
+    assert torch.equal(block.qkv.weight, torch.cat([w.data for w in weights]))
+    assert block.qkv.weight.data_ptr() == weights[0].data_ptr() == stacked(weights).data_ptr()
+    if not INTERPRET:  # which takes half a minute for an update
+        before = block.qkv.adapters.a.clone()
+        population.update(step=1, fitness=torch.linspace(-1, 1, 8))
+        assert not torch.equal(block.qkv.adapters.a, before)
+        assert torch.equal(block.qkv.adapters.a[:2], attention.to_q.a)
+    transformer.double().float()  # moves every tensor by itself
+    assert stacked(weights).data_ptr() == weights[0].data_ptr()
+    assert torch.equal(stacked(weights), torch.cat([w.data for w in weights]))
+
+
+def test_what_cannot_be_fused_is_known(transformer):
+    assert can_fuse(transformer)
+    assert not can_fuse(transformer.half())
+    attach(transformer.float(), ["to_q", "attn2.to_k"])
+    assert not can_fuse(transformer)
+    with pytest.raises(ValueError, match="all targets or none"), fused(transformer, None):
+        pass
+
+
+def test_unlike_ranks_are_not_stacked(transformer):
+    attach(transformer, rank_pattern={"attn1.to_q": 4})
+    assert not can_fuse(transformer)
