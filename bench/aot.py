@@ -39,9 +39,19 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import esengine.kernels
-from esengine.kernels import es_update, linear_streams, normals, population_linear
-from esengine.kernels.depthwise_gate import depthwise_gate
-from esengine.kernels.linear_attention import linear_attention
+from esengine.kernels import (
+    Adapters,
+    Modulation,
+    Perturbation,
+    depthwise_gate,
+    es_update,
+    fused_linear,
+    linear_attention,
+    linear_streams,
+    normals,
+    population_linear,
+    shrink,
+)
 
 SUMMARY = "aot: kernels without spills or a serialised main loop: "
 TARGET = 90
@@ -152,7 +162,41 @@ def attention_cases() -> Iterator[Case]:
             yield Case(f"{heads} heads of 32 x{tokens} {named(dtype)}", call, dtype == torch.bfloat16)
 
 
-OPS = (linear_cases, update_cases, normals_cases, gate_cases, attention_cases)
+def block_cases() -> Iterator[Case]:
+    """What a fused block launches beside the plain linear: stacked targets, modulation, every epilogue."""
+    width, channels = 2240, 5600
+    keys = Perturbation(empty(64, dtype=torch.int64), seed=0, step=1, sigma=1e-2, rank=1)
+    for dtype in (torch.bfloat16, torch.float32):
+        reference = dtype == torch.bfloat16
+        table = empty(64, 6, width, dtype=dtype)
+        modulation, gate = Modulation(table[:, 0], table[:, 1]), table[:, 2]
+
+        def weight(n: int, k: int, dtype=dtype) -> torch.Tensor:
+            return empty(n, k, dtype=dtype)
+
+        for tokens in (256, 1024):
+            x, wide = empty(64, tokens, width, dtype=dtype), empty(64, tokens, channels, dtype=dtype)
+            calls = {
+                "modulated": partial(shrink, x, None, None, modulation),
+                "silu": partial(
+                    fused_linear, x, weight(2 * channels, width), empty(2 * channels, dtype=dtype), silu=True
+                ),
+                "gated": partial(fused_linear, wide, weight(width, channels), residual=x, gate=gate),
+            }
+            for targets, options in ((3, {}), (2, {}), (1, {"residual": x, "gate": gate})):
+                streams = empty(targets, 4, dtype=torch.int64)
+                adapters = Adapters(empty(2 * targets, width), empty(targets * width, 2), streams, 4.0)
+                h = empty(64, tokens, 3 * targets)
+                calls[f"modulated, {targets} targets"] = partial(shrink, x, adapters, keys, modulation)
+                calls[f"{targets} targets{', gated' if options else ''}"] = partial(
+                    fused_linear, x, weight(targets * width, width), empty(targets * width, dtype=dtype),
+                    h=h, adapters=adapters, perturbation=keys, **options,
+                )  # fmt: skip
+            for name, call in calls.items():
+                yield Case(f"block: {name} x{tokens} {named(dtype)}", call, reference)
+
+
+OPS = (linear_cases, block_cases, update_cases, normals_cases, gate_cases, attention_cases)
 """An entry for each op: its calls at the shapes that matter."""
 
 

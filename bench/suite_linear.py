@@ -26,6 +26,7 @@ from esengine.kernels import (
     population_linear_torch,
     signed_sigma,
 )
+from esengine.kernels.augmented_linear import augmented_operands, population_linear_augmented
 
 R, RANK, SCALE, SIGMA = 2, 1, 4.0, 1e-2
 NOISE = {"seed": 0, "step": 1}
@@ -34,7 +35,10 @@ FP32_BOUND = 1e-5
 
 @torch.no_grad()
 def linear(context: Context) -> dict[str, Any]:
-    """Every shape of the bar: plain, ours, batched torch and the peers. One that fails is recorded, the rest go on."""
+    """Every shape of the bar: plain, ours, batched torch, the challenger over an augmented K and the peers.
+
+    One that fails is recorded, the rest go on.
+    """
     scale, shapes = context.scale, {}
     for n_in, n_out in scale.shapes:
         for tokens in scale.tokens:
@@ -93,6 +97,8 @@ def linear_case(context: Context, n_in: int, n_out: int, tokens: int, *, peers: 
         "plain": lambda: lambda x: F.linear(x, weight, bias),
         "population": lambda: lambda x: population_linear(x, weight, bias, a, b, members=ids, **noise),
         "stored_torch": lambda: stored_torch(weight, bias, a, b, ids, streams),
+        "augmented_k": lambda: lambda x: population_linear_augmented(x, weight, bias, a, b, members=ids, **noise),
+        "augmented_k_gemm_alone": lambda: augmented_gemm(x, weight, bias, a, b, ids, noise),
     }
     if peers:
         a_bri, b_bor = member_weights(a, b, ids, streams)
@@ -104,7 +110,8 @@ def linear_case(context: Context, n_in: int, n_out: int, tokens: int, *, peers: 
     timed = {}
     for name, prepare in prepared.items():
         aim = plain if name == "plain" else expected
-        most = 2 * bound if name in context.peers else bound  # theirs round stored weights, and the sum once more
+        # theirs round stored weights, and the sum once more; the challenger's, h, B and U'
+        most = 2 * bound if name in context.peers or name.startswith("augmented_k") else bound
         cases[name] = attempt(lambda given=(prepare, name, x, some, aim, most): _checked(*given))
         if "call" in cases[name]:
             call = cases[name].pop("call")
@@ -134,6 +141,12 @@ def stored_torch(weight, bias, a, b, ids, streams) -> Callable[[torch.Tensor], t
     v, u, v_out, u_out = _factors(a, b, ids, streams)
     c = signed_sigma(ids, SIGMA, RANK)
     return lambda x: population_linear_torch(x, weight, bias, a, b, factors=(v, u, v_out, u_out), c=c, scale=SCALE)
+
+
+def augmented_gemm(x, weight, bias, a, b, ids, noise) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The GEMM over an augmented K by itself: as if x's producer had written the operands of this x."""
+    operands = augmented_operands(x, weight, a, b, members=ids, **noise)
+    return lambda x: F.linear(*operands, bias)
 
 
 def member_weights(a, b, ids, streams) -> tuple[torch.Tensor, torch.Tensor]:

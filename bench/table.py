@@ -42,8 +42,8 @@ def rows() -> list[str]:
     for version in ("3.9", "3.6"):
         file = f"aot_sm90_triton-{version}.json"
         aot = _read(file)
-        clean = sum("error" not in row and row["spills"] == 0 for row in aot["rows"])
-        what = f"kernels compiled for sm_90 without spills, Triton {version}"
+        clean = sum("error" not in row and "fault" not in row for row in aot["rows"])
+        what = f"kernels compiled for sm_90 without spills or a serialised main loop, Triton {version}"
         add(what, f"{clean} of {len(aot['rows'])}", "no GPU", file)
     return lines
 

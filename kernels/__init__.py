@@ -1,6 +1,7 @@
 """One op a file: formula, Triton kernel, launcher, public function and beside it the reference, `_ref`."""
 
 from esengine.kernels.adapters import Adapters, Perturbation, stream_table
+from esengine.kernels.augmented_linear import population_linear_augmented
 from esengine.kernels.depthwise_gate import depthwise_gate, depthwise_gate_ref
 from esengine.kernels.es_update import PAIRS_PER_CHUNK, check_fitness, es_update, es_update_chunk, es_update_ref
 from esengine.kernels.fused_linear import fused_linear, fused_linear_ref
@@ -61,6 +62,7 @@ __all__ = [
     "pair_weights",
     "philox_ref",
     "population_linear",
+    "population_linear_augmented",
     "population_linear_ref",
     "population_linear_torch",
     "population_linear_triton",

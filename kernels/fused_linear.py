@@ -55,6 +55,7 @@ if triton is not None:
         real_n = first_n + tl.arange(0, BLOCK_N) < N
         n = target * N + first_n + tl.arange(0, BLOCK_N)
         row = m // T  # the batch row, and with it the member, of each row of the tile
+        first_row, last_row = tile_m * BLOCK_M // T, (tl.minimum((tile_m + 1) * BLOCK_M, M) - 1) // T
         x_rows = x_ptr + (offset(row, stride_xb) + offset(m % T, stride_xt))[:, None]
         w_cols = w_ptr + offset(n, stride_wn)[None, :]
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -69,11 +70,11 @@ if triton is not None:
 
         if EXPAND:
             # columns of all members that the tile touches, gathered first: one product then costs half the registers
-            q, first_row = tl.arange(0, KD), tile_m * BLOCK_M // T
+            q = tl.arange(0, KD)
             b_ptrs = b_ptr + offset(n, stride_bn)[None, :] + offset(q, stride_br)[:, None]
             columns = tl.load(b_ptrs, mask=(q < R)[:, None] & real_n[None, :], other=0.0)
             stream = tl.load(streams_ptr + 4 * target + 3)
-            member_row, last_row = first_row, (tl.minimum((tile_m + 1) * BLOCK_M, M) - 1) // T
+            member_row = first_row
             while member_row <= last_row:  # Triton 3.6's interpreter has no range of a run-time number
                 pair = tl.load(members_ptr + member_row) >> 1
                 u = noise_rows(seed, step, stream, pair, first_n, BLOCK_N, KP)
@@ -92,8 +93,11 @@ if triton is not None:
             acc = acc / (1 + tl.exp(-acc))
         mask = (m[:, None] < M) & real_n[None, :]
         if GATED:
-            gate_ptrs = gate_ptr + offset(row, stride_gb)[:, None] + n[None, :]
-            acc = acc * tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
+            gated_row = first_row
+            while gated_row <= last_row:  # a row of gates at a time: a tile of their addresses fills the registers
+                gates = tl.load(gate_ptr + offset(gated_row, stride_gb) + n, mask=real_n, other=0.0).to(tl.float32)
+                acc = tl.where((row == gated_row)[:, None], acc * gates[None, :], acc)
+                gated_row += 1
         y_offsets = offset(m, G * N)[:, None] + n[None, :]
         if RESIDUAL:
             acc += tl.load(residual_ptr + y_offsets, mask=mask, other=0.0).to(tl.float32)
@@ -113,7 +117,7 @@ def linear_config(t: int, dtype: torch.dtype) -> dict[str, int]:
         "BLOCK_N": 128 if wide and block_m > 16 else 64,
         "BLOCK_K": 64 if wide else 32,
         "GROUP_M": 8,
-        "num_warps": 8 if block_m == 128 or (block_m == 64 and not wide) else 4,
+        "num_warps": 8 if block_m == 128 or not wide else 4,
         "num_stages": 3,
     }
 

@@ -46,7 +46,7 @@ def population_linear_triton(
     Deterministic; a row's result depends on T, not on its batch mates. The LoRA columns stay in fp32, but for the
     expand of a half-precision x, which rounds them to tf32.
     """
-    _check(x, weight, bias, a, b, members)
+    check_linear(x, weight, bias, a, b, members)
     key_words(seed, step)
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("x: requires a gradient, which the Triton path does not have; call it under torch.no_grad")
@@ -124,7 +124,7 @@ def population_linear(
     settings = dict(members=members, seed=seed, step=step, streams=streams, sigma=sigma, rank=rank, scale=scale)
     if uses_triton(x.device):
         return population_linear_triton(x, weight, bias, a, b, **settings)
-    _check(x, weight, bias, a, b, members)
+    check_linear(x, weight, bias, a, b, members)
     pairs, slots = torch.unique(members >> 1, return_inverse=True)
     noise = dict(seed=seed, step=step, pairs=pairs, rank=rank)
     lengths = (weight.shape[1], 0, 0, len(weight)) if a is None else (weight.shape[1], len(a), len(a), len(weight))
@@ -166,7 +166,7 @@ def population_linear_ref(
     Returns:
         [B, ..., out], dtype of x.
     """
-    _check(x, weight, bias, a, b, members)
+    check_linear(x, weight, bias, a, b, members)
     rows = []
     for x_row, member in zip(x.float(), members.tolist(), strict=True):
         c = float(signed_sigma(torch.tensor(member), sigma, rank))
@@ -186,7 +186,7 @@ def _float(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.float()
 
 
-def _check(x, weight, bias, a, b, members) -> None:
+def check_linear(x, weight, bias, a, b, members) -> None:
     def fail(name, expected, tensor):
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise ValueError(f"{name}: expected {expected}, got {dtype} {list(tensor.shape)} on {tensor.device}")
