@@ -108,9 +108,13 @@ def linear_cases() -> Iterator[Case]:
         (2240, 32, 1024),
         (256, 2240, 1),
     ]
-    ranks = ((2, 1), (16, 4), (0, 1))
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for r, k in ranks[:1] if dtype == torch.float16 else ranks:
+    ranks = {
+        torch.bfloat16: ((2, 1), (16, 4), (0, 1), (64, 1), (128, 1)),
+        torch.float16: ((2, 1),),
+        torch.float32: ((2, 1), (16, 4), (0, 1)),
+    }
+    for dtype, pairs in ranks.items():
+        for r, k in pairs:
             reference = (dtype, r) == (torch.bfloat16, 2)
             for n_in, n_out, tokens in shapes if reference else shapes[1:4]:
                 call = partial(
@@ -183,12 +187,13 @@ def block_cases() -> Iterator[Case]:
                 ),
                 "gated": partial(fused_linear, wide, weight(width, channels), residual=x, gate=gate),
             }
-            for targets, options in ((3, {}), (2, {}), (1, {"residual": x, "gate": gate})):
+            gated = {"residual": x, "gate": gate}
+            for targets, r, options in ((3, 2, {}), (2, 2, {}), (1, 2, gated), (3, 16, {}), (3, 64, {})):
                 streams = empty(targets, 4, dtype=torch.int64)
-                adapters = Adapters(empty(2 * targets, width), empty(targets * width, 2), streams, 4.0)
-                h = empty(64, tokens, 3 * targets)
-                calls[f"modulated, {targets} targets"] = partial(shrink, x, adapters, keys, modulation)
-                calls[f"{targets} targets{', gated' if options else ''}"] = partial(
+                adapters = Adapters(empty(r * targets, width), empty(targets * width, r), streams, 4.0)
+                h = empty(64, tokens, (r + 1) * targets)
+                calls[f"modulated, {targets} targets of r{r}"] = partial(shrink, x, adapters, keys, modulation)
+                calls[f"{targets} targets of r{r}{', gated' if options else ''}"] = partial(
                     fused_linear, x, weight(targets * width, width), empty(targets * width, dtype=dtype),
                     h=h, adapters=adapters, perturbation=keys, **options,
                 )  # fmt: skip

@@ -171,7 +171,7 @@ class Population:
         if self._scope.chunk is None:
             raise RuntimeError("perturbation: expected to be inside perturbed")
         chunk = self._scope.chunk
-        return Perturbation(chunk.members, chunk.seed, chunk.step, chunk.sigma, chunk.rank)
+        return Perturbation(chunk.members.contiguous(), chunk.seed, chunk.step, chunk.sigma, chunk.rank)
 
     @contextmanager
     def perturbed(self, *, step: int, members: torch.Tensor) -> Iterator["Population"]:

@@ -11,7 +11,7 @@ compiler wait for every product.
 The expand is one more product, in tf32 where x is of half precision: 2^-11 of the low-rank part, below its rounding.
 
 Legend: B batch rows, T rows a batch row, M = B T, K in, G targets of N columns, r LoRA rank, k noise rank (kp padded),
-KD low-rank columns of a tile, padded.
+KD low-rank columns of a tile, padded, QD of them in one product.
 
 Source: as `esengine.kernels.population_linear`.
 """
@@ -38,9 +38,9 @@ if triton is not None:
         M, N, T,
         stride_xb, stride_xt, stride_xk, stride_wn, stride_wk, stride_bn, stride_br, stride_gb,
         seed: tl.int64, step: tl.int64,
-        K: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, KP: tl.constexpr, KD: tl.constexpr,
-        EXPAND: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
-        UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+        K: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, KP: tl.constexpr,
+        KD: tl.constexpr, QD: tl.constexpr, EXPAND: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr,
+        RESIDUAL: tl.constexpr, GATED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     ):  # fmt: skip
         # programs of one group of row tiles share columns of W in L2; no tile straddles two targets
@@ -70,23 +70,25 @@ if triton is not None:
 
         if EXPAND:
             # columns of all members that the tile touches, gathered first: one product then costs half the registers
-            q = tl.arange(0, KD)
-            b_ptrs = b_ptr + offset(n, stride_bn)[None, :] + offset(q, stride_br)[:, None]
-            columns = tl.load(b_ptrs, mask=(q < R)[:, None] & real_n[None, :], other=0.0)
             stream = tl.load(streams_ptr + 4 * target + 3)
-            member_row = first_row
-            while member_row <= last_row:  # Triton 3.6's interpreter has no range of a run-time number
-                pair = tl.load(members_ptr + member_row) >> 1
-                u = noise_rows(seed, step, stream, pair, first_n, BLOCK_N, KP)
-                for i in tl.static_range(RANK):
-                    place = R + (member_row - first_row) * RANK + i
-                    columns = tl.where((q == place)[:, None], column(u, i, KP)[None, :], columns)
-                member_row += 1
-            h_column = tl.where(q < R, target * R + q, G * R + target * RANK + (q - R) % RANK)
-            own = (q < R)[None, :] | ((row - first_row)[:, None] == ((q - R) // RANK)[None, :])
-            h_ptrs = h_ptr + offset(m, G * (R + RANK))[:, None] + h_column[None, :]
-            h = tl.load(h_ptrs, mask=(m < M)[:, None] & own, other=0.0)
-            acc = tl.dot(h, columns, acc, input_precision=PRECISION)
+            for q0 in tl.range(0, KD, QD, num_stages=1):
+                q = q0 + tl.arange(0, QD)
+                b_ptrs = b_ptr + offset(n, stride_bn)[None, :] + offset(q, stride_br)[:, None]
+                columns = tl.load(b_ptrs, mask=(q < R)[:, None] & real_n[None, :], other=0.0)
+                if q0 + QD > R:
+                    member_row = first_row
+                    while member_row <= last_row:  # Triton 3.6's interpreter has no range of a run-time number
+                        pair = tl.load(members_ptr + member_row) >> 1
+                        u = noise_rows(seed, step, stream, pair, first_n, BLOCK_N, KP)
+                        for i in tl.static_range(RANK):
+                            place = R + (member_row - first_row) * RANK + i
+                            columns = tl.where((q == place)[:, None], column(u, i, KP)[None, :], columns)
+                        member_row += 1
+                h_column = tl.where(q < R, target * R + q, G * R + target * RANK + (q - R) % RANK)
+                own = (q < R)[None, :] | ((row - first_row)[:, None] == ((q - R) // RANK)[None, :])
+                h_ptrs = h_ptr + offset(m, G * (R + RANK))[:, None] + h_column[None, :]
+                h = tl.load(h_ptrs, mask=(m < M)[:, None] & own, other=0.0)
+                acc = tl.dot(h, columns, acc, input_precision=PRECISION)
         if HAS_BIAS:
             acc += tl.load(bias_ptr + n, mask=real_n, other=0.0).to(tl.float32)[None, :]
         if SILU:
@@ -148,6 +150,7 @@ def fused_linear(
     config = linear_config(t, x.dtype)
     block_m, r = config["BLOCK_M"], adapters.r if adapters else 0
     touched = 1 if t % block_m == 0 else (block_m + t - 2) // t + 1  # batch rows that one tile can touch
+    columns = max(16, triton.next_power_of_2(r + keys.rank * touched))
     grid = (triton.cdiv(m, block_m) * targets * triton.cdiv(n, config["BLOCK_N"]),)
     with torch.cuda.device_of(x):
         _linear_kernel[grid](
@@ -159,7 +162,7 @@ def fused_linear(
             stride_bn=0 if b is None else b.stride(0), stride_br=0 if b is None else b.stride(1),
             stride_gb=0 if gate is None else gate.stride(0), seed=signed64(keys.seed), step=keys.step,
             K=k, G=targets, R=r, RANK=keys.rank, KP=padded_rank(keys.rank),
-            KD=max(16, triton.next_power_of_2(r + keys.rank * touched)),
+            KD=columns, QD=min(columns, 16 if x.dtype == torch.float32 else 64),
             EXPAND=adapters is not None, HAS_BIAS=bias is not None, SILU=silu, RESIDUAL=residual is not None,
             GATED=gate is not None, UPCAST=INTERPRET, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
             **config,

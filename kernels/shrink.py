@@ -93,33 +93,30 @@ if triton is not None:
                 g += product(x, columns, BLOCK_T, PRECISION)
 
         if G > 0:
-            if R > 0:
-                # column q is row `row` of target `target`'s A part, or its noise column `row`
-                low = column < G * R
-                target = tl.where(low, column // R, tl.minimum((column - G * R) // RANK, G - 1))
-                row = tl.where(low, column % R, (column - G * R) % RANK)
-                noise = (column >= G * R) & (column < G * (R + RANK))
-                same = target[:, None] == target[None, :]
-                u_ids = tl.load(streams_ptr + 4 * target + 1)
-                v_ids = tl.load(streams_ptr + 4 * target + 2)
-                u = noise_at(seed, step, u_ids[None, :], pair, row[None, :] * KP + row[:, None])  # [k, r] of U^T
-                mix = tl.where(noise[:, None] & low[None, :] & same, c * u, 0.0)
-                mix += tl.where((column[:, None] == column[None, :]) & low[:, None], 1.0, 0.0)
-                h = lora_scale * product(g, mix, BLOCK_T, PRECISION)
-                v = noise_at(seed, step, v_ids[None, :], pair, row[:, None] * KP + row[None, :])  # [r, k] of V'
-                mix = tl.where(low[:, None] & noise[None, :] & same, c * v, 0.0)
-                h += product(h, mix, BLOCK_T, PRECISION)
-            else:
+            low = column < G * R  # column i R + q is row q of target i's A, column G R + i k + j its noise
+            h = tl.where(low[None, :], lora_scale * g, 0.0)
+            if R == 0:
                 h = c * g
+            for i in tl.static_range(G if R > 0 else 0):
+                own = (column >= i * R) & (column < (i + 1) * R)
+                for j in tl.static_range(RANK):
+                    u = noise_at(seed, step, tl.load(streams_ptr + 4 * i + 1), pair, (column - i * R) * KP + j)
+                    g_v = tl.sum(tl.where((column == G * R + i * RANK + j)[None, :], g, 0.0), axis=1)
+                    h += (lora_scale * c * g_v)[:, None] * tl.where(own, u, 0.0)[None, :]
+                for j in tl.static_range(RANK):
+                    v = noise_at(seed, step, tl.load(streams_ptr + 4 * i + 2), pair, (column - i * R) * KP + j)
+                    h_v = c * tl.sum(h * tl.where(own, v, 0.0)[None, :], axis=1)
+                    h = tl.where((column == G * R + i * RANK + j)[None, :], h_v[:, None], h)
             h_ptrs = h_ptr + offset(b * T + t, G * (R + RANK))[:, None] + column[None, :]
             tl.store(h_ptrs, h, mask=(t[:, None] < T) & (column < G * (R + RANK))[None, :])
 
 
 def shrink_config(t: int, columns: int) -> dict[str, int]:
     """Launch configuration for T rows a batch row: below 16, the tensor cores' minimum, products are sums."""
-    block_t = min(32, triton.next_power_of_2(t))
     padded = max(16, triton.next_power_of_2(columns))
-    return {"BLOCK_T": block_t, "BLOCK_K": 64 if block_t >= 16 and padded == 16 else 32, "CP": padded, "num_warps": 4}
+    block_t = min(32 if padded <= 128 else 16, triton.next_power_of_2(t))
+    block_k = 64 if block_t >= 16 and padded == 16 else 32 if padded <= 32 else 16
+    return {"BLOCK_T": block_t, "BLOCK_K": block_k, "CP": padded, "num_warps": 4 if padded <= 32 else 8}
 
 
 class Modulation(NamedTuple):
@@ -140,7 +137,7 @@ def shrink(
     if modulation is None and adapters is None:
         return x, None
     batch, t, k = x.shape
-    none = Adapters(None, None, x[:0, 0, 0]), Perturbation(x, 0, 0, 0.0, 1)  # its pointers are never read
+    none = Adapters(None, None, x.new_empty(0)), Perturbation(x, 0, 0, 0.0, 1)  # its pointers are never read
     adapters, perturbation, h = adapters or none[0], perturbation or none[1], None
     g, r, rank = adapters.targets, adapters.r, perturbation.rank
     if g:

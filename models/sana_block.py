@@ -20,6 +20,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from diffusers import SanaTransformer2DModel
+from diffusers.models.normalization import RMSNorm
 from torch import nn
 
 from esengine.kernels import (
@@ -35,6 +36,7 @@ from esengine.kernels import (
 from esengine.layers import PopulationLinear
 
 
+@torch.inference_mode(False)
 def stacked(tensors: Sequence[nn.Parameter | None]) -> torch.Tensor | None:
     """The tensors one below the other, of which each becomes a view: no second copy, and updates in place show.
 
@@ -44,8 +46,14 @@ def stacked(tensors: Sequence[nn.Parameter | None]) -> torch.Tensor | None:
     first = tensors[0]
     if first is None:
         return None
-    step = first.numel() * first.element_size()
-    if not all(t.is_contiguous() and t.data_ptr() == first.data_ptr() + i * step for i, t in enumerate(tensors)):
+    step, memory = first.numel() * first.element_size(), first.untyped_storage().data_ptr()
+
+    def in_place(i: int, tensor: torch.Tensor) -> bool:
+        # neighbours in memory may be separate allocations
+        same = tensor.untyped_storage().data_ptr() == memory
+        return same and tensor.is_contiguous() and tensor.data_ptr() == first.data_ptr() + i * step
+
+    if not all(in_place(i, t) for i, t in enumerate(tensors)):
         joined = torch.cat([t.data for t in tensors])
         for tensor, piece in zip(tensors, joined.chunk(len(tensors)), strict=True):
             tensor.data = piece
@@ -57,8 +65,8 @@ class Stack:
 
     def __init__(self, *layers: nn.Module):
         """Raises ValueError for linears that cannot be stacked: some targets and some not, or of unlike ranks."""
-        targets = [layer for layer in layers if isinstance(layer, PopulationLinear)]
-        bases = [layer.base_layer if layer in targets else layer for layer in layers]
+        targets = [t for t in layers if isinstance(t, PopulationLinear) and not t.disable_adapters]
+        bases = [layer.base_layer if isinstance(layer, PopulationLinear) else layer for layer in layers]
         unlike = len({(len(t.a), t.scale) for t in targets}) > 1 or len({t.weight.shape for t in bases}) > 1
         if unlike or len(targets) not in (0, len(layers)) or len({t.bias is None for t in bases}) > 1:
             raise ValueError(f"layers: expected {len(layers)} alike, all targets or none, got {layers}")
@@ -84,6 +92,10 @@ class FusedBlock:
         """Raises ValueError for a block with parts that the launches do not have."""
         attention, cross, conv = block.attn1, block.attn2, block.ff
         extras = cross is None or conv.norm_type is not None or conv.residual_connection
+        norms = attention.norm_q, attention.norm_k
+        rms = all(isinstance(n, RMSNorm) and n.weight is not None and n.bias is None for n in norms)
+        extras |= not (rms and norms[0].eps == norms[1].eps) and norms != (None, None)
+        extras |= attention.inner_dim // attention.heads > 64 or "forward" in vars(block)  # such as a hook's
         if extras or block.norm2.elementwise_affine or cross.rescale_output_factor != 1:
             raise ValueError(f"block: expected SANA-Sprint's, got {block}")
         self.block = block
@@ -97,11 +109,16 @@ class FusedBlock:
         z_btd: torch.Tensor,
         attention_mask: torch.Tensor | None,
         text_blc: torch.Tensor,
-        text_mask: torch.Tensor,
+        text_mask: torch.Tensor | None,
         timestep: torch.Tensor,
         height: int,
         width: int,
     ) -> torch.Tensor:
+        if len(keys.members) != len(z_btd):
+            given = f"int64 [{len(z_btd)}], got int64 [{len(keys.members)}]"
+            raise ValueError(f"members: expected one for each batch row, {given}")
+        if torch.is_grad_enabled() and (z_btd.requires_grad or text_blc.requires_grad):
+            raise RuntimeError("hidden states: fused blocks have no gradient; call them under torch.no_grad")
         block, attention, cross, conv = self.block, self.block.attn1, self.block.attn2, self.block.ff
         table_b6d = block.scale_shift_table[None] + timestep.reshape(len(z_btd), 6, -1)
         shift, scale, gate, shift_ff, scale_ff, gate_ff = table_b6d.unbind(1)
@@ -117,7 +134,7 @@ class FusedBlock:
         if cross.norm_q is not None:
             q, k = cross.norm_q(q), cross.norm_k(k)
         q, k, v = (y.unflatten(-1, (cross.heads, -1)).transpose(1, 2) for y in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=text_mask[:, None])
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if text_mask is None else text_mask[:, None])
         z_btd = self.cross_out(y.transpose(1, 2).flatten(2), keys, residual=z_btd)
 
         x_btd, _ = shrink(z_btd, None, None, Modulation(shift_ff, scale_ff, block.norm2.eps))

@@ -116,6 +116,18 @@ def test_stacked_targets(device, dtype, targets, t, n):
         assert_close(y[..., rows].contiguous(), alone, dtype)
 
 
+@pytest.mark.parametrize(("targets", "r", "rank"), [(3, 24, 1), (1, 70, 2), (1, 128, 1)])
+def test_large_ranks(device, targets, r, rank):
+    """More low-rank columns than one product takes."""
+    x, weight, bias, adapters, perturbation, _ = case(
+        batch=2, targets=targets, r=r, rank=rank, t=17, k=20, device=device
+    )
+    h = shrink(x, adapters, perturbation)[1]
+    assert_close(h, shrink_ref(x, adapters, perturbation)[1])
+    settings = dict(h=h, adapters=adapters, perturbation=perturbation)
+    assert_close(fused_linear(x, weight, bias, **settings), fused_linear_ref(x, weight, bias, **settings))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
@@ -164,3 +176,6 @@ def test_nothing_to_compute(device):
     assert shifted.shape == (0, 5, 33)
     assert h.shape == (0, 5, 9)
     assert fused_linear(shifted, weight, bias, h=h, adapters=adapters, perturbation=none).shape == (0, 5, 63)
+    shifted, h = shrink(x[:, :0], None, None, Modulation(x[:, 0], x[:, 0]))
+    assert shifted.shape == (3, 0, 33)
+    assert h is None

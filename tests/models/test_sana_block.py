@@ -1,5 +1,6 @@
 """The fused SANA block against diffusers' own, under a population whose rows are all of different members."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import SanaTransformer2DModel
@@ -109,6 +110,73 @@ def test_stacking_keeps_one_copy_and_shows_updates(transformer):
     transformer.double().float()  # moves every tensor by itself
     assert stacked(weights).data_ptr() == weights[0].data_ptr()
     assert torch.equal(stacked(weights), torch.cat([w.data for w in weights]))
+
+
+def test_neighbours_in_memory_are_not_one_tensor():
+    """As CUDA's allocator lays out weights of a multiple of 512 bytes."""
+    memory = np.arange(24, dtype=np.float32).reshape(3, 2, 4)
+    alone = [torch.nn.Parameter(torch.from_numpy(memory[i]), requires_grad=False) for i in range(3)]
+    assert torch.equal(stacked(alone), torch.arange(24.0).view(6, 4))
+    assert stacked(alone).data_ptr() == alone[0].data_ptr()
+    assert torch.equal(alone[2], torch.arange(16.0, 24.0).view(2, 4))
+
+
+def test_stacking_in_inference_mode_leaves_ordinary_tensors(transformer):
+    population = attach(transformer)
+    with torch.inference_mode():
+        assert can_fuse(transformer)
+    assert not any(parameter.is_inference() for parameter in transformer.parameters())
+    population.detach()
+    transformer.requires_grad_(True)
+
+
+@needs_triton
+def test_members_of_any_stride(transformer):
+    population = attach(transformer)
+    column = torch.tensor([[member, 7] for member in MEMBERS], device=transformer.device)[:, 0]
+    with torch.no_grad(), population.perturbed(step=3, members=column), fused(transformer, population.perturbation):
+        got = transformer(**inputs(transformer))[0]
+    assert torch.equal(got, both(transformer, population)[1])
+
+
+@needs_triton
+def test_disabled_adapters_stay_off(transformer):
+    population = attach(transformer, ["to_q", "to_k", "to_v", "to_out.0"])
+    for layer in population.layers.values():
+        layer.enable_adapters(False)
+    plain, got = both(transformer, population)
+    assert relative(got, plain) <= 1e-5
+
+
+@needs_triton
+def test_no_text_mask(transformer):
+    population, arguments = attach(transformer, ["to_out.0"]), inputs(transformer) | {"encoder_attention_mask": None}
+    with torch.no_grad(), population.perturbed(step=3, members=torch.tensor(MEMBERS, device=transformer.device)):
+        plain = transformer(**arguments)[0]
+        with fused(transformer, population.perturbation):
+            assert relative(transformer(**arguments)[0], plain) <= 1e-5
+
+
+def test_wrong_batch_is_refused(transformer):
+    population = attach(transformer, ["attn1.to_out.0"])
+    block = FusedBlock(transformer.transformer_blocks[0])
+    z, text = torch.zeros(3, 4, 32), torch.zeros(3, 5, 32)
+    with population.perturbed(step=0, members=torch.tensor(MEMBERS, device=transformer.device)):
+        keys = population.perturbation
+    with pytest.raises(ValueError, match=r"members: .* int64 \[3\], got int64 \[2\]"):
+        block.forward(keys, z, None, text, None, torch.zeros(3, 6 * 32), 2, 2)
+    with pytest.raises(RuntimeError, match="no gradient"):
+        block.forward(keys, z[:2].requires_grad_(), None, text[:2], None, torch.zeros(2, 6 * 32), 2, 2)
+
+
+def test_other_norms_and_hooks_are_not_fused(transformer):
+    block = transformer.transformer_blocks[0]
+    block.forward = block.forward  # as a hook leaves it
+    assert not can_fuse(transformer)
+    del block.forward
+    assert can_fuse(transformer)
+    block.attn1.norm_q = torch.nn.LayerNorm(32)
+    assert not can_fuse(transformer)
 
 
 def test_what_cannot_be_fused_is_known(transformer):
