@@ -124,7 +124,8 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Result:
         if saved is not None:
             _check_same_run(folder, saved.meta, meta)
         population = attach_population(model, config)
-        progress.note(f"population of {config.population}, kernels: {population.backend}")
+        fused = ", fused blocks" if model.fuses(population) else ""
+        progress.note(f"population of {config.population}, kernels: {population.backend}{fused}")
         engine = Engine(
             population, sampler, size=config.population, repeats=config.es.repeats, shaping=config.es.shaping
         )

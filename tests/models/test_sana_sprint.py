@@ -147,6 +147,8 @@ def test_every_target_of_the_reference_run_shows_in_the_image(fresh_model, texts
 class Recorder:
     """Stands in for a population: remembers when the transformer is called, and shifts its output."""
 
+    backend = "torch"
+
     def __init__(self, transformer):
         self.calls, self.open = [], None
         transformer.register_forward_pre_hook(lambda *_: self.calls.append(self.open))
