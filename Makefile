@@ -22,7 +22,7 @@ demo: $(VENV)/.installed
 # once as it is, and once with the Triton kernels in their interpreter
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels tests/models/test_sana_block.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels tests/models/test_sana_block.py tests/models/test_graphs_kernels.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

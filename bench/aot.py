@@ -3,9 +3,10 @@
     python bench/aot.py [--arch 90 80 100] [--json FOLDER] [--also FOLDER_WITH_ANOTHER_TRITON ...]
 
 The public ops are called on tensors without storage, and each launch they make is compiled, with the launcher's own
-configuration and Triton's own specialisation, instead of run. For each: registers, spill instructions, shared memory,
-tensor-core instructions, and the waits in the main loop, the innermost one with the most work of tensor cores, read
-from the machine code. `wgmma 1` leaves one group of products running into the next round; `wgmma 0` drains them all.
+configuration and Triton's own specialisation, instead of run; where a device has settings of its own, so is each launch
+that they change. For each: registers, spill instructions, shared memory, tensor-core instructions, and the waits in the
+main loop, the innermost one with the most work of tensor cores, read from the machine code. `wgmma 1` leaves one group
+of products running into the next round; `wgmma 0` drains them all.
 
 Exit code 1 if a kernel spills, serialises its main loop, needs more shared memory than there is, or is launched by no
 entry of `OPS`; or if one does not compile for sm_90. Other architectures get the reference run's shapes only, and what
@@ -43,15 +44,18 @@ from esengine.kernels import (
     Adapters,
     Modulation,
     Perturbation,
+    configs,
     depthwise_gate,
     es_update,
     fused_linear,
     linear_attention,
     linear_streams,
+    mix,
     normals,
     population_linear,
     shrink,
 )
+from esengine.kernels.configs import named
 
 SUMMARY = "aot: kernels without spills or a serialised main loop: "
 TARGET = 90
@@ -81,10 +85,12 @@ class Case(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """One kernel launch that a case makes."""
+    """One kernel launch that a case makes with a file of settings, which is for one architecture or, None, for any."""
 
     shape: str
     reference: bool
+    file: str
+    arch: int | None
     kernel: JITFunction
     args: tuple
     kwargs: dict[str, Any]
@@ -92,10 +98,6 @@ class Launch(NamedTuple):
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
-
-
-def named(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def linear_cases() -> Iterator[Case]:
@@ -201,7 +203,27 @@ def block_cases() -> Iterator[Case]:
                 yield Case(f"block: {name} x{tokens} {named(dtype)}", call, reference)
 
 
-OPS = (linear_cases, block_cases, update_cases, normals_cases, gate_cases, attention_cases)
+def share_cases() -> Iterator[Case]:
+    """Producers that leave the next linear its shares, so that it needs no shrink, and their sum."""
+    width, heads = 2240, 70
+    keys = Perturbation(empty(64, dtype=torch.int64), seed=0, step=1, sigma=1e-2, rank=1)
+    adapters = Adapters(empty(2, width), empty(width, 2), empty(1, 4, dtype=torch.int64), 4.0)
+    then = {"then": adapters, "perturbation": keys}
+    for tokens in (256, 1024):
+        x, h = empty(64, tokens, width, dtype=torch.bfloat16), empty(64, tokens, 3)
+        weight, gate = empty(width, width, dtype=torch.bfloat16), empty(64, width, dtype=torch.bfloat16)
+        qkv = empty(64, tokens, 3 * width, dtype=torch.bfloat16).split(width, dim=-1)
+        norms = {"norm_q": gate[0], "norm_k": gate[0]}
+        calls = {
+            "gated": partial(fused_linear, x, weight, h=h, adapters=adapters, residual=x, gate=gate, **then),
+            f"{heads} heads of 32": partial(linear_attention, *qkv, heads=heads, **norms, **then),
+            "mix of 18": partial(mix, empty(18, 64, tokens, 3), adapters, keys),
+        }
+        for name, call in calls.items():
+            yield Case(f"shares: {name} x{tokens} bfloat16", call)
+
+
+OPS = (linear_cases, block_cases, share_cases, update_cases, normals_cases, gate_cases, attention_cases)
 """An entry for each op: its calls at the shapes that matter."""
 
 
@@ -227,14 +249,25 @@ def recorded_launches() -> Iterator[list[tuple[JITFunction, tuple, dict]]]:
         yield launches
 
 
+def launches_with(file: Path) -> list[Launch]:
+    """Every launch of every case, with the settings of a file."""
+    found, arch = [], configs.load(file)["made"]["arch"]
+    with patch.dict(os.environ, {configs.OVERRIDE: str(file)}):
+        for case in chain.from_iterable(op() for op in OPS):
+            with recorded_launches() as noted:
+                case.call()
+            found += [Launch(case.shape, case.reference, file.name, arch, *launch) for launch in noted]
+    return found
+
+
 @cache
 def launches() -> list[Launch]:
-    """Every launch of every case."""
-    found = []
-    for case in chain.from_iterable(op() for op in OPS):
-        with recorded_launches() as noted:
-            case.call()
-        found += [Launch(case.shape, case.reference, *launch) for launch in noted]
+    """Every launch with the default settings, and those that a device's file changes."""
+    usual = launches_with(configs.DEFAULT)
+    found = list(usual)
+    for file in sorted(set(configs.FOLDER.glob("*.json")) - {configs.DEFAULT}):
+        pairs = zip(launches_with(file), usual, strict=True)
+        found += [launch for launch, other in pairs if launch.kwargs != other.kwargs]
     return found
 
 
@@ -363,7 +396,8 @@ def row_of(index: int, arch: int) -> dict[str, Any]:
     config = {
         parameter.name: launch.kwargs[parameter.name] for parameter in launch.kernel.params if parameter.is_constexpr
     }
-    row = {"arch": arch, "kernel": launch.kernel.fn.__name__.strip("_"), "shape": launch.shape, "config": config}
+    head = {"arch": arch, "kernel": launch.kernel.fn.__name__.strip("_"), "shape": launch.shape, "file": launch.file}
+    row = head | {"config": config}
     try:
         kernel, log = compiled(launch.kernel, launch.args, launch.kwargs, arch)
         config |= {name: getattr(kernel.metadata, name) for name in ("num_warps", "num_stages")}
@@ -375,7 +409,7 @@ def row_of(index: int, arch: int) -> dict[str, Any]:
 
 def described(row: dict[str, Any]) -> str:
     """A row in one line of text."""
-    head = f"sm_{row['arch']} {row['kernel']}  {row['shape']}"
+    head = f"sm_{row['arch']} {row['kernel']}  {row['shape']}  {row['file']}"
     if "error" in row:
         return f"{head}  {row['error']}"
     config = " ".join(f"{name} {value}" for name, value in row["config"].items())
@@ -422,7 +456,7 @@ def main() -> int:
         (index, arch)
         for arch in options.arch
         for index, launch in enumerate(launches())
-        if arch == TARGET or launch.reference
+        if launch.arch in (None, arch) and (arch == TARGET or launch.reference)
     ]
     rows, forgotten = [], unlaunched()
     for name in forgotten:

@@ -26,13 +26,14 @@ class Chunk:
 
     Attributes:
         members: int64 [B].
-        step, seed, sigma, rank: of the noise contract.
+        step: of the noise contract; for Triton int64 [1] on the device.
+        seed, sigma, rank: likewise.
         c: fp32 [B], sign * sigma / sqrt(k); torch path only, as is the next.
         factors: V, U, V', U' of each layer by name, fp32 [B, L, k].
     """
 
     members: torch.Tensor
-    step: int
+    step: int | torch.Tensor
     seed: int
     sigma: float
     rank: int

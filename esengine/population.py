@@ -37,9 +37,11 @@ from esengine.kernels import (
     linear_streams,
     pair_weights,
     signed_sigma,
+    step_tensor,
     uses_triton,
 )
 from esengine.layers import ADAPTER, Chunk, PopulationLinear, Scope, check_config, make_layer, strip
+from esengine.transfer import upload
 from esengine.update import Updater, UpdateRule, UpdateStats
 
 PEFT_PREFIX = "base_model.model."
@@ -174,12 +176,13 @@ class Population:
         return Perturbation(chunk.members.contiguous(), chunk.seed, chunk.step, chunk.sigma, chunk.rank)
 
     @contextmanager
-    def perturbed(self, *, step: int, members: torch.Tensor) -> Iterator["Population"]:
+    def perturbed(self, *, step: int | torch.Tensor, members: torch.Tensor) -> Iterator["Population"]:
         """Inside, every target linear applies to each batch row the noise of that row's member.
 
         Args:
-            step: of the noise contract, in [0, 2^32).
-            members: int64 [B], not negative, on the module's device, one for each batch row.
+            step: of the noise contract, in [0, 2^32); or int64 [1] on the module's device.
+            members: int64 [B], not negative, one for each batch row; on the module's device, or on the CPU, where
+                looking at them does not wait for the device.
 
         On a GPU the forward has no gradient: call it under torch.no_grad.
 
@@ -320,19 +323,21 @@ class Population:
                 else type(members).__name__
             )
             raise ValueError(f"members: expected int64 [B], got {got.removeprefix('torch.')}")
-        if members.device != self.device:
-            raise ValueError(f"members: expected on {self.device}, as the module, got on {members.device}")
+        if members.device not in (self.device, torch.device("cpu")):
+            raise ValueError(f"members: expected on {self.device}, as the module, or cpu, got on {members.device}")
         if len(members) and (members.min() < 0 or members.max() >= 1 << 33):
             bad = members[(members < 0) | (members >= 1 << 33)][0]
             raise ValueError(f"members: expected values in [0, 2^33), got {bad}")
-        return members
+        return upload(members, self.device)
 
-    def _chunk(self, step: int, members: torch.Tensor) -> Chunk:
+    def _chunk(self, step: int | torch.Tensor, members: torch.Tensor) -> Chunk:
         members = self._check_members(members)
         key_words(self.noise.seed, step)
-        settings = dict(members=members, step=step, **vars(self.noise))
+        settings = dict(members=members, **vars(self.noise))
         if self.backend == "triton":
-            return Chunk(**settings)
+            return Chunk(**settings, step=step_tensor(step, self.device))
+        step = int(step)
+        settings["step"] = step
         pairs, slots = torch.unique(members >> 1, return_inverse=True)
         c = signed_sigma(members, self.noise.sigma, self.noise.rank)
         return Chunk(**settings, c=c, factors=self._factors(step, pairs, slots))

@@ -1,6 +1,6 @@
 """One op a file: formula, Triton kernel, launcher, public function and beside it the reference, `_ref`."""
 
-from esengine.kernels.adapters import Adapters, Perturbation, stream_table
+from esengine.kernels.adapters import Adapters, Perturbation, step_tensor, stream_table
 from esengine.kernels.augmented_linear import population_linear_augmented
 from esengine.kernels.depthwise_gate import depthwise_gate, depthwise_gate_ref
 from esengine.kernels.es_update import PAIRS_PER_CHUNK, check_fitness, es_update, es_update_chunk, es_update_ref
@@ -29,7 +29,7 @@ from esengine.kernels.population_linear import (
     population_linear_torch,
     population_linear_triton,
 )
-from esengine.kernels.shrink import Modulation, shrink, shrink_ref
+from esengine.kernels.shrink import Modulation, mix, mix_ref, shrink, shrink_ref, takes_shares
 from esengine.kernels.vml import resolve_vml
 
 resolve_vml()  # at import, because any later op may be the racing one
@@ -56,6 +56,8 @@ __all__ = [
     "linear_attention",
     "linear_attention_ref",
     "linear_streams",
+    "mix",
+    "mix_ref",
     "normals",
     "normals_ref",
     "padded_rank",
@@ -69,7 +71,9 @@ __all__ = [
     "shrink",
     "shrink_ref",
     "signed_sigma",
+    "step_tensor",
     "stream_id",
     "stream_table",
+    "takes_shares",
     "uses_triton",
 ]

@@ -12,11 +12,15 @@ from esengine.kernels.noise import Streams
 
 
 class Perturbation(NamedTuple):
-    """The noise of a batch: members int64 [B] on the device; seed, step, sigma and rank k of contract v1."""
+    """The noise of a batch: members int64 [B] on the device; seed, step, sigma and rank k of contract v1.
+
+    A step that is a tensor, int64 [1] on the device, is read when the kernels run: a CUDA graph replays the next step
+    once that is written into it, where an int would be frozen with the launch.
+    """
 
     members: torch.Tensor
     seed: int
-    step: int
+    step: int | torch.Tensor
     sigma: float
     rank: int
 
@@ -43,6 +47,20 @@ class Adapters(NamedTuple):
     @property
     def r(self) -> int:
         return 0 if self.a is None else len(self.a) // self.targets
+
+
+def step_tensor(step: int | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """int64 [1] on `device`: the tensor itself, or an int filled in by a launch, with no copy from the host.
+
+    Raises:
+        ValueError: a tensor of another shape, dtype or device.
+    """
+    if not isinstance(step, torch.Tensor):
+        return torch.full((1,), step, dtype=torch.int64, device=device)
+    if step.shape != (1,) or step.dtype != torch.int64 or step.device != device:
+        dtype = str(step.dtype).removeprefix("torch.")
+        raise ValueError(f"step: expected int64 [1] on {device}, got {dtype} {list(step.shape)} on {step.device}")
+    return step
 
 
 @functools.lru_cache(maxsize=4096)

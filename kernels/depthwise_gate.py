@@ -13,6 +13,7 @@ Source: Xie et al., "SANA" (arXiv 2410.10629), Mix-FFN; diffusers' `GLUMBConv`, 
 import torch
 import torch.nn.functional as F
 
+from esengine.kernels import configs
 from esengine.kernels.noise import INTERPRET, triton, uses_triton
 
 if triton is not None:
@@ -99,21 +100,23 @@ if triton is not None:
             h += UNROLL
 
 
-def gate_config(height: int, width: int) -> dict[str, int]:
-    """Launch configuration for H x W: four channels of one column a thread, strips of up to 32 rows, about equal.
+def gate_config(device: torch.device, *, dtype: torch.dtype, height: int, width: int, channels: int) -> dict[str, int]:
+    """Launch configuration for H x W: strips of at most STRIP rows, about equal; narrow images get more channels.
 
-    Bytes: 2 read and 1 written an output, 6 in bf16, which is 0.46 cycles of an H100's multiprocessor at 3.0 TB/s, room
-    for 59 instructions; the loop has 45. Registers: 4 (18 taps + 2 biases + 4 sums) + 12 a row in bf16 that is under
-    way, 144 and temporaries with four rows. At most 168 let three programs of 128 threads share a multiprocessor, with
-    24 KiB under way. Eight channels a thread need 255 with two rows, two programs, 16 KiB.
+    By default four channels of one column a thread. Bytes: 2 read and 1 written an output, 6 in bf16, which is 0.46
+    cycles of an H100's multiprocessor at 3.0 TB/s, room for 59 instructions; the loop has 45. Registers: 4 (18 taps + 2
+    biases + 4 sums) + 12 a row in bf16 that is under way, 144 and temporaries with four rows. At most 168 let three
+    programs of 128 threads share a multiprocessor, with 24 KiB under way. Eight channels a thread need 255 with two
+    rows, two programs, 16 KiB.
     """
-    unroll, block_w = 4, min(16, triton.next_power_of_2(width))
-    return {
-        "STRIP": triton.cdiv(triton.cdiv(height, triton.cdiv(height, 32)), unroll) * unroll,
-        "UNROLL": unroll,
+    values = dict(dtype=configs.named(dtype), height=height, width=width, channels=channels)
+    found = configs.settings("depthwise_gate", device, **values)
+    strip, unroll = triton.cdiv(height, triton.cdiv(height, found["STRIP"])), found["UNROLL"]
+    block_w = min(found["BLOCK_W"], triton.next_power_of_2(width))
+    return found | {
+        "STRIP": triton.cdiv(strip, unroll) * unroll,
         "BLOCK_W": block_w,
-        "BLOCK_C": 512 // block_w,
-        "num_warps": 4,
+        "BLOCK_C": found["BLOCK_W"] * found["BLOCK_C"] // block_w,
     }
 
 
@@ -141,7 +144,7 @@ def depthwise_gate(
         return y.to(x.dtype)
     if x.stride(2) != 1:
         x = x.contiguous()
-    config = gate_config(height, width)
+    config = gate_config(x.device, dtype=x.dtype, height=height, width=width, channels=channels // 2)
     tiles_h, tiles_w = triton.cdiv(height, config["STRIP"]), triton.cdiv(width, config["BLOCK_W"])
     grid = (batch * tiles_h * tiles_w * triton.cdiv(channels // 2, config["BLOCK_C"]),)
     with torch.cuda.device_of(x):

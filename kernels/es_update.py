@@ -15,6 +15,7 @@ import math
 
 import torch
 
+from esengine.kernels import configs
 from esengine.kernels.noise import factor_ref, key_words, padded_rank, pair_weights, signed64, triton, uses_triton
 
 PAIRS_PER_CHUNK = 64
@@ -48,13 +49,14 @@ if triton is not None:
         tl.store(out_ptr + offset(row, S)[:, None] + col[None, :], acc * scale, mask=mask)
 
 
-def update_config(rows: int, cols: int) -> dict[str, int]:
+def update_config(device: torch.device, *, rows: int, cols: int) -> dict[str, int]:
     """Launch configuration: a short factor (the LoRA rank) gets a short side of the tile."""
+    found = configs.settings("es_update", device, rows=rows, cols=cols)
 
-    def side(length: int) -> int:
-        return min(64, max(4, triton.next_power_of_2(length)))
+    def side(most: int, length: int) -> int:
+        return min(most, max(4, triton.next_power_of_2(length)))
 
-    return {"BLOCK_L": side(rows), "BLOCK_S": side(cols), "num_warps": 4}
+    return found | {"BLOCK_L": side(found["BLOCK_L"], rows), "BLOCK_S": side(found["BLOCK_S"], cols)}
 
 
 def es_update(
@@ -77,7 +79,7 @@ def es_update(
             total += es_update_chunk(chunk, u, v)
         return total
     out = torch.empty(shape, dtype=torch.float32, device=fitness.device)
-    config = update_config(*shape)
+    config = update_config(fitness.device, rows=shape[0], cols=shape[1])
     grid = (triton.cdiv(shape[0], config["BLOCK_L"]), triton.cdiv(shape[1], config["BLOCK_S"]))
     with torch.cuda.device_of(out):
         _update_kernel[grid](

@@ -3,6 +3,7 @@
     z = x W^T + bias + h [B | U']^T          expand: U' rebuilt from (seed, step, stream, pair, column)
     z = z sigmoid(z)                         if asked
     y = residual + gate z                    if asked; rounded once
+    g_p = y_p [A^T | V]_p                    if asked: of the linear that reads y, tile p's share of its shrink
 
 W holds G targets of N columns each, one below the other, each with columns of its own in h (see
 `esengine.kernels.shrink`, which has put c and s into h). No noise is in the loop over K: there it would make the
@@ -19,28 +20,33 @@ Source: as `esengine.kernels.population_linear`.
 import torch
 import torch.nn.functional as F
 
-from esengine.kernels.adapters import Adapters, Perturbation
+from esengine.kernels import configs
+from esengine.kernels.adapters import Adapters, Perturbation, step_tensor
 from esengine.kernels.noise import INTERPRET, factor_ref, padded_rank, signed64, triton
+from esengine.kernels.shrink import check_then, shares_ref
 
 if triton is not None:
     import triton.language as tl
 
     from esengine.kernels.noise import noise_rows, offset
+    from esengine.kernels.shrink import halves, low_rank_columns
 
     @triton.jit
     def column(tile, j, KP: tl.constexpr):
         """float32 [ROWS]: column j of a [ROWS, KP] tile."""
         return tl.sum(tl.where(tl.arange(0, KP)[None, :] == j, tile, 0.0), axis=1)
 
-    @triton.jit(do_not_specialize=["T", "step"])
+    @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["members_ptr", "step_ptr"])
     def _linear_kernel(
-        x_ptr, w_ptr, bias_ptr, b_ptr, h_ptr, streams_ptr, members_ptr, residual_ptr, gate_ptr, y_ptr,
+        x_ptr, w_ptr, bias_ptr, b_ptr, h_ptr, streams_ptr, members_ptr, step_ptr, residual_ptr, gate_ptr, y_ptr,
+        a_ptr, then_ptr, shares_ptr,
         M, N, T,
-        stride_xb, stride_xt, stride_xk, stride_wn, stride_wk, stride_bn, stride_br, stride_gb,
-        seed: tl.int64, step: tl.int64,
+        stride_xb, stride_xt, stride_xk, stride_wn, stride_wk, stride_bn, stride_br, stride_gb, stride_ar, stride_ak,
+        seed: tl.int64,
         K: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, KP: tl.constexpr,
         KD: tl.constexpr, QD: tl.constexpr, EXPAND: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr,
         RESIDUAL: tl.constexpr, GATED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+        THEN: tl.constexpr, THEN_R: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     ):  # fmt: skip
         # programs of one group of row tiles share columns of W in L2; no tile straddles two targets
@@ -70,7 +76,7 @@ if triton is not None:
 
         if EXPAND:
             # columns of all members that the tile touches, gathered first: one product then costs half the registers
-            stream = tl.load(streams_ptr + 4 * target + 3)
+            stream, step = tl.load(streams_ptr + 4 * target + 3), tl.load(step_ptr)
             for q0 in tl.range(0, KD, QD, num_stages=1):
                 q = q0 + tl.arange(0, QD)
                 b_ptrs = b_ptr + offset(n, stride_bn)[None, :] + offset(q, stride_br)[:, None]
@@ -103,25 +109,34 @@ if triton is not None:
         y_offsets = offset(m, G * N)[:, None] + n[None, :]
         if RESIDUAL:
             acc += tl.load(residual_ptr + y_offsets, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y_ptr + y_offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
+        y = acc.to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + y_offsets, y, mask=mask)
+        if THEN:
+            g, step = tl.zeros((BLOCK_M, 16), tl.float32), tl.load(step_ptr)
+            then_row = first_row
+            while then_row <= last_row:  # each member's own noise; few tiles touch more than one
+                pair = tl.load(members_ptr + then_row) >> 1
+                own = low_rank_columns(
+                    a_ptr, then_ptr, stride_ar, stride_ak, seed, step, pair, first_n, N,
+                    1, THEN_R, RANK, KP, 16, BLOCK_N,
+                )  # fmt: skip
+                upper, lower = halves(own, True, UPCAST)
+                g = tl.where((row == then_row)[:, None], tl.dot(y, upper, tl.dot(y, lower)), g)
+                then_row += 1
+            column_t = tl.arange(0, 16)[None, :]
+            shares = shares_ptr + (offset(tile_n, M) + m)[:, None] * (THEN_R + RANK) + column_t
+            tl.store(shares, g, mask=(m[:, None] < M) & (column_t < THEN_R + RANK))
 
 
-def linear_config(t: int, dtype: torch.dtype) -> dict[str, int]:
+def linear_config(
+    device: torch.device, *, dtype: torch.dtype, t: int, k: int, n: int, gated: bool = False
+) -> dict[str, int]:
     """Launch configuration for T rows a batch row.
 
-    Up to 16 rows, a tile of 16 rows: it touches few members, each of which costs it a pass of noise. Nothing here
-    depends on the batch, and with it the order of a row's sum. In fp32, tiles that no supported Triton spills.
+    By default, up to 16 rows take a tile of 16: it touches few members, each of which costs it a pass of noise. In fp32
+    the tiles are such as no supported Triton spills.
     """
-    block_m = 16 if t <= 16 else 64 if t <= 128 else 128
-    wide = dtype != torch.float32
-    return {
-        "BLOCK_M": block_m,
-        "BLOCK_N": 32 if not wide else 128 if block_m > 16 else 64,
-        "BLOCK_K": 64 if wide else 16 if block_m == 64 else 32,
-        "GROUP_M": 8,
-        "num_warps": 8 if block_m == 128 or (block_m == 16 and not wide) else 4,
-        "num_stages": 3,
-    }
+    return configs.settings("fused_linear", device, dtype=configs.named(dtype), t=t, k=k, n=n, gated=gated)
 
 
 def fused_linear(
@@ -135,39 +150,52 @@ def fused_linear(
     silu: bool = False,
     residual: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
-) -> torch.Tensor:
+    then: Adapters | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The Triton path of `fused_linear_ref`. Same arguments. A row's result does not depend on its batch mates."""
     batch, t, k = x.shape
     m, targets = batch * t, adapters.targets if adapters else 1
     n = len(weight) // targets
     # under the interpreter a store to bf16 truncates, so it writes fp32 and torch rounds
     y = torch.empty(batch, t, len(weight), device=x.device, dtype=torch.float32 if INTERPRET else x.dtype)
+    config = linear_config(x.device, dtype=x.dtype, t=t, k=k, n=n, gated=gate is not None)
+    parts, shares = targets * triton.cdiv(n, config["BLOCK_N"]), y
+    if then is not None:
+        if targets != 1:
+            raise ValueError(f"then: expected to follow one target, got {targets}")
+        columns = check_then(then, perturbation, x.dtype)
+        shares = torch.empty(parts, batch, t, columns, dtype=torch.float32, device=x.device)
     if y.numel() == 0:
-        return y.to(x.dtype)
+        return y.to(x.dtype) if then is None else (y.to(x.dtype), shares)
     h = x if h is None else h
     keys = perturbation or Perturbation(x, 0, 0, 0.0, 1)
+    step = x if perturbation is None else step_tensor(keys.step, x.device)
     b = None if adapters is None else adapters.b
-    config = linear_config(t, x.dtype)
     block_m, r = config["BLOCK_M"], adapters.r if adapters else 0
     touched = 1 if t % block_m == 0 else (block_m + t - 2) // t + 1  # batch rows that one tile can touch
     columns = max(16, triton.next_power_of_2(r + keys.rank * touched))
-    grid = (triton.cdiv(m, block_m) * targets * triton.cdiv(n, config["BLOCK_N"]),)
+    then_a = None if then is None else then.a
     with torch.cuda.device_of(x):
-        _linear_kernel[grid](
+        _linear_kernel[(triton.cdiv(m, block_m) * parts,)](
             x, weight, weight if bias is None else bias.contiguous(), h if b is None else b, h,
-            adapters.streams if adapters else x, keys.members, x if residual is None else residual.contiguous(),
+            adapters.streams if adapters else x, keys.members, step, x if residual is None else residual.contiguous(),
             x if gate is None else gate, y,
+            y if then_a is None else then_a, x if then is None else then.streams, shares,
             M=m, N=n, T=t, stride_xb=x.stride(0), stride_xt=x.stride(1), stride_xk=x.stride(2),
             stride_wn=weight.stride(0), stride_wk=weight.stride(1),
             stride_bn=0 if b is None else b.stride(0), stride_br=0 if b is None else b.stride(1),
-            stride_gb=0 if gate is None else gate.stride(0), seed=signed64(keys.seed), step=keys.step,
+            stride_gb=0 if gate is None else gate.stride(0),
+            stride_ar=0 if then_a is None else then_a.stride(0), stride_ak=0 if then_a is None else then_a.stride(1),
+            seed=signed64(keys.seed),
             K=k, G=targets, R=r, RANK=keys.rank, KP=padded_rank(keys.rank),
             KD=columns, QD=min(columns, 16 if x.dtype == torch.float32 else 64),
             EXPAND=adapters is not None, HAS_BIAS=bias is not None, SILU=silu, RESIDUAL=residual is not None,
             GATED=gate is not None, UPCAST=INTERPRET, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+            THEN=then is not None, THEN_R=0 if then is None else then.r,
             **config,
         )  # fmt: skip
-    return y.to(x.dtype)
+    y = y.to(x.dtype)
+    return y if then is None else (y, shares)
 
 
 def fused_linear_ref(
@@ -181,7 +209,8 @@ def fused_linear_ref(
     silu: bool = False,
     residual: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
-) -> torch.Tensor:
+    then: Adapters | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The linear and its epilogue in fp32, one member and target at a time, rounded once.
 
     Args:
@@ -194,9 +223,10 @@ def fused_linear_ref(
         silu: Apply SiLU before the gate and the residual.
         residual: [B, T, G N], dtype of x, or None.
         gate: [B, G N], one for each batch row, last stride 1, or None.
+        then: A target that reads y, with r + k of at most 16; with `perturbation`, and one target here.
 
     Returns:
-        [B, T, G N], dtype of x, contiguous.
+        y [B, T, G N], dtype of x, contiguous; with `then` also its shares for `mix`, fp32 [P, B, T, r + k], P >= 1.
     """
     y = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
     if adapters is not None:
@@ -204,7 +234,7 @@ def fused_linear_ref(
         n = len(weight) // g
         for row, member in enumerate(perturbation.members.tolist()):
             pair = torch.tensor([member // 2], device=x.device)
-            noise = dict(seed=perturbation.seed, step=perturbation.step, pairs=pair, rank=rank)
+            noise = dict(seed=perturbation.seed, step=int(perturbation.step), pairs=pair, rank=rank)
             for i, (*_, stream) in enumerate(adapters.streams.tolist()):
                 columns = y[row, :, i * n : (i + 1) * n]
                 if r:
@@ -217,4 +247,5 @@ def fused_linear_ref(
         y = y * gate.float()[:, None]
     if residual is not None:
         y = y + residual.float()
-    return y.to(x.dtype)
+    y = y.to(x.dtype)
+    return y if then is None else (y, shares_ref(y, then, perturbation))

@@ -3,6 +3,7 @@
     q'_t = relu(w_q q_t / sqrt(mean q_t^2 + eps)),   k'_t alike         means over all H D columns, r = 1 / sqrt(...)
     S = sum_t k'_t v_t^T,   z = sum_t k'_t                              per batch row and head
     y_t = q'_t S / (q'_t z + 1e-15)
+    g_h = y_h [A^T | V]_h                    if asked: of the linear that reads y, head h's share of its shrink
 
 q's own rstd cancels, so q is read once: p = relu(sign(w_q) q) stands for q', |w_q| goes into S and z, and 1e-15 shrinks
 by sqrt(eps), the least that 1 / rstd can be. That differs from the formula where q'_t z is below about 1e-9, or where
@@ -26,30 +27,21 @@ import math
 
 import torch
 
-from esengine.kernels.noise import INTERPRET, triton, uses_triton
+from esengine.kernels import configs
+from esengine.kernels.adapters import Adapters, Perturbation, step_tensor
+from esengine.kernels.noise import INTERPRET, padded_rank, signed64, triton, uses_triton
+from esengine.kernels.shrink import check_then, shares_ref
 
 if triton is not None:
     import triton.language as tl
 
     from esengine.kernels.noise import offset
+    from esengine.kernels.shrink import halves, low_rank_columns
 
     @triton.jit
     def relu(x):
         """relu, NaN where x is."""
         return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-
-    @triton.jit
-    def halves(x, SPLIT: tl.constexpr, UPCAST: tl.constexpr):
-        """Two bf16 parts of an fp32 tile, the larger first, that sum to x within 2^-16 of it. If not split, x twice."""
-        upper, lower = x, x
-        if SPLIT:
-            upper = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-            lower = (x - upper).to(tl.bfloat16)
-            if UPCAST:
-                lower = lower.to(tl.float32)
-            else:
-                upper = upper.to(tl.bfloat16)
-        return upper, lower
 
     @triton.jit
     def product(a, b, a_rest, b_rest, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
@@ -76,15 +68,18 @@ if triton is not None:
             squares += x * x
         tl.store(rstd_ptr + m, 1 / tl.sqrt(tl.sum(squares, axis=1) / C + eps), mask=m < M)
 
-    @triton.jit
+    @triton.jit(do_not_specialize_on_alignment=["members_ptr", "step_ptr"])
     def _attention_kernel(
         q_ptr, k_ptr, v_ptr, norm_q_ptr, norm_k_ptr, rstd_ptr, y_ptr,
+        a_ptr, then_ptr, members_ptr, step_ptr, shares_ptr,
         stride_qb, stride_qt, stride_qc, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt, stride_vc,
+        stride_ar, stride_ak,
         tiny,
+        seed: tl.int64,
         T: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
         HAS_NORM_Q: tl.constexpr, HAS_NORM_K: tl.constexpr,
         SPLIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-        BLOCK_T: tl.constexpr,
+        THEN: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, KP: tl.constexpr, BLOCK_T: tl.constexpr,
     ):  # fmt: skip
         pid = tl.num_programs(0) - 1 - tl.program_id(0)
         b, d = pid // H, tl.arange(0, DP)
@@ -120,6 +115,13 @@ if triton is not None:
         s_upper, s_lower = halves(state * weight, SPLIT, UPCAST)
         z_upper, z_lower = halves(keys * weight, SPLIT, UPCAST)
         sign = tl.where(weight_q < 0, -1.0, 1.0)
+        if THEN:
+            pair, step, c0 = tl.load(members_ptr + b) >> 1, tl.load(step_ptr), pid % H * D
+            own = low_rank_columns(
+                a_ptr, then_ptr, stride_ar, stride_ak, seed, step, pair, c0, c0 + D, 1, R, RANK, KP, 16, DP
+            )
+            own_upper, own_lower = halves(own, SPLIT, UPCAST)
+            shares = shares_ptr + offset(pid % H, tl.num_programs(0) // H * T) * (R + RANK)
         for t0 in range(0, T, BLOCK_T):
             t = t0 + tl.arange(0, BLOCK_T)
             mask = (t[:, None] < T) & (d[None, :] < D)
@@ -132,13 +134,25 @@ if triton is not None:
             y = tl.zeros((BLOCK_T, DP), tl.float32)
             y = product(q, s_upper, q, s_lower, y, SPLIT, PRECISION) * (1 / (total + tiny))[:, None]
             y_ptrs = y_ptr + (offset(b, T) + t)[:, None] * (H * D) + c[None, :]
-            tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
+            y = y.to(y_ptr.dtype.element_ty)
+            tl.store(y_ptrs, y, mask=mask)
+            if THEN:
+                g = tl.zeros((BLOCK_T, 16), tl.float32)
+                g = product(y, own_upper, y, own_lower, g, SPLIT, PRECISION)
+                column = tl.arange(0, 16)[None, :]
+                places = (offset(b, T) + t)[:, None] * (R + RANK) + column
+                tl.store(shares + places, g, mask=(t[:, None] < T) & (column < R + RANK))
 
 
-def attention_config(d: int) -> dict[str, int]:
-    """Launch configuration for heads of width d. Nothing depends on the batch, and with it the order of a sum."""
-    dp = max(16, triton.next_power_of_2(d))
-    return {"DP": dp, "BLOCK_T": 32 if dp <= 32 else 16, "num_warps": 2 if dp <= 32 else 8, "num_stages": 3}
+def attention_config(device: torch.device, *, dtype: torch.dtype, t: int, d: int) -> dict[str, int]:
+    """Launch configuration for T tokens and heads of width d."""
+    found = configs.settings("linear_attention", device, dtype=configs.named(dtype), t=t, d=d)
+    return found | {"DP": max(16, triton.next_power_of_2(d))}
+
+
+def rstd_config(device: torch.device, *, dtype: torch.dtype, c: int) -> dict[str, int]:
+    """Launch configuration for rows of C columns."""
+    return configs.settings("linear_attention_rstd", device, dtype=configs.named(dtype), c=c)
 
 
 def linear_attention_triton(
@@ -150,7 +164,9 @@ def linear_attention_triton(
     norm_q: torch.Tensor | None = None,
     norm_k: torch.Tensor | None = None,
     eps: float = 1e-5,
-) -> torch.Tensor:
+    then: Adapters | None = None,
+    perturbation: Perturbation | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The Triton path: rstd of k's rows, then one program for each head of a batch row. Arguments as in the reference.
 
     Deterministic; a batch row's result does not depend on its batch mates. Sums over tokens are in fp32, in one order.
@@ -162,31 +178,40 @@ def linear_attention_triton(
     batch, t, c = q.shape
     # under the interpreter a store to bf16 truncates, so it writes fp32 and torch rounds
     y = torch.empty(batch, t, c, dtype=torch.float32 if INTERPRET else q.dtype, device=q.device)
+    shares, keys = y, perturbation or Perturbation(q, 0, 0, 0.0, 1)
+    if then is not None:
+        if c // heads % 4:
+            raise ValueError(f"then: expected heads of a multiple of 4 columns, got {c // heads}")
+        shares = torch.empty(heads, batch, t, check_then(then, keys, q.dtype), dtype=torch.float32, device=q.device)
     if y.numel() == 0:
-        return y.to(q.dtype)
-    rstd = q
+        return y.to(q.dtype) if then is None else (y.to(q.dtype), shares)
+    rstd, then_a = q, None if then is None else then.a
     if norm_k is not None:
         rstd = torch.empty(batch * t, dtype=torch.float32, device=q.device)
-        block = {"BLOCK_M": 8, "BLOCK_C": 512, "num_warps": 4}
+        block = rstd_config(q.device, dtype=q.dtype, c=c)
         with torch.cuda.device_of(q):
             _rstd_kernel[(triton.cdiv(batch * t, block["BLOCK_M"]),)](
                 k, rstd, M=batch * t, T=t, stride_xb=k.stride(0), stride_xt=k.stride(1), stride_xc=k.stride(2),
                 eps=eps, C=c, **block,
             )  # fmt: skip
-    config = attention_config(c // heads)
+    config = attention_config(q.device, dtype=q.dtype, t=t, d=c // heads)
     with torch.cuda.device_of(q):
         _attention_kernel[(batch * heads,)](
             q, k, v, q if norm_q is None else norm_q.contiguous(), q if norm_k is None else norm_k.contiguous(),
-            rstd, y,
+            rstd, y, y if then_a is None else then_a, q if then is None else then.streams, keys.members,
+            q if then is None else step_tensor(keys.step, q.device), shares,
             stride_qb=q.stride(0), stride_qt=q.stride(1), stride_qc=q.stride(2),
             stride_kb=k.stride(0), stride_kt=k.stride(1), stride_kc=k.stride(2),
             stride_vb=v.stride(0), stride_vt=v.stride(1), stride_vc=v.stride(2),
-            tiny=1e-15 if norm_q is None else 1e-15 * math.sqrt(eps),
+            stride_ar=0 if then_a is None else then_a.stride(0), stride_ak=0 if then_a is None else then_a.stride(1),
+            seed=signed64(keys.seed), tiny=1e-15 if norm_q is None else 1e-15 * math.sqrt(eps),
             T=t, H=heads, D=c // heads, HAS_NORM_Q=norm_q is not None, HAS_NORM_K=norm_k is not None,
             SPLIT=q.dtype == torch.bfloat16, UPCAST=INTERPRET,
-            PRECISION="ieee" if q.dtype == torch.float32 else "tf32x3", **config,
+            PRECISION="ieee" if q.dtype == torch.float32 else "tf32x3",
+            THEN=then is not None, R=0 if then is None else then.r, RANK=keys.rank, KP=padded_rank(keys.rank), **config,
         )  # fmt: skip
-    return y.to(q.dtype)
+    y = y.to(q.dtype)
+    return y if then is None else (y, shares)
 
 
 def linear_attention(
@@ -198,10 +223,13 @@ def linear_attention(
     norm_q: torch.Tensor | None = None,
     norm_k: torch.Tensor | None = None,
     eps: float = 1e-5,
-) -> torch.Tensor:
+    then: Adapters | None = None,
+    perturbation: Perturbation | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`linear_attention_ref` by the fastest way the device has: Triton on a GPU, the reference elsewhere."""
     op = linear_attention_triton if uses_triton(q.device) else linear_attention_ref
-    return op(q, k, v, heads=heads, norm_q=norm_q, norm_k=norm_k, eps=eps)
+    options = dict(norm_q=norm_q, norm_k=norm_k, eps=eps, then=then, perturbation=perturbation)
+    return op(q, k, v, heads=heads, **options)
 
 
 def linear_attention_ref(
@@ -213,7 +241,9 @@ def linear_attention_ref(
     norm_q: torch.Tensor | None = None,
     norm_k: torch.Tensor | None = None,
     eps: float = 1e-5,
-) -> torch.Tensor:
+    then: Adapters | None = None,
+    perturbation: Perturbation | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Linear attention of all heads, in fp32, rounded once at the end.
 
     diffusers rounds the normed q and k to the storage dtype first; in fp32 the two are the same formula.
@@ -223,9 +253,10 @@ def linear_attention_ref(
         heads: H.
         norm_q, norm_k: weights [H * D] of the RMS norm over all heads, fp32, bf16 or fp16, or None for no norm.
         eps: added to the mean square, positive.
+        then: A target that reads y, with r + k of at most 16; with the `perturbation` of the batch. D a multiple of 4.
 
     Returns:
-        [B, T, H * D], dtype of q.
+        y [B, T, H * D], dtype of q; with `then` also its shares for `mix`, fp32 [P, B, T, r + k], P >= 1.
 
     Raises:
         ValueError: an argument is of another shape, dtype or device, or out of range.
@@ -241,7 +272,8 @@ def linear_attention_ref(
     queries, keys = features(q, norm_q), features(k, norm_k)
     state = keys.mT @ v.float().unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, H, D, D]
     total = queries @ keys.sum(2).unsqueeze(-1)  # [B, H, T, 1]
-    return (queries @ state / (total + 1e-15)).transpose(1, 2).flatten(2).to(q.dtype)
+    y = (queries @ state / (total + 1e-15)).transpose(1, 2).flatten(2).to(q.dtype)
+    return y if then is None else (y, shares_ref(y, then, perturbation))
 
 
 def _check(q, k, v, heads, norm_q, norm_k, eps) -> None:

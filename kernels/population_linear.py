@@ -36,7 +36,7 @@ def population_linear_triton(
     members: torch.Tensor,
     streams: Streams,
     seed: int,
-    step: int,
+    step: int | torch.Tensor,
     sigma: float,
     rank: int,
     scale: float = 1.0,
@@ -47,7 +47,8 @@ def population_linear_triton(
     expand of a half-precision x, which rounds them to tf32.
     """
     check_linear(x, weight, bias, a, b, members)
-    key_words(seed, step)
+    if not isinstance(step, torch.Tensor):  # to look at a tensor is to wait for the device
+        key_words(seed, step)
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("x: requires a gradient, which the Triton path does not have; call it under torch.no_grad")
     if x.numel() == 0 or len(weight) == 0:
@@ -115,7 +116,7 @@ def population_linear(
     members: torch.Tensor,
     streams: Streams,
     seed: int,
-    step: int,
+    step: int | torch.Tensor,
     sigma: float,
     rank: int,
     scale: float = 1.0,
@@ -143,7 +144,7 @@ def population_linear_ref(
     members: torch.Tensor,
     streams: Streams,
     seed: int,
-    step: int,
+    step: int | torch.Tensor,
     sigma: float,
     rank: int,
     scale: float = 1.0,
@@ -158,7 +159,7 @@ def population_linear_ref(
         b: LoRA B [out, r] fp32, or None for the direct form.
         members: int64 [B], the member of each batch row, in [0, 2^33).
         streams: stream ids of the linear's factors, from `linear_streams`.
-        seed, step: of the noise contract.
+        seed, step: of the noise contract; the step also as int64 [1] on the device of x, which is read there.
         sigma: noise scale.
         rank: noise rank k.
         scale: s = lora_alpha / r.

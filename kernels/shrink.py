@@ -4,7 +4,10 @@
     g  = x' [A_1^T .. A_G^T | V_1 .. V_G]          shrink: G (r + k) columns
     h  = s g Mix                                   Mix = [[I, V'], [c U^T, c U^T V']] of each target
 
-Direct mode (r = 0): h = c g. One pass of x per output when it is not modulated; three when it is, the last two from
+Direct mode (r = 0): h = c g. `shrink` does all of it. An op that makes x can leave shares of g instead, which `mix`
+sums and mixes: `then` of `fused_linear` and of `linear_attention`. That saves the pass of x.
+
+One pass of x per output when it is not modulated; three when it is, the last two from
 cache. The noise is built once for each tile of rows: about 54 / BLOCK_T instructions an element of x and target.
 
 Legend: B batch rows, T rows a batch row, M = B T, K in, G targets, r LoRA rank, k noise rank (kp padded),
@@ -18,7 +21,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from esengine.kernels.adapters import Adapters, Perturbation
+from esengine.kernels import configs
+from esengine.kernels.adapters import Adapters, Perturbation, step_tensor
 from esengine.kernels.noise import INTERPRET, factor_ref, padded_rank, signed64, signed_sigma, triton
 
 if triton is not None:
@@ -35,13 +39,65 @@ if triton is not None:
             y = tl.sum(a[:, :, None] * b[None, :, :], axis=1)
         return y
 
-    @triton.jit(do_not_specialize=["T", "step"])
+    @triton.jit
+    def halves(x, SPLIT: tl.constexpr, UPCAST: tl.constexpr):
+        """Two bf16 parts of an fp32 tile, the larger first, that sum to x within 2^-16 of it. If not split, x twice."""
+        upper, lower = x, x
+        if SPLIT:
+            upper = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+            lower = (x - upper).to(tl.bfloat16)
+            if UPCAST:
+                lower = lower.to(tl.float32)
+            else:
+                upper = upper.to(tl.bfloat16)
+        return upper, lower
+
+    @triton.jit
+    def low_rank_columns(
+        a_ptr, streams_ptr, stride_ar, stride_ak, seed, step, pair, k0, K,
+        G: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, KP: tl.constexpr, CP: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+    ):  # fmt: skip
+        """float32 [BLOCK_K, CP]: rows k0.. of [A_1^T .. A_G^T | V_1 .. V_G]; those from K on must meet zeros of x."""
+        k, column = k0 + tl.arange(0, BLOCK_K), tl.arange(0, CP)
+        a_ptrs = a_ptr + offset(column, stride_ar)[None, :] + offset(k, stride_ak)[:, None]
+        columns = tl.load(a_ptrs, mask=(column < G * R)[None, :] & (k[:, None] < K), other=0.0)
+        for i in tl.static_range(G):
+            v = noise_rows(seed, step, tl.load(streams_ptr + 4 * i), pair, k0, BLOCK_K, KP)
+            for j in tl.static_range(RANK):
+                v_j = tl.sum(tl.where(tl.arange(0, KP)[None, :] == j, v, 0.0), axis=1)
+                columns = tl.where(column[None, :] == G * R + i * RANK + j, v_j[:, None], columns)
+        return columns
+
+    @triton.jit
+    def mixed(
+        g, streams_ptr, seed, step, pair, c, lora_scale,
+        G: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, KP: tl.constexpr, CP: tl.constexpr,
+    ):  # fmt: skip
+        """h [ROWS, CP] of g. Column i R + q is row q of target i's A, column G R + i k + j its noise."""
+        column = tl.arange(0, CP)
+        h = tl.where((column < G * R)[None, :], lora_scale * g, 0.0)
+        if R == 0:
+            h = c * g
+        for i in tl.static_range(G if R > 0 else 0):
+            own = (column >= i * R) & (column < (i + 1) * R)
+            for j in tl.static_range(RANK):
+                u = noise_at(seed, step, tl.load(streams_ptr + 4 * i + 1), pair, (column - i * R) * KP + j)
+                g_v = tl.sum(tl.where((column == G * R + i * RANK + j)[None, :], g, 0.0), axis=1)
+                h += (lora_scale * c * g_v)[:, None] * tl.where(own, u, 0.0)[None, :]
+            for j in tl.static_range(RANK):
+                v = noise_at(seed, step, tl.load(streams_ptr + 4 * i + 2), pair, (column - i * R) * KP + j)
+                h_v = c * tl.sum(h * tl.where(own, v, 0.0)[None, :], axis=1)
+                h = tl.where((column == G * R + i * RANK + j)[None, :], h_v[:, None], h)
+        return h
+
+    @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["members_ptr", "step_ptr"])
     def _shrink_kernel(
-        x_ptr, shift_ptr, scale_ptr, a_ptr, streams_ptr, members_ptr, x_out_ptr, h_ptr,
+        x_ptr, shift_ptr, scale_ptr, a_ptr, streams_ptr, members_ptr, step_ptr, x_out_ptr, h_ptr,
         T,
         stride_xb, stride_xt, stride_xk, stride_sb, stride_ar, stride_ak,
         sigma, lora_scale, eps,
-        seed: tl.int64, step: tl.int64,
+        seed: tl.int64,
         K: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, KP: tl.constexpr, CP: tl.constexpr,
         MODULATED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
@@ -64,10 +120,9 @@ if triton is not None:
                 rstd += tl.sum(centred * centred, 1)
             rstd = 1 / tl.sqrt(rstd / K + eps)
 
-        column = tl.arange(0, CP)
-        pair, c = b, 0.0
+        pair, c, step = b, 0.0, 0
         if G > 0:
-            member = tl.load(members_ptr + b)
+            member, step = tl.load(members_ptr + b), tl.load(step_ptr)
             pair = member >> 1
             c = sigma * (1 - 2 * (member & 1)).to(tl.float32)
         g = tl.zeros((BLOCK_T, CP), tl.float32)
@@ -83,40 +138,48 @@ if triton is not None:
                 tl.store(x_out_ptr + offset(b * T + t, K)[:, None] + k[None, :], x, mask=mask)
                 x = x.to(tl.float32)
             if G > 0:
-                a_ptrs = a_ptr + offset(column, stride_ar)[None, :] + offset(k, stride_ak)[:, None]
-                columns = tl.load(a_ptrs, mask=(column < G * R)[None, :] & (k[:, None] < K), other=0.0)
-                for i in tl.static_range(G):
-                    v = noise_rows(seed, step, tl.load(streams_ptr + 4 * i), pair, k0, BLOCK_K, KP)
-                    for j in tl.static_range(RANK):
-                        v_j = tl.sum(tl.where(tl.arange(0, KP)[None, :] == j, v, 0.0), axis=1)
-                        columns = tl.where(column[None, :] == G * R + i * RANK + j, v_j[:, None], columns)
+                columns = low_rank_columns(
+                    a_ptr, streams_ptr, stride_ar, stride_ak, seed, step, pair, k0, K, G, R, RANK, KP, CP, BLOCK_K
+                )
                 g += product(x, columns, BLOCK_T, PRECISION)
 
         if G > 0:
-            low = column < G * R  # column i R + q is row q of target i's A, column G R + i k + j its noise
-            h = tl.where(low[None, :], lora_scale * g, 0.0)
-            if R == 0:
-                h = c * g
-            for i in tl.static_range(G if R > 0 else 0):
-                own = (column >= i * R) & (column < (i + 1) * R)
-                for j in tl.static_range(RANK):
-                    u = noise_at(seed, step, tl.load(streams_ptr + 4 * i + 1), pair, (column - i * R) * KP + j)
-                    g_v = tl.sum(tl.where((column == G * R + i * RANK + j)[None, :], g, 0.0), axis=1)
-                    h += (lora_scale * c * g_v)[:, None] * tl.where(own, u, 0.0)[None, :]
-                for j in tl.static_range(RANK):
-                    v = noise_at(seed, step, tl.load(streams_ptr + 4 * i + 2), pair, (column - i * R) * KP + j)
-                    h_v = c * tl.sum(h * tl.where(own, v, 0.0)[None, :], axis=1)
-                    h = tl.where((column == G * R + i * RANK + j)[None, :], h_v[:, None], h)
+            column = tl.arange(0, CP)
+            h = mixed(g, streams_ptr, seed, step, pair, c, lora_scale, G, R, RANK, KP, CP)
             h_ptrs = h_ptr + offset(b * T + t, G * (R + RANK))[:, None] + column[None, :]
             tl.store(h_ptrs, h, mask=(t[:, None] < T) & (column < G * (R + RANK))[None, :])
 
+    @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["members_ptr", "step_ptr"])
+    def _mix_kernel(
+        shares_ptr, streams_ptr, members_ptr, step_ptr, h_ptr,
+        T,
+        stride_sp,
+        sigma, lora_scale,
+        seed: tl.int64,
+        PARTS: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, KP: tl.constexpr, CP: tl.constexpr,
+        BLOCK_T: tl.constexpr,
+    ):  # fmt: skip
+        b, column = tl.program_id(0), tl.arange(0, CP)
+        t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+        places = offset(b * T + t, R + RANK)[:, None] + column[None, :]
+        mask = (t[:, None] < T) & (column < R + RANK)[None, :]
+        g = tl.zeros((BLOCK_T, CP), tl.float32)
+        for part in range(0, PARTS):
+            g += tl.load(shares_ptr + offset(part + 0 * b, stride_sp) + places, mask=mask, other=0.0)
+        member = tl.load(members_ptr + b)
+        c = sigma * (1 - 2 * (member & 1)).to(tl.float32)
+        h = mixed(g, streams_ptr, seed, tl.load(step_ptr), member >> 1, c, lora_scale, 1, R, RANK, KP, CP)
+        tl.store(h_ptr + places, h, mask=mask)
 
-def shrink_config(t: int, columns: int) -> dict[str, int]:
+
+def shrink_config(
+    device: torch.device, *, dtype: torch.dtype, t: int, k: int, columns: int, modulated: bool = False
+) -> dict[str, int]:
     """Launch configuration for T rows a batch row: below 16, the tensor cores' minimum, products are sums."""
-    padded = max(16, triton.next_power_of_2(columns))
-    block_t = min(32 if padded <= 128 else 16, triton.next_power_of_2(t))
-    block_k = 64 if block_t >= 16 and padded == 16 else 32 if padded <= 32 else 16
-    return {"BLOCK_T": block_t, "BLOCK_K": block_k, "CP": padded, "num_warps": 4 if padded <= 32 else 8}
+    values = dict(dtype=configs.named(dtype), t=t, k=k, columns=columns, modulated=modulated)
+    found = configs.settings("shrink", device, **values)
+    block_t, padded = min(found["BLOCK_T"], triton.next_power_of_2(t)), max(16, triton.next_power_of_2(columns))
+    return found | {"BLOCK_T": block_t, "CP": padded}
 
 
 class Modulation(NamedTuple):
@@ -149,18 +212,93 @@ def shrink(
         return x_out.to(x.dtype), h
     shift, scale, eps = modulation or (x, x, 0.0)
     a = x if r == 0 else adapters.a
-    config = shrink_config(t, g * (r + rank))
+    step = step_tensor(perturbation.step, x.device) if g else x
+    modulated, columns = modulation is not None, g * (r + rank)
+    config = shrink_config(x.device, dtype=x.dtype, t=t, k=k, columns=columns, modulated=modulated)
     with torch.cuda.device_of(x):
         _shrink_kernel[(batch, triton.cdiv(t, config["BLOCK_T"]))](
-            x, shift, scale, a, adapters.streams, perturbation.members, x_out, x if h is None else h,
+            x, shift, scale, a, adapters.streams, perturbation.members, step, x_out, x if h is None else h,
             T=t, stride_xb=x.stride(0), stride_xt=x.stride(1), stride_xk=x.stride(2), stride_sb=shift.stride(0),
             stride_ar=a.stride(0), stride_ak=a.stride(1),
             sigma=float(signed_sigma(torch.tensor(0), perturbation.sigma, rank)), lora_scale=adapters.scale, eps=eps,
-            seed=signed64(perturbation.seed), step=perturbation.step,
-            K=k, G=g, R=r, RANK=rank, KP=padded_rank(rank), MODULATED=modulation is not None,
+            seed=signed64(perturbation.seed),
+            K=k, G=g, R=r, RANK=rank, KP=padded_rank(rank), MODULATED=modulated,
             PRECISION="ieee" if x.dtype == torch.float32 else "tf32x3", **config,
         )  # fmt: skip
     return x_out.to(x.dtype), h
+
+
+def mix_config(device: torch.device, *, t: int, columns: int) -> dict[str, int]:
+    """Launch configuration for T rows a batch row."""
+    found = configs.settings("mix", device, t=t, columns=columns)
+    return found | {"CP": max(16, triton.next_power_of_2(columns))}
+
+
+def takes_shares(then: Adapters, rank: int, dtype: torch.dtype) -> bool:
+    """Whether a producer of x leaves shares for these targets: one, of few columns, in bf16. Others use `shrink`."""
+    return then.targets == 1 and then.r + rank <= 16 and dtype == torch.bfloat16
+
+
+def check_then(then: Adapters, perturbation: Perturbation, dtype: torch.dtype) -> int:
+    """r + k of a target that takes shares. Raises ValueError for any other."""
+    columns = then.r + perturbation.rank
+    if not takes_shares(then, perturbation.rank, dtype):
+        got = f"{then.targets} with {columns} of {dtype}".replace("torch.", "")
+        raise ValueError(f"then: expected one target with r + k of at most 16, of bfloat16, got {got}; use shrink")
+    return columns
+
+
+def mix(shares: torch.Tensor, adapters: Adapters, perturbation: Perturbation) -> torch.Tensor:
+    """The Triton path of `mix_ref`. Same arguments. Shares are summed in their order."""
+    parts, batch, t, columns = shares.shape
+    h = torch.empty(batch, t, columns, dtype=torch.float32, device=shares.device)
+    if h.numel() == 0:
+        return h
+    config = mix_config(shares.device, t=t, columns=columns)
+    with torch.cuda.device_of(shares):
+        _mix_kernel[(batch, triton.cdiv(t, config["BLOCK_T"]))](
+            shares, adapters.streams, perturbation.members, step_tensor(perturbation.step, shares.device), h,
+            PARTS=parts, T=t, stride_sp=shares.stride(0),
+            sigma=float(signed_sigma(torch.tensor(0), perturbation.sigma, perturbation.rank)),
+            lora_scale=adapters.scale, seed=signed64(perturbation.seed),
+            R=adapters.r, RANK=perturbation.rank, KP=padded_rank(perturbation.rank), **config,
+        )  # fmt: skip
+    return h
+
+
+def mix_ref(shares: torch.Tensor, adapters: Adapters, perturbation: Perturbation) -> torch.Tensor:
+    """h of one target from the shares of g that a producer of x has left.
+
+    Args:
+        shares: fp32 [P, B, T, r + k], contiguous; their sum over P is x [A^T | V].
+        adapters: The target that reads x.
+        perturbation: The noise of the batch.
+
+    Returns:
+        h fp32 [B, T, r + k], as `shrink_ref` gives it.
+    """
+    g, r, rank, h = shares.sum(0), adapters.r, perturbation.rank, torch.empty_like(shares[0])
+    (_, a_u, b_v, _), seed, step = adapters.streams.tolist()[0], perturbation.seed, int(perturbation.step)
+    for row, member in enumerate(perturbation.members.tolist()):
+        noise = dict(seed=seed, step=step, pairs=torch.tensor([member // 2], device=g.device), length=r, rank=rank)
+        c = float(signed_sigma(torch.tensor(member), perturbation.sigma, rank))
+        low, high = g[row].split((r, rank), dim=-1)
+        if r == 0:
+            h[row] = c * high
+            continue
+        low = adapters.scale * (low + c * high @ factor_ref(stream=a_u, **noise)[0].T)
+        h[row] = torch.cat((low, c * low @ factor_ref(stream=b_v, **noise)[0]), -1)
+    return h
+
+
+def shares_ref(x: torch.Tensor, then: Adapters, perturbation: Perturbation) -> torch.Tensor:
+    """x [A^T | V] of the target `then`, fp32 [1, B, T, r + k]: all of it in one share."""
+    check_then(then, perturbation, x.dtype)
+    members, (a_v, *_) = perturbation.members, then.streams.tolist()[0]
+    noise = dict(seed=perturbation.seed, step=int(perturbation.step), pairs=members >> 1, rank=perturbation.rank)
+    v = factor_ref(stream=a_v, length=x.shape[-1], **noise)
+    low = [] if then.a is None else [x.float() @ then.a.T]
+    return torch.cat((*low, x.float() @ v), -1)[None]
 
 
 def shrink_ref(
@@ -190,7 +328,7 @@ def shrink_ref(
     h = torch.empty(*x.shape[:2], g * (r + rank), device=x.device)
     for row, member in enumerate(perturbation.members.tolist()):
         pair = torch.tensor([member // 2], device=x.device)
-        noise = dict(seed=perturbation.seed, step=perturbation.step, pairs=pair, rank=rank)
+        noise = dict(seed=perturbation.seed, step=int(perturbation.step), pairs=pair, rank=rank)
         c = float(signed_sigma(torch.tensor(member), perturbation.sigma, rank))
         x_tk = x[row].float()
         for i, (a_v, a_u, b_v, _) in enumerate(adapters.streams.tolist()):

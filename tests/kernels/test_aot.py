@@ -14,6 +14,8 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 import aot  # noqa: E402
 import triton.language as tl  # noqa: E402
 
+from esengine.kernels import configs  # noqa: E402
+
 SCRIPT = Path(aot.__file__)
 
 pytestmark = pytest.mark.skipif(
@@ -129,6 +131,26 @@ def test_a_kernel_that_no_op_launches_is_named(monkeypatch):
     monkeypatch.setattr(aot, "OPS", tuple(op for op in aot.OPS if op is not aot.normals_cases))
     try:
         assert aot.unlaunched() == ["_normals_kernel"]
+    finally:
+        aot.launches.cache_clear()
+
+
+def test_a_devices_file_adds_the_launches_that_it_changes(monkeypatch, tmp_path):
+    contents = json.loads(configs.DEFAULT.read_text())
+    contents["made"] |= {"device": "Toy GPU", "arch": 90}
+    contents["ops"]["es_update"][0]["launch"]["num_warps"] = 8
+    (tmp_path / "toy_gpu.json").write_text(json.dumps(contents))
+    aot.launches.cache_clear()
+    usual = aot.launches()
+    aot.launches.cache_clear()
+    monkeypatch.setattr(configs, "FOLDER", tmp_path)
+    try:
+        more = aot.launches()[len(usual) :]
+        assert {launch.kernel.fn.__name__ for launch in more} == {"_update_kernel"}
+        assert {(launch.file, launch.arch, launch.kwargs["num_warps"]) for launch in more} == {("toy_gpu.json", 90, 8)}
+        assert len(more) == len(list(aot.update_cases()))
+        row = aot.row_of(len(usual), 90)
+        assert (row["file"], row["config"]["num_warps"], row["spills"]) == ("toy_gpu.json", 8, 0)
     finally:
         aot.launches.cache_clear()
 

@@ -6,8 +6,19 @@ import sys
 import pytest
 import torch
 
-from esengine.kernels import linear_attention, linear_attention_ref, uses_triton
+from esengine.kernels import (
+    Adapters,
+    Perturbation,
+    linear_attention,
+    linear_attention_ref,
+    linear_streams,
+    mix,
+    shrink_ref,
+    stream_table,
+    uses_triton,
+)
 from esengine.kernels.noise import INTERPRET
+from esengine.kernels.shrink import shares_ref
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FLOOR = 2.0**-20
@@ -339,3 +350,38 @@ def test_triton_is_what_the_interpreter_runs(monkeypatch):
     monkeypatch.setattr(module, "linear_attention_triton", lambda *args, **kwargs: seen.append(args))
     call(linear_attention, case())
     assert len(seen) == 1
+
+
+def following(c, r, rank, device):
+    """A linear of C columns that reads what attention makes, and the noise of two members."""
+    streams = stream_table((linear_streams("to_out", direct=not r),), torch.device(device))
+    a = torch.randn(r, c, generator=torch.Generator().manual_seed(0)).to(device) if r else None
+    return Adapters(a, None, streams, 1.5), Perturbation(torch.tensor([5, 2], device=device), 1 << 63, 4, 0.1, rank)
+
+
+@pytest.mark.parametrize(("heads", "d"), [(3, 16), (2, 32), (5, 12), (2, 40)])
+@pytest.mark.parametrize(("r", "rank"), [(0, 1), (2, 1), (4, 3)])
+def test_shares(device, heads, d, r, rank):
+    """y as without them, and what the next linear needs of it."""
+    then, perturbation = following(heads * d, r, rank, device)
+    args = case(heads=heads, d=d, dtype=torch.bfloat16, device=device)
+    y, shares = call(linear_attention, args | dict(then=then, perturbation=perturbation))
+    assert torch.equal(y, call(linear_attention, args))
+    assert shares.shape[1:] == (2, 33, r + rank)
+    # the interpreter multiplies y before it is rounded
+    bound = 2.0**-7 if INTERPRET else HALVES
+    assert relative(shares.sum(0), shares_ref(y, then, perturbation)[0].double()) <= bound
+    if uses_triton(device):
+        h = mix(shares, then, perturbation)
+        assert relative(h, shrink_ref(y, then, perturbation)[1].double()) <= bound
+
+
+def test_shares_need_bf16_and_heads_of_whole_quads(device):
+    if not uses_triton(device):
+        pytest.skip("the reference has no tiles")
+    then, perturbation = following(14, 2, 1, device)
+    options = dict(then=then, perturbation=perturbation)
+    with pytest.raises(ValueError, match="then: expected heads of a multiple of 4 columns, got 7"):
+        call(linear_attention, case(heads=2, d=7, dtype=torch.bfloat16, device=device) | options)
+    with pytest.raises(ValueError, match="then: expected one target"):
+        call(linear_attention, case(heads=2, d=8, device=device) | options)

@@ -246,14 +246,14 @@ def test_twice_the_same(device):
 @pytest.mark.parametrize(("t", "block"), [(43, 64), (205, 128)])
 def test_wide_row_tiles(device, t, block):
     """Tiles of 64 and of 128 rows, some of them with two members or more."""
-    assert linear_config(t, torch.float32)["BLOCK_M"] == block
+    assert linear_config(torch.device("cpu"), dtype=torch.float32, t=t, k=6, n=5)["BLOCK_M"] == block
     args = case(members=tuple(range(4)), t=(t,), n_in=6, n_out=5, k=2, device=device)
     assert_right(call(population_linear, args), args)
 
 
 def test_several_groups_of_tiles(device):
     """More than GROUP_M row tiles and several column tiles: every one is visited once."""
-    config = linear_config(14, torch.float32)
+    config = linear_config(torch.device("cpu"), dtype=torch.float32, t=14, k=4, n=130)
     assert 154 / config["BLOCK_M"] > config["GROUP_M"]
     args = case(members=tuple(range(11)), t=(14,), n_in=4, n_out=130, r=1, device=device)
     assert_right(call(population_linear, args), args)

@@ -1,0 +1,451 @@
+"""Choose a device's launch settings by measuring them: one command, one file that every later launch there reads.
+
+    python bench/tune.py [--budget-minutes 8]                         on a CUDA device: kernels/configs/<device>.json
+    TRITON_INTERPRET=1 python bench/tune.py --scale tiny --out FILE   all of it at toy size; its figures mean nothing
+
+For each task, an op at a shape of SANA-Sprint's: the candidates that the gate of `bench/aot.py` faults are dropped,
+then those that are off the reference, and the rest are timed turn about, on a cold L2. The fastest becomes an entry,
+with its median and the default's; where that is the default, or not `MARGIN` faster, there is no entry. A task for
+which no time is left keeps the default and is named in the file.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import aot
+import clock
+import record
+import torch
+
+from esengine.kernels import (
+    Adapters,
+    Modulation,
+    Perturbation,
+    configs,
+    depthwise_gate,
+    depthwise_gate_ref,
+    es_update,
+    es_update_ref,
+    fused_linear,
+    fused_linear_ref,
+    linear_attention,
+    linear_attention_ref,
+    mix,
+    mix_ref,
+    shrink,
+    shrink_ref,
+)
+from esengine.kernels.noise import INTERPRET
+
+DTYPE = torch.bfloat16
+LORA_RANK, NOISE_RANK, SIGMA = 2, 1, 0.1
+BOUND = 2.0**-8
+"""Relative error: twice that of rounding a norm to bf16. Wrong noise is an error of about `SIGMA`."""
+MARGIN = 0.01
+"""A candidate must be this much faster than the default: less is the weather's."""
+
+Calls = tuple[Callable[[], Any], Callable[[], Any]]
+
+
+class Scale(NamedTuple):
+    """Sizes of a run: of SANA-Sprint 1.6B, or of a toy.
+
+    Attributes:
+        width, text_width, channels, heads: of the transformer; channels of a Mix-FFN's gated half.
+        sides: of the latent images, in tokens.
+        text: tokens of a prompt.
+        rows: of a timed batch, members; a check has three.
+        population: N of the timed update.
+        rounds: samples of each candidate.
+        most: candidates of a task besides the default.
+    """
+
+    width: int = 2240
+    text_width: int = 2304
+    channels: int = 5600
+    heads: int = 70
+    sides: tuple[int, ...] = (16, 32)
+    text: int = 40
+    rows: int = 64
+    population: int = 1024
+    rounds: int = 15
+    most: int | None = None
+
+
+SCALES = {
+    "full": Scale(),
+    "tiny": Scale(
+        width=32, text_width=48, channels=16, heads=2, sides=(5,), text=3, rows=3, population=8, rounds=2, most=1
+    ),
+}
+
+
+class Task(NamedTuple):
+    """One op at one shape, and the launches that its winner is for.
+
+    Attributes:
+        op: of `configs.OPS`.
+        kernel: that it launches.
+        values: the op's conditions at the shape.
+        bands: [least, most] for those that the winner is for a range of.
+        grid: candidates, `launch` of an entry.
+        build: build(rows, device) gives the op's call and its reference's on operands of that many members.
+    """
+
+    op: str
+    kernel: str
+    values: dict[str, Any]
+    bands: dict[str, list[int | None]]
+    grid: list[dict[str, int]]
+    build: Callable[[int, torch.device], Calls]
+
+    @property
+    def shape(self) -> str:
+        return " ".join(f"{name} {value}" for name, value in self.values.items())
+
+
+def tasks(scale: Scale) -> list[Task]:
+    """In the order in which they are measured: what takes most of a forward first, as the budget cuts off the end."""
+    images = [side * side for side in scale.sides]
+    width, text, found = scale.width, scale.text, []
+    for t in images:
+        found += [
+            linear_task(t, width, width, images, targets=3),
+            linear_task(t, width, width, images, gated=True),
+            linear_task(t, width, 2 * scale.channels, images, targets=0, silu=True),
+            linear_task(t, scale.channels, width, images, targets=0, gated=True),
+            linear_task(t, width, 3 * width, images),
+            linear_task(t, scale.text_width, width, images),
+        ]
+    for t in images:
+        for targets, modulated in ((3, True), (1, False), (0, True)):
+            found.append(shrink_task(t, width, targets, images, modulated=modulated))
+        found.append(attention_task(t, scale, images))
+    found += [
+        *(mix_task(t, width, images) for t in images),
+        rstd_task(images[-1], scale),
+        *(gate_task(side, scale.channels) for side in scale.sides),
+    ]
+    found += [linear_task(text, width, width, images, targets=2), linear_task(text, scale.text_width, width, images)]
+    found += [linear_task(1, width, 6 * width, images), *(linear_task(t, width, 32, images) for t in images)]
+    found += [shrink_task(text, width, 2, images), shrink_task(1, width, 1, images)]
+    found += [update_task(rows, cols, scale.population) for rows, cols in ((LORA_RANK, width), (width, LORA_RANK))]
+    return found
+
+
+def linear_task(t: int, k: int, n: int, images: list[int], *, targets: int = 1, silu=False, gated=False) -> Task:
+    """`fused_linear` of `targets` perturbed linears, 0 for a plain one."""
+
+    def build(rows: int, device: torch.device) -> Calls:
+        draw, count = normals(device), max(targets, 1)
+        options = {"silu": silu}
+        if gated:
+            options |= {"residual": draw(rows, t, n), "gate": draw(rows, 6, n)[:, 2]}
+        if targets:
+            columns = targets * (LORA_RANK + NOISE_RANK)
+            options |= adapted(draw, rows, targets, k, n) | {"h": draw(rows, t, columns, to=torch.float32)}
+        args = draw(rows, t, k), draw(count * n, k) * k**-0.5, None if gated else draw(count * n)
+        return partial(fused_linear, *args, **options), partial(fused_linear_ref, *args, **options)
+
+    if t <= 16:
+        grid = product(BLOCK_M=(16,), BLOCK_N=(32, 64, 128), BLOCK_K=(64, 128), num_warps=(4, 8), num_stages=(3, 4))
+    else:
+        block_m = (32, 64) if t <= 128 else (64, 128)
+        grid = product(BLOCK_M=block_m, BLOCK_N=(64, 128, 256), BLOCK_K=(64,), num_warps=(4, 8), num_stages=(3, 4))
+    # of the accumulator, a thread has 128 registers at most
+    grid = [each | {"GROUP_M": 8} for each in grid if each["BLOCK_M"] * each["BLOCK_N"] <= 4096 * each["num_warps"]]
+    values = dict(dtype=configs.named(DTYPE), t=t, k=k, n=n, gated=gated)
+    return Task("fused_linear", "_linear_kernel", values, {"t": band(t, images)}, grid, build)
+
+
+def shrink_task(t: int, k: int, targets: int, images: list[int], *, modulated: bool = False) -> Task:
+    def build(rows: int, device: torch.device) -> Calls:
+        draw = normals(device)
+        table = draw(rows, 6, k)
+        more = adapted(draw, rows, targets, k, k) if targets else {"adapters": None, "perturbation": None}
+        options = more | {"modulation": Modulation(table[:, 0], table[:, 1]) if modulated else None}
+        x = draw(rows, t, k)
+        return partial(shrink, x, **options), partial(shrink_ref, x, **options)
+
+    grid = product(BLOCK_T=(16, 32, 64), BLOCK_K=(32, 64, 128), num_warps=(4, 8), num_stages=(3,))
+    columns = targets * (LORA_RANK + NOISE_RANK)
+    values = dict(dtype=configs.named(DTYPE), t=t, k=k, columns=columns, modulated=modulated)
+    return Task("shrink", "_shrink_kernel", values, {"t": band(t, images)}, grid, build)
+
+
+def attention_calls(t: int, width: int, heads: int, rows: int, device: torch.device) -> Calls:
+    draw = normals(device)
+    q, k, v = draw(rows, t, 3 * width).split(width, dim=-1)
+    options = dict(heads=heads, norm_q=draw(width), norm_k=draw(width))
+    return partial(linear_attention, q, k, v, **options), partial(linear_attention_ref, q, k, v, **options)
+
+
+def attention_task(t: int, scale: Scale, images: list[int]) -> Task:
+    build = partial(attention_calls, t, scale.width, scale.heads)
+    grid = product(BLOCK_T=(16, 32, 64, 128), num_warps=(1, 2, 4), num_stages=(2, 3))
+    values = dict(dtype=configs.named(DTYPE), t=t, d=scale.width // scale.heads)
+    return Task("linear_attention", "_attention_kernel", values, {"t": band(t, images)}, grid, build)
+
+
+def rstd_task(t: int, scale: Scale) -> Task:
+    build = partial(attention_calls, t, scale.width, scale.heads)
+    grid = product(BLOCK_M=(4, 8, 16), BLOCK_C=(256, 512, 1024), num_warps=(4, 8), num_stages=(3,))
+    values = dict(dtype=configs.named(DTYPE), c=scale.width)
+    return Task("linear_attention_rstd", "_rstd_kernel", values, {}, grid, build)
+
+
+def mix_task(t: int, width: int, images: list[int]) -> Task:
+    parts, columns = -(-width // 128), LORA_RANK + NOISE_RANK  # the shares of a linear of 128 columns a tile
+
+    def build(rows: int, device: torch.device) -> Calls:
+        draw = normals(device)
+        args = draw(parts, rows, t, columns, to=torch.float32), *adapted(draw, rows, 1, width, width).values()
+        return partial(mix, *args), partial(mix_ref, *args)
+
+    grid = product(BLOCK_T=(32, 64, 128, 256), num_warps=(1, 2, 4), num_stages=(3,))
+    return Task("mix", "_mix_kernel", dict(t=t, columns=columns), {"t": band(t, images)}, grid, build)
+
+
+def gate_task(side: int, channels: int) -> Task:
+    def build(rows: int, device: torch.device) -> Calls:
+        draw = normals(device)
+        args = draw(rows, side * side, 2 * channels), draw(2 * channels, 1, 3, 3), draw(2 * channels)
+        sizes = dict(height=side, width=side)
+        return partial(depthwise_gate, *args, **sizes), partial(depthwise_gate_ref, *args, **sizes)
+
+    tile = dict(BLOCK_W=(8, 16), BLOCK_C=(32, 64), num_warps=(4, 8), num_stages=(3,))
+    grid = product(STRIP=(8, 16, 32), UNROLL=(2, 4), **tile)
+    # two to eight channels of one column a thread
+    grid = [each for each in grid if 64 <= each["BLOCK_W"] * each["BLOCK_C"] // each["num_warps"] <= 256]
+    values = dict(dtype=configs.named(DTYPE), height=side, width=side, channels=channels)
+    return Task("depthwise_gate", "_depthwise_gate_kernel", values, {}, grid, build)
+
+
+def update_task(rows: int, cols: int, population: int) -> Task:
+    def build(members: int, device: torch.device) -> Calls:
+        # a check has few members, as the reference forms them one by one
+        fitness = torch.linspace(-1, 1, population if members > 3 else 4, device=device)
+        options = dict(shape=(rows, cols), stream_u=1, stream_v=2, seed=0, step=1, rank=NOISE_RANK)
+        return partial(es_update, fitness, **options), partial(es_update_ref, fitness, **options)
+
+    grid = product(BLOCK_L=(16, 32, 64, 128), BLOCK_S=(16, 32, 64, 128), num_warps=(1, 2, 4), num_stages=(3,))
+    # a tile is no longer on its short side than the tensor
+    short = "BLOCK_L" if rows <= 16 else "BLOCK_S"
+    grid = [each for each in grid if each[short] == 16]
+    return Task("es_update", "_update_kernel", dict(rows=rows, cols=cols), {}, grid, build)
+
+
+def adapted(draw: Callable[..., torch.Tensor], rows: int, targets: int, k: int, n: int) -> dict[str, Any]:
+    """Adapters of `targets` linears and the noise of as many members as rows."""
+    device = draw(1).device
+    ids, streams = (torch.arange(size, device=device) for size in (rows, 4 * targets))
+    a = draw(targets * LORA_RANK, k, to=torch.float32) * k**-0.5
+    b = draw(targets * n, LORA_RANK, to=torch.float32)
+    adapters = Adapters(a, b, streams.view(targets, 4), 4.0)
+    return {"adapters": adapters, "perturbation": Perturbation(ids, 0, 1, SIGMA, NOISE_RANK)}
+
+
+def normals(device: torch.device) -> Callable[..., torch.Tensor]:
+    """draw(*shape, to=DTYPE): the same numbers in every build."""
+    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int, to: torch.dtype = DTYPE) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=to)
+
+    return draw
+
+
+def product(**choices: Sequence[int]) -> list[dict[str, int]]:
+    """Every combination, a dict each."""
+    return [dict(zip(choices, chosen, strict=True)) for chosen in itertools.product(*choices.values())]
+
+
+def band(t: int, images: list[int]) -> list[int | None]:
+    """The rows a member that a measurement at `t` is for: up to 16, text, or the images nearest in size."""
+    if t not in images:
+        return [None, 16] if t <= 16 else [17, 128]
+    place = images.index(t)
+    least = 129 if place == 0 else 1 + 2 * images[place - 1]
+    return [min(least, t), None if place == len(images) - 1 else 2 * t]
+
+
+@contextmanager
+def using(folder: Path, op: str, launch: dict[str, int]) -> Iterator[None]:
+    """Inside, every launch of `op` has these settings, and the others have the default ones."""
+    contents = json.loads(configs.DEFAULT.read_text())
+    contents["ops"][op] = [{"when": {}, "launch": launch}]
+    text = json.dumps(contents)
+    path = folder / f"{hashlib.sha256(text.encode()).hexdigest()}.json"  # files are kept by path: one for each content
+    if not path.exists():
+        path.write_text(text)
+    with patch.dict(os.environ, {configs.OVERRIDE: str(path)}):
+        yield
+
+
+def default_launch(task: Task) -> dict[str, int]:
+    with patch.dict(os.environ, {configs.OVERRIDE: str(configs.DEFAULT)}):
+        return configs.settings(task.op, torch.device("cpu"), **task.values)
+
+
+def candidates(task: Task, most: int | None) -> list[dict[str, int]]:
+    """The default first, then `most` of the grid."""
+    first = default_launch(task)
+    return [first, *[each for each in task.grid if each != first][:most]]
+
+
+def fault(scale: Scale, index: int, launch: dict[str, int], arch: int) -> str | None:
+    """What the compile gate says against a candidate, None where it passes."""
+    task = tasks(scale)[index]
+    call, _ = task.build(scale.rows, torch.device("meta"))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        using(Path(folder), task.op, launch),
+        aot.recorded_launches() as noted,
+    ):
+        call()
+    try:
+        for kernel, args, kwargs in noted:
+            if kernel.fn.__name__ == task.kernel:
+                row = aot.judge(*aot.compiled(kernel, args, kwargs, arch), arch)
+                if "fault" in row:
+                    return row["fault"]
+    except Exception as error:  # a candidate may fail to compile in any way; it is only dropped
+        return f"{type(error).__name__}: {error}"[:300]
+    return None
+
+
+def wrong(got: Any, expected: Any) -> str | None:
+    """How far an output is off the reference, if by more than `BOUND` of its norm."""
+    for g, e in zip(*(x if isinstance(x, tuple) else (x,) for x in (got, expected)), strict=True):
+        if e is None:
+            continue
+        error = (g.double() - e.double()).norm() / e.double().norm()
+        if not error <= BOUND:  # NaN too
+            return f"off the reference by {error:.2e} of its norm, bound {BOUND:.2e}"
+    return None
+
+
+def measure(task: Task, launches: list[dict[str, int]], scale: Scale, device: torch.device, folder: Path) -> dict:
+    """An entry for the fastest of `launches`, the default first; without `launch` where that is the default."""
+    call, reference = task.build(min(3, scale.rows), device)
+    expected, dropped, right = reference(), [], {}
+    for index, launch in enumerate(launches):
+        try:
+            with using(folder, task.op, launch):
+                reason = wrong(call(), expected)
+        except Exception as error:  # such as too much shared memory
+            reason = f"{type(error).__name__}: {error}"[:300]
+        if reason is None:
+            right[index] = launch
+        else:
+            dropped.append({"launch": launch, "reason": reason})
+    if 0 not in right:
+        raise RuntimeError(f"{task.op} {task.shape}: the default itself fails: {dropped[0]['reason']}")
+    call, _ = task.build(scale.rows, device)
+
+    def timed(launch: dict[str, int]) -> None:
+        with using(folder, task.op, launch):
+            call()
+
+    variants = {str(index): partial(timed, launch) for index, launch in right.items()}
+    seconds = {
+        name: each["median"]
+        for name, each in clock.interleaved(variants, scale.rounds, device=device, cold=True).items()
+    }
+    best = min(seconds, key=seconds.get)
+    faster = seconds[best] < (1 - MARGIN) * seconds["0"]
+    measured = {
+        "at": task.shape,
+        "rows": scale.rows,
+        "seconds": seconds[best if faster else "0"],
+        "default_seconds": seconds["0"],
+        "timed": len(right),
+        "dropped": dropped,
+    }
+    chosen = {"launch": right[int(best)]} if faster else {}
+    return {"when": task.values | task.bands} | chosen | {"measured": measured}
+
+
+def tune(scale: Scale, device: torch.device, *, deadline: float, jobs: int, command: str) -> dict[str, Any]:
+    """The contents of the device's file. Prints a line a task."""
+    every = tasks(scale)
+    offered = [candidates(task, scale.most) for task in every]
+    arch = None
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        arch = 10 * major + minor
+    entries: dict[str, list[dict]] = {op: [] for op in configs.OPS}
+    kept, unmeasured = [], []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool,
+    ):
+        # the interpreter compiles nothing, so that there is nothing to judge
+        judged = [
+            [pool.submit(fault, scale, index, launch, arch) for launch in launches] if not INTERPRET else []
+            for index, launches in enumerate(offered)
+        ]
+        for task, launches, futures in zip(every, offered, judged, strict=True):
+            if time.monotonic() > deadline:
+                unmeasured.append(f"{task.op} {task.shape}")
+                for future in futures:
+                    future.cancel()
+                continue
+            faults = [future.result() for future in futures] or [None] * len(launches)
+            # the default stays: what it does is what a winner is compared with
+            passed = [launch for i, launch in enumerate(launches) if i == 0 or faults[i] is None]
+            entry = measure(task, passed, scale, device, Path(folder))
+            entry["measured"]["faulted"] = len(launches) - len(passed)
+            (entries[task.op] if "launch" in entry else kept).append(entry)
+            figures = entry["measured"]
+            gain = figures["default_seconds"] / figures["seconds"]
+            print(f"{task.op}  {task.shape}  {1e6 * figures['seconds']:.1f} us, {gain:.3f}x the default", flush=True)
+    usual = configs.load(configs.DEFAULT)["ops"]
+    about = record.environment(device) | {"kernel_settings": None}
+    made = {"command": command, "arch": arch, "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    made |= about | {"default_kept": kept, "unmeasured": unmeasured}
+    return {"made": made, "ops": {op: found + usual[op] for op, found in entries.items()}}
+
+
+def main(words: list[str] | None = None) -> int:
+    words = sys.argv[1:] if words is None else words
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--scale", choices=SCALES, default="full")
+    parser.add_argument("--budget-minutes", type=float, default=8, help="no task is begun after that")
+    parser.add_argument("--out", type=Path, help="the file to write; default: the device's own in kernels/configs")
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="compilers at a time")
+    options = parser.parse_args(words)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not INTERPRET:
+        parser.error("device: expected a CUDA device, or TRITON_INTERPRET=1 for the toy size, got neither")
+    if device.type == "cpu" and options.out is None:
+        parser.error("out: expected a file, as what the interpreter finds is for no device")
+    deadline = time.monotonic() + 60 * options.budget_minutes
+    command = shlex.join(["python", "bench/tune.py", *words])
+    with torch.no_grad():
+        contents = tune(SCALES[options.scale], device, deadline=deadline, jobs=options.jobs, command=command)
+    out = options.out or configs.FOLDER / f"{configs.slug(torch.cuda.get_device_name(device))}.json"
+    record.write(out, contents)
+    configs.load(out)
+    print(f"{out}: {sum(map(len, contents['ops'].values()))} entries, {len(contents['made']['unmeasured'])} tasks left")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""Launch settings are data: one file a device, chosen once, named in every result with the order of sums it implies.
+
+    {"made": {"command": .., "device": .., "arch": .., ..}, "ops": {op: [{"when": {..}, "launch": {..}}, ..]}}
+
+A launch takes the first entry of its op whose `when` holds: by name a value, or [least, most] with null for no bound.
+The last entry has none. No condition is of the batch: settings fix the order in which a row is summed, and that may not
+depend on its batch mates.
+
+The file is the one that ESENGINE_KERNEL_CONFIGS names, or `configs/<device>.json`, which `bench/tune.py` makes, or
+`configs/default.json` where there is none for the device.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+FOLDER = Path(__file__).with_name("configs")
+DEFAULT = FOLDER / "default.json"
+OVERRIDE = "ESENGINE_KERNEL_CONFIGS"
+DTYPES = ("float32", "bfloat16", "float16")
+
+_log = logging.getLogger(__name__)
+
+
+class Op(NamedTuple):
+    """What a file may say of one kernel.
+
+    Attributes:
+        conditions: names that `when` may use; the launcher gives a value for each.
+        settings: names that `launch` must have, all of them and no other.
+        order: the settings that can change the order of a sum, and with it the last bits of a result.
+    """
+
+    conditions: tuple[str, ...]
+    settings: tuple[str, ...]
+    order: tuple[str, ...]
+
+
+OPS = {
+    "fused_linear": Op(
+        ("dtype", "t", "k", "n", "gated"),
+        ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "num_warps", "num_stages"),
+        ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps"),
+    ),
+    "shrink": Op(
+        ("dtype", "t", "k", "columns", "modulated"),
+        ("BLOCK_T", "BLOCK_K", "num_warps", "num_stages"),
+        ("BLOCK_T", "BLOCK_K", "num_warps"),
+    ),
+    "mix": Op(("t", "columns"), ("BLOCK_T", "num_warps", "num_stages"), ("BLOCK_T", "num_warps")),
+    "linear_attention": Op(("dtype", "t", "d"), ("BLOCK_T", "num_warps", "num_stages"), ("BLOCK_T", "num_warps")),
+    "linear_attention_rstd": Op(
+        ("dtype", "c"), ("BLOCK_M", "BLOCK_C", "num_warps", "num_stages"), ("BLOCK_M", "BLOCK_C", "num_warps")
+    ),
+    "depthwise_gate": Op(
+        ("dtype", "height", "width", "channels"),
+        ("STRIP", "UNROLL", "BLOCK_W", "BLOCK_C", "num_warps", "num_stages"),
+        (),
+    ),
+    "es_update": Op(("rows", "cols"), ("BLOCK_L", "BLOCK_S", "num_warps", "num_stages"), ()),
+}
+"""By name, as the launchers ask for them."""
+
+
+def settings(op: str, device: torch.device, **conditions: str | int | bool) -> dict[str, int]:
+    """The launch settings of one launch of `op`, by the file of its device.
+
+    Args:
+        op: of `OPS`.
+        device: where the launch is.
+        conditions: a value for each of the op's conditions.
+
+    Raises:
+        ValueError: the file is not usable; it says where.
+    """
+    return dict(_match(config_file(device), op, tuple(conditions.items())))
+
+
+def describe(device: torch.device) -> dict[str, str]:
+    """For the record of a result: the file's name, 12 digits of its SHA-256, and 12 of the order of sums it implies.
+
+    Results of one device, with other versions equal, can be bit-identical only where `order` is. Raises as `settings`.
+    """
+    path = config_file(device)
+    ordered = {
+        name: [[entry["when"], {s: entry["launch"][s] for s in OPS[name].order}] for entry in entries]
+        for name, entries in load(path)["ops"].items()
+        if OPS[name].order
+    }
+    return {
+        "file": path.name if path.parent == FOLDER else str(path),
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:12],
+        "order": hashlib.sha256(json.dumps(ordered, sort_keys=True).encode()).hexdigest()[:12],
+    }
+
+
+def config_file(device: torch.device) -> Path:
+    """The file that a launch on `device` reads."""
+    override = os.environ.get(OVERRIDE)
+    return Path(override) if override else _device_file(torch.device(device))
+
+
+def named(dtype: torch.dtype) -> str:
+    """A dtype as files name it: `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def slug(name: str) -> str:
+    """A device's name as a file's: `NVIDIA H100 80GB HBM3` is nvidia_h100_80gb_hbm3."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+@functools.cache
+def load(path: Path) -> dict[str, Any]:
+    """The file's contents, checked and kept. Raises ValueError, with the path and the place, for what it cannot use."""
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected a JSON file of launch settings, got {error}") from None
+    try:
+        _check(document)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return document
+
+
+@functools.cache
+def _device_file(device: torch.device) -> Path:
+    if device.type != "cuda":
+        return DEFAULT
+    name = torch.cuda.get_device_name(device)
+    path = FOLDER / f"{slug(name)}.json"
+    if path.exists():
+        return path
+    _log.info("no launch settings for %s: the default ones; bench/tune.py makes a file", name)
+    return DEFAULT
+
+
+@functools.cache
+def _match(path: Path, op: str, conditions: tuple[tuple[str, str | int | bool], ...]) -> dict[str, int]:
+    values = dict(conditions)
+    assert set(values) == set(OPS[op].conditions)
+    entries = load(path)["ops"][op]
+    return next(e["launch"] for e in entries if all(_holds(rule, values[name]) for name, rule in e["when"].items()))
+
+
+def _holds(rule: Any, value: str | int | bool) -> bool:
+    if not isinstance(rule, list):
+        return rule == value
+    least, most = rule
+    return (least is None or least <= value) and (most is None or value <= most)
+
+
+def _check(document: Any) -> None:
+    _keys("file", document, {"made", "ops"}, {"made", "ops"})
+    made, ops = document["made"], document["ops"]
+    _keys("made", made, {"command", "device", "arch"})
+    arch = made["arch"]
+    _expect("made.arch", arch is None or type(arch) is int, "an integer, 90 for sm_90, or null", arch)
+    _keys("ops", ops, set(OPS), set(OPS))
+    for op, entries in ops.items():
+        _expect(op, isinstance(entries, list) and bool(entries), "a list of entries", entries)
+        for i, entry in enumerate(entries):
+            _keys(f"{op}[{i}]", entry, {"when", "launch"})
+            _check_when(f"{op}[{i}].when", entry["when"], OPS[op])
+            _check_launch(f"{op}[{i}].launch", entry["launch"], OPS[op])
+        _keys(f"{op}[{len(entries) - 1}].when", entries[-1]["when"], set(), set())  # the last is for every launch
+
+
+def _check_when(place: str, when: Any, op: Op) -> None:
+    _keys(place, when, set(), set(op.conditions))
+    for name, rule in when.items():
+        if name == "dtype":
+            _expect(f"{place}.dtype", rule in DTYPES, f"one of {', '.join(DTYPES)}", rule)
+        bounds = isinstance(rule, list) and len(rule) == 2 and all(x is None or type(x) is int for x in rule)
+        _expect(f"{place}.{name}", bounds or isinstance(rule, (str, int)), "a value or [least, most]", rule)
+
+
+def _check_launch(place: str, launch: Any, op: Op) -> None:
+    _keys(place, launch, set(op.settings), set(op.settings))
+    for name, value in launch.items():
+        positive, free = type(value) is int and value > 0, name in ("GROUP_M", "num_stages")
+        expected = "a positive integer" if free else "a power of two"
+        _expect(f"{place}.{name}", positive and (free or value & (value - 1) == 0), expected, value)
+
+
+def _keys(place: str, got: Any, least: set[str], most: set[str] | None = None) -> None:
+    _expect(place, isinstance(got, dict), "an object", got)
+    for name in sorted(least - set(got)):
+        raise ValueError(f"{place}: expected '{name}' in it, got {', '.join(got) or 'nothing'}")
+    for name in sorted(set(got) - (set(got) if most is None else most)):
+        raise ValueError(f"{place}: expected only {', '.join(sorted(most)) or 'nothing'}, got '{name}'")
+
+
+def _expect(place: str, holds: bool, expected: str, got: Any) -> None:
+    if not holds:
+        raise ValueError(f"{place}: expected {expected}, got {got!r}")
