@@ -7,7 +7,7 @@ run:
 
     plain       the same batch through the transformer that has no adapter
     adapter     the same batch through PEFT's unperturbed adapter
-    population  every row its own member: `with population.perturbed(...)`, noise generation included
+    population  every row its own member, as the product renders it (`SanaSprint.perturbed`), noise generation included
     noise       entering `perturbed` alone
     loop        each member in turn: its LoRA copied into PEFT's, its rows rendered; the weights lie ready in memory
     loop_noise  the same with the member's weights built in the loop by `member_state_dict`,
@@ -44,9 +44,9 @@ TOLERANCE = 1e-5
 STEP = 3
 
 
-def load(folder: Path) -> torch.nn.Module:
-    """Tiny SANA-Sprint's transformer, frozen, fp32."""
-    return SanaSprint.from_pretrained(folder / NAME).transformer
+def load(folder: Path) -> SanaSprint:
+    """Tiny SANA-Sprint, frozen, fp32."""
+    return SanaSprint.from_pretrained(folder / NAME)
 
 
 def attach(transformer: torch.nn.Module) -> esengine.Population:
@@ -85,14 +85,15 @@ def measure(folder: Path, members: int, images: int, rounds: int) -> dict:
     Raises:
         RuntimeError: population and loop differ by more than the tolerance.
     """
-    transformer = load(folder)
+    model = load(folder)
+    transformer = model.transformer
     plain, looped = copy.deepcopy(transformer), copy.deepcopy(transformer)
     population, loop_parameters = attach(transformer), attach(looped).parameters()
     arguments = inputs(plain, members * images)
     ids = torch.arange(members).repeat_interleave(images)
 
     def render_population():
-        with population.perturbed(step=STEP, members=ids):
+        with model.perturbed(population, step=STEP, members=ids):
             return transformer(**arguments)[0]
 
     def noise_alone():
@@ -177,12 +178,12 @@ def step_peaks(folder: Path, members: int) -> dict[str, int]:
     The chunks are the first, the last and two between, so that a render is the same work for every N. Counted, not
     read off the process, whose resident size moves by tens of MiB from run to run with the allocator's mood.
     """
-    population = attach(load(folder))
-    arguments = inputs(population.module, CHUNK)
+    model = load(folder)
+    population, arguments = attach(model.transformer), inputs(model.transformer, CHUNK)
     with LiveBytes() as rendering:
         for first in (0, members // 3 // CHUNK * CHUNK, members // 2 // CHUNK * CHUNK, members - CHUNK):
-            with population.perturbed(step=STEP, members=torch.arange(first, first + CHUNK)):
-                population.module(**arguments)
+            with model.perturbed(population, step=STEP, members=torch.arange(first, first + CHUNK)):
+                model.transformer(**arguments)
     with LiveBytes() as updating:
         population.update(step=STEP, fitness=torch.linspace(-1, 1, members))
     return {"forward": rendering.peak, "update": updating.peak}
@@ -192,7 +193,7 @@ def measure_memory(folder: Path) -> dict:
     """`step_peaks` for each N, what each further member costs, and what one member's weights would, if stored."""
     peaks = {members: step_peaks(folder, members) for members in MEMORY_MEMBERS}
     *_, few, many = MEMORY_MEMBERS
-    stored = attach(load(folder)).parameters().values()
+    stored = attach(load(folder).transformer).parameters().values()
     return {
         "chunk": CHUNK,
         "peak_bytes": peaks,

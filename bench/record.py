@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from esengine.kernels import configs, uses_triton
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "numpy")
 
@@ -53,7 +55,7 @@ def commit() -> dict[str, Any]:
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Device, driver, threads, load and versions, as of now."""
+    """Device, driver, threads, load, versions and the kernels' launch settings, as of now."""
     cuda = torch.device(device).type == "cuda"
     return {
         "device": device_name(device),
@@ -62,6 +64,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "system": f"{platform.system()} {platform.machine()}",
         "versions": versions(),
+        "kernel_settings": configs.describe(torch.device(device)) if uses_triton(device) else None,
         **commit(),
     }
 

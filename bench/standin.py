@@ -5,6 +5,7 @@ are drawn on the device in the dtype they are used in. `scale="tiny"` gives the 
 
 Source: the config.json of Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers (transformer), of
 mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers (vae) and of laion/CLIP-ViT-H-14-laion2B-s32B-b79K, the tower of PickScore.
+DC-AE-Lite from its authors' definition of dc-ae-lite-f32c32-sana-1.1 (dc-ai-projects/DC-Gen), in diffusers' terms.
 """
 
 from collections.abc import Iterator
@@ -142,6 +143,20 @@ TINY: dict[str, dict[str, Any]] = {
     ),
 }
 
+FULL["vae-lite"] = FULL["vae"] | dict(
+    decoder_block_types=(RES,) * 6,
+    decoder_layers_per_block=(0, 3, 5, 4, 4, 4),
+    decoder_qkv_multiscales=((),) * 6,
+    upsample_block_type="pixel_shuffle",
+    decoder_conv_act_fn="silu",
+)
+TINY["vae-lite"] = TINY["vae"] | dict(
+    decoder_block_types=(RES,) * 3,
+    decoder_layers_per_block=(0, 1, 1),
+    decoder_qkv_multiscales=((),) * 3,
+    upsample_block_type="pixel_shuffle",
+    decoder_conv_act_fn="silu",
+)
 CONFIGS = {"full": FULL, "tiny": TINY}
 CONTRAST = 0.45
 """Standard deviation of a decoded channel in [-1, 1]: the images use the range of a byte and clip little."""
@@ -155,10 +170,15 @@ def transformer(
 
 
 def autoencoder(
-    scale: str = "full", *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
+    scale: str = "full",
+    *,
+    lite: bool = False,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
 ) -> AutoencoderDC:
-    """DC-AE f32c32, 312 M parameters at full scale, whose decoder's last convolution is scaled to `CONTRAST`."""
-    vae = _build(AutoencoderDC, _config(scale)["vae"], device, dtype, seed)
+    """DC-AE f32c32, 312 M parameters at full scale, or DC-AE-Lite; its last convolution is scaled to `CONTRAST`."""
+    vae = _build(AutoencoderDC, _config(scale)["vae-lite" if lite else "vae"], device, dtype, seed)
     if torch.device(device).type != "meta":
         _set_contrast(vae, seed)
     return vae
@@ -242,11 +262,13 @@ def _drawing(device: torch.device | str, dtype: torch.dtype, seed: int) -> Itera
 @torch.no_grad()
 def _set_contrast(vae: AutoencoderDC, seed: int) -> None:
     """Centres each channel of the decoded images of random latents and gives it the standard deviation `CONTRAST`."""
-    weight = vae.decoder.conv_out.weight
+    last = vae.decoder.conv_out
+    last = getattr(last, "conv", last)  # DC-AE-Lite's makes four pixels of each colour, one below the other
     generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(8, vae.config.latent_channels, 4, 4, generator=generator).to(weight) / vae.config.scaling_factor
-    vae.decoder.conv_out.bias.zero_()
-    pixels = vae.decode(z, return_dict=False)[0].float().transpose(0, 1).flatten(1)
-    gain = CONTRAST / pixels.std(1)
-    weight.mul_(gain[:, None, None, None])
-    vae.decoder.conv_out.bias.sub_(gain * pixels.mean(1))
+    z = torch.randn(8, vae.config.latent_channels, 4, 4, generator=generator).to(last.weight)
+    last.bias.zero_()
+    pixels = vae.decode(z / vae.config.scaling_factor, return_dict=False)[0].float().transpose(0, 1).flatten(1)
+    gain, shift = CONTRAST / pixels.std(1), CONTRAST * pixels.mean(1) / pixels.std(1)
+    repeats = len(last.bias) // len(gain)
+    last.weight.mul_(gain.repeat_interleave(repeats)[:, None, None, None])
+    last.bias.sub_(shift.repeat_interleave(repeats))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import record
+import suite_decode
 import suite_linear
 import suite_model
 import torch
@@ -41,6 +42,9 @@ def parts(scale: Scale) -> dict[str, Callable[[Context], dict[str, Any]]]:
         "update": suite_model.update,
         "kernels": suite_linear.kernels,
         "memory": suite_model.memory,
+        f"decode_{small}": lambda context: suite_decode.decode(context, small),
+        f"decode_{large}": lambda context: suite_decode.decode(context, large),
+        "overlap": suite_decode.overlap,
     }
 
 

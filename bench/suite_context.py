@@ -169,8 +169,9 @@ class Context:
         model.transformer = copy.deepcopy(self.plain.transformer)
         return model
 
-    def settings(self, pixels: int) -> RenderSettings:
-        return RenderSettings(height=pixels, width=pixels, x0_angle=X0_ANGLE, decode_chunk=self.scale.decode_chunk)
+    def settings(self, pixels: int, **changes) -> RenderSettings:
+        settings = dict(height=pixels, width=pixels, x0_angle=X0_ANGLE, decode_chunk=self.scale.decode_chunk)
+        return RenderSettings(**settings, **changes)
 
     def engine(self, **changes) -> esengine.Engine:
         """A new engine on the population, for the timed step's N, P and R or others."""
@@ -189,8 +190,12 @@ class Context:
         pixels: int,
         population: esengine.Population | None = None,
         rows: Sequence[int] | None = None,
+        **changes,
     ) -> torch.Tensor:
-        """One forward of `rows`, or of all, by `SanaSprint.denoise`: x0 / sigma_data, fp32 [B, C, h, w]."""
+        """One forward of `rows`, or of all, by `SanaSprint.denoise`: x0 / sigma_data, fp32 [B, C, h, w].
+
+        `changes` are of its settings.
+        """
         members, prompts, repeats = (column if rows is None else column[list(rows)] for column in self.rows())
         return model.denoise(
             self.texts,
@@ -200,7 +205,7 @@ class Context:
             repeats=repeats,
             members=None if population is None else members,
             population=population,
-            settings=self.settings(pixels),
+            settings=self.settings(pixels, **changes),
             text_length=self.scale.text_tokens,
         )
 

@@ -16,7 +16,7 @@ from suite_linear import attempt
 
 import esengine
 from esengine.kernels import es_update_ref
-from esengine.models import SanaSprint
+from esengine.models import SanaSprint, graphs
 
 MINIMUM_FOR_COMPILE = 60
 """Seconds of the budget without which no further mode of torch.compile is begun."""
@@ -31,6 +31,11 @@ def forward(context: Context, pixels: int) -> dict[str, Any]:
         "population": lambda: context.forward(context.model, pixels, context.population),
         "eager": lambda: context.forward(context.plain, pixels),
     }
+    if graphs.supported(context.device):
+        variants["population launched"] = lambda: context.forward(
+            context.model, pixels, context.population, graphs="never"
+        )
+        _check_replay(pixels, variants, check["bound"])
     modes: dict[str, Any] = {}
     compiled: dict[str, SanaSprint] = {}
     for number, mode in enumerate(context.compile_modes):
@@ -52,11 +57,17 @@ def forward(context: Context, pixels: int) -> dict[str, Any]:
         "text_tokens": context.scale.text_tokens,
         "targets": list(reference_loop.TARGETS),
         "backend": context.population.backend,
+        "plan": context.model.plan(context.population, context.settings(pixels)),
         "check": check,
         "compile": {"backend": context.compile_backend, "modes": modes, "fastest": fastest},
         "seconds": seconds,
         "ratios": {
             "over_eager": record.ratio(seconds["eager"], seconds["population"]),
+            **(
+                {"over_launched": record.ratio(seconds["population launched"], seconds["population"])}
+                if "population launched" in seconds
+                else {}
+            ),
             **({} if fastest is None else {"over_compiled": record.ratio(seconds[fastest], seconds["population"])}),
         },
     }
@@ -225,6 +236,7 @@ def _few_chunks(context: Context, members: int, pixels: int) -> None:
 
 
 def _peak(context: Context, work: Callable[[], None]) -> int:
+    context.model.release_graphs()
     gc.collect()
     if context.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -285,13 +297,20 @@ def _chunk(context, model, task, rows, pixels, laps: Laps | None, population) ->
     )
     if laps is not None:
         laps.lap("transformer")
-    images = model.decode(x0_bchw, chunk=settings.decode_chunk)
+    images = model.decode(x0_bchw, chunk=settings.decode_chunk, mode=settings.decode)
     if laps is not None:
         laps.lap("decode")
     scores = context.scorer(images, [context.texts.prompts[index] for index in prompts.tolist()])
     if laps is not None:
         laps.lap("score")
     return scores
+
+
+def _check_replay(pixels: int, variants: dict[str, Callable[[], torch.Tensor]], bound: float) -> None:
+    """The third forward, which is a graph's, is that of single launches."""
+    for _ in range(3):
+        replayed = variants["population"]()
+    bounded(f"replay at {pixels} px", worst_error(replayed, variants["population launched"]()), bound)
 
 
 def _check_step(context: Context, engine: esengine.Engine, pixels: int) -> None:

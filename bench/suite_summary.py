@@ -78,6 +78,10 @@ def summarize(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
     summary["update_share"] = figure("update_share", ["update", *steps], _update_share)
     summary["roofline_share"] = figure("roofline_share", ["linear", "kernels"], _roofline)
+    decodes = [f"decode_{side}" for side in pixels]
+    summary["decode_and_overlap"] = figure(
+        "decode_and_overlap", [*decodes, "overlap"], lambda p: (None, {name: _over(p[name]) for name in p})
+    )
     summary["step_breakdown"] = figure(
         "step_breakdown", steps, lambda p: (None, {part: _breakdown(p[part]) for part in p})
     )
@@ -109,6 +113,8 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     for name, share in (summary["roofline_share"]["detail"] or {}).items():
         shown = "-" if share is None else f"{share:.3g}"
         table.append((f"roofline share of {name}", shown, "", ""))
+    for part, ratios in (summary["decode_and_overlap"]["detail"] or {}).items():
+        table += [(f"{part}, {name}", f"{ratio:.4g}", "", "") for name, ratio in ratios.items()]
     for part, shares in (summary["step_breakdown"]["detail"] or {}).items():
         table.append((f"what {part} is made of", ", ".join(f"{n} {100 * s:.1f} %" for n, s in shares.items()), "", ""))
     return table
@@ -148,7 +154,7 @@ def _linear(part: dict[str, Any]) -> tuple[float | None, dict[str, Any]]:
 def _forward(parts: dict[str, Any]) -> tuple[float | None, dict[str, float]]:
     detail, compiled = {}, []
     for name, part in parts.items():
-        for over in ("over_compiled", "over_eager"):
+        for over in ("over_compiled", "over_eager", "over_launched"):
             if over in part["ratios"]:
                 detail[f"{name} {over}"] = part["ratios"][over]["of_medians"]
         compiled.append(detail.get(f"{name} over_compiled"))
@@ -187,6 +193,13 @@ def _roofline(parts: dict[str, Any]) -> tuple[None, dict[str, float | None]]:
         if "roofline" in case:
             detail[name] = share
     return None, detail
+
+
+def _over(part: dict[str, Any]) -> dict[str, float]:
+    """Throughput over the decoder as diffusers runs it, or over chunks in turn."""
+    if "ratio" in part:
+        return {"over in turn": part["ratio"]["of_medians"]}
+    return {f"{name} over contiguous": ratio["of_medians"] for name, ratio in part["ratios"].items()}
 
 
 def _breakdown(part: dict[str, Any]) -> dict[str, float]:

@@ -1,5 +1,8 @@
 """From names in a configuration to things that compute: device, dtype, model, image settings, chunk size."""
 
+import dataclasses
+from pathlib import Path
+
 import torch
 
 from esengine.config import ImageSettings
@@ -30,10 +33,12 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def load_model(model: str, revision: str | None, device: torch.device, dtype: torch.dtype) -> SanaSprint:
-    """A pipeline folder, a hub id, or `tiny`."""
+def load_model(
+    model: str, revision: str | None, device: torch.device, dtype: torch.dtype, vae: str | None = None
+) -> SanaSprint:
+    """A pipeline folder, a hub id, or `tiny`; with another decoder, if asked for (`ImageSettings.vae`)."""
     source = default_model() if model == TINY else model
-    return SanaSprint.from_pretrained(source, revision=revision, device=device, dtype=dtype)
+    return SanaSprint.from_pretrained(source, revision=revision, device=device, dtype=dtype, vae=vae)
 
 
 def render_settings(image: ImageSettings) -> RenderSettings:
@@ -44,7 +49,16 @@ def render_settings(image: ImageSettings) -> RenderSettings:
         guidance_scale=image.guidance_scale,
         x0_angle=image.x0_angle,
         decode_chunk=image.decode_chunk,
+        graphs=image.graphs,
+        decode=image.decode,
+        overlap=image.overlap,
     )
+
+
+def settled(image: ImageSettings, model: SanaSprint) -> ImageSettings:
+    """The settings as a run keeps them: with its chunk, and with a decoder's folder by its full name."""
+    vae = str(Path(image.vae).resolve()) if image.vae and Path(image.vae).is_dir() else image.vae
+    return dataclasses.replace(image, chunk=pick_chunk(image, model), vae=vae)
 
 
 def pick_chunk(image: ImageSettings, model: SanaSprint) -> int:

@@ -2,7 +2,8 @@
 
 from esengine.models.latents import latents
 from esengine.models.lora_file import WEIGHT_NAME, write_diffusers_lora
-from esengine.models.sana_sprint import RenderSettings, SanaSprint
+from esengine.models.sana_sprint import SanaSprint
+from esengine.models.settings import RenderSettings
 from esengine.models.text_cache import TextEmbeddings
 from esengine.models.tiny import build_tiny, default_model
 

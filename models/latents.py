@@ -3,6 +3,7 @@
 import torch
 
 from esengine.kernels import normals, stream_id
+from esengine.transfer import upload
 
 
 def latents(
@@ -23,8 +24,8 @@ def latents(
     Args:
         seed: The run's seed.
         step: The ES step.
-        prompts: int64 [B], index of each row's prompt.
-        repeats: int64 [B], which of the prompt's repeats each row is.
+        prompts: int64 [B] on the CPU, index of each row's prompt.
+        repeats: int64 [B] on the CPU, which of the prompt's repeats each row is.
         shape: (channels, height, width) of a latent.
         draw: 0 for the initial latent, j for the noise added after denoising step j.
         device: Where the latents are made.
@@ -39,10 +40,10 @@ def latents(
     unique = normals(
         seed=seed,
         step=step,
-        streams=torch.tensor([streams[repeat] for _, repeat in slots], dtype=torch.int64, device=device),
-        pairs=torch.tensor([prompt for prompt, _ in slots], dtype=torch.int64, device=device),
+        streams=upload(torch.tensor([streams[repeat] for _, repeat in slots], dtype=torch.int64), device),
+        pairs=upload(torch.tensor([prompt for prompt, _ in slots], dtype=torch.int64), device),
         count=channels * height * width,
         device=device,
     )
-    index = torch.tensor([slots[row] for row in rows], dtype=torch.int64, device=device)
+    index = upload(torch.tensor([slots[row] for row in rows], dtype=torch.int64), device)
     return unique.view(-1, channels, height, width)[index]

@@ -6,12 +6,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import SanaSprintPipeline
+from diffusers import AutoencoderDC, SanaSprintPipeline
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from esengine.errors import ConfigError, RenderError
+from esengine.models.text_cache import fingerprint
+
+LATENT_FACTS = {
+    "latent channels": lambda config: config["latent_channels"],
+    "scaling factor": lambda config: config["scaling_factor"],
+    "compression": lambda config: 2 ** (len(config["encoder_block_out_channels"]) - 1),
+}
+"""Of an AutoencoderDC's configuration: what its latents are."""
 
 READ_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError)
 
@@ -42,8 +51,8 @@ def download(model: str, revision: str | None, local_files_only: bool, **without
         ) from error
 
 
-def load(folder: Path, dtype: torch.dtype, **without: None) -> SanaSprintPipeline:
-    """The pipeline in a local folder, without the components named in `without`."""
+def load(folder: Path, dtype: torch.dtype, **parts: torch.nn.Module | None) -> SanaSprintPipeline:
+    """The pipeline in a local folder, with `parts` in place of its own; None leaves a component out."""
     index = folder / "model_index.json"
     try:
         kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
@@ -51,10 +60,54 @@ def load(folder: Path, dtype: torch.dtype, **without: None) -> SanaSprintPipelin
             raise ValueError(f"expected a SanaSprintPipeline, got {kind}")
         with no_progress_bars():
             return SanaSprintPipeline.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, local_files_only=True, **without
+                folder, dtype=dtype, use_safetensors=True, local_files_only=True, **parts
             )
     except READ_ERRORS as error:
         raise ConfigError(f"model: cannot load {folder}: {first_line(error)}") from error
+
+
+def load_vae(vae: str, pipeline: Path, dtype: torch.dtype, local_files_only: bool) -> tuple[AutoencoderDC, str]:
+    """A decoder for the latents of a local pipeline folder, and its identity: a hub id and commit, or a fingerprint.
+
+    Args:
+        vae: A folder, or a hub id, perhaps with a revision behind an @.
+        pipeline: Whose own VAE says what the latents must be.
+        dtype: Of the weights.
+        local_files_only: Take a hub id from the local cache alone.
+
+    Raises:
+        ConfigError: There is none, it cannot be read, or its latents are of other channels, scale or compression.
+    """
+    folder, identity = Path(vae).expanduser(), None
+    if not folder.is_dir():
+        name, _, revision = vae.partition("@")
+        if folder.is_absolute() or vae.startswith(("~", ".")) or name.count("/") != 1:
+            raise ConfigError(f"vae: {vae} is neither a folder nor a hub id")
+        weights = "diffusion_pytorch_model*.safetensors"
+        files = dict(allow_patterns=["config.json", weights, f"{weights}.index.json"])
+        try:
+            folder = Path(
+                snapshot_download(name, revision=revision or None, local_files_only=local_files_only, **files)
+            )
+        except (*READ_ERRORS, RuntimeError) as error:
+            raise ConfigError(f"vae: {vae} is not a folder, and no hub model of that name was found") from error
+        identity = f"{name}@{folder.name}"
+    try:
+        own, given = (
+            json.loads((each / "config.json").read_text(encoding="utf-8")) for each in (pipeline / "vae", folder)
+        )
+        if given.get("_class_name") != AutoencoderDC.__name__:
+            raise ValueError(f"expected an AutoencoderDC, got {given.get('_class_name')}")
+        for what, fact in LATENT_FACTS.items():
+            if fact(own) != fact(given):
+                raise ValueError(f"expected {what} {fact(own)}, as the model's own, got {fact(given)}")
+        with no_progress_bars():
+            loaded = AutoencoderDC.from_pretrained(
+                folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+            )
+    except READ_ERRORS as error:
+        raise ConfigError(f"vae: cannot use {vae}: {first_line(error)}") from error
+    return loaded, identity or fingerprint(folder, ("",))
 
 
 def first_line(error: Exception) -> str:

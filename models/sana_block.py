@@ -1,4 +1,4 @@
-"""SANA's transformer block in eleven launches, for a batch whose rows are members of a population.
+"""SANA's transformer block in a dozen launches, for a batch whose rows are members of a population.
 
     x, h  = shrink(LayerNorm(z) (1 + scale) + shift)           low-rank columns of to_q, to_k, to_v
     q|k|v = x [W_q | W_k | W_v]^T + expand(h)                  one stacked GEMM
@@ -6,7 +6,9 @@
     z    += to_out(softmax(to_q(z) to_k(text)^T) to_v(text))   on trimmed text
     z    += gate GLUMBConv(LayerNorm(z) (1 + scale) + shift)   SiLU in the first GEMM, gate and residual in the last
 
-It equals diffusers' block up to rounding, of which it does less: sums and products stay in fp32 inside a launch.
+It equals diffusers' block up to rounding, of which it does less: sums and products stay in fp32 inside a launch. Where
+Triton does not run, only the GLUMBConv is replaced: on tokens its channels are last, which is what a CPU's depthwise
+convolution wants, and SiLU and gate work in place.
 
 Legend: z_btd hidden states of B rows and T tokens, text_blc text states, table_b6d the block's shifts, scales, gates.
 
@@ -15,7 +17,6 @@ Source: Xie et al., SANA (arXiv 2410.10629); diffusers' `SanaTransformerBlock`.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +31,10 @@ from esengine.kernels import (
     depthwise_gate,
     fused_linear,
     linear_attention,
+    mix,
     shrink,
     stream_table,
+    takes_shares,
 )
 from esengine.layers import PopulationLinear
 
@@ -77,35 +80,46 @@ class Stack:
             table = stream_table(tuple(t.streams for t in targets), a.device)
             self.adapters = Adapters(a, b, table, targets[0].scale)
 
+    def after(self, keys: Perturbation, dtype: torch.dtype) -> Adapters | None:
+        """The targets, if what makes x in this dtype can leave shares of their shrink for them."""
+        return self.adapters if self.adapters and takes_shares(self.adapters, keys.rank, dtype) else None
+
     def __call__(
-        self, x: torch.Tensor, keys: Perturbation, modulation: Modulation | None = None, **epilogue
-    ) -> torch.Tensor:
-        keys = keys if self.adapters else None
-        x, h = shrink(x, self.adapters, keys, modulation)
-        return fused_linear(x, self.weight, self.bias, h=h, adapters=self.adapters, perturbation=keys, **epilogue)
+        self,
+        x: torch.Tensor,
+        keys: Perturbation,
+        modulation: Modulation | None = None,
+        shares: torch.Tensor | None = None,
+        then: Adapters | None = None,
+        **epilogue,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """See `shrink`, `mix` and `fused_linear`. With `then`, whose linear reads y, also the shares for it."""
+        own = keys if self.adapters else None
+        x, h = shrink(x, self.adapters, own, modulation) if shares is None else (x, mix(shares, self.adapters, own))
+        options = dict(h=h, adapters=self.adapters, perturbation=own if then is None else keys, then=then, **epilogue)
+        return fused_linear(x, self.weight, self.bias, **options)
 
 
 class FusedBlock:
-    """One block's stacked weights and its forward, with the signature of diffusers'."""
+    """One block's stacked weights and its forward for the members that `keys` names; its signature is diffusers'."""
 
-    def __init__(self, block: nn.Module):
+    def __init__(self, block: nn.Module, keys: Perturbation):
         """Raises ValueError for a block with parts that the launches do not have."""
-        attention, cross, conv = block.attn1, block.attn2, block.ff
-        extras = cross is None or conv.norm_type is not None or conv.residual_connection
+        attention, cross = block.attn1, block.attn2
+        extras = cross is None or not _plain(block.ff)
         norms = attention.norm_q, attention.norm_k
         rms = all(isinstance(n, RMSNorm) and n.weight is not None and n.bias is None for n in norms)
         extras |= not (rms and norms[0].eps == norms[1].eps) and norms != (None, None)
         extras |= attention.inner_dim // attention.heads > 64 or "forward" in vars(block)  # such as a hook's
         if extras or block.norm2.elementwise_affine or cross.rescale_output_factor != 1:
             raise ValueError(f"block: expected SANA-Sprint's, got {block}")
-        self.block = block
+        self.module, self.keys = block, keys
         self.qkv = Stack(attention.to_q, attention.to_k, attention.to_v)
         self.q, self.kv = Stack(cross.to_q), Stack(cross.to_k, cross.to_v)
         self.out, self.cross_out = Stack(attention.to_out[0]), Stack(cross.to_out[0])
 
     def forward(
         self,
-        keys: Perturbation,
         z_btd: torch.Tensor,
         attention_mask: torch.Tensor | None,
         text_blc: torch.Tensor,
@@ -114,12 +128,13 @@ class FusedBlock:
         height: int,
         width: int,
     ) -> torch.Tensor:
+        block, keys = self.module, self.keys
+        attention, cross, conv = block.attn1, block.attn2, block.ff
         if len(keys.members) != len(z_btd):
             given = f"int64 [{len(z_btd)}], got int64 [{len(keys.members)}]"
             raise ValueError(f"members: expected one for each batch row, {given}")
         if torch.is_grad_enabled() and (z_btd.requires_grad or text_blc.requires_grad):
             raise RuntimeError("hidden states: fused blocks have no gradient; call them under torch.no_grad")
-        block, attention, cross, conv = self.block, self.block.attn1, self.block.attn2, self.block.ff
         table_b6d = block.scale_shift_table[None] + timestep.reshape(len(z_btd), 6, -1)
         shift, scale, gate, shift_ff, scale_ff, gate_ff = table_b6d.unbind(1)
 
@@ -127,10 +142,14 @@ class FusedBlock:
         norms = {} if attention.norm_q is None else {"eps": attention.norm_q.eps}
         for name in ("norm_q", "norm_k") if norms else ():
             norms[name] = getattr(attention, name).weight
-        y_btd = linear_attention(*qkv.chunk(3, -1), heads=attention.heads, **norms)
-        z_btd = self.out(y_btd, keys, residual=z_btd, gate=gate)
+        heads, then, then_q = attention.heads, self.out.after(keys, z_btd.dtype), self.q.after(keys, z_btd.dtype)
+        then = None if attention.inner_dim // heads % 4 else then
+        y = linear_attention(*qkv.chunk(3, -1), heads=heads, then=then, perturbation=keys, **norms)
+        y_btd, shares = (y, None) if then is None else y
+        y = self.out(y_btd, keys, shares=shares, then=then_q, residual=z_btd, gate=gate)
+        z_btd, shares = (y, None) if then_q is None else y
 
-        q, (k, v) = self.q(z_btd, keys), self.kv(text_blc, keys).chunk(2, -1)
+        q, (k, v) = self.q(z_btd, keys, shares=shares), self.kv(text_blc, keys).chunk(2, -1)
         if cross.norm_q is not None:
             q, k = cross.norm_q(q), cross.norm_k(k)
         q, k, v = (y.unflatten(-1, (cross.heads, -1)).transpose(1, 2) for y in (q, k, v))
@@ -143,26 +162,50 @@ class FusedBlock:
         return fused_linear(y, conv.conv_point.weight.flatten(1), residual=z_btd, gate=gate_ff)
 
 
-def can_fuse(transformer: SanaTransformer2DModel) -> bool:
-    """Whether every block has a fused form; fp16 has none, whose overflows diffusers clamps."""
+class TokenConv:
+    """GLUMBConv in torch, on tokens: channels last, SiLU and gate in place. Its signature is diffusers'."""
+
+    def __init__(self, conv: nn.Module):
+        """Raises ValueError for a GLUMBConv with a norm, a residual or a hook."""
+        if not _plain(conv):
+            raise ValueError(f"conv: expected SANA-Sprint's GLUMBConv, got {conv}")
+        self.module = conv
+
+    def forward(self, x_bchw: torch.Tensor) -> torch.Tensor:
+        inverted, depth, point = self.module.conv_inverted, self.module.conv_depth, self.module.conv_point
+        y_bhwc = F.linear(x_bchw.movedim(1, 3), inverted.weight.flatten(1), inverted.bias)
+        y_bchw = F.silu(y_bhwc, inplace=True).movedim(3, 1)
+        y_bchw = F.conv2d(y_bchw, depth.weight, depth.bias, padding=1, groups=len(depth.weight))
+        y_bhwc, gate_bhwc = y_bchw.movedim(1, 3).chunk(2, -1)
+        y_bhwc = y_bhwc.mul_(F.silu(gate_bhwc, inplace=True))
+        return F.linear(y_bhwc, point.weight.flatten(1)).movedim(3, 1)
+
+
+def _plain(conv: nn.Module) -> bool:
+    return conv.norm_type is None and not conv.residual_connection and "forward" not in vars(conv)
+
+
+def fused_parts(transformer: SanaTransformer2DModel, keys: Perturbation | None) -> list[FusedBlock | TokenConv]:
+    """What stands in for the transformer's blocks (Triton, `keys` given) or for their convolutions (torch, None).
+
+    Empty if one of them has no such form. Whole blocks have none in fp16, whose overflows diffusers clamps.
+    """
+    blocks = transformer.transformer_blocks
     try:
-        return transformer.dtype != torch.float16 and bool([FusedBlock(b) for b in transformer.transformer_blocks])
+        if keys is None:
+            return [TokenConv(block.ff) for block in blocks]
+        return [] if transformer.dtype == torch.float16 else [FusedBlock(block, keys) for block in blocks]
     except ValueError:
-        return False
+        return []
 
 
 @contextmanager
-def fused(transformer: SanaTransformer2DModel, keys: Perturbation) -> Iterator[None]:
-    """Inside, the transformer's blocks run fused for the members that `keys` names; outside, as they did.
-
-    Raises:
-        ValueError: A block has no fused form; see `can_fuse`.
-    """
-    blocks = [FusedBlock(block) for block in transformer.transformer_blocks]
+def in_place_of(parts: Sequence[FusedBlock | TokenConv]) -> Iterator[None]:
+    """Inside, the modules that `fused_parts` was given run in their other form; outside, as they did."""
     try:
-        for each in blocks:
-            each.block.forward = partial(each.forward, keys)
+        for each in parts:
+            each.module.forward = each.forward
         yield
     finally:
-        for each in blocks:
-            each.block.__dict__.pop("forward", None)
+        for each in parts:
+            each.module.__dict__.pop("forward", None)

@@ -9,10 +9,8 @@ Source: Chen et al., "SANA-Sprint" (2025), the trigflow sampler; diffusers' `pip
 
 import gc
 import inspect
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,63 +18,21 @@ import torch
 from diffusers import SanaSprintPipeline
 from safetensors import safe_open
 
-from esengine.errors import ConfigError, RenderError
+from esengine.errors import ConfigError
+from esengine.kernels import key_words
+from esengine.models import graphs
+from esengine.models.checks import Describe, FiniteChecks
+from esengine.models.decoder import Decoder, addresses
 from esengine.models.latents import latents
-from esengine.models.loading import READ_ERRORS, download, first_line, fits, load, locate
+from esengine.models.loading import READ_ERRORS, download, first_line, fits, load, load_vae, locate
 from esengine.models.lora_file import WEIGHT_NAME
-from esengine.models.sana_block import can_fuse, fused
+from esengine.models.sana_block import FusedBlock, fused_parts, in_place_of
+from esengine.models.settings import RenderSettings
 from esengine.models.text_cache import Progress, TextEmbeddings, embed_prompts, fingerprint
+from esengine.transfer import upload
 
-PIPELINE_MULTIPLE = 32
-"""`SanaSprintPipeline.check_inputs` takes no other height or width."""
-
-
-@dataclass(frozen=True)
-class RenderSettings:
-    """How an image is sampled. The defaults are `SanaSprintPipeline.__call__`'s, with one step.
-
-    Attributes:
-        height: Of the image in pixels. None: the model's own size.
-        width: Of the image in pixels. None: the model's own size.
-        num_steps: Denoising steps.
-        guidance_scale: Embedded guidance.
-        x0_angle: One step only. The angle at which x0 is read off the velocity, while the model is still called at
-            `max_timesteps`. None: the scheduler's own. The reference run used 1.3.
-        decode_chunk: Images in one VAE call.
-        max_timesteps: First angle of the schedule.
-        intermediate_timesteps: Second angle of the two-step schedule. None: evenly spaced.
-    """
-
-    height: int | None = None
-    width: int | None = None
-    num_steps: int = 1
-    guidance_scale: float = 4.5
-    x0_angle: float | None = None
-    decode_chunk: int = 8
-    max_timesteps: float = 1.57080
-    intermediate_timesteps: float | None = 1.3
-
-    def __post_init__(self):
-        for name in ("height", "width"):
-            size = getattr(self, name)
-            if size is not None and (size <= 0 or size % PIPELINE_MULTIPLE):
-                raise ConfigError(f"{name}: expected a positive multiple of {PIPELINE_MULTIPLE}, got {size}")
-        for name in ("num_steps", "decode_chunk"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not math.isfinite(self.guidance_scale):
-            raise ConfigError(f"guidance_scale: expected a finite number, got {self.guidance_scale}")
-        if not 0 < self.max_timesteps <= 1.5708:
-            raise ConfigError(f"max_timesteps: expected an angle in (0, 1.5708], got {self.max_timesteps}")
-        middle = self.intermediate_timesteps
-        if self.num_steps == 2 and middle is not None and not 0 < middle < self.max_timesteps:
-            raise ConfigError(f"intermediate_timesteps: expected between 0 and max_timesteps, got {middle}")
-        if self.x0_angle is not None and self.num_steps != 1:
-            raise ConfigError(
-                f"x0_angle: expected None unless num_steps is 1, got {self.x0_angle} for {self.num_steps}"
-            )
-        if self.x0_angle is not None and not 0 < self.x0_angle <= 1.5708:
-            raise ConfigError(f"x0_angle: expected an angle in (0, 1.5708], got {self.x0_angle}")
+Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""Prompts, repeats and members of a chunk, each int64 [B] on the CPU; members is None without a population."""
 
 
 class SanaSprint:
@@ -86,6 +42,7 @@ class SanaSprint:
         pipeline: The `SanaSprintPipeline`, whose tokenizer and text encoder are None.
         transformer: Frozen `SanaTransformer2DModel`, to attach a population to.
         vae: Frozen `AutoencoderDC`.
+        decoder: The VAE's, channels-last on a GPU.
         scheduler: `SCMScheduler`.
         image_size: Height and width of the model's own images, in pixels.
         device: Where it lies.
@@ -93,7 +50,13 @@ class SanaSprint:
     """
 
     def __init__(
-        self, pipeline: SanaSprintPipeline, *, source: Path, identity: dict[str, str], local_files_only: bool = True
+        self,
+        pipeline: SanaSprintPipeline,
+        *,
+        source: Path,
+        identity: dict[str, str],
+        local_files_only: bool = True,
+        vae_identity: str | None = None,
     ):
         """`from_pretrained` calls this. `source` is the local folder; `identity` a hub id and its commit, or empty."""
         self.pipeline = pipeline
@@ -101,9 +64,13 @@ class SanaSprint:
         self.vae = pipeline.vae.eval().requires_grad_(False)
         self.scheduler = pipeline.scheduler
         self.image_size = self.transformer.config.sample_size * pipeline.vae_scale_factor
+        self.decoder = Decoder(self.vae, channels_last=self.device.type == "cuda")
         self._source = source
         self._identity = identity
         self._local_files_only = local_files_only
+        self._vae_identity = vae_identity
+        self._captured: tuple[tuple, graphs.Graphs | None] | None = None
+        self._checks = FiniteChecks()
 
     @property
     def device(self) -> torch.device:
@@ -122,6 +89,7 @@ class SanaSprint:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         local_files_only: bool = False,
+        vae: str | Path | None = None,
     ) -> "SanaSprint":
         """Loads a pipeline folder or a hub id; safetensors only, no remote code.
 
@@ -131,19 +99,36 @@ class SanaSprint:
             device: Where the transformer and the VAE go.
             dtype: Of the transformer and the VAE.
             local_files_only: Take a hub id from the local cache alone.
+            vae: An `AutoencoderDC` in place of the pipeline's own, such as DC-AE-Lite: a folder, or a hub id, perhaps
+                with a revision behind an @. Its latents must be the same, its decoder may be another.
 
         Raises:
-            ConfigError: There is no such model, or it is not a SANA-Sprint pipeline that can be read.
+            ConfigError: There is no such model, or it is not a SANA-Sprint pipeline that can be read, or the VAE is of
+                other latents.
         """
         source, identity = locate(str(model), revision, local_files_only)
-        pipeline = load(source, dtype, text_encoder=None, tokenizer=None)
-        return cls(pipeline.to(device), source=source, identity=identity, local_files_only=local_files_only)
+        parts, vae_identity = {}, None
+        if vae is not None:
+            parts["vae"], vae_identity = load_vae(str(vae), source, dtype, local_files_only)
+        pipeline = load(source, dtype, text_encoder=None, tokenizer=None, **parts)
+        return cls(
+            pipeline.to(device),
+            source=source,
+            identity=identity,
+            local_files_only=local_files_only,
+            vae_identity=vae_identity,
+        )
 
     def identity(self) -> str:
-        """What was loaded, for the record of a run: a hub id and its commit, or a fingerprint of a folder's weights."""
+        """What was loaded, for the record of a run: a hub id and its commit, or a fingerprint of a folder's weights.
+
+        A VAE other than the pipeline's own is named behind it in the same way.
+        """
         if "commit" in self._identity:
-            return f"{self._identity['model']}@{self._identity['commit']}"
-        return fingerprint(self._source, ("transformer", "vae", "scheduler"))
+            name = f"{self._identity['model']}@{self._identity['commit']}"
+        else:
+            name = fingerprint(self._source, ("transformer", "vae", "scheduler"))
+        return name if self._vae_identity is None else f"{name} vae {self._vae_identity}"
 
     def encode(
         self,
@@ -211,9 +196,9 @@ class SanaSprint:
             texts: Embeddings of the prompts.
             seed: The run's seed, which keys the latents.
             step: The ES step, which keys the latents and the population's noise.
-            prompts: int64 [B], index into `texts` for each row.
-            repeats: int64 [B], repeat for each row.
-            members: int64 [B], member for each row; needs `population`.
+            prompts: int64 [B] on the CPU, index into `texts` for each row.
+            repeats: int64 [B] on the CPU, repeat for each row.
+            members: int64 [B] on the CPU, member for each row; needs `population`.
             population: What `esengine.attach(model.transformer, ...)` returned. None: the transformer as it stands.
             settings: Defaults to `RenderSettings()`.
             text_length: Tokens to pad the text to. Default: the longest of this batch. Give
@@ -225,14 +210,10 @@ class SanaSprint:
         Raises:
             ValueError: Rows that do not match, `members` without `population` or the reverse, or a size that the
                 model cannot render.
-            RenderError: An image is not finite; the message names its step, member and prompt.
+            RenderError: An image is not finite; the message names its step, member and prompt. Inside
+                `deferred_checks`, only its end raises this.
         """
         settings = settings or RenderSettings()
-
-        def describe(row: int) -> str:
-            member = "" if members is None else f", member {int(members[row])}"
-            return f"step {step}{member}, prompt {texts.prompts[int(prompts[row])]!r}"
-
         x0_bchw = self.denoise(
             texts,
             seed=seed,
@@ -244,7 +225,56 @@ class SanaSprint:
             settings=settings,
             text_length=text_length,
         )
-        return self.decode(x0_bchw, chunk=settings.decode_chunk, describe=describe)
+        describe = _describe(texts, step, prompts, members)
+        return self.decode(x0_bchw, chunk=settings.decode_chunk, mode=settings.decode, describe=describe)
+
+    @torch.no_grad()
+    def render_chunks(
+        self,
+        texts: TextEmbeddings,
+        chunks: Iterable[Rows],
+        *,
+        seed: int,
+        step: int,
+        population=None,
+        settings: RenderSettings | None = None,
+        text_length: int | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """`render` of several chunks of a step, one after the other; the arguments are its own.
+
+        With `settings.overlap` on a GPU, a chunk is decoded on a second stream while the next is denoised on the
+        caller's, one ahead. The images are the same and are ready for the caller's stream.
+
+        Yields:
+            uint8 [B, 3, H, W] of each chunk.
+        """
+        settings = settings or RenderSettings()
+        keys = dict(seed=seed, step=step, population=population, settings=settings, text_length=text_length)
+        if not settings.overlap or not graphs.supported(self.device):
+            for prompts, repeats, members in chunks:
+                yield self.render(texts, prompts=prompts, repeats=repeats, members=members, **keys)
+            return
+        main, side, waiting = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device), None
+
+        def ready(images: torch.Tensor, good: torch.Tensor, describe, decoded: torch.cuda.Event) -> torch.Tensor:
+            main.wait_event(decoded)
+            for tensor in (images, good):  # freed on this stream, not on the one that made them
+                tensor.record_stream(main)
+            self._checks(good, describe)
+            return images
+
+        for prompts, repeats, members in chunks:
+            x0_bchw = self.denoise(texts, prompts=prompts, repeats=repeats, members=members, **keys)
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                images, good = self.decoder(x0_bchw, chunk=settings.decode_chunk, mode=settings.decode)
+                decoded = side.record_event()
+            x0_bchw.record_stream(side)
+            if waiting is not None:
+                yield ready(*waiting)
+            waiting = images, good, _describe(texts, step, prompts, members), decoded
+        if waiting is not None:
+            yield ready(*waiting)
 
     @torch.no_grad()
     def denoise(
@@ -268,33 +298,33 @@ class SanaSprint:
             raise ValueError("members, population: expected both or neither")
         shape = self._latent_shape(settings)
         sigma_data = self.scheduler.config.sigma_data
-        two_steps = settings.num_steps == 2
-        self.scheduler.set_timesteps(
-            settings.num_steps,
-            device=self.device,
-            max_timesteps=settings.max_timesteps,
-            intermediate_timesteps=settings.intermediate_timesteps if two_steps else None,
-        )
-        angles = self.scheduler.timesteps  # float32 [num_steps + 1], the last is 0
+        angles = self._angles(settings)  # float32 [num_steps + 1], the last is 0
+        replayed = self._graphs(population, settings)
+        if replayed is not None:
+            length = texts.trimmed_length(prompts) if text_length is None else text_length
+            text_length = -(-length // graphs.TEXT_MULTIPLE) * graphs.TEXT_MULTIPLE
 
         embeds_blc, mask_bl = texts.batch(prompts, length=text_length, device=self.device)
         guidance_b = torch.full([1], settings.guidance_scale, device=self.device, dtype=torch.float32)
         guidance_b = guidance_b.expand(batch).to(embeds_blc.dtype) * self.transformer.config.guidance_embeds_scale
-        embeds_blc = embeds_blc.to(self.dtype)
+        inputs = embeds_blc.to(self.dtype), mask_bl, guidance_b
 
         def noise(draw: int) -> torch.Tensor:
             keys = {"seed": seed, "step": step, "prompts": prompts, "repeats": repeats}
             return sigma_data * latents(**keys, shape=shape, draw=draw, device=self.device)
 
         x_bchw = noise(0)
-        with ExitStack() as inside:
-            if population is not None:
-                inside.enter_context(population.perturbed(step=step, members=members.to(self.device)))
-                if self.fuses(population):
-                    inside.enter_context(fused(self.transformer, population.perturbation))
+        inside, velocity = nullcontext(), self._velocity
+        if replayed is not None:
+            velocity = replayed
+            _check_keys(seed, step, members)
+            inputs += (torch.full([1], step, device=self.device), upload(members, self.device))
+        elif population is not None:
+            inside = self.perturbed(population, step=step, members=members)
+        with inside:
             for i, (s, t) in enumerate(pairwise(angles)):
                 with fits(batch, "transformer forward", "chunk"):
-                    v_bchw = self._velocity(x_bchw, s, embeds_blc, mask_bl, guidance_b)
+                    v_bchw = velocity(x_bchw, s, *inputs)
                 if settings.x0_angle is not None:
                     s = torch.full_like(s, settings.x0_angle)
                 x0_bchw = torch.cos(s) * x_bchw - torch.sin(s) * v_bchw
@@ -304,29 +334,85 @@ class SanaSprint:
 
     @torch.no_grad()
     def decode(
-        self, x0_bchw: torch.Tensor, *, chunk: int, describe: Callable[[int], str] = "row {}".format
+        self,
+        x0_bchw: torch.Tensor,
+        *,
+        chunk: int,
+        mode: str = "eager",
+        describe: Describe = "row {}".format,
     ) -> torch.Tensor:
         """The second half of `render`: uint8 [B, 3, H, W] from x0 / sigma_data, `chunk` images in one VAE call.
 
         Raises:
             RenderError: A decoded image is not finite; `describe` says of which row.
         """
-        scaled = x0_bchw.to(self.vae.dtype) / self.vae.config.scaling_factor
-        images, finite = [], []
-        for z in scaled.split(chunk):
-            with fits(len(z), "VAE call", "decode chunk"):
-                decoded = self.vae.decode(z, return_dict=False)[0]
-            finite.append(decoded.isfinite().flatten(1).all(1))
-            images.append(((decoded / 2 + 0.5).clamp(0, 1).float() * 255).round().to(torch.uint8))
-        if not (good := torch.cat(finite)).all():
-            raise RenderError(
-                f"{describe(int((~good).nonzero()[0]))}: the image is not finite; lower the noise or the rate"
-            )
-        return torch.cat(images)
+        images, good = self.decoder(x0_bchw, chunk=chunk, mode=mode)
+        self._checks(good, describe)
+        return images
+
+    @contextmanager
+    def deferred_checks(self) -> Iterator[None]:
+        """Inside, images that are not finite raise nothing; the end does, for the first of them.
+
+        So a step of many chunks waits for the device once. What was made of such images is to be thrown away.
+
+        Raises:
+            RenderError: At the end, naming the step, member and prompt.
+        """
+        with self._checks.deferred():
+            yield
+
+    @contextmanager
+    def perturbed(self, population, *, step: int, members: torch.Tensor) -> Iterator[None]:
+        """`population.perturbed`, inside which the transformer also runs in the fastest form that it has."""
+        with population.perturbed(step=step, members=members), in_place_of(self._parts(population)):
+            yield
+
+    def plan(self, population, settings: RenderSettings) -> str:
+        """How a population is rendered here, in words for the record of a run."""
+        forward = "fused blocks" if self.fuses(population) else "diffusers' blocks"
+        captured = "CUDA graphs" if self._graphs(population, settings) is not None else "no CUDA graphs"
+        order = ", channels last" if self.decoder.channels_last else ""
+        return f"{forward}, {captured}, decode {settings.decode}{order}{', overlapped' if settings.overlap else ''}"
+
+    def release_graphs(self) -> None:
+        """Gives back the memory of captured forwards; the next ones are captured anew."""
+        self._captured = None
+
+    def _graphs(self, population, settings: RenderSettings) -> graphs.Graphs | None:
+        """The graphs of the transformer's forward for this population as it is now; None where none are used."""
+        if self._captured is not None and not self._captured[0][0].layers:
+            self._captured = None  # its population is detached
+        if population is None or settings.graphs == "never":
+            return None
+        found = None
+        if graphs.supported(self.device):
+            layers = tuple((layer.disable_adapters, layer.scale) for layer in population.layers.values())
+            state = population, population.noise, layers, population.backend, addresses(self.transformer)
+            if self._captured is None or self._captured[0] != state:
+                found = graphs.Graphs(self._session(population)) if self.fuses(population) else None
+                # stacking q, k and v may have moved weights just now
+                self._captured = (*state[:-1], addresses(self.transformer)), found
+            found = self._captured[1]
+        if found is None and settings.graphs == "always":
+            raise ConfigError(f"graphs: always needs fused blocks on a CUDA device, the model is on {self.device}")
+        return found
+
+    def _session(self, population) -> graphs.Session:
+        @contextmanager
+        def session(x_bchw, angle, embeds_blc, mask_bl, guidance_b, step, members_b):
+            with self.perturbed(population, step=step, members=members_b):
+                yield lambda: self._velocity(x_bchw, angle, embeds_blc, mask_bl, guidance_b)
+
+        return session
 
     def fuses(self, population) -> bool:
         """Whether a population's members render through fused blocks: on Triton, where the model has the parts."""
-        return population.backend == "triton" and can_fuse(self.transformer)
+        with population.perturbed(step=0, members=torch.zeros(0, dtype=torch.int64, device=self.device)):
+            return any(isinstance(part, FusedBlock) for part in self._parts(population))
+
+    def _parts(self, population) -> list:
+        return fused_parts(self.transformer, population.perturbation if population.backend == "triton" else None)
 
     def load_adapter(self, path: str | Path) -> None:
         """Loads a LoRA folder with the pipeline's own loader, in place of one loaded before.
@@ -362,6 +448,15 @@ class SanaSprint:
             self.pipeline.enable_lora()
         else:
             self.pipeline.disable_lora()
+
+    def _angles(self, settings: RenderSettings) -> torch.Tensor:
+        """float32 [num_steps + 1] on the device, made on the CPU as the scheduler does."""
+        self.scheduler.set_timesteps(
+            settings.num_steps,
+            max_timesteps=settings.max_timesteps,
+            intermediate_timesteps=settings.intermediate_timesteps if settings.num_steps == 2 else None,
+        )
+        return upload(self.scheduler.timesteps, self.device)
 
     def _latent_shape(self, settings: RenderSettings) -> tuple[int, int, int]:
         scale = self.pipeline.vae_scale_factor
@@ -427,3 +522,22 @@ class SanaSprint:
 
 def _default_instruction() -> list[str]:
     return inspect.signature(SanaSprintPipeline.__call__).parameters["complex_human_instruction"].default
+
+
+def _describe(texts: TextEmbeddings, step: int, prompts: torch.Tensor, members: torch.Tensor | None) -> Describe:
+    """Says of a row of a chunk which image it is."""
+
+    def describe(row: int) -> str:
+        member = "" if members is None else f", member {int(members[row])}"
+        return f"step {step}{member}, prompt {texts.prompts[int(prompts[row])]!r}"
+
+    return describe
+
+
+def _check_keys(seed: int, step: int, members: torch.Tensor) -> None:
+    """What `Population.perturbed` refuses, for a replay, which does not come by it."""
+    key_words(seed, step)
+    if members.dtype != torch.int64 or members.dim() != 1:
+        raise ValueError(f"members: expected int64 [B], got {str(members.dtype)[6:]} {list(members.shape)}")
+    if len(members) and (members.min() < 0 or members.max() >= 1 << 33):
+        raise ValueError("members: expected values in [0, 2^33)")

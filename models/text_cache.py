@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from esengine.errors import ConfigError
 from esengine.files import write_atomic
+from esengine.transfer import upload
 
 FORMAT = 1
 SHARD_PROMPTS = 1024
@@ -69,7 +70,7 @@ class TextEmbeddings:
         """Right-padded embeddings of a batch of prompts.
 
         Args:
-            indices: int64 [B], an index into `prompts` for each row; repeats are welcome.
+            indices: int64 [B] on the CPU, an index into `prompts` for each row; repeats are welcome.
             length: Tokens to pad to. Default: `trimmed_length(indices)`.
             device: Where the result lies.
             dtype: Of the embeddings. Default: as stored.
@@ -90,8 +91,8 @@ class TextEmbeddings:
         for row, index in enumerate(unique.tolist()):
             padded[row, : self.lengths[index]] = self._embeddings[index]
         mask = (torch.arange(length) < self.lengths[unique][:, None]).long()
-        rows = rows.to(device)
-        return padded.to(device, dtype)[rows], mask.to(device)[rows]
+        rows = upload(rows, device)
+        return upload(padded, device, dtype)[rows], upload(mask, device)[rows]
 
     def _check(self, indices: torch.Tensor) -> torch.Tensor:
         if indices.dtype != torch.int64 or indices.ndim != 1 or len(indices) == 0:

@@ -24,6 +24,21 @@ def test_full_size_counts_are_the_published_ones():
     assert all(p.is_meta for module in (transformer, vae, clip) for p in module.parameters())
 
 
+def test_lite_decodes_the_same_latents_by_another_decoder():
+    own, lite = standin.autoencoder(device="meta"), standin.autoencoder(lite=True, device="meta")
+    assert parameters(lite.encoder) == parameters(own.encoder)
+    assert parameters(lite.decoder) == 268_154_124
+    for name in ("latent_channels", "scaling_factor", "encoder_block_out_channels"):
+        assert lite.config[name] == own.config[name]
+    latent = torch.randn(1, 32, 4, 4, device="meta")
+    assert lite.decode(latent).sample.shape == own.decode(latent).sample.shape == (1, 3, 128, 128)
+    tiny = standin.autoencoder("tiny", lite=True)
+    latents = torch.randn(4, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    pixels = tiny.decode(latents / tiny.config.scaling_factor).sample
+    assert pixels.shape == standin.autoencoder("tiny").decode(latents).sample.shape
+    assert 0.2 < pixels.std() < 0.9
+
+
 def test_full_size_shapes_are_those_of_the_kernels():
     block = standin.transformer(device="meta").transformer_blocks[0]
     assert block.attn1.to_q.weight.shape == (2240, 2240)

@@ -7,6 +7,7 @@ import clock
 import pytest
 import suite
 import suite_context
+import suite_decode
 import suite_linear
 import suite_model
 import suite_summary
@@ -291,3 +292,43 @@ def test_population_is_the_reference_runs(context):
     assert isinstance(context.population, esengine.Population)
     assert context.population.config.r == 2
     assert len(context.population.layers) == 2 * 8 + 2 + 2 * 2 + 1 + 1
+
+
+def test_decoders_are_checked_and_compared(stored):
+    for side in (32, 64):
+        part = stored[1]["parts"][f"decode_{side}"]["result"]
+        assert list(part["variants"]) == ["contiguous", "channels_last", "compiled", "lite"]  # graphs need a GPU
+        for facts in part["variants"].values():
+            assert facts["check"]["error"] <= facts["check"]["bound"] < facts["check"]["perturbation"]
+        assert set(part["ratios"]) == set(part["variants"]) - {"contiguous"}
+    part = stored[1]["parts"]["overlap"]["result"]
+    assert not part["streams"]
+    detail = stored[1]["summary"]["decode_and_overlap"]["detail"]
+    assert detail["overlap"]["over in turn"] == part["ratio"]["of_medians"]
+    assert any("decode_64, lite over contiguous" in row for row in suite_summary.rows(stored[1]["summary"]))
+
+
+def test_a_wrong_decoder_fails_its_check_and_has_no_figure(monkeypatch, context):
+    right = suite_decode.Decoder._pixels
+
+    def wrong(self, z_bchw):
+        images, finite = right(self, z_bchw)
+        return (images // 2 if self.channels_last else images), finite
+
+    monkeypatch.setattr(suite_decode.Decoder, "_pixels", wrong)
+    result = suite.run(context, chosen=["decode_32"])["parts"]["decode_32"]["result"]
+    assert "failed" in result["variants"]["channels_last"]["check"]
+    assert list(result["seconds"]) == ["contiguous"]
+
+
+def test_overlapped_scores_must_be_the_same(monkeypatch, context):
+    right = esengine.models.SanaSprint.render_chunks
+
+    def wrong(self, *args, settings, **kwargs):
+        for images in right(self, *args, settings=settings, **kwargs):
+            yield images.flip(0) if settings.overlap else images
+
+    monkeypatch.setattr(esengine.models.SanaSprint, "render_chunks", wrong)
+    part = suite.run(context, chosen=["overlap"])["parts"]["overlap"]
+    assert part["status"] == "failed"
+    assert "same scores either way" in part["reason"]

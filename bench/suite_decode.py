@@ -1,0 +1,113 @@
+"""The suite's parts on what follows the transformer: the decoder by every mode, and two chunks at once."""
+
+import copy
+from typing import Any
+
+import record
+import standin
+import torch
+from clock import interleaved
+from suite_context import STEP, CheckFailed, Context, bounded, full_precision, worst_error
+from suite_linear import attempt
+from suite_model import MINIMUM_FOR_COMPILE
+
+from esengine.models import graphs
+from esengine.models.decoder import Decoder
+
+LEVEL = 2e-3
+"""Relative error of images that differ by a level here and there."""
+
+CHUNKS = 3
+
+
+@torch.no_grad()
+def decode(context: Context, pixels: int) -> dict[str, Any]:
+    """Seconds of one decoder call by memory order and mode, and of DC-AE-Lite; each against its VAE in high precision.
+
+    Over `contiguous`, diffusers' own: ratios of throughput.
+    """
+    images = min(context.scale.chunk, context.scale.decode_chunk)
+    own, lite = (
+        standin.autoencoder(context.scale.name, lite=lite, device=context.device, dtype=context.dtype, seed=1)
+        for lite in (False, True)
+    )
+    generator = torch.Generator().manual_seed(0)
+    side = pixels >> len(own.config.encoder_block_out_channels) - 1
+    x0 = torch.randn(images, own.config.latent_channels, side, side, generator=generator).to(context.device)
+    last, lite = (
+        Decoder(copy.deepcopy(vae), channels_last=True, compile_backend=context.compile_backend) for vae in (own, lite)
+    )
+    modes = {"contiguous": (Decoder(own), "eager"), "channels_last": (last, "eager")}
+    if graphs.supported(context.device):
+        modes["graphed"] = last, "graphed"
+    if context.time_left() > MINIMUM_FOR_COMPILE:
+        modes["compiled"] = last, "compiled"
+    modes["lite"] = lite, "eager"
+
+    facts, variants = {}, {}
+    for name, (decoder, mode) in modes.items():
+        facts[name] = attempt(lambda decoder=decoder, mode=mode: {"check": _check(context, decoder, mode, x0)})
+        if "error" in facts[name] or "failed" in facts[name].get("check", {}):
+            continue
+        variants[name] = lambda decoder=decoder, mode=mode: decoder(x0, chunk=images, mode=mode)
+    seconds = interleaved(variants, context.scale.rounds[2], device=context.device)
+    return {
+        "pixels": pixels,
+        "images": images,
+        "compile_backend": context.compile_backend,
+        "variants": facts,
+        "seconds": seconds,
+        "images_per_second": {name: images / taken["median"] for name, taken in seconds.items()},
+        "ratios": {
+            name: record.ratio(seconds["contiguous"], taken)
+            for name, taken in seconds.items()
+            if name != "contiguous" and "contiguous" in seconds
+        },
+    }
+
+
+@torch.no_grad()
+def overlap(context: Context) -> dict[str, Any]:
+    """A population's chunks, rendered and scored: one after the other, and decoded while the next is denoised."""
+    pixels = context.scale.pixels[0]
+    check = context.check_members(pixels)
+    context.scorer  # noqa: B018
+    settings = {name: context.settings(pixels, overlap=name == "overlapped") for name in ("in_turn", "overlapped")}
+
+    def work(name: str) -> torch.Tensor:
+        members, prompts, repeats = context.rows()
+        chunks = [(prompts, repeats, members + turn * len(members)) for turn in range(CHUNKS)]
+        keys = dict(seed=0, step=STEP, population=context.population, text_length=context.scale.text_tokens)
+        words = [context.texts.prompts[index] for index in prompts.tolist()]
+        drawn = context.model.render_chunks(context.texts, chunks, settings=settings[name], **keys)
+        return torch.cat([context.scorer(images, words) for images in drawn])
+
+    if not torch.equal(work("in_turn"), work("overlapped")):
+        raise CheckFailed(f"overlap at {pixels} px: expected the same scores either way")
+    variants = {name: lambda name=name: work(name) for name in settings}
+    seconds = interleaved(variants, context.scale.rounds[2], device=context.device)
+    return {
+        "pixels": pixels,
+        "images": CHUNKS * context.scale.members,
+        "streams": graphs.supported(context.device),
+        "check": check,
+        "seconds": seconds,
+        "ratio": record.ratio(seconds["in_turn"], seconds["overlapped"]),
+    }
+
+
+def _check(context: Context, decoder: Decoder, mode: str, x0: torch.Tensor) -> dict[str, float]:
+    """Two images, the second time they come (from a graph, if that is the mode), against twice torch's own error."""
+    few = x0[:2]
+    exact = Decoder(copy.deepcopy(decoder.vae).to(context.exact_dtype))
+    with full_precision():
+        expected, _ = exact(few.to(context.exact_dtype), chunk=1)
+    plain, _ = Decoder(copy.deepcopy(decoder.vae))(few, chunk=1)
+    for _ in range(3):
+        got, finite = decoder(x0, chunk=len(x0), mode=mode)
+    if not finite.all():
+        raise CheckFailed(f"decode {mode}: expected finite images")
+    own, blind = (worst_error(images.float(), expected.float()) for images in (plain, expected.flip(0)))
+    return bounded(
+        f"decode {mode}", worst_error(got[:2].float(), expected.float()), max(2 * own, LEVEL), perturbation=blind
+    )
