@@ -1,13 +1,30 @@
 """Black-box rewards: the protocol, the built-in ones, and how several combine."""
 
+from esengine.rewards.base import Encoder, FeatureReward, Reward
+from esengine.rewards.clip import Aesthetic, ClipScore, ClipText, HPSv2, NoArtifacts, PickScore
+from esengine.rewards.encoder import ClipEncoder
 from esengine.rewards.jpeg import JpegCompressibility, JpegIncompressibility
-from esengine.rewards.registry import BUILTIN, Reward, load
-from esengine.rewards.weighted import Weighted, checked, parse
+from esengine.rewards.preprocess import Preprocess
+from esengine.rewards.registry import BUILTIN, load, parse
+from esengine.rewards.remote import Remote
+from esengine.rewards.weighted import COMBINED, Weighted, checked
 
 __all__ = [
     "BUILTIN",
+    "COMBINED",
+    "Aesthetic",
+    "ClipEncoder",
+    "ClipScore",
+    "ClipText",
+    "Encoder",
+    "FeatureReward",
+    "HPSv2",
     "JpegCompressibility",
     "JpegIncompressibility",
+    "NoArtifacts",
+    "PickScore",
+    "Preprocess",
+    "Remote",
     "Reward",
     "Weighted",
     "checked",

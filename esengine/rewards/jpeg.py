@@ -24,6 +24,7 @@ class JpegCompressibility:
     """
 
     sign = -1.0
+    reads_only = True
 
     def __init__(self, quality: int = 95):
         if type(quality) is not int or not 1 <= quality <= 100:
@@ -35,6 +36,9 @@ class JpegCompressibility:
         pixels = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()  # [B, H, W, 3]
         sizes = [self._bytes(image) for image in pixels]  # threads gain nothing: Pillow keeps the GIL while it encodes
         return torch.tensor(sizes, dtype=torch.float32) * (self.sign / 1000)
+
+    def settings(self) -> dict[str, int]:
+        return {"quality": self.quality}
 
     def _bytes(self, pixels: np.ndarray) -> int:
         buffer = io.BytesIO()

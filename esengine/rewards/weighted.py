@@ -4,11 +4,12 @@ import functools
 import math
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from esengine.errors import ConfigError, RewardError
-from esengine.rewards.registry import Reward, load, reason
+from esengine.rewards.base import Encoder, FeatureReward, Reward, reason, settings_of
 
 COMBINED = "combined"
 
@@ -25,15 +26,20 @@ class Weighted:
 
     def __init__(self, terms: Sequence[tuple[str, Reward, float]]):
         self.terms = tuple(terms)
-        names = [name for name, _, _ in self.terms]
-        for name, _, weight in self.terms:
+        self.check([(name, weight) for name, _, weight in self.terms])
+
+    @staticmethod
+    def check(weights: Sequence[tuple[str, float]]) -> None:
+        """Refuse names and weights that cannot stand together, before anything is loaded. Raises as the class."""
+        names = [name for name, _ in weights]
+        for name, weight in weights:
             if name == COMBINED:
                 raise ConfigError(f"reward {name}: that name is reserved for the weighted sum")
             if names.count(name) > 1:
                 raise ConfigError(f"reward {name}: given {names.count(name)} times, expected once")
             if not math.isfinite(weight):
                 raise ConfigError(f"reward {name}: expected a finite weight, got {weight}")
-        if not any(weight for _, _, weight in self.terms):
+        if not any(weight for _, weight in weights):
             raise ConfigError(f"rewards: expected at least one with a weight other than 0, got {names}")
 
     @property
@@ -51,7 +57,8 @@ class Weighted:
         """Score a batch with every reward.
 
         Args:
-            images: uint8 [B, 3, H, W]. Each reward gets a copy of its own, so none can damage another's input.
+            images: uint8 [B, 3, H, W]. A reward gets a copy of its own, unless it promises to read only, so none can
+                damage another's input. Rewards that hold the same encoder share one image pass.
             prompts: B texts.
             step: for the error's text.
             members: B population members, for the error's text.
@@ -64,31 +71,40 @@ class Weighted:
             RewardError: see `checked`; also when the sum itself overflows float32.
             ValueError: images, prompts or members do not fit each other.
         """
+        passes: dict[Encoder, torch.Tensor] = {}
         scores = {
-            name: checked(name, reward, images, prompts, step=step, members=members) for name, reward, _ in self.terms
+            name: checked(name, _shared(reward, passes), images, prompts, step=step, members=members)
+            for name, reward, _ in self.terms
         }
         total = functools.reduce(operator.add, (w * scores[name].double() for name, _, w in self.terms)).float()
         _require_finite(COMBINED, total, prompts, step, members)
         return {**scores, COMBINED: total}
 
+    def __call__(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        """The weighted sum alone, as a reward: images uint8 [B, 3, H, W] to float32 [B] on their device."""
+        return self.score(images, prompts)[COMBINED]
 
-def parse(spec: str) -> Weighted:
-    """Read "name", "name=weight" or several with commas between: "jpeg_compressibility=1.0,my.module:score=0.5".
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """Each reward's weight and what it says of itself, for the record of a result."""
+        return {name: {"weight": weight, **settings_of(reward)} for name, reward, weight in self.terms}
 
-    Raises:
-        ConfigError: an empty item, a weight that is not a number, or what `load` and `Weighted` refuse.
-    """
-    terms = []
-    for item in spec.split(","):
-        name, equals, weight = (part.strip() for part in item.partition("="))
-        if not name:
-            raise ConfigError(f"rewards: expected name or name=weight between commas, got {spec!r}")
-        try:
-            value = float(weight) if equals else 1.0
-        except ValueError as e:
-            raise ConfigError(f"reward {name}: expected a number for its weight, got {weight!r}") from e
-        terms.append((name, load(name), value))
-    return Weighted(terms)
+
+class _FromFeatures:
+    """A feature reward whose encoder's pass over this batch is made once, by whichever reward comes first."""
+
+    reads_only = True
+
+    def __init__(self, reward: FeatureReward, passes: dict[Encoder, torch.Tensor]):
+        self.reward, self.passes = reward, passes
+
+    def __call__(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        if self.reward.encoder not in self.passes:
+            self.passes[self.reward.encoder] = self.reward.encoder.image_features(images)
+        return self.reward.score_features(self.passes[self.reward.encoder].clone(), prompts)
+
+
+def _shared(reward: Reward, passes: dict[Encoder, torch.Tensor]) -> Reward:
+    return _FromFeatures(reward, passes) if isinstance(reward, FeatureReward) else reward
 
 
 def checked(
@@ -100,7 +116,7 @@ def checked(
     step: int | None = None,
     members: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """Call one reward on a copy of the batch, without gradients, and check what it returns.
+    """Call one reward without gradients, on a copy of the batch unless it reads only, and check what it returns.
 
     Args: as `Weighted.score`; name is for the error's text.
 
@@ -120,9 +136,10 @@ def checked(
     everything = range(len(images))
     try:
         with torch.no_grad():
-            score = reward(images.clone(), list(prompts))
+            score = reward(images if getattr(reward, "reads_only", False) is True else images.clone(), list(prompts))
     except (Exception, SystemExit) as e:
-        raise RewardError(f"{_where(name, everything, prompts, step, members)}: raised {reason(e)}") from e
+        said = reason(e) if isinstance(e, RewardError) else f"raised {reason(e)}"
+        raise RewardError(f"{_where(name, everything, prompts, step, members)}: {said}") from e
     if not isinstance(score, torch.Tensor) or score.dtype != torch.float32 or score.shape != (len(images),):
         raise RewardError(
             f"{_where(name, everything, prompts, step, members)}: "

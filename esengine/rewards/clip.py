@@ -1,0 +1,139 @@
+"""Rewards that are a cosine between a CLIP's text and image features.
+
+    cos = <T, I> / (|T| |I|), in fp32 whatever the model's dtype
+
+Scores of one encoder share its image pass, see `esengine.rewards.base.FeatureReward`.
+"""
+
+from typing import Any
+
+import torch
+
+from esengine.errors import ConfigError
+from esengine.rewards.encoder import ClipEncoder
+from esengine.rewards.loading import has_processor
+
+CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+CLIP_B = "openai/clip-vit-base-patch32"
+
+
+class ClipScore:
+    """A score of each image's features against those of its prompt, or of one fixed text.
+
+    Args:
+        encoder: the CLIP.
+    """
+
+    model: str | None
+    """Hub id of the weights, unless the user names others."""
+    processor: str
+    """Hub id of the tokenizer and preprocessor of models that have none of their own."""
+    text: str | None = None
+    """What every image is compared with. None: its prompt."""
+    reads_only = True
+
+    def __init__(self, encoder: ClipEncoder):
+        self.encoder = encoder
+        self._text = None if self.text is None else encoder.text_features([self.text])  # float32 [1, D]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | None = None,
+        revision: str | None = None,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        batch: int = 32,
+        encoders: dict[tuple, ClipEncoder] | None = None,
+    ) -> "ClipScore":
+        """The score on a CLIPModel with safetensors weights.
+
+        Args:
+            model: a folder, or a hub id. Its own tokenizer and preprocessor config are used if it has both.
+            revision: commit, branch or tag of a hub id.
+            dtype: float32, bfloat16 or float16. Default: float32 on a CPU, bfloat16 elsewhere.
+            batch: images in one call of the image tower.
+            encoders: those already loaded, by their settings; a new one is added.
+
+        Raises:
+            ConfigError: see `ClipEncoder.from_pretrained`.
+        """
+        model = cls.model if model is None else model
+        if model is None:
+            raise ConfigError("model: expected a folder or hub id of a CLIPModel with safetensors weights, got none")
+        encoders = {} if encoders is None else encoders
+        processor = None if model != cls.model and has_processor(model, revision) else cls.processor
+        key = (model, revision, processor, str(dtype), str(device), batch)
+        if key not in encoders:
+            encoders[key] = ClipEncoder.from_pretrained(
+                model, processor=processor, revision=revision, dtype=dtype, device=device, batch=batch
+            )
+        return cls(encoders[key])
+
+    def __call__(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        """Score images, uint8 [B, 3, H, W] on any device. Returns float32 [B] on the model's."""
+        return self.score_features(self.encoder.image_features(images), prompts)
+
+    def score_features(self, features: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        """Score unit image features, float32 [B, D]. Returns float32 [B]."""
+        texts = self.encoder.text_features(prompts) if self._text is None else self._text
+        return self.from_cosine((features * texts).sum(-1))
+
+    def from_cosine(self, cosine: torch.Tensor) -> torch.Tensor:
+        """The score, float32 [B], of cosines, float32 [B]."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """What was loaded: model, its commit or the fingerprint of its folder, and dtype."""
+        return dict(self.encoder.identity)
+
+
+class PickScore(ClipScore):
+    """exp(logit_scale) cos(text, image).
+
+    Source: Kirstain et al., "Pick-a-Pic", arXiv 2305.01569, eq. 1.
+    """
+
+    model, processor = "yuvalkirstain/PickScore_v1", CLIP_H
+
+    def from_cosine(self, cosine: torch.Tensor) -> torch.Tensor:
+        return self.encoder.scale * cosine
+
+
+class HPSv2(ClipScore):
+    """cos(text, image) of a Human Preference Score v2 or v2.1.
+
+    The authors publish pickles, which are never read: name a CLIPModel made from them, with safetensors weights.
+
+    Source: Wu et al., "Human Preference Score v2", arXiv 2306.09341. Their resize keeps floats where Pillow, and so
+    this, rounds to levels; scores differ by that rounding.
+    """
+
+    model, processor = None, CLIP_H
+
+    def from_cosine(self, cosine: torch.Tensor) -> torch.Tensor:
+        return cosine
+
+
+class ClipText(ClipScore):
+    """(cos(image, prompt) + 1) / 2."""
+
+    model, processor = CLIP_B, CLIP_B
+
+    def from_cosine(self, cosine: torch.Tensor) -> torch.Tensor:
+        return (cosine + 1) / 2
+
+
+class Aesthetic(ClipText):
+    """(cos(image, text) + 1) / 2 with a text that praises."""
+
+    text = "a high quality, professional, beautiful, aesthetically pleasing image"
+
+
+class NoArtifacts(ClipText):
+    """1 - (cos(image, text) + 1) / 2 with a text that names flaws. Its last space is part of the definition."""
+
+    text = "blurry, low resolution, noisy, pixelated, washed out colors, oversaturated "
+
+    def from_cosine(self, cosine: torch.Tensor) -> torch.Tensor:
+        return 1 - super().from_cosine(cosine)

@@ -1,0 +1,147 @@
+"""A scorer that runs elsewhere, over HTTP: PNG images and prompts as JSON there, scores as JSON back.
+
+POST url    {"images": ["<base64 of a PNG>", ...], "prompts": ["...", ...]}
+200         {"scores": [0.5, ...]}    one finite number for each image, in their order
+"""
+
+import base64
+import http.client
+import io
+import json
+import math
+import time
+import urllib.error
+import urllib.request
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from PIL import Image
+
+from esengine.errors import ConfigError, RewardError
+
+FIRST_PAUSE = 0.5
+"""Seconds before the second try; each further pause is twice as long."""
+_READ_AT_ONCE = 1 << 16
+
+
+class Remote:
+    """The answers of a scoring service.
+
+    Args:
+        url: http or https, without a user or password. Redirects are not followed.
+        timeout: seconds to connect, to wait for the next part of an answer, and for one answer altogether.
+        retries: further tries after one that could not connect, ran out of time or was answered 5xx. Other answers
+            are final.
+        batch: images in one request.
+        limit: bytes of an answer, at most.
+
+    Raises:
+        ConfigError: an argument that cannot be used.
+    """
+
+    reads_only = True
+    overlaps = True
+
+    def __init__(self, url: str = "", timeout: float = 60.0, retries: int = 3, batch: int = 16, limit: int = 1 << 20):
+        try:
+            parts = urlsplit(url if isinstance(url, str) else "")
+            usable = parts.scheme in ("http", "https") and parts.hostname and not parts.username and not parts.password
+            parts.port  # noqa: B018  raises when it is not a number
+        except ValueError:
+            usable = False
+        if not usable or any(c.isspace() or not c.isprintable() for c in url):
+            raise ConfigError(f"url: expected http://host:port/path or https, without a password, got {_hidden(url)!r}")
+        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
+            raise ConfigError(f"timeout: expected seconds above 0, got {timeout!r}")
+        for name, value, least in (("retries", retries, 0), ("batch", batch, 1), ("limit", limit, 1)):
+            if type(value) is not int or value < least:
+                raise ConfigError(f"{name}: expected an int of at least {least}, got {value!r}")
+        self.url, self.timeout, self.retries, self.batch, self.limit = url, timeout, retries, batch, limit
+        self._where = parts._replace(query="", fragment="").geturl()
+        self._opener = urllib.request.build_opener(_NoRedirect)
+
+    def __call__(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        """Score images, uint8 [B, 3, H, W] on any device. Returns float32 [B] on the CPU.
+
+        Raises:
+            RewardError: no usable answer.
+        """
+        scores = []
+        for start in range(0, len(images), self.batch):
+            part = slice(start, start + self.batch)
+            body = {"images": [_png(image) for image in images[part]], "prompts": list(prompts[part])}
+            scores += self._scores(self._post(json.dumps(body).encode()), len(body["images"]))
+        return torch.tensor(scores, dtype=torch.float32)
+
+    def settings(self) -> dict[str, Any]:
+        """The service, without a query that could hold a secret."""
+        return {"url": self._where}
+
+    def _post(self, body: bytes) -> bytes:
+        request = urllib.request.Request(
+            self.url, body, {"Content-Type": "application/json", "Accept": "application/json"}, method="POST"
+        )
+        tries = self.retries + 1
+        for attempt in range(tries):
+            if attempt:
+                time.sleep(FIRST_PAUSE * 2 ** (attempt - 1))
+            try:
+                return self._read(request)
+            except urllib.error.HTTPError as e:
+                e.close()
+                if e.code < 500:
+                    raise RewardError(f"{self._where}: answered {e.code} {e.reason}") from e
+                error, said = e, f"answered {e.code} {e.reason}"
+            except (OSError, http.client.HTTPException) as e:
+                error, said = e, str(getattr(e, "reason", None) or e) or type(e).__name__
+        raise RewardError(f"{self._where}: no answer after {tries} tries; the last one: {said}") from error
+
+    def _read(self, request: urllib.request.Request) -> bytes:
+        deadline = time.monotonic() + self.timeout
+        answer = bytearray()
+        with self._opener.open(request, timeout=self.timeout) as response:
+            if response.status != 200:
+                raise RewardError(f"{self._where}: expected status 200, got {response.status}")
+            while some := response.read1(_READ_AT_ONCE):
+                answer += some
+                if len(answer) > self.limit:
+                    raise RewardError(f"{self._where}: its answer is longer than limit={self.limit} bytes")
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"its answer took longer than timeout={self.timeout} s")
+            if response.length:
+                raise ConnectionError(f"its answer broke off {response.length} bytes before its end")
+        return bytes(answer)
+
+    def _scores(self, answer: bytes, count: int) -> list[float]:
+        try:
+            scores = [_finite(score) for score in json.loads(answer)["scores"]]
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as e:
+            said = answer[:80].decode(errors="replace")
+            raise RewardError(f'{self._where}: expected {{"scores": [finite numbers]}}, got {said!r}') from e
+        if len(scores) != count:
+            raise RewardError(f"{self._where}: expected {count} scores, got {len(scores)}")
+        return scores
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *args: Any) -> None:
+        return None  # the redirect is then an error as any other 3xx
+
+
+def _png(image: torch.Tensor) -> str:
+    """One image, uint8 [3, H, W], as the base64 of a PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()).save(buffer, "PNG", compress_level=1)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _finite(score: Any) -> float:
+    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+        raise ValueError(f"expected a finite number, got {score!r}")
+    return float(score)
+
+
+def _hidden(url: Any) -> Any:
+    """A url without what stands before an @, for messages."""
+    return url if not isinstance(url, str) or "@" not in url else "..." + url[url.rindex("@") :]

@@ -1,0 +1,120 @@
+"""The text form of rewards: "pickscore(model=weights/pickscore,dtype=bfloat16)=1.0,clip_text=0".
+
+    rewards = reward {"," reward}
+    reward  = name ["(" [option {"," option}] ")"] ["=" weight]
+    option  = key "=" value
+
+A value is a number, true or false, or text; text with a comma, a bracket or outer spaces stands in quotes.
+"""
+
+import re
+from dataclasses import dataclass, field
+
+from esengine.errors import ConfigError
+
+_NAME = re.compile(r"[^\s(),='\"]+")
+_VALUE = re.compile(r"'[^']*'|\"[^\"]*\"|[^,()'\"]+")
+_INT = re.compile(r"[+-]?\d+")
+_FLOAT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+@dataclass(frozen=True)
+class Term:
+    """One reward as it was written."""
+
+    name: str
+    options: dict[str, int | float | bool | str] = field(default_factory=dict)
+    weight: float = 1.0
+
+
+def read(spec: str) -> list[Term]:
+    """Read a text of the grammar above, loading nothing.
+
+    Raises:
+        ConfigError: the text does not fit the grammar; the message gives the position, from 1, and what was expected.
+    """
+    return _Reader(spec).terms()
+
+
+class _Reader:
+    def __init__(self, spec: str):
+        self.spec, self.at = spec, 0
+        self._skip_spaces()
+
+    def terms(self) -> list[Term]:
+        terms = [self._term()]
+        while self._take(","):
+            terms.append(self._term())
+        if self.at < len(self.spec):
+            raise self._expected("a comma between rewards" if self.spec[self.at - 1] == ")" else "a comma")
+        return terms
+
+    def _term(self) -> Term:
+        name = self._match(_NAME, "a reward's name between commas")
+        options = self._options(name) if self._take("(") else {}
+        weight = self._weight(name) if self._take("=") else 1.0
+        return Term(name, options, weight)
+
+    def _options(self, name: str) -> dict[str, int | float | bool | str]:
+        options: dict[str, int | float | bool | str] = {}
+        if self._take(")"):
+            return options
+        while True:
+            start = self.at
+            key = self._match(_NAME, f"an option of {name}, as key=value")
+            if key in options:
+                raise self._error(f"option {key} of {name} is given twice", start)
+            if not self._take("="):
+                raise self._expected(f"= after option {key} of {name}")
+            options[key] = _value(self._match(_VALUE, f"a value for option {key} of {name}").strip())
+            if self._take(")"):
+                return options
+            if not self._take(","):
+                raise self._expected(f"a comma or ) after option {key} of {name}")
+
+    def _weight(self, name: str) -> float:
+        start = self.at
+        text = self.spec[start : self.spec.find(",", start) if "," in self.spec[start:] else None].rstrip()
+        try:
+            weight = float(text)
+        except ValueError:
+            raise self._error(f"expected a number for its weight, got {text!r}", start, name) from None
+        self.at = start + len(text)
+        self._skip_spaces()
+        return weight
+
+    def _match(self, pattern: re.Pattern, what: str) -> str:
+        found = pattern.match(self.spec, self.at)
+        if not found or not found[0].strip():
+            raise self._expected(what)
+        self.at = found.end()
+        self._skip_spaces()
+        return found[0]
+
+    def _take(self, sign: str) -> bool:
+        if not self.spec.startswith(sign, self.at):
+            return False
+        self.at += 1
+        self._skip_spaces()
+        return True
+
+    def _skip_spaces(self) -> None:
+        while self.at < len(self.spec) and self.spec[self.at].isspace():
+            self.at += 1
+
+    def _expected(self, what: str) -> ConfigError:
+        got = repr(self.spec[self.at]) if self.at < len(self.spec) else "the end"
+        return self._error(f"expected {what}, got {got}", self.at)
+
+    def _error(self, what: str, at: int, name: str = "") -> ConfigError:
+        return ConfigError(f"{f'reward {name}' if name else 'rewards'}: {what} at position {at + 1} of {self.spec!r}")
+
+
+def _value(text: str) -> int | float | bool | str:
+    if text[0] in "'\"":
+        return text[1:-1]
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if _INT.fullmatch(text):
+        return int(text)
+    return float(text) if _FLOAT.fullmatch(text) else text
