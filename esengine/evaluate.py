@@ -1,126 +1,184 @@
-"""Base against adapter: the same prompts and latents, the paired difference and how sure it is."""
+"""`esengine eval`: base and adapters on the same prompts and latents, as a table or as a folder with every image."""
 
-import json
-import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from esengine.models import RenderSettings, SanaSprint, TextEmbeddings
-from esengine.rewards import Weighted
+from esengine.benchmarks import Benchmark, read_benchmark
+from esengine.config import EvalConfig, ImageSettings, TrainConfig, load_run
+from esengine.entries import Entry, default_entries, parse_entries
+from esengine.errors import ConfigError
+from esengine.evaluation_folder import EvaluationFolder
+from esengine.files import cache_root
+from esengine.models import SanaSprint, TextEmbeddings
+from esengine.prompts import HELDOUT
+from esengine.rewards import Weighted, parse
+from esengine.scoring import Plan, compare_entries, draw, load_entry, provenance, reported
+from esengine.setup import load_model, pick_chunk, pick_device, pick_dtype, render_settings
+from esengine.summary import Report, summarise
 
-EVAL_STEP = (1 << 32) - 1
-"""The step of the noise contract that evaluation draws its latents at; no training run gets there."""
+if TYPE_CHECKING:
+    from esengine.train import Progress
+
+BENCHMARK_REWARD = "pickscore,clip_text=0,aesthetic=0,no_artifacts=0"
 
 
 @dataclass(frozen=True)
-class Score:
-    """One reward on P prompts, each averaged over its repeats first.
+class Evaluated:
+    """What `evaluate` leaves.
 
     Attributes:
-        base: mean without the adapter.
-        adapter: mean with it.
-        difference: mean of adapter minus base.
-        standard_error: of the difference: its standard deviation over prompts / sqrt(P); None for one prompt.
-        won: share of prompts where the adapter scores higher; a tie counts half.
+        report: the statistics; None while other shards are at work.
+        folder: of the images and reports; None without --out or --benchmark.
     """
 
-    base: float
-    adapter: float
-    difference: float
-    standard_error: float | None
-    won: float
+    report: Report | None
+    folder: Path | None
+
+
+def evaluate(config: EvalConfig, progress: "Progress") -> Evaluated:
+    """Compare entries on prompts; what the flags leave open comes from the run folder.
+
+    Raises:
+        ConfigError: no adapter, model, prompts, entry or reward that can be used; nothing is written.
+        RunError: the folder holds another evaluation, or another process draws the same shard.
+        RewardError, RenderError: an image could not be drawn or scored; what was done before is kept.
+    """
+    run = load_run(config.run_dir) if config.run_dir else TrainConfig()
+    prompts = config.prompts or (None if config.benchmark else run.eval_prompts or HELDOUT)
+    benchmark = read_benchmark(config.benchmark, prompts).first(config.limit)
+    image = config.image or run.image
+    adapter = config.adapter or (config.run_dir / "adapter" if config.run_dir else None)
+    entries = _entries(config, image.num_steps, adapter)
+    folder = _folder(config, benchmark)
+    shard = _shard(config, folder)
+    device = _device(config)
+    dtype = pick_dtype(run.dtype if config.dtype == "auto" else config.dtype, device)
+    settings = render_settings(image)
+    reward = parse(config.reward or (BENCHMARK_REWARD if config.benchmark else run.reward), device=str(device))
+
+    name = config.model or run.model
+    labels = ", ".join(entry.label for entry in entries)
+    progress.note(f"model {name} on {device} in {str(dtype).removeprefix('torch.')}: {labels}")
+    model = load_model(name, config.revision or run.revision, device, dtype, image.vae)
+    for entry in entries:
+        load_entry(model, entry)  # a damaged adapter is told of before an hour of drawing
+    repeats = 1 if config.benchmark else run.es.repeats
+    plan = Plan(
+        entries=entries,
+        prompts=len(benchmark),
+        repeats=repeats if config.repeats is None else config.repeats,
+        seed=run.seed if config.seed is None else config.seed,
+        settings=settings,
+        chunk=pick_chunk(image, model),
+    )
+    job = _Job(model, reward, benchmark, plan, image, _record(name, model, benchmark, plan, reward, image), progress)
+    return Evaluated(job.at_once(), None) if folder is None else Evaluated(job.in_folder(folder, shard), folder)
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Scores by reward name over `prompts` prompts with `repeats` images each, and how the images were made."""
+class _Job:
+    """An evaluation that is ready to be drawn."""
 
-    prompts: int
-    repeats: int
-    scores: dict[str, Score]
-    settings: dict[str, Any]
+    model: SanaSprint
+    reward: Weighted
+    benchmark: Benchmark
+    plan: Plan
+    image: ImageSettings
+    record: dict[str, Any]
+    progress: "Progress"
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+    def at_once(self) -> Report:
+        """Draw everything, keep no image."""
+        return compare_entries(
+            self.model,
+            self._texts(),
+            self.reward,
+            self.plan,
+            benchmark=self.benchmark,
+            settings=self.record["settings"],
+            progress=lambda done, total: self.progress.count("images", done, total),
+        )
 
-    def table(self) -> str:
-        """The scores as aligned text, one reward a line."""
-        rows = [("reward", "base", "adapter", "difference", "std. error", "prompts won")]
-        for name, s in self.scores.items():
-            error = "-" if s.standard_error is None else f"{s.standard_error:.4f}"
-            rows.append((name, f"{s.base:.4f}", f"{s.adapter:.4f}", f"{s.difference:+.4f}", error, f"{s.won:.0%}"))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = []
-        for first, *others in rows:
-            cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-            lines.append("  ".join([first.ljust(widths[0]), *cells]))
-        return "\n".join(lines)
+    def in_folder(self, path: Path, shard: tuple[int, int]) -> Report | None:
+        """Draw what the folder lacks of this shard; then, if it lacks nothing at all, make the report."""
+        with EvaluationFolder.open(path, shard) as folder:
+            with folder.alone():  # one process encodes, the others find it in the cache
+                record = folder.begin(self.record, keep=() if self.image.chunk else ("chunk",))
+                texts = self._texts()
+            plan = replace(self.plan, chunk=record["settings"]["chunk"])
+            work = folder.missing(plan, self.progress)
+            done, total = 0, sum(len(rows) for _, rows in work)
+            part = f", shard {shard[0]}/{shard[1]}" if shard[1] > 1 else ""
+            everything = len(plan.entries) * plan.prompts * plan.repeats
+            self.progress.note(f"{path}: {total} of {everything} images to draw{part}")
+            for count in folder.store(draw(self.model, texts, self.reward, plan, work), self.benchmark):
+                done += count
+                self.progress.count("images", done, total)
+            with folder.alone():
+                records = folder.merge(plan, self.progress)
+                if records is None:
+                    return None
+                report = summarise(self.benchmark, record["entries"], record["scores"], records, record["settings"])
+                folder.publish(report)
+        return report
 
-
-@torch.no_grad()
-def compare(
-    model: SanaSprint,
-    texts: TextEmbeddings,
-    reward: Weighted,
-    *,
-    seed: int,
-    repeats: int,
-    settings: RenderSettings,
-    chunk: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> Comparison:
-    """Score the model without and with the adapter that it has loaded, on shared latents.
-
-    This measures what users of diffusers get: its loader holds the adapter in the model's dtype, where training kept
-    it in float32.
-
-    Args:
-        model: with an adapter from `load_adapter`.
-        texts: the prompts to compare on; a prompt's place among them keys its latents.
-        reward: what scores the images.
-        seed: keys the latents.
-        repeats: images of each prompt.
-        settings: how to render.
-        chunk: images in one forward.
-        progress: called with (images done, images in all).
-
-    Returns:
-        The scores of every reward, and of their weighted sum when there are several.
-    """
-    everyone = torch.arange(len(texts))
-    order, draws = everyone.repeat_interleave(repeats), torch.arange(repeats).repeat(len(texts))
-    length = texts.trimmed_length(everyone)
-    total, done = 2 * len(order), 0
-    found: list[dict[str, torch.Tensor]] = []
-    for enabled in (False, True):
-        model.adapter_enabled(enabled)
-        parts = []
-        for rows, draw in zip(order.split(chunk), draws.split(chunk), strict=True):
-            images = model.render(
-                texts,
-                seed=seed,
-                step=EVAL_STEP,
-                prompts=rows,
-                repeats=draw,
-                settings=settings,
-                text_length=length,
-            )
-            parts.append(reward.score(images, [texts.prompts[i] for i in rows.tolist()]))
-            done += len(rows)
-            if progress is not None:
-                progress(done, total)
-        found.append({name: torch.cat([p[name].cpu() for p in parts]).double() for name in parts[0]})
-    names = reward.names if len(reward.names) == 1 else [*reward.names, "combined"]
-    scores = {name: _score(*(f[name].view(-1, repeats).mean(1) for f in found)) for name in names}
-    made = {"seed": seed, "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."), "chunk": chunk}
-    return Comparison(len(texts), repeats, scores, made | asdict(settings))
+    def _texts(self) -> TextEmbeddings:
+        return self.model.encode(
+            self.benchmark.prompts,
+            cache_dir=cache_root() / "text",
+            instruction=self.image.instruction,
+            progress=lambda done, total: self.progress.count("prompts", done, total),
+        )
 
 
-def _score(base: torch.Tensor, adapter: torch.Tensor) -> Score:
-    d = adapter - base
-    error = float(d.std() / math.sqrt(len(d))) if len(d) > 1 else None
-    won = float((d > 0).double().mean() + (d == 0).double().mean() / 2)
-    return Score(float(base.mean()), float(adapter.mean()), float(d.mean()), error, won)
+def _entries(config: EvalConfig, steps: int, adapter: Path | None) -> tuple[Entry, ...]:
+    if config.entries:
+        return parse_entries(config.entries, adapter)
+    if adapter is None and not config.benchmark:
+        raise ConfigError("entries: expected --entries, or the adapter of --run-dir or --adapter, got none of them")
+    return default_entries(steps, adapter, two_steps=config.benchmark is not None)
+
+
+def _folder(config: EvalConfig, benchmark: Benchmark) -> Path | None:
+    if config.out is not None or config.benchmark is None:
+        return config.out
+    return (config.run_dir or Path()) / "evaluations" / benchmark.name
+
+
+def _shard(config: EvalConfig, folder: Path | None) -> tuple[int, int]:
+    """The flag's, else this process's place under torchrun."""
+    ranks = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    k, n = map(int, config.shard.split("/") if config.shard else ranks)
+    if folder is None and n > 1:
+        raise ConfigError(f"shard: {n} processes meet in a folder, give it with --out")
+    return k, n
+
+
+def _device(config: EvalConfig) -> torch.device:
+    """As `pick_device`; under torchrun, auto is the GPU of this process."""
+    device = pick_device(config.device)
+    if config.device == "auto" and device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        return pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+    return device
+
+
+def _record(
+    name: str, model: SanaSprint, benchmark: Benchmark, plan: Plan, reward: Weighted, image: ImageSettings
+) -> dict:
+    """What evaluation.json says: everything that has a say in a pixel or a score."""
+    return {
+        "benchmark": benchmark.name,
+        "prompts": len(benchmark),
+        "prompts_sha256": benchmark.sha256(),
+        "entries": [entry.label for entry in plan.entries],
+        "scores": reported(reward),
+        "settings": {
+            "model": Path(name).name if Path(name).is_dir() else name,
+            "instruction": image.instruction,
+            **provenance(model, plan, reward),
+        },
+    }

@@ -1,128 +1,19 @@
-"""Base against adapter: the numbers by hand, `esengine eval` after `esengine train`, and `esengine render`."""
+"""Base against adapter: `esengine eval` after `esengine train`, on a benchmark, and `esengine render`."""
 
-import dataclasses
 import json
-import math
+import shutil
 
 import pytest
 import torch
 from PIL import Image
 
 from esengine.config import ESSettings, EvalConfig, ImageSettings, RenderConfig
-from esengine.errors import ConfigError, RewardError
-from esengine.evaluate import EVAL_STEP, compare
-from esengine.inspect_run import evaluate, render
-from esengine.models import RenderSettings, TextEmbeddings
-from esengine.rewards import Weighted
+from esengine.entries import Entry, parse_entries
+from esengine.errors import ConfigError
+from esengine.evaluate import evaluate
+from esengine.inspect_run import render
+from esengine.summary import Report
 from esengine.train import Progress, train
-
-# ---- the numbers, with a model that draws numbers
-
-
-class Stub:
-    """Draws one pixel: 10 * prompt + repeat, and `lift[prompt]` more with the adapter."""
-
-    device, dtype = torch.device("cpu"), torch.float32
-
-    def __init__(self, lift):
-        self.lift, self.enabled, self.calls = torch.tensor(lift), None, []
-
-    def adapter_enabled(self, enabled):
-        self.enabled = enabled
-
-    def render(self, texts, *, seed, step, prompts, repeats, settings, text_length):
-        self.calls.append((self.enabled, seed, step, prompts.tolist(), repeats.tolist(), text_length))
-        value = 10 * prompts + repeats + (self.lift[prompts] if self.enabled else 0)
-        return value.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
-
-
-def pixel(images, prompts):
-    return images[:, 0, 0, 0].float()
-
-
-def halved(images, prompts):
-    return images[:, 0, 0, 0].float() / 2
-
-
-def stub_comparison(lift, repeats=2, chunk=3, terms=(("pixel", pixel, 1.0),)):
-    texts = TextEmbeddings([f"prompt {i}" for i in range(len(lift))], [torch.zeros(2 + i, 4) for i in range(len(lift))])
-    model = Stub(lift)
-    done = []
-    result = compare(
-        model,
-        texts,
-        Weighted(terms),
-        seed=5,
-        repeats=repeats,
-        settings=RenderSettings(),
-        chunk=chunk,
-        progress=lambda *at: done.append(at),
-    )
-    return result, model, done
-
-
-def test_paired_numbers_by_hand():
-    # base, averaged over repeats 0, 1: 0.5, 10.5, 20.5, 30.5; differences 4, 0, -1, 7
-    result, _, _ = stub_comparison([4, 0, -1, 7])
-    score = result.scores["pixel"]
-    assert (result.prompts, result.repeats, list(result.scores)) == (4, 2, ["pixel"])
-    assert (score.base, score.adapter, score.difference) == (15.5, 18.0, 2.5)
-    deviation = math.sqrt(((4 - 2.5) ** 2 + 2.5**2 + 3.5**2 + 4.5**2) / 3)
-    assert score.standard_error == pytest.approx(deviation / 2)
-    assert score.won == (1 + 0.5 + 0 + 1) / 4
-
-
-def test_both_sides_render_the_same_rows_at_the_step_no_run_reaches():
-    result, model, done = stub_comparison([1, 2, 3], repeats=2, chunk=4)
-    base, adapter = model.calls[:2], model.calls[2:]
-    assert [call[0] for call in model.calls] == [False, False, True, True]
-    assert [call[1:] for call in base] == [call[1:] for call in adapter]
-    assert base[0][1:] == (5, EVAL_STEP, [0, 0, 1, 1], [0, 1, 0, 1], 4)
-    assert base[1][1:] == (5, EVAL_STEP, [2, 2], [0, 1], 4)
-    assert EVAL_STEP == 2**32 - 1
-    assert done == [(4, 12), (6, 12), (10, 12), (12, 12)]
-    assert result.settings["seed"] == 5
-
-
-@pytest.mark.parametrize("chunk", [1, 4, 100])
-def test_the_chunk_changes_no_number(chunk):
-    assert stub_comparison([4, 0, 2, 7], chunk=chunk)[0].scores == stub_comparison([4, 0, 2, 7])[0].scores
-
-
-def test_several_rewards_and_their_sum():
-    terms = (("pixel", pixel, 1.0), ("halved", halved, -4.0))
-    scores = stub_comparison([4, 0, 2, 7], terms=terms)[0].scores
-    assert list(scores) == ["pixel", "halved", "combined"]
-    assert scores["halved"].difference == scores["pixel"].difference / 2
-    assert scores["combined"].difference == scores["pixel"].difference - 4 * scores["halved"].difference
-    assert scores["combined"].won == 0.125
-
-
-def test_one_prompt_has_no_standard_error():
-    result, _, _ = stub_comparison([3], repeats=4)
-    assert result.scores["pixel"].standard_error is None
-    assert json.loads(result.to_json())["scores"]["pixel"]["standard_error"] is None
-    assert result.table().splitlines()[1].split() == ["pixel", "1.5000", "4.5000", "+3.0000", "-", "100%"]
-
-
-def test_the_table_is_aligned_and_the_json_complete():
-    terms = (("pixel", pixel, 1.0), ("a_long_name:of.a.reward", halved, 1.0))
-    result, _, _ = stub_comparison([4, 0, 2, 7], terms=terms)
-    header, *rows = result.table().splitlines()
-    assert len(rows) == 3
-    assert {len(row) for row in rows} == {len(header)}
-    data = json.loads(result.to_json())
-    assert data["scores"] == {name: dataclasses.asdict(score) for name, score in result.scores.items()}
-    assert (data["prompts"], data["repeats"]) == (4, 2)
-
-
-def test_a_reward_that_fails_here_names_the_images():
-    def broken(images, prompts):
-        return images[:, 0, 0, 0].float() / 0 * 0
-
-    with pytest.raises(RewardError, match=r"reward broken, images 0, 1, 2 \(prompt 'prompt 0'"):
-        stub_comparison([1, 2], terms=(("broken", broken, 1.0),))
-
 
 # ---- after a run
 
@@ -131,9 +22,13 @@ def test_eval_reproduces_the_table_of_train(trained, esengine, workspace):
     config, result = trained
     code, out, _ = esengine("eval", "--run-dir", config.run_dir, "--json", "deep/er/e.json")
     assert code == 0
-    assert (workspace / "deep/er/e.json").read_bytes() == (config.run_dir / "eval.json").read_bytes()
-    assert result.comparison.table() in out
+    report = Report(**json.loads((workspace / "deep/er/e.json").read_text()))
+    assert report.entries == ["base@1", "adapter@1"]
+    assert report.groups == result.comparison.groups
+    assert report.table() in out
+    assert "base@1, adapter@1 on 3 prompts of held, 1 image each:" in out
     assert "written to deep/er/e.json" in out
+    assert [path.name for path in workspace.iterdir()] == ["deep"]
 
 
 def test_eval_takes_flags_over_the_runs_settings(trained, esengine, workspace):
@@ -142,10 +37,11 @@ def test_eval_takes_flags_over_the_runs_settings(trained, esengine, workspace):
     flags = ["--prompts", "one.txt", "--reward", "jpeg_incompressibility", "--repeats", "3", "--seed", "9"]
     code, out, _ = esengine("eval", "--run-dir", config.run_dir, "--json", "e.json", *flags)
     assert code == 0
-    assert "on 1 prompts, 3 images each" in out
+    assert "on 1 prompts of one, 3 images each" in out
     data = json.loads((workspace / "e.json").read_text())
-    assert (data["prompts"], data["repeats"], list(data["scores"])) == (1, 3, ["jpeg_incompressibility"])
-    assert data["scores"]["jpeg_incompressibility"]["standard_error"] is None
+    assert (data["prompts"], data["repeats"], data["scores"]) == (1, 3, ["jpeg_incompressibility"])
+    paired = data["groups"][0]["rows"][1]["against_first"]["jpeg_incompressibility"]
+    assert paired["standard_error"] is None
     assert data["settings"]["seed"] == 9
 
 
@@ -155,12 +51,15 @@ def test_an_adapter_folder_is_enough(trained, prompt_files, cache):
     found = evaluate(
         EvalConfig(adapter=config.run_dir / "adapter", prompts=prompt_files[1], repeats=1, image=image), Progress()
     )
-    assert found.scores == result.comparison.scores
+    assert found.report.groups == result.comparison.groups
+    assert found.folder is None
 
 
 def test_eval_computes_in_the_dtype_of_the_run(small, tmp_path):
     result = train(small(tmp_path / "run", steps=1, dtype="bfloat16"))
-    assert evaluate(EvalConfig(run_dir=tmp_path / "run"), Progress()).to_json() == result.comparison.to_json()
+    found = evaluate(EvalConfig(run_dir=tmp_path / "run"), Progress()).report
+    assert found.groups == result.comparison.groups
+    assert found.settings["dtype"] == "bfloat16"
 
 
 def test_eval_works_from_another_folder(small, tmp_path, prompt_files, monkeypatch):
@@ -185,9 +84,123 @@ def test_an_adapter_of_nothing_changes_nothing(small, tmp_path):
         patch.setitem(sys.modules, "flat", module)
         result = train(small(tmp_path / "run", steps=1, reward="flat:score"))
         found = evaluate(EvalConfig(run_dir=tmp_path / "run", reward="jpeg_compressibility"), Progress())
-    assert result.comparison.scores["flat:score"].difference == 0
-    score = found.scores["jpeg_compressibility"]
-    assert (score.difference, score.standard_error, score.won) == (0.0, 0.0, 0.5)
+    assert result.comparison.overall[1]["against_first"]["flat:score"]["difference"] == 0
+    paired = found.report.overall[1]["against_first"]["jpeg_compressibility"]
+    assert paired == {"difference": 0.0, "standard_error": 0.0, "win_rate": 0.5}
+
+
+# ---- a benchmark
+
+
+TABLE = "prompt\tCHALLENGE\tCategory\na cat\tBasic\tAnimals\na dog\tBasic\tAnimals\na pot\tHard\tArtifacts\n"
+
+
+@pytest.fixture
+def parti(workspace):
+    (workspace / "parti.tsv").write_text(TABLE)
+    return ["--benchmark", "partiprompts", "--prompts", "parti.tsv", "--reward", "jpeg_compressibility"]
+
+
+def test_a_benchmark_of_a_run_is_three_entries_in_its_folder(trained, parti, esengine, workspace):
+    shutil.copytree(trained[0].run_dir, workspace / "run")
+    code, out, err = esengine("eval", "--run-dir", "run", *parti)
+    assert code == 0, err
+    assert "base@1, adapter@1, base@2 on 3 prompts of partiprompts, 1 image each:" in out
+    assert "gap closed" in out
+    folder = workspace / "run" / "evaluations" / "partiprompts"
+    report = json.loads((folder / "report.json").read_text())
+    assert report["entries"] == ["base@1", "adapter@1", "base@2"]
+    assert list(report["gap_closed"]) == ["jpeg_compressibility"]
+    assert [(g["by"], g["name"]) for g in report["groups"][1:]] == [
+        ("category", "Animals"), ("category", "Artifacts"), ("challenge", "Basic"), ("challenge", "Hard"),
+    ]  # fmt: skip
+    assert "run/evaluations/partiprompts/report.html" in out
+    assert (folder / "report.html").is_file()
+    before = out
+    code, out, err = esengine("eval", "--run-dir", "run", *parti)
+    assert (code, out) == (0, before)
+    assert "0 of 9 images to draw" in err
+
+
+def test_a_benchmark_without_an_adapter_and_a_limit(parti, esengine, workspace, cache):
+    code, out, err = esengine("eval", *parti, "--limit", "2", "--out", "o")
+    assert code == 0, err
+    assert json.loads((workspace / "o" / "report.json").read_text())["entries"] == ["base@1", "base@2"]
+    assert "on 2 prompts of partiprompts" in out
+
+
+def test_entries_of_several_runs(trained, parti, esengine, workspace):
+    shutil.copytree(trained[0].run_dir, workspace / "first")
+    shutil.copytree(trained[0].run_dir / "adapter", workspace / "second one")
+    entries = ["first@1", "second one@1", "third=first/adapter@2", "base@1"]
+    code, _, err = esengine("eval", *parti, "--out", "o", "--entries", *entries)
+    assert code == 0, err
+    report = json.loads((workspace / "o" / "report.json").read_text())
+    assert report["entries"] == ["first@1", "second-one@1", "third@2", "base@1"]
+    first, second, third, base = report["groups"][0]["rows"]
+    assert second["against_first"]["jpeg_compressibility"]["difference"] == 0
+    assert third["against_first"]["jpeg_compressibility"]["difference"] != 0
+    assert base["mean"] != first["mean"]
+    assert report["gap_closed"] == {}
+    assert {path.name for path in (workspace / "o" / "images").iterdir()} == set(report["entries"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--entries", "base"], ["'base'", "accepted are base@N", "FOLDER@N"]),
+        (["--entries", "base@0"], ["'base@0'", "accepted are"]),
+        (["--entries", "base@one"], ["'base@one'", "accepted are"]),
+        (
+            ["--entries", "nosuch@1"],
+            ["'nosuch@1'", "nosuch/pytorch_lora_weights.safetensors does not exist", "accepted"],
+        ),
+        (["--entries", "adapter@1"], ["'adapter@1'", "--run-dir or --adapter"]),
+        (["--entries", "base@1", "base@1"], ["'base@1' and 'base@1'", "base@1"]),
+        (["--entries", "run@1", "run/adapter@1"], ["would both be called run@1", "other=run/adapter@1"]),
+        (["--entries", "base=run@1"], ["would be called base", "mine=run@1"]),
+        (["--entries", "torn@1"], ["torn/pytorch_lora_weights.safetensors", "cannot load"]),
+        (["--shard", "4/4"], ["shard", "0 <= K < N", "4/4"]),
+        (["--shard", "x"], ["shard", "x"]),
+        (["--limit", "0"], ["limit"]),
+        (["--out", "parti.tsv"], ["out parti.tsv", "there is a file"]),
+        (["--benchmark", "nosuch"], ["'nosuch'"]),
+        (["--image.num-steps", "2", "--image.x0-angle", "1.3"], ["x0_angle"]),
+        (["--device", "cuda:99"], ["cuda:99"]),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_nothing_is_written(trained, parti, esengine, workspace, flags, words):
+    shutil.copytree(trained[0].run_dir, workspace / "run")
+    (workspace / "torn").mkdir()
+    (workspace / "torn" / "pytorch_lora_weights.safetensors").write_bytes(b"nonsense")
+    before = {path.name for path in workspace.iterdir()}
+    code, out, err = esengine("eval", *parti, *flags)
+    assert code not in (0, None)
+    assert out == ""
+    line = err.strip().splitlines()[-1]
+    assert line.startswith("esengine: error: ")
+    assert all(word in line for word in words), line
+    assert {path.name for path in workspace.iterdir()} == before
+
+
+def test_several_processes_need_a_folder(trained, esengine):
+    code, _, err = esengine("eval", "--run-dir", trained[0].run_dir, "--shard", "0/2")
+    assert code == 1
+    assert "give it with --out" in err
+
+
+def test_folders_are_entries_by_name(trained, tmp_path):
+    shutil.copytree(trained[0].run_dir / "adapter", tmp_path / "a=b")
+    (found,) = parse_entries([f"{tmp_path / 'a=b'}@3"])
+    assert (found.label, found.adapter, found.steps) == ("a-b@3", tmp_path / "a=b", 3)
+    (found,) = parse_entries([f"mine={tmp_path / 'a=b'}@3"])
+    assert (found.label, found.adapter) == ("mine@3", tmp_path / "a=b")
+    assert parse_entries(["adapter@2", "base@12"], tmp_path / "a=b") == (
+        Entry("adapter", 2, tmp_path / "a=b"),
+        Entry("base", 12),
+    )
+    with pytest.raises(ConfigError, match="adapter@N with --run-dir"):
+        parse_entries(["adapter@2"])
 
 
 # ---- render
@@ -250,8 +263,9 @@ def test_settings_of_the_run_are_the_defaults(call, small, tmp_path, monkeypatch
     config = small(tmp_path / "run", steps=1, seed=7, image=image, es=ESSettings(prompts_per_step=2, repeats=2))
     result = train(config)
     if call is evaluate:
-        assert evaluate(EvalConfig(run_dir=config.run_dir), Progress()) == result.comparison
-        assert result.comparison.repeats == 2
+        found = evaluate(EvalConfig(run_dir=config.run_dir), Progress()).report
+        assert found.groups == result.comparison.groups
+        assert (found.repeats, found.entries, found.settings["seed"]) == (2, ["base@2", "adapter@2"], 7)
         return
     render(RenderConfig(prompts=("an owl",), run_dir=config.run_dir, out=tmp_path / "o"), Progress())
     assert Image.open(tmp_path / "o" / "0000_an-owl_base.png").size == (96, 32)

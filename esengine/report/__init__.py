@@ -1,0 +1,24 @@
+"""Pages for people: one HTML file each, that opens from disk without a network, on a desktop and on a phone."""
+
+from pathlib import Path
+
+from esengine.errors import RunError
+from esengine.report.evaluation import write_evaluation_page
+from esengine.report.gallery import write_gallery
+from esengine.report.training import write_training_page
+
+__all__ = ["write_evaluation_page", "write_gallery", "write_page", "write_training_page"]
+
+
+def write_page(folder: Path) -> Path:
+    """Write the report.html of an evaluation's or a run's folder, whichever it is, and return its path.
+
+    Raises:
+        RunError: the folder is neither, or a file in it is damaged; with the file and, where it has lines, the line.
+    """
+    if (folder / "evaluation.json").is_file():
+        return write_evaluation_page(folder)
+    if (folder / "config.yaml").is_file():
+        return write_training_page(folder)
+    what = "there is neither" if folder.is_dir() else "there is no such folder"
+    raise RunError(f"{folder}: expected a run's config.yaml or an evaluation's evaluation.json in it, {what}")

@@ -1,0 +1,284 @@
+"""The page of an evaluation: the headline table, by category and challenge, histograms, images side by side."""
+
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from esengine.errors import RunError
+from esengine.report.charts import Chart, histogram, intervals
+from esengine.report.page import write
+from esengine.report.records import as_written, number, read_json, read_lines, text, texts
+from esengine.report.thumbnails import Picture, thumbnail
+from esengine.summary import flatten
+
+MOST_PICTURES = 72
+MOST_EXAMPLES = 8
+THUMBNAIL_SIDE, THUMBNAIL_BYTES = 384, 40_000
+PICK_SEED = 0
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One line of scores.jsonl: an image, and its score by name (NaN for none)."""
+
+    entry: str
+    key: tuple[int, int]
+    prompt: str
+    labels: list[str]
+    image: str
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An entry's mean of a score over a group and, but for the first entry, its paired difference to the first."""
+
+    mean: float
+    difference: float | None = None
+    standard_error: float | None = None
+    win_rate: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        """`up` or `down` where the difference is beyond two standard errors."""
+        sure = self.difference is not None and abs(self.difference) > 2 * self.standard_error  # never for NaN
+        return ("up" if self.difference > 0 else "down") if sure else ""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Prompts that a table has a row of: score -> entry -> cell."""
+
+    by: str
+    name: str
+    count: int
+    cells: dict[str, dict[str, Cell]]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt's images, an entry each, with what stands below them."""
+
+    prompt: str
+    labels: list[str]
+    gain: float | None
+    tiles: list[tuple[str, Picture, list[tuple[str, float]]]]
+
+
+def write_evaluation_page(folder: Path) -> Path:
+    """Write FOLDER/report.html from evaluation.json, report.json, scores.jsonl and images/; returns its path.
+
+    The page is a function of these files. An image that is missing leaves a placeholder and a line.
+
+    Raises:
+        RunError: one of the three files is missing or damaged; with the file and, where it has lines, the line.
+    """
+    evaluation = read_json(folder / "evaluation.json")
+    if not (folder / "report.json").is_file():
+        raise RunError(f"{folder}: the evaluation is not finished; the same esengine eval command goes on with it")
+    report = read_json(folder / "report.json")
+    with as_written(folder / "evaluation.json"):
+        entries, scores = texts(evaluation["entries"]), texts(evaluation["scores"])
+        benchmark, settings = text(evaluation["benchmark"]), dict(evaluation["settings"])
+        if not entries or not scores:
+            raise ValueError("expected at least one entry and one score")
+    with as_written(folder / "report.json"):
+        groups = [_group(group, entries, scores) for group in report["groups"]]
+        everything = overall(report, entries, scores)
+        closed = [_closed(score, found) for score, found in (report.get("gap_closed") or {}).items()]
+        prompts, repeats = int(number(report["prompts"])), int(number(report["repeats"]))
+    shots: dict[str, dict[tuple[int, int], Shot]] = {entry: {} for entry in entries}
+    for shot in read_lines(folder / "scores.jsonl", _shot):
+        if shot.entry in shots:
+            shots[shot.entry][shot.key] = shot
+    examples, missing = _examples(folder, entries, scores[0], shots)
+    return write(
+        folder / "report.html",
+        "evaluation.html",
+        title=f"{benchmark}: {' · '.join(entries)}",
+        benchmark=benchmark,
+        entries=entries,
+        scores=scores,
+        prompts=prompts,
+        repeats=repeats,
+        overall=everything,
+        closed=[line for lines in closed for line in lines],
+        sections=_sections(groups, entries, scores),
+        charts=_charts(entries, scores, shots),
+        examples=examples,
+        missing=missing,
+        settings={"prompts_sha256": evaluation.get("prompts_sha256"), **flatten(settings)},
+    )
+
+
+def overall(report: dict[str, Any], entries: list[str], scores: list[str]) -> Group:
+    """The group of all prompts. For use inside `as_written`."""
+    (found,) = (group for group in report["groups"] if group["by"] == "overall")
+    return _group(found, entries, scores)
+
+
+def _shot(record: dict[str, Any]) -> Shot:
+    labels = [text(record[name]) for name in ("category", "challenge") if record.get(name) is not None]
+    scores = {text(name): number(value) for name, value in record["scores"].items()}
+    key = int(record["index"]), int(record["repeat"])
+    return Shot(text(record["entry"]), key, text(record["prompt"]), labels, text(record["image"]), scores)
+
+
+def _group(group: dict[str, Any], entries: list[str], scores: list[str]) -> Group:
+    rows = {text(row["entry"]): row for row in group["rows"]}
+    cells = {
+        score: {entry: _cell(rows[entry], score) for entry in entries if entry in rows and score in rows[entry]["mean"]}
+        for score in scores
+    }
+    count = max((int(number(row["count"])) for row in rows.values()), default=0)
+    return Group(text(group["by"]), text(group["name"]), count, cells)
+
+
+def _cell(row: dict[str, Any], score: str) -> Cell:
+    against = (row.get("against_first") or {}).get(score)
+    mean = number(row["mean"][score])
+    if against is None:
+        return Cell(mean)
+    return Cell(mean, *(number(against.get(name)) for name in ("difference", "standard_error", "win_rate")))
+
+
+def _closed(score: str, found: dict[str, Any]) -> list[str]:
+    """The share of the gap that each adapter closes, in words."""
+    first, last, gap = text(found["from"]), text(found["to"]), number(found["gap"])
+    if not gap > 0:
+        return [f"{score}: {last} is not above {first}, so there is no gap to close."]
+    between = f"the gap between {first} and {last} in {score}, which is {gap:.4f}"
+    lines = []
+    for entry, value in found["share"].items():
+        share = number(value)
+        if not math.isfinite(share):
+            continue
+        if share < 0:
+            lines.append(f"{entry} closes none of {between}: it lies {-share:.0%} of it below {first}.")
+        elif share > 1:
+            lines.append(f"{entry} closes all of {between}, and goes beyond {last} by {share - 1:.0%} of it.")
+        else:
+            lines.append(f"{entry} closes {share:.0%} of {between}.")
+    return lines
+
+
+def _sections(groups: list[Group], entries: list[str], scores: list[str]) -> list[dict[str, Any]]:
+    """For category and challenge: a chart of the differences and the groups themselves, score by score."""
+    sections = []
+    for by in ("category", "challenge"):
+        mine = [group for group in groups if group.by == by]
+        if not mine:
+            continue
+        charts = {}
+        for score in scores if len(entries) > 1 else []:
+            cells = [[group.cells[score].get(entry, Cell(math.nan)) for entry in entries[1:]] for group in mine]
+            rows = [
+                (group.name, [(_nan(cell.difference), _nan(cell.standard_error)) for cell in row])
+                for group, row in zip(mine, cells, strict=True)
+            ]
+            note = f"Difference to {entries[0]}; the bar is ± 2 standard errors."
+            charts[score] = intervals(f"{score} by {by}", rows, entries[1:], note=note)
+        sections.append({"by": by, "groups": mine, "charts": charts})
+    return sections
+
+
+def _nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _charts(entries: list[str], scores: list[str], shots: dict[str, dict[tuple[int, int], Shot]]) -> list[Chart]:
+    """Per score: how the scores spread, and how each entry's paired differences to the first spread."""
+    charts = []
+    for score in scores:
+        by_prompt = {entry: _by_prompt(shots[entry], score) for entry in entries}
+        groups = [(entry, np.array([*by_prompt[entry].values()])) for entry in entries]
+        if any(len(values) for _, values in groups):
+            charts.append(histogram(f"{score}: scores", groups, note="Prompts by score."))
+        first = by_prompt[entries[0]]
+        for colour, entry in enumerate(entries[1:], start=1):
+            paired = [value - first[index] for index, value in by_prompt[entry].items() if index in first]
+            if paired:
+                title = f"{score}: {entry} minus {entries[0]}"
+                note = "Prompts by paired difference; right of the line is better."
+                charts.append(histogram(title, [("difference", np.array(paired))], zero=True, colour=colour, note=note))
+    return charts
+
+
+def _by_prompt(shots: dict[tuple[int, int], Shot], score: str) -> dict[int, float]:
+    """A prompt's mean over its repeats."""
+    found: dict[int, list[float]] = {}
+    for (index, _), shot in sorted(shots.items()):
+        value = shot.scores.get(score, math.nan)
+        if math.isfinite(value):
+            found.setdefault(index, []).append(value)
+    return {index: sum(values) / len(values) for index, values in found.items()}
+
+
+def _examples(
+    folder: Path, entries: list[str], score: str, shots: dict[str, dict[tuple[int, int], Shot]]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Prompts to look at: best gains and worst losses of each adapter, and a draw that no score has a say in.
+
+    Returns:
+        Sections of examples, and the names of images that could not be shown.
+    """
+    first = entries[0]
+    # with no adapter among the entries, the second is looked at
+    chosen = [entry for entry in entries[1:] if not entry.startswith("base@")] or entries[1:2]
+    each = max(1, min(MOST_EXAMPLES, MOST_PICTURES // (len(entries) * (2 * max(1, len(chosen)) + 1))))
+    sections = []
+    for entry in chosen:
+        gains = {
+            key: shot.scores.get(score, math.nan) - shots[first][key].scores.get(score, math.nan)
+            for key, shot in shots[entry].items()
+            if key in shots[first]
+        }
+        order = sorted((key for key in gains if math.isfinite(gains[key])), key=lambda key: (-gains[key], key))
+        best = [key for key in order[:each] if gains[key] > 0]
+        worst = [key for key in order[::-1][:each] if gains[key] < 0]
+        sections.append((f"Best gains of {entry}", f"Where it beats {first} most in {score}.", best, gains))
+        sections.append(
+            (f"Worst losses of {entry}", f"Where it falls furthest below {first} in {score}.", worst, gains)
+        )
+    if not chosen:
+        values = {key: shot.scores.get(score, math.nan) for key, shot in shots[first].items()}
+        order = sorted((key for key in values if math.isfinite(values[key])), key=lambda key: (-values[key], key))
+        sections.append((f"Highest {score}", "", order[:each], {}))
+        sections.append((f"Lowest {score}", "", order[::-1][:each], {}))
+    everything = sorted({key for found in shots.values() for key in found})
+    drawn = sorted(random.Random(PICK_SEED).sample(everything, min(each, len(everything))))
+    sections.append(("Random prompts", "Drawn without regard to any score, always the same ones.", drawn, {}))
+
+    missing: list[str] = []
+    views = []
+    for title, about, keys, gains in sections:
+        found = [_example(folder, entries, key, shots, gains.get(key), missing) for key in keys]
+        views.append({"title": title, "about": about, "examples": found})
+    return views, list(dict.fromkeys(missing))
+
+
+def _example(
+    folder: Path,
+    entries: list[str],
+    key: tuple[int, int],
+    shots: dict[str, dict[tuple[int, int], Shot]],
+    gain: float | None,
+    missing: list[str],
+) -> Example:
+    tiles, known = [], None
+    for entry in entries:
+        shot = shots[entry].get(key)
+        known = known or shot
+        if shot is None:
+            picture, scores = Picture(None, 1, 1, "not scored"), []
+        else:
+            picture = thumbnail(folder / shot.image, within=folder, side=THUMBNAIL_SIDE, most=THUMBNAIL_BYTES)
+            scores = list(shot.scores.items())
+        if picture.missing:
+            missing.append(f"{shot.image if shot else f'{entry}, prompt {key[0]}'}: {picture.missing}")
+        tiles.append((entry, picture, scores))
+    return Example(known.prompt, known.labels, gain, tiles)

@@ -1,0 +1,52 @@
+"""Images small enough to lie inside a page, as data URIs."""
+
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+QUALITIES = ((1.0, 82), (1.0, 60), (0.7, 50))
+"""Share of the size and WebP quality, tried in this order until an image is within its bytes."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image of a page: its data URI and size in pixels, or why there is none."""
+
+    uri: str | None
+    width: int
+    height: int
+    missing: str = ""
+
+
+def thumbnail(path: Path, *, within: Path, side: int, most: int) -> Picture:
+    """An image file as WebP, at most `side` pixels long and, where three qualities can do it, `most` bytes.
+
+    A file that is not there, not an image, or outside the folder `within` gives a picture that says so.
+    """
+    if not path.resolve().is_relative_to(within.resolve()):
+        return Picture(None, 1, 1, "image outside the folder")
+    try:
+        with Image.open(path) as image:
+            return embed(image.convert("RGB"), side=side, most=most)
+    except FileNotFoundError:
+        return Picture(None, 1, 1, "image missing")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what Pillow's readers raise
+        return Picture(None, 1, 1, "image damaged")
+
+
+def embed(image: Image.Image, *, side: int, most: int) -> Picture:
+    """An RGB image as WebP; see `thumbnail`."""
+    data = b""
+    for share, quality in QUALITIES:
+        longest = round(side * share)
+        shown = image.copy()
+        shown.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        shown.save(buffer, "WEBP", quality=quality, method=4)
+        data = buffer.getvalue()
+        if len(data) <= most:
+            break
+    return Picture(f"data:image/webp;base64,{base64.b64encode(data).decode()}", *shown.size)

@@ -1,0 +1,277 @@
+"""The page of a training run: curves, images over time, norms, throughput, settings; also while it goes on."""
+
+import math
+import re
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from esengine.config import TrainConfig, to_dict
+from esengine.report.charts import Chart, Series, lines
+from esengine.report.evaluation import Group, overall
+from esengine.report.page import write
+from esengine.report.records import as_written, number, read_json, read_lines, read_yaml, text, texts
+from esengine.report.thumbnails import Picture, thumbnail
+from esengine.report.words import TIMES, count, duration, figure, short, signed
+from esengine.summary import flatten
+
+MOST_STRIPS = 16
+STRIP_SIDE, STRIP_BYTES = 1280, 130_000
+SPREAD = {"reward": "mean", "reward_best": "best", "reward_worst": "worst"}
+
+
+@dataclass(frozen=True)
+class Held:
+    """One line of heldout.jsonl: score -> (change since the first line, its standard error), NaN for none."""
+
+    step: int
+    change: dict[str, tuple[float, float]]
+    optimised: str
+    parted: list[str]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting of the run, and the default where it is another."""
+
+    name: str
+    value: Any
+    default: Any = None
+    changed: bool = False
+
+
+def write_training_page(run_dir: Path) -> Path:
+    """Write RUN/report.html from what the run has written so far; returns its path.
+
+    The page is a function of the folder's files. Only config.yaml must be there.
+
+    Raises:
+        RunError: a file is damaged; with the file and, where it has lines, the line.
+    """
+    config = flatten(read_yaml(run_dir / "config.yaml"))  # as it is: a run of another version has other settings
+    with as_written(run_dir / "config.yaml"):
+        steps, model, reward = int(config["steps"]), text(config["model"]), text(config["reward"])
+        size = _size(config)
+    metrics = _metrics(run_dir / "metrics.jsonl")
+    held = _held(run_dir / "heldout.jsonl")
+    comparison, made = _comparison(run_dir / "eval.json")
+    known = _checkpoint(run_dir)
+    return write(
+        run_dir / "report.html",
+        "training.html",
+        title=f"Training run {run_dir.resolve().name}",
+        steps=steps,
+        model=model,
+        reward=reward,
+        done=max(metrics) + 1 if metrics else 0,
+        comparison=comparison,
+        cards=[size, *_outcome(metrics)],
+        reward_charts=_reward_charts(metrics),
+        held_charts=_held_charts(held),
+        warnings=_warnings(held),
+        norm_charts=_single_charts(metrics, r".*_norm"),
+        speed_charts=_speed_charts(metrics),
+        other_charts=_single_charts(metrics, r"(?!reward|seconds|images_per_second|.*_norm$).*"),
+        timelines=[
+            timeline
+            for timeline in (
+                _timeline(run_dir / "strips", "Strips", "The best, median and worst member of the step, drawn again."),
+                _timeline(run_dir / "heldout", "Held-out prompts", "The same prompts and latents each time."),
+            )
+            if timeline["pictures"]
+        ],
+        settings=_settings(config),
+        versions=known | flatten(made),
+    )
+
+
+def _metrics(path: Path) -> dict[int, dict[str, float]]:
+    """Step -> numbers by name, in the order of steps; what a run logged twice counts as logged last."""
+    if not path.is_file():
+        return {}
+
+    def parse(record: dict[str, Any]) -> tuple[int, dict[str, float]]:
+        step = record.pop("step")
+        if not isinstance(step, int) or step < 0:
+            raise ValueError(f"step: expected a whole number, got {step!r}")
+        return step, {name: number(value) for name, value in record.items() if not isinstance(value, (str, list, dict))}
+
+    return dict(sorted(dict(read_lines(path, parse)).items()))
+
+
+def _held(path: Path) -> list[Held]:
+    if not path.is_file():
+        return []
+
+    def parse(record: dict[str, Any]) -> Held:
+        change = {
+            text(name): (number(score["change"]), number(score["standard_error"]))
+            for name, score in record["scores"].items()
+        }
+        return Held(int(record["step"]), change, text(record["optimised"]), texts(record.get("parted", [])))
+
+    found = {line.step: line for line in read_lines(path, parse)}
+    return [found[step] for step in sorted(found)]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Base against adapter, of `repeats` images of each prompt."""
+
+    entries: list[str]
+    scores: list[str]
+    repeats: int
+    overall: Group
+
+
+def _comparison(path: Path) -> tuple[Comparison | None, dict[str, Any]]:
+    """What eval.json tells, and what its images were made with; None while there is no such file."""
+    if not path.is_file():
+        return None, {}
+    report = read_json(path)
+    with as_written(path):
+        entries, scores = texts(report["entries"]), texts(report["scores"])
+        found = Comparison(entries, scores, int(number(report["repeats"])), overall(report, entries, scores))
+        return found, dict(report["settings"])
+
+
+def _checkpoint(run_dir: Path) -> dict[str, Any]:
+    """What the newest checkpoint says the run is made with."""
+    for path in sorted(run_dir.glob("checkpoints/step_*/meta.json"), reverse=True)[:1]:
+        with as_written(path):
+            meta = read_json(path)["meta"]
+            return flatten({name: value for name, value in meta.items() if name != "config"})
+    return {}
+
+
+def _column(metrics: dict[int, dict[str, float]], name: str) -> np.ndarray:
+    return np.array([record.get(name, math.nan) for record in metrics.values()])
+
+
+def _names(metrics: dict[int, dict[str, float]], pattern: str) -> list[str]:
+    names = dict.fromkeys(name for record in metrics.values() for name in record)
+    return [name for name in names if re.fullmatch(pattern, name) and np.isfinite(_column(metrics, name)).any()]
+
+
+def _steps(metrics: dict[int, dict[str, float]]) -> np.ndarray:
+    return np.array(list(metrics), dtype=float)
+
+
+def _size(config: dict[str, Any]) -> tuple[str, str, str]:
+    """(what, figure, aside) of a step."""
+    population, prompts, repeats = (config[name] for name in ("population", "es.prompts_per_step", "es.repeats"))
+    aside = f"{count(population, 'member')} {TIMES} {count(prompts, 'prompt')} {TIMES} {count(repeats, 'repeat')}"
+    return "images a step", f"{population * prompts * repeats}", aside
+
+
+def _outcome(metrics: dict[int, dict[str, float]]) -> list[tuple[str, str, str]]:
+    """(what, figure, aside) of what was reached so far."""
+    cards = []
+    if _names(metrics, "reward"):
+        reward = _column(metrics, "reward")
+        reward = reward[np.isfinite(reward)]
+        cards.append(("reward, last step", figure(reward[-1]), "on the step's training prompts"))
+        cards.append(("since the first step", signed(reward[-1] - reward[0]), "which had other prompts"))
+    if _names(metrics, "images_per_second"):
+        rates = _column(metrics, "images_per_second")
+        cards.append(("images a second", short(statistics.median(rates[np.isfinite(rates)])), "median over steps"))
+    if _names(metrics, "seconds"):
+        cards.append(("time in steps", duration(float(np.nansum(_column(metrics, "seconds")))), "all of them together"))
+    return cards
+
+
+def _reward_charts(metrics: dict[int, dict[str, float]]) -> list[Chart]:
+    x, charts = _steps(metrics), []
+    spread = _names(metrics, "|".join(SPREAD))
+    if spread:
+        mean, std = _column(metrics, "reward"), _column(metrics, "reward_std")
+        series = [
+            Series(SPREAD[name], _column(metrics, name), (mean - std, mean + std) if name == "reward" else None)
+            for name in SPREAD
+            if name in spread
+        ]
+        charts.append(lines("Reward", x, series, note="Mean over the population, ± its standard deviation."))
+    if _names(metrics, "reward_std"):
+        note = "Standard deviation of the members' rewards."
+        charts.append(lines("Spread of the population", x, [Series("std", _column(metrics, "reward_std"))], note=note))
+    names = _names(metrics, "reward/.+")
+    for name in names if len(names) > 1 else []:  # a single one is the curve above
+        charts.append(lines(name.removeprefix("reward/"), x, [Series("mean", _column(metrics, name))]))
+    return charts
+
+
+def _held_charts(held: list[Held]) -> list[Chart]:
+    """Each reward's change on held-out prompts with a band of two standard errors."""
+    x = np.array([line.step for line in held], dtype=float)
+    charts = []
+    for name in dict.fromkeys(name for line in held for name in line.change):
+        pairs = np.array([line.change.get(name, (math.nan, math.nan)) for line in held])
+        change, error = pairs[:, 0], pairs[:, 1]
+        if not np.isfinite(change).any():
+            continue
+        title = f"{name} (optimised)" if name == held[0].optimised else name
+        series = [Series("change", change, (change - 2 * error, change + 2 * error))]
+        marks = [(step, "parts ways") for step, parted in _partings(held) if name in parted]
+        note = f"Change since step {held[0].step}, ± 2 standard errors."
+        charts.append(lines(title, x, series, zero=True, marks=marks, note=note))
+    return charts
+
+
+def _partings(held: list[Held]) -> list[tuple[int, list[str]]]:
+    """(step, the rewards that part ways there for the first time)."""
+    seen: set[str] = set()
+    found = []
+    for line in held:
+        fresh = [name for name in line.parted if name not in seen]
+        seen.update(fresh)
+        if fresh:
+            found.append((line.step, fresh))
+    return found
+
+
+def _warnings(held: list[Held]) -> list[str]:
+    return [
+        f"The rewards part ways at step {step}: on held-out prompts {held[0].optimised} is up and {', '.join(parted)} "
+        "down by more than two standard errors. The search may be exploiting the reward from there on."
+        for step, parted in _partings(held)
+    ]
+
+
+def _single_charts(metrics: dict[int, dict[str, float]], pattern: str) -> list[Chart]:
+    return [
+        lines(name.replace("_", " "), _steps(metrics), [Series(name.replace("_", " "), _column(metrics, name))])
+        for name in _names(metrics, pattern)
+    ]
+
+
+def _speed_charts(metrics: dict[int, dict[str, float]]) -> list[Chart]:
+    charts = _single_charts(metrics, "images_per_second")
+    parts = _names(metrics, "seconds_.+") or _names(metrics, "seconds")
+    if parts:
+        series = [Series(name.removeprefix("seconds_"), _column(metrics, name)) for name in parts]
+        charts.append(lines("Seconds a step, by part", _steps(metrics), series, stacked=True))
+    return charts
+
+
+def _timeline(folder: Path, title: str, about: str) -> dict[str, Any]:
+    """Images of a folder over the steps; some of them, evenly, when there are many."""
+    steps = ((re.fullmatch(r"step_(\d+)", path.stem), path) for path in folder.glob("*.png"))
+    files = sorted((int(match[1]), path) for match, path in steps if match)
+    shown = files
+    if len(files) > MOST_STRIPS:
+        places = np.linspace(0, len(files) - 1, MOST_STRIPS).round().astype(int)
+        shown = [files[place] for place in places]
+        about = f"{about} {len(shown)} of {len(files)}, evenly; all are in {folder.name}/."
+    pictures: list[tuple[int, Picture]] = [
+        (step, thumbnail(path, within=folder, side=STRIP_SIDE, most=STRIP_BYTES)) for step, path in shown
+    ]
+    return {"id": folder.name, "title": title, "about": about, "pictures": pictures}
+
+
+def _settings(config: dict[str, Any]) -> list[Setting]:
+    """Every setting, with the default beside those that differ from it."""
+    default = flatten(to_dict(TrainConfig()))
+    return [Setting(name, value, default.get(name), value != default.get(name)) for name, value in config.items()]
