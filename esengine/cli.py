@@ -12,8 +12,9 @@ USAGE = """usage: esengine COMMAND [flags]
 Post-train a frozen text-to-image model from black-box rewards by Evolution Strategies on a LoRA adapter.
 
   train    run or resume a training run; without flags, a demo that takes minutes on a laptop
-  eval     compare base and adapter: same prompts, same latents, paired differences
+  eval     compare base and adapters on prompts or a benchmark: same latents, paired differences, a report
   render   draw prompts with the base model and the adapter, side by side
+  report   the page of a run or of an evaluation: one HTML file with curves, tables and images
   env      versions, devices, and which kernels are in use and why
 
 `esengine COMMAND --help` explains each flag.
@@ -29,6 +30,7 @@ def main(args: list[str] | None = None) -> int:
         "train": _train,
         "eval": _eval,
         "render": _render,
+        "report": _report,
         "env": _env,
     }
     if not args or args[0] in ("-h", "--help"):
@@ -86,10 +88,13 @@ def _train(args: list[str]) -> int:
 
     result = train(config, Bar())
     comparison = result.comparison
-    print(f"\nbase against adapter on {comparison.prompts} held-out prompts, {comparison.repeats} images each:")
+    each = "1 image" if comparison.repeats == 1 else f"{comparison.repeats} images"
+    print(f"\nbase against adapter on {comparison.prompts} held-out prompts, {each} each:")
     print(comparison.table())
     print(f"\nrun folder  {result.folder}")
     print(f"adapter     {result.folder / 'adapter'}  (PEFT; SanaSprintPipeline.load_lora_weights reads it too)")
+    if result.page is not None:
+        print(f"page        {result.page}")
     print(f"curves      tensorboard --logdir {result.folder / 'tensorboard'}")
     return 0
 
@@ -99,16 +104,24 @@ def _eval(args: list[str]) -> int:
 
     config = parse(EvalConfig, args, "esengine eval")
     _quiet()
-    from esengine.inspect_run import evaluate
+    from esengine.evaluate import evaluate
     from esengine.progress import Bar
 
-    comparison = evaluate(config, Bar())
-    print(f"base against adapter on {comparison.prompts} prompts, {comparison.repeats} images each:")
-    print(comparison.table())
+    found = evaluate(config, Bar())
+    report = found.report
+    if report is None:
+        print(f"this shard's images are in {found.folder}; the report is made by the process that finishes last")
+        return 0
+    each = "1 image" if report.repeats == 1 else f"{report.repeats} images"
+    print(f"{', '.join(report.entries)} on {report.prompts} prompts of {report.benchmark}, {each} each:")
+    print(report.table())
     if config.json is not None:
         config.json.parent.mkdir(parents=True, exist_ok=True)
-        config.json.write_text(comparison.to_json(), encoding="utf-8")
+        config.json.write_text(report.to_json(), encoding="utf-8")
         print(f"written to {config.json}")
+    if found.folder is not None:
+        print(f"\nreport  {found.folder / 'report.html'}  (also .md, .csv, .json)")
+        print(f"images  {found.folder / 'images'}")
     return 0
 
 
@@ -121,7 +134,20 @@ def _render(args: list[str]) -> int:
     from esengine.progress import Bar
 
     written = render(config, Bar())
-    print(f"{written.images} images and {written.sheet.name} in {written.folder}")
+    if written.page is not None:
+        print(f"{written.sheet}\n{written.page}")
+    else:
+        print(f"{written.images} images and {written.sheet.name} in {written.folder}")
+    return 0
+
+
+def _report(args: list[str]) -> int:
+    from esengine.config import ReportConfig, parse
+
+    config = parse(ReportConfig, args, "esengine report")
+    from esengine.report import write_page
+
+    print(write_page(config.folder))
     return 0
 
 

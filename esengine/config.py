@@ -120,6 +120,14 @@ class ImageSettings:
     """Images in one transformer forward; chosen by the device's memory by default."""
     decode_chunk: int = 16
     """Images in one decoder call."""
+    vae: str | None = None
+    """Another decoder of the same latents, such as DC-AE-Lite: a folder or a hub id, perhaps with @revision behind."""
+    graphs: Literal["auto", "always", "never"] = "auto"
+    """Replay a population's forward from CUDA graphs. auto: on a GPU where the model's blocks run fused."""
+    decode: Literal["eager", "compiled", "graphed"] = "eager"
+    """The decoder as it stands, through torch.compile, or from a CUDA graph."""
+    overlap: bool = False
+    """On a GPU, decode a chunk while the next is denoised, for which there must be memory."""
     instruction: bool = True
     """Encode prompts behind the pipeline's own instruction to the text encoder."""
 
@@ -128,6 +136,9 @@ class ImageSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"image.{name}: expected at least 1, got {value}")
+        for name, known in (("graphs", ("auto", "always", "never")), ("decode", ("eager", "compiled", "graphed"))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"image.{name}: expected one of {', '.join(known)}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -167,8 +178,15 @@ class TrainConfig:
     """Steps between checkpoints."""
     strip_every: int = 10
     """Steps between strips of the best, median and worst member's images. 0: none."""
-    wandb: bool = False
-    """Mirror TensorBoard to Weights & Biases; needs the `wandb` extra, and WANDB_MODE=offline needs no account."""
+    heldout_reward: str = "auto"
+    """Rewards that are watched on held-out prompts, besides the optimised one: `pickscore,my_module:score`, or none.
+    auto: where pickscore, clip_text, aesthetic, no_artifacts or hpsv2 is optimised, the rest of the first four."""
+    heldout_every: int = 10
+    """Steps between measures of the optimised and the held-out rewards on held-out prompts. 0: none."""
+    heldout_prompts: int = 16
+    """So many of the --eval-prompts are drawn at each measure, always the same."""
+    trackers: tuple[Literal["wandb", "trackio"], ...] = ()
+    """Besides TensorBoard; each needs the extra of its name. WANDB_MODE=offline needs no account."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     es: ESSettings = field(default_factory=ESSettings)
     update: UpdateRule = field(default_factory=lambda: UpdateRule(lr_scale=1.0))
@@ -177,9 +195,13 @@ class TrainConfig:
     def __post_init__(self):
         if self.population < 2 or self.population % 2:
             raise ConfigError(f"population: expected an even number of at least 2, got {self.population}")
-        for name, least in (("steps", 1), ("checkpoint_every", 1), ("strip_every", 0)):
+        counts = {"steps": 1, "checkpoint_every": 1, "strip_every": 0, "heldout_every": 0, "heldout_prompts": 1}
+        for name, least in counts.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        for name in self.trackers:
+            if name not in ("wandb", "trackio") or self.trackers.count(name) > 1:
+                raise ConfigError(f"trackers: expected wandb, trackio or both, got {' '.join(self.trackers)}")
         if not 0 <= self.seed < 1 << 64:
             raise ConfigError(f"seed: expected an integer in [0, 2^64), got {self.seed}")
         if self.steps > 1 << 31:
@@ -188,36 +210,63 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Compare base and adapter on prompts: the same latents for both, every reward, paired differences."""
+    """Compare models on the same prompts and latents: means, paired differences to the first, and who wins.
+
+    `esengine eval --run-dir RUN` compares base and adapter on the run's held-out prompts and prints a table.
+
+    `esengine eval --run-dir RUN --benchmark partiprompts` is the full evaluation: base at one step, the adapter, base
+    at two steps; an image of each prompt; PickScore, CLIP, aesthetic and no-artifacts scores. It leaves a folder of
+    images, scores.jsonl, and a report as HTML, Markdown, CSV and JSON. Killed at any point, the same command goes on
+    and ends with the same table. Several processes share the work under torchrun, or with --shard.
+
+    A file of prompts ending in .tsv or .csv is a table with a column Prompt and perhaps Category and Challenge, in any
+    case and order; any other file is text with a prompt on each line.
+    """
 
     run_dir: Path | None = None
     """A run's folder: its adapter, and its settings for what the other flags leave open."""
     adapter: Path | None = None
     """An adapter's folder, instead of the run's."""
+    benchmark: str | None = None
+    """`partiprompts` or `drawbench`, from the hub or the file of --prompts; or a file of prompts."""
+    entries: tuple[str, ...] = ()
+    """Model @ denoising steps: base@1, adapter@1 (the run's), FOLDER@1, NAME=FOLDER@1; the first is what to beat."""
     model: str | None = None
     """A SanaSprintPipeline folder, a hub id, or `tiny`."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     prompts: Path | None = None
-    """Text file, one prompt a line. By default the run's held-out prompts."""
+    """File of prompts, such as a PartiPrompts.tsv for --benchmark. By default the run's held-out prompts."""
+    limit: int | None = None
+    """So many prompts, the first ones."""
     reward: str | None = None
-    """A reward, or several: `a=1.0,my_module:score=0.5`. By default the run's."""
+    """Rewards: `a=1.0,my_module:score=0`. By default the run's; for a benchmark pickscore and its three companions."""
     seed: int | None = None
-    """Keys the latents. By default the run's."""
+    """Keys the latents, with a prompt's place in its file. By default the run's."""
     repeats: int | None = None
-    """Images of each prompt. By default the run's."""
+    """Images of each prompt. By default the run's; for a benchmark 1."""
+    out: Path | None = None
+    """Folder of images and reports; for a benchmark, by default, evaluations/NAME in the run's folder or here."""
+    shard: str | None = None
+    """K/N: part K (from 0) of N; the process that finishes last makes the report. By default torchrun's place."""
     json: Path | None = None
-    """Also write the table there."""
+    """Also write report.json there."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU when there is one."""
+    """cpu, cuda, cuda:1, ...; auto takes a GPU when there is one, under torchrun the process's own."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: the run's; without a run, bfloat16 on a GPU and float32 on a CPU."""
     image: tyro.conf.AvoidSubcommands[ImageSettings | None] = None
 
     def __post_init__(self):
         _check_common(self)
-        if self.repeats is not None and self.repeats < 1:
-            raise ConfigError(f"repeats: expected at least 1, got {self.repeats}")
+        for name in ("repeats", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}: expected at least 1, got {value}")
+        if self.shard is not None:
+            k, slash, n = self.shard.partition("/")
+            if not (k.isdecimal() and n.isdecimal() and slash and int(k) < int(n)):
+                raise ConfigError(f"shard: expected K/N with 0 <= K < N, such as 0/4, got {self.shard}")
 
 
 @dataclass(frozen=True)
@@ -230,6 +279,8 @@ class RenderConfig:
     """Text file, one prompt a line. By default the packaged held-out list."""
     limit: int = 8
     """So many prompts of the file."""
+    gallery: bool = False
+    """The eight prompts of the published run, as gallery.png and gallery.html instead of single images."""
     run_dir: Path | None = None
     """A run's folder: its adapter, and its settings for what the other flags leave open."""
     adapter: Path | None = None
@@ -252,11 +303,21 @@ class RenderConfig:
         _check_common(self)
         if self.limit < 1:
             raise ConfigError(f"limit: expected at least 1, got {self.limit}")
+        if self.gallery and (self.prompts or self.prompts_file):
+            raise ConfigError("gallery: expected no prompts beside it, it has its own")
 
 
 def _check_common(config: EvalConfig | RenderConfig) -> None:
     if config.seed is not None and not 0 <= config.seed < 1 << 64:
         raise ConfigError(f"seed: expected an integer in [0, 2^64), got {config.seed}")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write report.html, a page that needs no network, into the folder of an evaluation or a run, also as it goes."""
+
+    folder: tyro.conf.Positional[Path] = Path(".")
+    """Of a run or an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -268,7 +329,8 @@ class EnvConfig:
 
 
 MAY_CHANGE = (
-    *("run_dir", "resume", "config", "steps", "checkpoint_every", "strip_every", "wandb"),
+    *("run_dir", "resume", "config", "steps", "checkpoint_every", "strip_every", "trackers"),
+    *("heldout_reward", "heldout_every", "heldout_prompts"),
     *("model", "revision", "prompts", "eval_prompts"),  # names; what `model` and `prompts` hold is compared by hash
 )
 """Settings that a resumed run may be given anew: none of them has a say in the adapter of a given step."""

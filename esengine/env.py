@@ -7,7 +7,8 @@ import platform
 import torch
 
 import esengine
-from esengine.kernels import CONTRACT, uses_triton
+from esengine.errors import ConfigError
+from esengine.kernels import CONTRACT, configs, uses_triton
 from esengine.kernels.noise import INTERPRET
 from esengine.setup import pick_device
 
@@ -15,7 +16,11 @@ PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "safetensors
 
 
 def describe() -> dict[str, str]:
-    """Facts by name, for people and for the record of a result."""
+    """Facts by name, for people and for the record of a result.
+
+    Raises:
+        ConfigError: the file of launch settings is not usable.
+    """
     facts = {"esengine": esengine.__version__, "python": platform.python_version(), "system": platform.platform()}
     for package in PACKAGES:
         try:
@@ -30,12 +35,24 @@ def describe() -> dict[str, str]:
     else:
         facts["device"] = f"cpu, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     facts["kernels"] = _kernels(device)
+    facts["kernel settings"] = _settings(device)
     facts["noise contract"] = f"v{CONTRACT}"
     return facts
 
 
 def to_json(facts: dict[str, str]) -> str:
     return json.dumps(facts, indent=1)
+
+
+def _settings(device: torch.device) -> str:
+    """The file of launch settings, its hash, and the hash of what sets the order of sums."""
+    if not uses_triton(device):
+        return "none: no Triton kernels in use"
+    try:
+        used = configs.describe(device)
+    except ValueError as error:
+        raise ConfigError(f"kernel settings: {error}") from None
+    return f"{used['file']} {used['sha256']}, order of sums {used['order']}"
 
 
 def _kernels(device: torch.device) -> str:

@@ -10,6 +10,7 @@ from esengine.errors import ConfigError
 
 TRAIN = Path(__file__).parent / "data" / "prompts_train.txt"
 HELDOUT = Path(__file__).parent / "data" / "prompts_heldout.txt"
+GALLERY = Path(__file__).parent / "data" / "prompts_gallery.txt"
 
 
 def read_prompts(path: str | Path) -> list[str]:

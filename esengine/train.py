@@ -2,10 +2,8 @@
 
 import dataclasses
 import hashlib
-import importlib.util
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -13,20 +11,27 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 
-import esengine
 from esengine import checkpoint
 from esengine.config import ImageSettings, TrainConfig, differences, to_dict, to_yaml
 from esengine.engine import Engine, Task
+from esengine.entries import default_entries
+from esengine.env import describe
 from esengine.errors import ConfigError, RunError
-from esengine.evaluate import Comparison, compare
 from esengine.files import cache_root, replace_file
+from esengine.guard import Guard, load_rewards
 from esengine.kernels import CONTRACT
-from esengine.models import RenderSettings, SanaSprint, TextEmbeddings, write_diffusers_lora
+from esengine.models import SanaSprint, TextEmbeddings, write_diffusers_lora
 from esengine.population import Noise, Population, attach
 from esengine.prompts import HELDOUT, TRAIN, PromptSampler, read_prompts
-from esengine.rewards import Weighted, parse
+from esengine.rewards import Weighted
+from esengine.rewards.base import reason
+from esengine.rewards.spec import read as read_rewards
+from esengine.rollout import Renderer, render_all, score_task
 from esengine.runlog import RunLog
-from esengine.setup import load_model, pick_chunk, pick_device, pick_dtype, render_settings
+from esengine.scoring import Plan, compare_entries
+from esengine.setup import load_model, pick_device, pick_dtype, render_settings, settled
+from esengine.summary import Report
+from esengine.trackers import require_installed
 
 STRIP_PROMPTS = 8
 
@@ -55,10 +60,19 @@ class Progress:
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run leaves: its folder, and base against adapter on prompts it did not train on."""
+    """What a finished run leaves.
+
+    Attributes:
+        folder: of the run.
+        comparison: base against adapter on prompts it did not train on.
+        parted: the step at which each held-out reward, if it did, parted ways with the optimised one.
+        page: the run as a page to look at; None if it could not be drawn.
+    """
 
     folder: Path
-    comparison: Comparison
+    comparison: Report
+    parted: dict[str, int]
+    page: Path | None
 
 
 @dataclass(frozen=True)
@@ -66,11 +80,13 @@ class Run:
     """The parts of a run that do not change from step to step."""
 
     config: TrainConfig
-    model: SanaSprint
     reward: Weighted
-    texts: TextEmbeddings
-    settings: RenderSettings
+    render: Renderer
     progress: Progress
+    folder: checkpoint.RunFolder
+    meta: dict
+    log: RunLog
+    guard: Guard | None
 
 
 def train(config: TrainConfig, progress: Progress | None = None) -> Result:
@@ -84,12 +100,12 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Result:
     progress = progress or Progress()
     prompts = read_prompts(config.prompts or TRAIN)
     eval_prompts = read_prompts(config.eval_prompts or HELDOUT)
-    reward = parse(config.reward)
     sampler = PromptSampler(len(prompts), config.es.prompts_per_step, config.seed)
     settings = render_settings(config.image)
-    pick_device(config.device)  # before a folder is made
-    if config.wandb and importlib.util.find_spec("wandb") is None:
-        raise ConfigError("wandb: not installed; pip install 'eggroll-esengine[wandb]'")
+    # before a folder is made
+    read_rewards(config.reward)
+    pick_device(config.device)
+    require_installed(config.trackers)
     if config.resume and config.run_dir is None:
         raise ConfigError("resume: which run? give its folder with --run-dir")
     run_dir = config.run_dir or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
@@ -100,8 +116,10 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Result:
             config = _as_before(config, saved.meta["config"])
         device = pick_device(config.device)
         dtype = pick_dtype(config.dtype, device)
+        watched = config.heldout_reward if config.heldout_every else "none"
+        rewards = load_rewards(config.reward, watched, device=str(device), note=progress.note)
         progress.note(f"model {config.model} on {device} in {str(dtype).removeprefix('torch.')}")
-        model = load_model(config.model, config.revision, device, dtype)
+        model = load_model(config.model, config.revision, device, dtype, config.image.vae)
         config = dataclasses.replace(
             config,
             run_dir=None,
@@ -112,53 +130,77 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Result:
             eval_prompts=config.eval_prompts and config.eval_prompts.resolve(),
             device=str(device),
             dtype=str(dtype).removeprefix("torch."),
-            image=dataclasses.replace(config.image, chunk=pick_chunk(config.image, model)),
+            image=settled(config.image, model),
         )
         meta = {
             "config": to_dict(config),
             "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
             "model": model.identity(),
+            "rewards": rewards.identity(rewards.optimised),
             "contract": CONTRACT,
-            "esengine": esengine.__version__,
+            "environment": describe(),
         }
         if saved is not None:
             _check_same_run(folder, saved.meta, meta)
         population = attach_population(model, config)
-        fused = ", fused blocks" if model.fuses(population) else ""
-        progress.note(f"population of {config.population}, kernels: {population.backend}{fused}")
+        plan = model.plan(population, settings)
+        progress.note(f"population of {config.population}, kernels: {population.backend}, {plan}")
         engine = Engine(
             population, sampler, size=config.population, repeats=config.es.repeats, shaping=config.es.shaping
         )
         if saved is not None:
             engine.load_state_dict(_unflatten(saved))
+            if changed := differences(saved.meta.get("environment", {}), meta["environment"]):
+                progress.note(f"warning: bits may differ from before, {'; '.join(changed)}")
             for path, why in saved.skipped:
                 progress.note(f"skipped {path}: {why}")
+            if engine.step > config.steps:
+                raise RunError(
+                    f"run folder {folder.path}: {engine.step} steps are done, --steps {config.steps} lies behind them"
+                )
             progress.note(f"resuming {folder.path} after step {engine.step} of {config.steps}")
 
         progress.note(f"encoding {len(prompts)} prompts to train on and {len(eval_prompts)} held out")
         if shared := set(prompts) & set(eval_prompts):
             progress.note(f"warning: {len(shared)} of the held-out prompts are trained on too")
         texts, held_out = encode(model, (prompts, eval_prompts), config.image, progress)
-        run = Run(config, model, reward, texts, settings, progress)
-        resume_step = engine.step if saved is not None else None
-        with _mirror(config, folder), RunLog(folder, resume_step) as log:
-            _loop(run, engine, folder, log, meta, resumed=saved is not None)
+        drawn = dict(settings=settings, seed=config.seed, chunk=config.image.chunk)
+        with RunLog(
+            folder,
+            engine.step if saved is not None else None,
+            trackers=config.trackers,
+            settings={**meta["config"], "identity": {key: each for key, each in meta.items() if key != "config"}},
+            note=progress.note,
+        ) as log:
+            guard = None
+            if config.heldout_every:
+                watching = dict(prompts=config.heldout_prompts, every=config.heldout_every, log=log, note=progress.note)
+                guard = Guard(rewards, Renderer(model, held_out, **drawn), **watching)
+            render = Renderer(model, texts, **drawn)
+            run = Run(config, rewards.optimised, render, progress, folder, meta, log, guard)
+            _loop(run, engine, resumed=saved is not None)
         population.detach()
 
         progress.note(f"comparing base and adapter on {len(eval_prompts)} held-out prompts")
-        model.load_adapter(folder.adapter)
-        comparison = compare(
+        comparison = compare_entries(
             model,
             held_out,
-            reward,
-            seed=config.seed,
-            repeats=config.es.repeats,
-            settings=settings,
-            chunk=config.image.chunk,
+            rewards.everything,
+            Plan(
+                entries=default_entries(settings.num_steps, folder.adapter, two_steps=False),
+                prompts=len(eval_prompts),
+                repeats=config.es.repeats,
+                seed=config.seed,
+                settings=settings,
+                chunk=config.image.chunk,
+            ),
             progress=lambda done, total: progress.count("images", done, total),
         )
         replace_file(Path(folder.path) / "eval.json", comparison.to_json().encode())
-        return Result(Path(folder.path), comparison)
+        parted = guard.parted() if guard else {}
+        for name in parted:
+            progress.note(f"warning: {guard.warning(name)}")
+        return Result(Path(folder.path), comparison, parted, _page(folder.path, progress))
 
 
 def attach_population(model: SanaSprint, config: TrainConfig) -> Population:
@@ -189,68 +231,14 @@ def save_adapter(population: Population, path: Path) -> None:
     write_diffusers_lora(path, population.parameters(), scaling)
 
 
-def score_task(run: Run, population: Population, task: Task) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Render and score a step's images chunk by chunk.
-
-    Returns:
-        Scores by reward name and "combined", float32 [N, P, R] on the CPU, and seconds spent on "render" and "score".
-    """
-    columns = task.rows()
-    length = run.texts.trimmed_length(task.prompts)
-    parts: list[dict[str, torch.Tensor]] = []
-    seconds = {"render": 0.0, "score": 0.0}
-    for members, prompts, repeats in zip(*(column.split(run.config.image.chunk) for column in columns), strict=True):
-        start = time.perf_counter()
-        images = _render(run, population, task.step, prompts, repeats, members, length)
-        if images.is_cuda:
-            torch.cuda.synchronize(images.device)
-        rendered = time.perf_counter()
-        words = [run.texts.prompts[index] for index in prompts.tolist()]
-        scores = run.reward.score(images, words, step=task.step, members=members.tolist())
-        parts.append({name: score.cpu() for name, score in scores.items()})
-        seconds["render"] += rendered - start
-        seconds["score"] += time.perf_counter() - rendered
-        run.progress.images(len(members))
-    return {name: torch.cat([part[name] for part in parts]).view(task.shape) for name in parts[0]}, seconds
-
-
-def _mirror(config: TrainConfig, folder: checkpoint.RunFolder) -> AbstractContextManager:
-    """A Weights & Biases run that follows the TensorBoard writer opened inside it, or nothing."""
-    if not config.wandb:
-        return nullcontext()
-    import wandb
-
-    name = folder.path.resolve().name
-    return wandb.init(project="esengine", name=name, dir=folder.path, config=to_dict(config), sync_tensorboard=True)
-
-
-def _render(run: Run, population: Population, step: int, prompts, repeats, members, length: int) -> torch.Tensor:
-    """One chunk: int64 [B] of prompts, repeats and members -> uint8 [B, 3, H, W]."""
-    return run.model.render(
-        run.texts,
-        seed=run.config.seed,
-        step=step,
-        prompts=prompts,
-        repeats=repeats,
-        members=members,
-        population=population,
-        settings=run.settings,
-        text_length=length,
-    )
-
-
-def _loop(run: Run, engine: Engine, folder: checkpoint.RunFolder, log: RunLog, meta: dict, *, resumed: bool) -> None:
-    config, population = run.config, engine.population
+def _loop(run: Run, engine: Engine, *, resumed: bool) -> None:
+    config, population, folder = run.config, engine.population, run.folder
 
     def keep() -> int:
-        checkpoint.save(folder.checkpoints, engine.step, _flatten(engine), meta)
+        checkpoint.save(folder.checkpoints, engine.step, _flatten(engine), run.meta)
         save_adapter(population, folder.adapter)
         return engine.step
 
-    if engine.step > config.steps:
-        raise RunError(
-            f"run folder {folder.path}: {engine.step} steps are done, --steps {config.steps} lies behind them"
-        )
     if resumed:
         kept = engine.step
         save_adapter(population, folder.adapter)
@@ -261,15 +249,22 @@ def _loop(run: Run, engine: Engine, folder: checkpoint.RunFolder, log: RunLog, m
     run.progress.start(config.steps * per_step, engine.step * per_step)
     settled = True  # the adapter, the step's number and its metrics agree
     try:
-        while engine.step < config.steps:
+        while True:
+            if run.guard and run.guard.due(engine.step, config.steps):
+                run.guard.measure(engine.step)
+            if engine.step == config.steps:
+                break
             task = engine.ask()
-            scores, seconds = score_task(run, population, task)
+            scores, seconds = score_task(run.render, run.reward, population, task, run.progress.images)
             total = scores["combined"]
             if config.strip_every and (task.step % config.strip_every == 0 or task.step == config.steps - 1):
-                _strip(run, engine, task, total, log)
+                _strip(run, engine, task, total)
+                for name, score in scores.items():
+                    run.log.histogram(task.step, f"members/{name}", score.mean(dim=(1, 2)))
             start, settled = time.perf_counter(), False
             norms = engine.tell(task, total)
-            seconds["update"] = time.perf_counter() - start
+            seconds["seconds_update"] = time.perf_counter() - start
+            seconds["seconds"] += seconds["seconds_update"]
             members = total.mean(dim=(1, 2))
             metrics = {
                 "reward": float(total.mean()),
@@ -278,11 +273,10 @@ def _loop(run: Run, engine: Engine, folder: checkpoint.RunFolder, log: RunLog, m
                 "reward_std": float(members.std(unbiased=False)),
                 **{f"reward/{name}": float(scores[name].mean()) for name in run.reward.names},
                 **norms,
-                "images_per_second": task.images / sum(seconds.values()),
-                "seconds": sum(seconds.values()),
-                **{f"seconds_{part}": spent for part, spent in seconds.items()},
+                "images_per_second": task.images / seconds["seconds"],
+                **seconds,
             }
-            log.log(task.step, metrics)
+            run.log.log(task.step, metrics)
             settled = True
             run.progress.step(engine.step, config.steps, metrics)
             if engine.step % config.checkpoint_every == 0 or engine.step == config.steps:
@@ -293,18 +287,26 @@ def _loop(run: Run, engine: Engine, folder: checkpoint.RunFolder, log: RunLog, m
             keep()
 
 
-def _strip(run: Run, engine: Engine, task: Task, scores: torch.Tensor, log: RunLog) -> None:
+def _strip(run: Run, engine: Engine, task: Task, scores: torch.Tensor) -> None:
     """The best, median and worst member of this step, rendered again: images are never kept."""
-    order = engine.fitness(task, scores).argsort(descending=True)
-    prompts, length = task.prompts[:STRIP_PROMPTS], run.texts.trimmed_length(task.prompts)
+    order = engine.fitness(task, scores).argsort(descending=True).tolist()
+    prompts = task.prompts[:STRIP_PROMPTS]
     images = {}
     for label, member in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
-        rows = [
-            _render(run, engine.population, task.step, part, torch.zeros_like(part), member.repeat(len(part)), length)
-            for part in prompts.split(run.config.image.chunk)
-        ]
-        images[label] = torch.cat(rows)
-    log.strip(task.step, images, [run.texts.prompts[index] for index in prompts.tolist()])
+        rows = render_all(run.render, task.step, prompts, member, engine.population)
+        images[label] = torch.cat([drawn for drawn, _ in rows])
+    run.log.strip(task.step, images, run.render.words(prompts))
+
+
+def _page(folder: Path, progress: Progress) -> Path | None:
+    """The run as one HTML page; a run is not lost over it."""
+    try:
+        from esengine.report import write_training_page  # Jinja is slow to import
+
+        return write_training_page(folder)
+    except Exception as error:
+        progress.note(f"warning: no page of the run could be drawn: {reason(error)}")
+        return None
 
 
 def _as_before(config: TrainConfig, saved: dict) -> TrainConfig:
@@ -320,6 +322,7 @@ def _as_before(config: TrainConfig, saved: dict) -> TrainConfig:
 
 def _check_same_run(folder: checkpoint.RunFolder, saved: dict, now: dict) -> None:
     changed = differences(saved["config"], now["config"])
+    changed += differences({"reward": saved["rewards"]}, {"reward": now["rewards"]})
     if saved["contract"] != now["contract"]:
         changed.append(f"noise contract: {saved['contract']} -> {now['contract']}")
     for name, what in (("model", "model: its weights"), ("prompts_sha256", "prompts: the file's contents")):

@@ -1,5 +1,7 @@
 import json
 import os
+import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +22,8 @@ def cache(tmp_path_factory):
         patch.setenv("ESENGINE_CACHE", str(folder))
         patch.setenv("OMP_NUM_THREADS", "1")
         torch.set_num_threads(1)
+        # a page of each run would take longer than the run
+        patch.setattr("esengine.train._page", lambda folder, progress: None)
         yield folder
         torch.set_num_threads(threads)
 
@@ -43,6 +47,7 @@ def small(cache, prompt_files):
         population=4,
         checkpoint_every=2,
         strip_every=3,
+        heldout_every=2,
         lora=LoraSettings(targets=("to_q", "to_k", "to_v", "linear_2")),
         es=ESSettings(prompts_per_step=2, repeats=1),
         image=ImageSettings(chunk=3),
@@ -78,10 +83,40 @@ def outcome():
         found["checkpoint"] = newest.name, (newest / "state.safetensors").read_bytes()
         lines = (run_dir / "metrics.jsonl").read_text().splitlines()
         found["metrics"] = [{k: v for k, v in json.loads(line).items() if k not in CLOCKS} for line in lines]
+        found["heldout"] = (run_dir / "heldout.jsonl").read_bytes()
+        found["grids"] = {path.name: path.read_bytes() for path in sorted(run_dir.glob("heldout/*"))}
         found["eval"] = json.loads((run_dir / "eval.json").read_text())
         return found
 
     return read
+
+
+@pytest.fixture
+def reward(monkeypatch):
+    """Installs functions as rewards of the module `own`; returns the name of the first."""
+
+    def install(score, **others) -> str:
+        module = types.ModuleType("own")
+        vars(module).update(others, score=score)
+        monkeypatch.setitem(sys.modules, "own", module)
+        return "own:score"
+
+    return install
+
+
+@pytest.fixture
+def notes():
+    """Progress that keeps what it is told: `notes.said` is a list of lines."""
+    from esengine.train import Progress
+
+    class Notes(Progress):
+        def __init__(self):
+            self.said = []
+
+        def note(self, text):
+            self.said.append(text)
+
+    return Notes()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -75,6 +76,8 @@ def flags(*more):
         (["--resume"], ["new", "nothing to resume"]),
         (["--run-dir", "p.txt"], ["p.txt"]),
         (["--population", "5"], ["population", "even", "5"]),
+        (["--heldout-reward", "nosuch"], ["unknown reward 'nosuch'"]),
+        (["--heldout-reward", "jpeg_compressibility"], ["heldout_reward", "jpeg_compressibility", "weight of 0"]),
         (["--seed", "-1"], ["seed", "-1"]),
         (["--lora.targets", "nosuch"], ["lora", "nosuch"]),
         (["--model", "nosuch"], ["model", "nosuch"]),
@@ -96,7 +99,12 @@ def test_what_is_wrong_is_one_line_and_nothing_is_left(files, esengine, workspac
 
 @pytest.mark.parametrize(
     ("more", "word"),
-    [(["--population", "many"], "--population"), (["--stepz", "3"], "--stepz"), (["extra"], "extra")],
+    [
+        (["--population", "many"], "--population"),
+        (["--trackers", "aim"], "--trackers"),
+        (["--stepz", "3"], "--stepz"),
+        (["extra"], "extra"),
+    ],
 )
 def test_a_flag_that_is_not_one_is_explained(files, esengine, workspace, more, word):
     code, out, err = esengine(*flags(*more))
@@ -214,7 +222,7 @@ def test_a_reward_that_fails_is_one_line(files, esengine, workspace, monkeypatch
     module = types.ModuleType("own")
     module.score = score
     monkeypatch.setitem(sys.modules, "own", module)
-    code, _, err = esengine(*flags("--reward", "own:score"))
+    code, _, err = esengine(*flags("--reward", "own:score", "--heldout-every", "0"))
     assert code == 1
     line = one_line(err)
     assert "reward own:score, step 0, members 0, 1, 2, 3" in line
@@ -240,7 +248,7 @@ def test_ctrl_c_is_one_line_and_resumes(files, esengine, workspace, monkeypatch)
     def score(images, prompts):
         nonlocal calls
         calls += 1
-        if calls == 2:
+        if calls == 3:  # after the first measure and the first step
             raise KeyboardInterrupt
         return images.float().mean((1, 2, 3))
 
@@ -264,6 +272,13 @@ def test_a_run_says_where_everything_is(files, esengine, workspace):
         assert words in err
     assert "Traceback" not in err
     assert {path.name for path in workspace.iterdir()} == files | {"new"}
+
+
+def test_the_page_of_a_run_is_named(files, esengine, workspace, monkeypatch):
+    monkeypatch.setattr("esengine.train._page", lambda folder, progress: folder / "report.html")
+    code, out, _ = esengine(*flags())
+    assert code == 0
+    assert "page        new/report.html\n" in out
 
 
 def test_without_run_dir_the_run_is_named_by_its_date(files, esengine, workspace):
@@ -291,8 +306,9 @@ def test_usage_and_version(esengine):
 def test_env_names_versions_and_kernels(esengine):
     code, out, _ = esengine("env")
     assert code == 0
-    assert f"torch           {torch.__version__}" in out
-    assert "kernels         batched torch: there is no CUDA device" in out or torch.cuda.is_available()
+    lines = dict(re.split(r" {2,}", line, maxsplit=1) for line in out.splitlines())
+    assert lines["torch"] == torch.__version__
+    assert lines["kernels"] == "batched torch: there is no CUDA device" or torch.cuda.is_available()
     code, out, _ = esengine("env", "--json")
     facts = json.loads(out)
     assert code == 0

@@ -73,7 +73,8 @@ def test_flags_of_every_kind():
     line = (
         "--run-dir runs/a --model m --prompts p.txt --reward a=1,b:c=0.5 --steps 3 --seed 18446744073709551615 "
         "--es.sigma 1e-3 --es.shaping centered_rank --lora.targets to_q to_k --update.max-norm None "
-        "--update.max-step-norm 2 --image.no-instruction --image.height 64 --resume"
+        "--update.max-step-norm 2 --image.no-instruction --image.height 64 --resume "
+        "--heldout-reward clip_text,own:score --heldout-every 0 --heldout-prompts 3 --trackers wandb trackio"
     )
     config = parse_train(line.split())
     assert (config.run_dir, config.model, config.prompts) == (Path("runs/a"), "m", Path("p.txt"))
@@ -81,6 +82,8 @@ def test_flags_of_every_kind():
     assert (config.es.sigma, config.es.shaping, config.lora.targets) == (1e-3, "centered_rank", ("to_q", "to_k"))
     assert (config.update.max_norm, config.update.max_step_norm) == (None, 2.0)
     assert (config.image.instruction, config.image.height, config.resume) == (False, 64, True)
+    assert (config.heldout_reward, config.heldout_every, config.heldout_prompts) == ("clip_text,own:score", 0, 3)
+    assert config.trackers == ("wandb", "trackio")
 
 
 def test_the_packaged_file_is_found_by_name_from_anywhere(tmp_path, monkeypatch):
@@ -127,6 +130,8 @@ def test_a_number_is_a_number_however_it_is_written(yaml_file, text, value):
         ("es: {sigma: small}", ("sigma", "expected float", "'small'")),
         ("es: {shaping: rank}", ("shaping", "zscore", "centered_rank", "'rank'")),
         ("lora: {targets: to_q}", ("targets", "'to_q'")),
+        ("trackers: [aim]", ("trackers", "expected one of wandb, trackio", "'aim'")),
+        ("trackers: wandb", ("trackers", "'wandb'")),
         ("lora: {targets: [1]}", ("targets", "expected str", "1")),
         ("- steps", ("expected a mapping", "list")),
         ("steps: 3\nlora:\n  rank: [\n", ("c.yaml, line 4",)),
@@ -162,6 +167,8 @@ EXOTIC = TrainConfig(
     resume=True,
     config="null",
     dtype="bfloat16",
+    heldout_reward="none",
+    trackers=("trackio",),
     lora=LoraSettings(rank=5, alpha=1e-9, targets=("to_q", "yes", "1")),
     es=ESSettings(sigma=1e-2 / 3, shaping="none"),
     update=UpdateRule(optimizer="adam", lr_scale=1e-7, max_step_norm=1e22, max_norm=None),
@@ -187,6 +194,10 @@ def test_differences_name_what_may_not_change():
         checkpoint_every=1,
         strip_every=0,
         eval_prompts=Path("e"),
+        heldout_reward="auto",
+        heldout_every=3,
+        heldout_prompts=1,
+        trackers=(),
     )
     assert differences(old, to_dict(same)) == []
     other = dataclasses.replace(
@@ -207,6 +218,10 @@ def test_differences_name_what_may_not_change():
         (lambda: TrainConfig(steps=2**31 + 1), "steps"),
         (lambda: TrainConfig(checkpoint_every=0), "checkpoint_every"),
         (lambda: TrainConfig(strip_every=-1), "strip_every"),
+        (lambda: TrainConfig(heldout_every=-1), "heldout_every"),
+        (lambda: TrainConfig(heldout_prompts=0), "heldout_prompts"),
+        (lambda: TrainConfig(trackers=("aim",)), "trackers"),
+        (lambda: TrainConfig(trackers=("wandb", "wandb")), "trackers"),
         (lambda: TrainConfig(seed=-1), "seed"),
         (lambda: TrainConfig(seed=2**64), "seed"),
         *((lambda v=v: ESSettings(sigma=v), "es.sigma") for v in (0, -1.0, float("nan"), float("inf"))),
@@ -237,7 +252,7 @@ def test_every_range_is_checked(build, name):
 
 
 PROMISED = {
-    "train": "--run-dir --model --prompts --reward --steps --population --seed --resume --config",
+    "train": "--run-dir --model --prompts --reward --steps --population --seed --resume --config --heldout-reward",
     "eval": "--run-dir --adapter --model --prompts --reward --seed --json",
     "render": "--run-dir --adapter --model --out --seed",
     "env": "--json",

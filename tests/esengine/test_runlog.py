@@ -9,7 +9,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from esengine.checkpoint import RunFolder
-from esengine.runlog import RunLog, draw_strip
+from esengine.runlog import RunLog
 
 
 @pytest.fixture
@@ -103,36 +103,44 @@ def test_strip_file_and_tensorboard(folder):
     assert (image.step, image.width, image.height) == (10, *size)
 
 
-def test_strip_shows_every_image_unaltered_in_its_place():
-    images = {"best": noise(2, 128, 160), "worst": noise(3, 128, 160)}
-    picture = np.asarray(draw_strip(images, captions=["one", "two"], margin=4))
-    gutter, header = picture.shape[1] - 3 * 164, picture.shape[0] - 2 * 132
-    for row, label in enumerate(images):
-        for column, image in enumerate(images[label].permute(0, 2, 3, 1).numpy()):
-            top, left = header + row * 132, gutter + column * 164
-            assert np.array_equal(picture[top : top + 128, left : left + 160], image)
-    assert (picture[:header] < 128).any()  # captions
-    for row in range(2):
-        assert (picture[header + row * 132 :, :gutter][:128] < 128).any()  # labels
-    assert (picture[header : header + 128, gutter + 2 * 164 :] == 255).all()  # best has no third image
+def test_a_measure_is_a_line_a_picture_and_curves(folder):
+    record = {"step": 10, "scores": {"a": {"mean": 2.5, "change": -0.5}}, "optimised": "a", "parted": []}
+    with RunLog(folder) as log:
+        path = log.measured(record, noise(3), ["one", "two", "three"])
+        assert log.held_out == [record]
+    assert path == folder.path / "heldout" / "step_00000010.png"
+    assert json.loads((folder.path / "heldout.jsonl").read_text()) == record
+    assert scalars(folder, "heldout/a") == [(10, 2.5)]
+    assert scalars(folder, "heldout_change/a") == [(10, -0.5)]
+    events = EventAccumulator(str(folder.tensorboard))
+    events.Reload()
+    (image,) = events.Images("heldout")
+    with Image.open(path) as picture:
+        assert (image.step, image.width, image.height) == (10, *picture.size)
 
 
-@pytest.mark.parametrize(("size", "shown"), [((8, 8), (128, 128)), ((50, 100), (100, 200)), ((600, 1024), (300, 512))])
-def test_strip_scale(size, shown):
-    picture = draw_strip({"a": noise(1, *size)}, margin=0)
-    assert picture.height == shown[0]
-    assert picture.width - shown[1] == draw_strip({"a": noise(1, 128, 128)}, margin=0).width - 128
+def test_measures_are_dropped_on_resume_and_can_be_forgotten(folder):
+    with RunLog(folder) as log:
+        for step in (0, 2, 4):
+            log.measured({"step": step, "scores": {}}, noise(1), ["x"])
+    with RunLog(folder, resume_step=4) as log:
+        assert [record["step"] for record in log.held_out] == [0, 2]
+        log.measured({"step": 4, "scores": {}}, noise(1), ["x"])
+        log.forget_held_out()
+        assert log.held_out == []
+        log.measured({"step": 5, "scores": {}}, noise(1), ["x"])
+    assert (folder.path / "heldout.jsonl").read_bytes() == b'{"step": 5, "scores": {}}\n'
 
 
-def test_strips_of_the_same_images_have_the_same_pixels():
-    images = {"best": noise(2)}
-    assert draw_strip(images, ["x"]).tobytes() == draw_strip(images, ["x"]).tobytes()
-
-
-@pytest.mark.parametrize("images", [{}, {"a": noise(0)}, {"a": noise(1).float()}, {"a": noise(1)[0]}])
-def test_strip_refuses(images):
-    with pytest.raises(ValueError, match="images"):
-        draw_strip(images)
+def test_histograms_and_settings_are_in_tensorboard(folder):
+    with RunLog(folder, settings={"es": {"sigma": 0.5}, "targets": ["to_q"]}) as log:
+        log.histogram(3, "members/a", torch.tensor([1.0, 2.0, 2.0, 5.0]))
+    events = EventAccumulator(str(folder.tensorboard))
+    events.Reload()
+    (histogram,) = events.Histograms("members/a")
+    assert (histogram.step, histogram.histogram_value.num, histogram.histogram_value.max) == (3, 4, 5)
+    (text,) = events.Tensors("settings/text_summary")
+    assert "sigma: 0.5" in text.tensor_proto.string_val[0].decode()
 
 
 def test_tensorboard_is_imported_only_when_a_log_is_opened():

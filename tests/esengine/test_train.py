@@ -1,10 +1,7 @@
-"""A run from prompts to adapter on the tiny model: what it leaves, and that stopping it anywhere changes nothing."""
+"""A run from prompts to adapter on the tiny model, and what it leaves."""
 
 import dataclasses
 import json
-import os
-import shutil
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -15,38 +12,17 @@ from peft import LoraConfig, PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 
-from esengine import checkpoint
-from esengine.config import ESSettings, ImageSettings, LoraSettings, TrainConfig, UpdateRule, load, load_run, to_dict
-from esengine.errors import ConfigError, EsengineError, RewardError, RunError
-from esengine.models import SanaSprint, build_tiny, default_model
-from esengine.runlog import RunLog
+import esengine.train
+from esengine.config import ESSettings, ImageSettings, LoraSettings, TrainConfig, load
+from esengine.errors import ConfigError, EsengineError
+from esengine.models import SanaSprint, default_model
 from esengine.train import Progress, attach_population, save_adapter, train
-from esengine.update import Updater
 
-RULES = {
-    "momentum": UpdateRule(optimizer="momentum", lr_scale=0.5),
-    "adam": UpdateRule(optimizer="adam", lr_scale=0.5),
-}
+DRAW_PAGE = esengine.train._page  # before the fixtures replace it
 
 
 def brightness(images, prompts):
     return images.float().mean(dim=(1, 2, 3)) / 255
-
-
-@pytest.fixture
-def reward(monkeypatch):
-    """Installs a function as the reward `own:score`."""
-
-    def install(function) -> str:
-        module = types.ModuleType("own")
-        module.score = function
-        monkeypatch.setitem(sys.modules, "own", module)
-        return "own:score"
-
-    return install
-
-
-# ---- what a run leaves
 
 
 def test_the_run_folder(trained):
@@ -54,7 +30,8 @@ def test_the_run_folder(trained):
     folder = result.folder
     assert folder == config.run_dir
     assert sorted(path.name for path in folder.iterdir()) == [
-        ".lock", "adapter", "checkpoints", "config.yaml", "eval.json", "metrics.jsonl", "strips", "tensorboard",
+        ".lock", "adapter", "checkpoints", "config.yaml", "eval.json", "heldout", "heldout.jsonl", "metrics.jsonl",
+        "strips", "tensorboard",
     ]  # fmt: skip
     assert sorted(path.name for path in (folder / "adapter").iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors",
@@ -93,6 +70,21 @@ def test_tensorboard_has_the_same_numbers(trained):
         (line["step"], pytest.approx(line["reward"], rel=1e-6)) for line in lines
     ]
     assert [e.step for e in events.Images("strips")] == [0, 3]
+    assert [e.step for e in events.Images("heldout")] == [0, 2, 4]
+
+
+def test_tensorboard_has_the_members_scores_and_the_settings(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config, result = trained
+    events = EventAccumulator(str(result.folder / "tensorboard"), size_guidance={"histograms": 0})
+    events.Reload()
+    histograms = events.Histograms("members/jpeg_compressibility")
+    assert [(e.step, e.histogram_value.num) for e in histograms] == [(0, config.population), (3, config.population)]
+    (text,) = events.Tensors("settings/text_summary")
+    words = text.tensor_proto.string_val[0].decode()
+    for part in ("sigma: 0.01", "heldout_every: 2", "rewards:", "jpeg_compressibility:", "prompts_sha256:"):
+        assert part in words
 
 
 def test_strips_are_pictures_of_three_rows(trained):
@@ -144,10 +136,11 @@ def test_both_loaders_apply_the_adapter_at_the_same_strength(trained):
 def test_the_reported_difference_is_of_the_saved_adapter(trained):
     _, result = trained
     assert json.loads((result.folder / "eval.json").read_text()) == json.loads(result.comparison.to_json())
-    score = result.comparison.scores["jpeg_compressibility"]
-    assert result.comparison.prompts == 3
-    assert score.difference == pytest.approx(score.adapter - score.base)
-    assert score.difference != 0
+    base, adapter = result.comparison.overall
+    assert (result.comparison.prompts, result.comparison.entries) == (3, ["base@1", "adapter@1"])
+    difference = adapter["against_first"]["jpeg_compressibility"]["difference"]
+    assert difference == pytest.approx(adapter["mean"]["jpeg_compressibility"] - base["mean"]["jpeg_compressibility"])
+    assert difference != 0
 
 
 def test_a_run_repeats_bit_for_bit_without_the_text_encoder(trained, small, outcome, tmp_path, monkeypatch):
@@ -234,12 +227,27 @@ def test_progress_hears_every_image(small, tmp_path):
     assert ears.rendered == 16
 
 
+def test_the_page_of_a_run_is_drawn_or_noted_and_never_stops_it(small, tmp_path, notes, monkeypatch):
+    monkeypatch.setattr("esengine.train._page", DRAW_PAGE)
+    module = types.ModuleType("esengine.report")
+    monkeypatch.setitem(sys.modules, "esengine.report", module)
+    module.write_training_page = lambda folder: folder / "report.html"
+    config = small(tmp_path / "run", steps=1, strip_every=0, heldout_every=0)
+    assert train(config, notes).page == tmp_path / "run" / "report.html"
+    assert not [line for line in notes.said if "no page of the run" in line]
+    module.write_training_page = lambda folder: 1 / 0
+    assert train(dataclasses.replace(config, resume=True), notes).page is None
+    (line,) = [line for line in notes.said if "no page of the run" in line]
+    assert line.startswith("warning: ")
+    assert "ZeroDivisionError" in line
+
+
 def test_more_than_one_reward_is_weighed_and_logged(small, tmp_path, reward):
     name = reward(brightness)
     result = train(small(tmp_path / "run", steps=1, reward=f"jpeg_compressibility=0.5,{name}=-2"))
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert line["reward"] == pytest.approx(0.5 * line["reward/jpeg_compressibility"] - 2 * line[f"reward/{name}"])
-    assert list(result.comparison.scores) == ["jpeg_compressibility", name, "combined"]
+    assert result.comparison.scores == ["jpeg_compressibility", name, "combined"]
 
 
 def test_two_steps_and_the_reference_angle(small, tmp_path):
@@ -247,384 +255,6 @@ def test_two_steps_and_the_reference_angle(small, tmp_path):
         train(small(tmp_path / name, steps=1, image=image))
     first = [json.loads((tmp_path / name / "metrics.jsonl").read_text())["reward"] for name in ("two", "angle")]
     assert first[0] != first[1]
-
-
-# ---- killed by SIGKILL, then resumed
-
-DRIVER = '''
-import dataclasses, json, os, signal, sys
-from pathlib import Path
-import torch
-import killer
-from esengine.config import TrainConfig, from_dict
-from esengine.errors import RunError
-from esengine.train import train
-
-torch.set_num_threads(1)
-
-
-def fork(config, kind, at):
-    """The code a child leaves with: 0 done, 2 nothing to resume, 3 another error, -9 killed."""
-    child = os.fork()
-    if child == 0:
-        try:
-            killer.arm(kind, at)
-            train(config)
-            os._exit(0)
-        except RunError as error:
-            os._exit(2 if "nothing to resume" in str(error) else 3)
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-            os._exit(4)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-found = {}
-for case in json.loads(Path(sys.argv[1]).read_text()):
-    config = from_dict(TrainConfig(), case["config"], "case")
-    codes = [fork(config, *case["kill"])]
-    if codes[0] != 0:
-        codes.append(fork(dataclasses.replace(config, resume=True), None, 0))
-        if codes[1] == 2:
-            codes.append(fork(config, None, 0))
-    found[case["name"]] = codes
-Path(sys.argv[2]).write_text(json.dumps(found))
-'''
-
-KILLER = """
-import os, signal
-armed, calls = (None, 0), {"reward": 0, "fsync": 0}
-sync = os.fsync
-
-
-def arm(kind, at):
-    global armed
-    armed = kind, at
-
-
-def reach(kind):
-    if armed == (kind, calls[kind]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    calls[kind] += 1
-
-
-def fsync(file):
-    reach("fsync")
-    sync(file)
-
-
-def score(images, prompts):
-    reach("reward")
-    return images.float().mean(dim=(1, 2, 3)) / 255
-
-
-os.fsync = fsync
-"""
-
-# three chunks a step, five steps: calls 0 to 14 train, 15 and 16 compare
-KILLS = [("reward", at, rule) for at, rule in zip((0, 1, 4, 8, 9, 11, 14, 16), 4 * list(RULES), strict=True)]
-KILLS += [("reward", at, rule) for at, rule in ((2, "adam"), (10, "momentum"), (15, "momentum"))]
-# syncs: 0 and 1 of the configuration, 2 to 5 of the first checkpoint, which is there from 5 on
-KILLS += [("fsync", at, "adam") for at in range(9)] + [("fsync", 12, "momentum")]
-EVERY = {"momentum": 1, "adam": 3}
-
-
-@pytest.fixture(scope="module")
-def killed(small, tmp_path_factory):
-    """Every case in one process that forks a child for each run: (folder of a case, exit codes of its children)."""
-    root = tmp_path_factory.mktemp("killed")
-    (root / "killer.py").write_text(KILLER)
-    (root / "driver.py").write_text(DRIVER)
-    default_model()
-    cases = []
-    for kind, at, rule in [*KILLS, *((None, 0, rule) for rule in RULES)]:
-        name = f"{kind}-{at}-{rule}"
-        config = small(
-            root / name, steps=5, reward="killer:score", update=RULES[rule], checkpoint_every=EVERY[rule], strip_every=0
-        )
-        cases.append({"name": name, "kill": [kind, at], "config": to_dict(config)})
-    (root / "cases.json").write_text(json.dumps(cases))
-    done = subprocess.run(
-        [sys.executable, "driver.py", "cases.json", "codes.json"], cwd=root, capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == 0, done.stderr
-    return root, json.loads((root / "codes.json").read_text()), done.stderr
-
-
-@pytest.mark.parametrize(
-    ("kind", "at", "rule"),
-    KILLS,
-)
-def test_killed_and_resumed_it_ends_with_the_same_bytes(killed, outcome, kind, at, rule):
-    root, codes, errors = killed
-    name = f"{kind}-{at}-{rule}"
-    assert codes[f"None-0-{rule}"] == [0]
-    assert codes[name][0] == -9, f"it was not killed: {codes[name]}"
-    # resumed; or, killed before the first checkpoint, begun again
-    assert codes[name][1:] in ([0], [2, 0]), f"{codes[name]} {errors}"
-    assert codes[name][1:] == [0] or kind == "fsync"
-    assert outcome(root / name) == outcome(root / f"None-0-{rule}")
-
-
-def test_the_command_line_killed_and_resumed(killed, outcome, tmp_path):
-    root, _, _ = killed
-    config = load(root / "None-0-momentum" / "config.yaml")
-    (tmp_path / "killer.py").write_text(KILLER + "\narm('reward', int(os.environ.get('KILL', -1)))\n")
-    flags = [
-        "--prompts", config.prompts, "--eval-prompts", config.eval_prompts, "--reward", config.reward,
-        "--steps", config.steps, "--population", config.population, "--checkpoint-every", 1, "--strip-every", 0,
-        "--lora.targets", *config.lora.targets, "--es.prompts-per-step", 2, "--es.repeats", 1, "--image.chunk", 3,
-        "--update.optimizer", "momentum", "--update.lr-scale", 0.5,
-    ]  # fmt: skip
-
-    def call(*args, **env):
-        command = [sys.executable, "-m", "esengine", "train", "--run-dir", "run", *map(str, args)]
-        return subprocess.run(command, cwd=tmp_path, env=os.environ | env, capture_output=True, text=True, timeout=120)
-
-    assert call(*flags, KILL="7").returncode == -9
-    done = call("--resume")
-    assert done.returncode == 0, done.stderr
-    assert "resuming run after step 2 of 5" in done.stderr
-    assert "base against adapter on 3 held-out prompts" in done.stdout
-    assert outcome(tmp_path / "run") == outcome(root / "None-0-momentum")
-
-
-# ---- interrupted by an exception, then resumed
-
-
-@pytest.fixture(scope="module")
-def whole(small, tmp_path_factory):
-    """The adam run that is never stopped."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    train(small(folder, update=RULES["adam"], checkpoint_every=3))
-    return folder
-
-
-class Stop(Exception):
-    """Raised by us in the middle of a run."""
-
-
-def stop_at(function, call, after=False):
-    """`function`, raising at its call number `call`, before or after doing its work."""
-    count = -1
-
-    def stopping(*args, **kwargs):
-        nonlocal count
-        count += 1
-        if count == call and not after:
-            raise Stop
-        result = function(*args, **kwargs)
-        if count == call:
-            raise Stop
-        return result
-
-    return stopping
-
-
-@pytest.mark.parametrize(
-    ("target", "name", "call", "after"),
-    [
-        (Progress, "start", 0, False),
-        (Progress, "images", 0, False),
-        (Progress, "images", 7, False),
-        (Progress, "step", 0, False),
-        (Progress, "step", 2, False),
-        (Progress, "step", 3, False),
-        (Progress, "stop", 0, False),
-        (SanaSprint, "render", 4, False),
-        (RunLog, "strip", 0, True),
-        (RunLog, "strip", 1, False),
-        (checkpoint, "save", 1, False),
-        (checkpoint, "save", 1, True),
-        (Updater, "step", 1, False),
-        pytest.param(
-            Updater, "step", 1, True,
-        ),
-        pytest.param(
-            RunLog, "log", 1, False,
-        ),
-        (RunLog, "log", 1, True),
-    ],
-)  # fmt: skip
-def test_interrupted_and_resumed_it_ends_with_the_same_bytes(
-    small, whole, outcome, tmp_path, monkeypatch, target, name, call, after
-):
-    config = small(tmp_path / "run", update=RULES["adam"], checkpoint_every=3)
-    with monkeypatch.context() as patch:
-        patch.setattr(target, name, stop_at(getattr(target, name), call, after))
-        with pytest.raises(Stop):
-            train(config)
-    train(dataclasses.replace(config, resume=True))
-    assert outcome(tmp_path / "run") == outcome(whole)
-
-
-def test_a_longer_run_is_the_shorter_one_continued(small, whole, outcome, tmp_path):
-    config = small(tmp_path / "run", update=RULES["adam"], checkpoint_every=3)
-    train(dataclasses.replace(config, steps=2, strip_every=0))
-    train(dataclasses.replace(config, resume=True))
-    assert outcome(tmp_path / "run") == outcome(whole)
-
-
-def test_a_finished_run_resumed_is_left_as_it_is(small, whole, outcome, tmp_path):
-    config = small(tmp_path / "run", update=RULES["adam"], checkpoint_every=3)
-    train(config)
-    train(dataclasses.replace(config, resume=True))
-    assert outcome(tmp_path / "run") == outcome(whole)
-
-
-def test_a_damaged_newest_checkpoint_is_passed_over(small, whole, outcome, tmp_path):
-    class Notes(Progress):
-        def __init__(self):
-            self.notes = []
-
-        def note(self, text):
-            self.notes.append(text)
-
-    config = small(tmp_path / "run", update=RULES["adam"], checkpoint_every=3)
-    train(config)
-    newest = tmp_path / "run" / "checkpoints" / "step_00000004" / "state.safetensors"
-    data = bytearray(newest.read_bytes())
-    data[-5] ^= 1
-    newest.write_bytes(data)
-    heard = Notes()
-    train(dataclasses.replace(config, resume=True), heard)
-    assert any("step_00000004" in note and "SHA-256" in note for note in heard.notes), heard.notes
-    assert any("after step 3 of 4" in note for note in heard.notes)
-    assert outcome(tmp_path / "run") == outcome(whole)
-
-
-def test_a_chunk_left_to_the_device_stays_as_it_was_chosen(small, tmp_path, monkeypatch):
-    config = small(tmp_path / "run", steps=1, image=ImageSettings())
-    train(config)
-    monkeypatch.setattr("esengine.setup.CPU_CHUNK", 5)
-    train(dataclasses.replace(config, resume=True, steps=2))
-    assert load(tmp_path / "run" / "config.yaml").image.chunk == 64
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"es": ESSettings(sigma=0.02, prompts_per_step=2, repeats=1)}, "es.sigma: 0.01 -> 0.02"),
-        ({"population": 6}, "population: 4 -> 6"),
-        ({"seed": 3}, "seed: 0 -> 3"),
-        ({"reward": "jpeg_incompressibility"}, "reward: jpeg_compressibility -> jpeg_incompressibility"),
-        ({"lora": LoraSettings(targets=("to_q",))}, "lora.targets"),
-        ({"dtype": "bfloat16"}, "dtype: float32 -> bfloat16"),
-    ],
-)
-def test_a_checkpoint_of_another_configuration_is_refused(small, tmp_path, changes, words, outcome):
-    config = small(tmp_path / "run", steps=1)
-    train(config)
-    before = outcome(tmp_path / "run")
-    with pytest.raises(RunError) as caught:
-        train(dataclasses.replace(config, resume=True, steps=2, **changes))
-    assert words in str(caught.value)
-    assert outcome(tmp_path / "run") == before
-
-
-def test_a_checkpoint_of_another_noise_contract_is_refused(small, tmp_path, monkeypatch):
-    config = small(tmp_path / "run", steps=1, strip_every=0)
-    with monkeypatch.context() as patch:
-        patch.setattr("esengine.train.CONTRACT", 99)
-        train(config)
-    try:
-        train(dataclasses.replace(config, resume=True, steps=2))
-    except Exception as error:
-        assert isinstance(error, RunError), repr(error)  # noqa: PT017
-        assert "contract" in str(error)  # noqa: PT017
-    else:
-        raise AssertionError("it was accepted")
-
-
-def test_prompts_are_known_by_their_contents(small, tmp_path, prompt_files):
-    own = tmp_path / "p.txt"
-    own.write_bytes(prompt_files[0].read_bytes())
-    config = small(tmp_path / "run", steps=1, prompts=own)
-    train(config)
-    own.write_text("# another comment\n" + prompt_files[0].read_text())
-    train(dataclasses.replace(config, resume=True))
-    own.write_text(own.read_text() + "one more\n")
-    with pytest.raises(RunError, match="prompts: the file's contents"):
-        train(dataclasses.replace(config, resume=True, steps=2))
-
-
-def test_the_same_prompts_under_another_path_may_resume(small, tmp_path, prompt_files):
-    config = small(tmp_path / "run", steps=1)
-    train(config)
-    moved = tmp_path / "moved.txt"
-    moved.write_bytes(prompt_files[0].read_bytes())
-    train(dataclasses.replace(config, resume=True, steps=2, prompts=moved))
-
-
-def test_other_weights_in_the_models_folder_are_refused(small, tmp_path, monkeypatch):
-    model = build_tiny(tmp_path / "model", seed=0)
-    monkeypatch.chdir(tmp_path)
-    config = small(tmp_path / "run", steps=1, model="./model", strip_every=0)
-    train(config)
-    monkeypatch.chdir("/")
-    train(dataclasses.replace(load_run(tmp_path / "run"), run_dir=tmp_path / "run", resume=True, steps=2))
-    shutil.rmtree(model)
-    build_tiny(model, seed=1)
-    with pytest.raises(RunError, match="model: its weights"):
-        train(dataclasses.replace(load_run(tmp_path / "run"), run_dir=tmp_path / "run", resume=True, steps=3))
-
-
-# ---- rewards that fail
-
-FAILURES = {
-    "raises": (lambda images: 1 / 0, "raised ZeroDivisionError"),
-    "nan": (lambda images: torch.full((len(images),), float("nan")), "returned nan"),
-    "shape": (lambda images: torch.zeros(len(images), 1), r"returned float32 \[3, 1\]"),
-    "dtype": (lambda images: torch.zeros(len(images), dtype=torch.float64), r"returned float64 \[3\]"),
-    "list": (lambda images: [0.0] * len(images), "returned list"),
-}
-
-
-@pytest.fixture(scope="module")
-def bright(small, tmp_path_factory):
-    """Runs with a reward that never fails, of one step and of three."""
-    root = tmp_path_factory.mktemp("bright")
-    with pytest.MonkeyPatch.context() as patch:
-        module = types.ModuleType("own")
-        module.score = brightness
-        patch.setitem(sys.modules, "own", module)
-        for steps in (1, 3):
-            train(small(root / str(steps), steps=steps, reward="own:score", checkpoint_every=3, strip_every=0))
-    return root
-
-
-@pytest.mark.parametrize("failure", FAILURES)
-def test_a_failing_reward_leaves_the_step_before_it(small, bright, tmp_path, reward, outcome, failure):
-    broken, words = FAILURES[failure]
-    calls, failing = 0, True
-
-    def score(images, prompts):
-        nonlocal calls
-        calls += 1
-        # the second chunk of step 1: members 1, 2 of two prompts
-        return broken(images) if failing and calls == 5 else brightness(images, prompts)
-
-    config = small(tmp_path / "run", steps=3, reward=reward(score), checkpoint_every=3, strip_every=0)
-    with pytest.raises(RewardError, match=rf"reward own:score, step 1, members 1, 2 .*{words}") as caught:
-        train(config)
-    assert "\n" not in str(caught.value)
-
-    kept = checkpoint.load_latest(tmp_path / "run" / "checkpoints")
-    assert kept.step == 1
-    state = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    expected = load_file(bright / "1" / "adapter" / "adapter_model.safetensors")
-    assert state.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(state[name], tensor)
-        assert torch.equal(kept.tensors["adapter/" + name.removeprefix("base_model.model.")], tensor)
-
-    failing = False
-    train(dataclasses.replace(config, resume=True))
-    assert outcome(tmp_path / "run") == outcome(bright / "3")
-
-
-# ---- errors that come before the run
 
 
 @pytest.mark.parametrize(

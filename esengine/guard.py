@@ -1,0 +1,200 @@
+"""Held-out rewards: whether what is optimised is still what was meant.
+
+Symbols: s_t[p] is a score of held-out prompt p after t steps, from the unperturbed adapter; P prompts, always the
+same ones from the same latents.
+
+    d_t[p] = s_t[p] - s_0[p]      change = mean_p d_t      standard error = std_p d_t / sqrt(P)
+
+The rewards part ways at the first t where the optimised one has change > 2 standard errors while a held-out one has
+change < -2 standard errors.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from esengine.errors import ConfigError
+from esengine.rewards import Weighted, parse
+from esengine.rewards.spec import read
+from esengine.rewards.weighted import COMBINED
+from esengine.rollout import Renderer, render_all
+from esengine.runlog import RunLog
+from esengine.scoring import EVAL_STEP
+
+WATCHED = ("pickscore", "clip_text", "aesthetic", "no_artifacts")
+"""Built-in rewards that judge an image and its prompt by a model of their own: each is a check on the others."""
+CLIP_FAMILY = (*WATCHED, "hpsv2")
+"""Where one of these is optimised, the rest of `WATCHED` is; hpsv2 is not, for it has no model to take by default."""
+
+CERTAIN = 2.0
+"""Standard errors beyond which a change is taken for one."""
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """What a run optimises, and what it only watches.
+
+    Attributes:
+        optimised: what the population is scored with.
+        everything: the same, and the held-out rewards with a weight of 0. Models that both use are loaded once.
+    """
+
+    optimised: Weighted
+    everything: Weighted
+
+    @property
+    def held_out(self) -> list[str]:
+        """Names of the rewards that have no part in the sum."""
+        return [name for name, _, weight in self.everything.terms if not weight]
+
+    @property
+    def objective(self) -> str:
+        """The name of the score that rises when the search succeeds."""
+        weighed = [(name, weight) for name, _, weight in self.everything.terms if weight]
+        return weighed[0][0] if len(weighed) == 1 and weighed[0][1] > 0 else COMBINED
+
+    @staticmethod
+    def identity(reward: Weighted) -> dict[str, Any]:
+        """Weights, models and revisions, as JSON gives them back: for comparing with a record."""
+        return json.loads(json.dumps(reward.settings(), default=str))
+
+
+def load_rewards(reward: str, held_out: str, *, device: str, note: Callable[[str], None]) -> Rewards:
+    """Load the rewards of a run.
+
+    Args:
+        reward: what is optimised, in the grammar of `esengine.rewards.spec`.
+        held_out: what is watched besides, in the same grammar, where weights mean nothing; `none`; or `auto`: where
+            something of `CLIP_FAMILY` is optimised, the rest of `WATCHED`. Of those, one that cannot be loaded is left
+            out.
+        device: for rewards that take one.
+        note: told what is left out, and why.
+
+    Raises:
+        ConfigError: see `esengine.rewards.parse`; also a reward that is both optimised and held out.
+    """
+    optimised, auto = _names(reward), held_out == "auto"
+    if auto:
+        watched = [name for name in WATCHED if name not in optimised] if optimised & set(CLIP_FAMILY) else []
+    else:
+        watched = [] if held_out == "none" else [held_out]
+    if both := sorted(optimised & set().union(*map(_names, watched))):
+        raise ConfigError(f"heldout_reward: {both[0]} is named in reward too; there, a weight of 0 holds it out")
+    while True:
+        try:  # the watched come first: what `auto` cannot load shows before anything large is loaded
+            terms = parse(",".join([*watched, reward]), device=device).terms
+            break
+        except ConfigError as error:
+            missing = [name for name in watched if auto and str(error).startswith(f"reward {name}:")]
+            if not missing:
+                raise
+            note(f"held-out {error}; left out")
+            watched.remove(missing[0])
+    count = len(terms) - len(optimised)
+    zeroed = [(name, each, 0.0) for name, each, _ in terms[:count]]
+    return Rewards(Weighted(terms[count:]), Weighted([*terms[count:], *zeroed]))
+
+
+def _names(spec: str) -> set[str]:
+    """Names of the rewards in a text; "combined" stands for those in its brackets."""
+    return {name for term in read(spec) for name in (term.options if term.name == COMBINED else [term.name])}
+
+
+class Guard:
+    """Measures a run's rewards on held-out prompts, writes them down, and says when they part ways.
+
+    The prompts are spread evenly over the list. Nothing here has a say in the adapter.
+
+    Args:
+        rewards: see `load_rewards`.
+        render: draws the held-out list.
+        prompts: how many of it, at most.
+        every: steps between measures.
+        log: the run's; measures from before the step that it resumes at are gone on with if they are of the same
+            prompts and rewards, else begun anew.
+        note: told of a warning, once for each held-out reward.
+    """
+
+    def __init__(
+        self, rewards: Rewards, render: Renderer, *, prompts: int, every: int, log: RunLog, note: Callable[[str], None]
+    ):
+        self.rewards, self.render, self.every, self.log, self.note = rewards, render, every, log, note
+        total = len(render.texts)
+        count = min(prompts, total)
+        self.prompts = torch.arange(count) * total // count
+        self.of = {"prompts": render.words(self.prompts), "rewards": rewards.identity(rewards.everything)}
+        if log.held_out and log.held_out[0].get("of") != self.of:
+            note(f"held-out prompts or rewards are others than before: changes are against step {log.resume_step}")
+            log.forget_held_out()
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether to measure after so many steps: at first, every so many, and at the last."""
+        return not self.log.held_out or step % self.every == 0 or step == last
+
+    def measure(self, step: int) -> None:
+        """Draw and score the held-out prompts with the adapter as it stands after `step` steps.
+
+        Raises:
+            RewardError, RenderError: see `Weighted.score` and `SanaSprint.render`.
+        """
+        images, parts = [], []
+        for drawn, words in render_all(self.render, EVAL_STEP, self.prompts):
+            parts.append(self.rewards.everything.score(drawn, words, step=step))
+            images.append(drawn)
+        names = list(dict.fromkeys([self.rewards.objective, *self.rewards.everything.names]))
+        scores = {name: torch.cat([part[name] for part in parts]).tolist() for name in names}
+        first = self.log.held_out[0]["scores"] if self.log.held_out else None
+        changes = {name: _against(each, first[name]["each"] if first else each) for name, each in scores.items()}
+        parted = part_ways(changes, self.rewards.objective, self.rewards.held_out)
+        before = self.parted()
+        record = {"step": step, "scores": changes, "optimised": self.rewards.objective, "parted": parted}
+        if first is None:
+            record["of"] = self.of
+        self.log.measured(record, torch.cat(images), self.of["prompts"])
+        for name in parted:
+            if name not in before:
+                self.note(f"warning: {self.warning(name)}")
+
+    def parted(self) -> dict[str, int]:
+        """The step at which each held-out reward, if it did, parted ways with the optimised one."""
+        found: dict[str, int] = {}
+        for record in self.log.held_out:
+            for name in record["parted"]:
+                found.setdefault(name, record["step"])
+        return found
+
+    def warning(self, name: str) -> str:
+        """One line on a held-out reward that parted ways."""
+        step = self.parted()[name]
+        record = next(each for each in self.log.held_out if each["step"] == step)
+        up, down = (record["scores"][each] for each in (record["optimised"], name))
+        return (
+            f"the rewards part ways at step {step}: {record['optimised']} {_amount(up)}, held-out {name} "
+            f"{_amount(down)} on {len(self.prompts)} prompts; look at heldout/step_{step:08d}.png"
+        )
+
+
+def part_ways(changes: dict[str, dict[str, Any]], objective: str, held_out: Sequence[str]) -> list[str]:
+    """Held-out rewards that are surely down while the optimised one is surely up; unsure without a standard error."""
+
+    def sure(name: str, sign: int) -> bool:
+        change, error = changes[name]["change"], changes[name]["standard_error"]
+        return error is not None and sign * change > CERTAIN * error
+
+    return [name for name in held_out if sure(name, -1)] if sure(objective, 1) else []
+
+
+def _against(now: list[float], first: list[float]) -> dict[str, Any]:
+    """Mean score and its change, paired by prompt. No standard error for one prompt, or where all change alike."""
+    d = torch.tensor(now, dtype=torch.float64) - torch.tensor(first, dtype=torch.float64)
+    alike = len(d) < 2 or bool((d == d[0]).all())
+    error = None if alike else float(d.std()) / math.sqrt(len(d))
+    return {"mean": sum(now) / len(now), "change": float(d.mean()), "standard_error": error, "each": now}
+
+
+def _amount(score: dict[str, Any]) -> str:
+    return f"{score['change']:+.4g} ± {score['standard_error']:.2g}"
