@@ -15,10 +15,12 @@ def rows() -> list[str]:
 
     file = "cpu_demo.json"
     demo = _read(file)
-    scores = [run["scores"]["jpeg_compressibility"] for run in demo["runs"].values()]
-    gains = ", ".join(f"{s['difference']:+.2f} ± {s['standard_error']:.2f}" for s in scores)
+    overall = [run["groups"][0]["rows"] for run in demo["runs"].values()]
+    paired = [adapter["against_first"]["jpeg_compressibility"] for _, adapter in overall]
+    gains = ", ".join(f"{p['difference']:+.2f} ± {p['standard_error']:.2f}" for p in paired)
+    base = overall[0][0]["mean"]["jpeg_compressibility"]
     prompts, seeds = demo["runs"]["0"]["prompts"], ", ".join(demo["runs"])
-    what = f"demo: gain in JPEG kB on {prompts} held-out prompts, base {scores[0]['base']:.2f}, seeds {seeds}"
+    what = f"demo: gain in JPEG kB on {prompts} held-out prompts, base {base:.2f}, seeds {seeds}"
     add(what, gains, demo["device"], file)
     seconds = ", ".join(f"{run['seconds']:.0f}" for run in demo["runs"].values())
     add("demo: seconds of `esengine train`", seconds, demo["device"], file)
