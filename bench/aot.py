@@ -185,7 +185,7 @@ def block_cases() -> Iterator[Case]:
             calls = {
                 "modulated": partial(shrink, x, None, None, modulation),
                 "silu": partial(
-                    fused_linear, x, weight(2 * channels, width), empty(2 * channels, dtype=dtype), silu=True
+                    fused_linear, x, weight(2 * channels, width), empty(2 * channels, dtype=dtype), activation="silu"
                 ),
                 "gated": partial(fused_linear, wide, weight(width, channels), residual=x, gate=gate),
             }
@@ -221,6 +221,9 @@ def share_cases() -> Iterator[Case]:
         }
         for name, call in calls.items():
             yield Case(f"shares: {name} x{tokens} bfloat16", call)
+    text, h = empty(64, 40, width, dtype=torch.bfloat16), empty(64, 40, 3)
+    options = dict(h=h, adapters=adapters, activation="gelu_tanh", **then)
+    yield Case("shares: text, GELU x40 bfloat16", partial(fused_linear, text, weight, gate[0], **options))
 
 
 OPS = (linear_cases, block_cases, share_cases, update_cases, normals_cases, gate_cases, attention_cases)

@@ -128,7 +128,7 @@ def tasks(scale: Scale) -> list[Task]:
         found += [
             linear_task(t, width, width, images, targets=3),
             linear_task(t, width, width, images, gated=True),
-            linear_task(t, width, 2 * scale.channels, images, targets=0, silu=True),
+            linear_task(t, width, 2 * scale.channels, images, targets=0, activation="silu"),
             linear_task(t, scale.channels, width, images, targets=0, gated=True),
             linear_task(t, width, 3 * width, images),
             linear_task(t, scale.text_width, width, images),
@@ -149,12 +149,12 @@ def tasks(scale: Scale) -> list[Task]:
     return found
 
 
-def linear_task(t: int, k: int, n: int, images: list[int], *, targets: int = 1, silu=False, gated=False) -> Task:
+def linear_task(t: int, k: int, n: int, images: list[int], *, targets: int = 1, activation=None, gated=False) -> Task:
     """`fused_linear` of `targets` perturbed linears, 0 for a plain one."""
 
     def build(rows: int, device: torch.device) -> Calls:
         draw, count = normals(device), max(targets, 1)
-        options = {"silu": silu}
+        options = {"activation": activation}
         if gated:
             options |= {"residual": draw(rows, t, n), "gate": draw(rows, 6, n)[:, 2]}
         if targets:

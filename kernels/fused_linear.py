@@ -1,7 +1,7 @@
-"""A GEMM whose epilogue does what would else be passes over y: the members' low-rank columns, SiLU, a gated residual.
+"""A GEMM whose epilogue does what would else be passes over y: low-rank columns, activation, gated residual.
 
     z = x W^T + bias + h [B | U']^T          expand: U' rebuilt from (seed, step, stream, pair, column)
-    z = z sigmoid(z)                         if asked
+    z = z sigmoid(z)                         if asked, SiLU; or GELU by tanh, z sigmoid(1.596 (z + 0.044715 z^3))
     y = residual + gate z                    if asked; rounded once
     g_p = y_p [A^T | V]_p                    if asked: of the linear that reads y, tile p's share of its shrink
 
@@ -16,6 +16,8 @@ KD low-rank columns of a tile, padded, QD of them in one product.
 
 Source: as `esengine.kernels.population_linear`.
 """
+
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +46,7 @@ if triton is not None:
         stride_xb, stride_xt, stride_xk, stride_wn, stride_wk, stride_bn, stride_br, stride_gb, stride_ar, stride_ak,
         seed: tl.int64,
         K: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, KP: tl.constexpr,
-        KD: tl.constexpr, QD: tl.constexpr, EXPAND: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr,
+        KD: tl.constexpr, QD: tl.constexpr, EXPAND: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
         RESIDUAL: tl.constexpr, GATED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
         THEN: tl.constexpr, THEN_R: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -97,8 +99,10 @@ if triton is not None:
                 acc = tl.dot(h, columns, acc, input_precision=PRECISION)
         if HAS_BIAS:
             acc += tl.load(bias_ptr + n, mask=real_n, other=0.0).to(tl.float32)[None, :]
-        if SILU:
+        if ACTIVATION == "silu":
             acc = acc / (1 + tl.exp(-acc))
+        elif ACTIVATION == "gelu_tanh":
+            acc = acc / (1 + tl.exp(-1.5957691216057308 * (acc + 0.044715 * acc * acc * acc)))  # 2 sqrt(2 / pi)
         mask = (m[:, None] < M) & real_n[None, :]
         if GATED:
             gated_row = first_row
@@ -113,6 +117,7 @@ if triton is not None:
         tl.store(y_ptr + y_offsets, y, mask=mask)
         if THEN:
             g, step = tl.zeros((BLOCK_M, 16), tl.float32), tl.load(step_ptr)
+            y = tl.where(real_n[None, :], y, 0.0)
             then_row = first_row
             while then_row <= last_row:  # each member's own noise; few tiles touch more than one
                 pair = tl.load(members_ptr + then_row) >> 1
@@ -126,6 +131,9 @@ if triton is not None:
             column_t = tl.arange(0, 16)[None, :]
             shares = shares_ptr + (offset(tile_n, M) + m)[:, None] * (THEN_R + RANK) + column_t
             tl.store(shares, g, mask=(m[:, None] < M) & (column_t < THEN_R + RANK))
+
+
+Activation = Literal["silu", "gelu_tanh"]
 
 
 def linear_config(
@@ -147,12 +155,14 @@ def fused_linear(
     h: torch.Tensor | None = None,
     adapters: Adapters | None = None,
     perturbation: Perturbation | None = None,
-    silu: bool = False,
+    activation: Activation | None = None,
     residual: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
     then: Adapters | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The Triton path of `fused_linear_ref`. Same arguments. A row's result does not depend on its batch mates."""
+    if activation not in (None, *get_args(Activation)):
+        raise ValueError(f"activation: expected one of {', '.join(get_args(Activation))} or None, got {activation!r}")
     batch, t, k = x.shape
     m, targets = batch * t, adapters.targets if adapters else 1
     n = len(weight) // targets
@@ -189,8 +199,9 @@ def fused_linear(
             seed=signed64(keys.seed),
             K=k, G=targets, R=r, RANK=keys.rank, KP=padded_rank(keys.rank),
             KD=columns, QD=min(columns, 16 if x.dtype == torch.float32 else 64),
-            EXPAND=adapters is not None, HAS_BIAS=bias is not None, SILU=silu, RESIDUAL=residual is not None,
-            GATED=gate is not None, UPCAST=INTERPRET, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+            EXPAND=adapters is not None, HAS_BIAS=bias is not None, ACTIVATION=activation or "none",
+            RESIDUAL=residual is not None, GATED=gate is not None, UPCAST=INTERPRET,
+            PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
             THEN=then is not None, THEN_R=0 if then is None else then.r,
             **config,
         )  # fmt: skip
@@ -206,7 +217,7 @@ def fused_linear_ref(
     h: torch.Tensor | None = None,
     adapters: Adapters | None = None,
     perturbation: Perturbation | None = None,
-    silu: bool = False,
+    activation: Activation | None = None,
     residual: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
     then: Adapters | None = None,
@@ -220,7 +231,7 @@ def fused_linear_ref(
         h: fp32 [B, T, G (r + k)], contiguous, from `shrink` with the same adapters and perturbation.
         adapters: The G targets. None: one target without low-rank columns.
         perturbation: The noise of the batch; with `adapters`.
-        silu: Apply SiLU before the gate and the residual.
+        activation: Applied before the gate and the residual.
         residual: [B, T, G N], dtype of x, or None.
         gate: [B, G N], one for each batch row, last stride 1, or None.
         then: A target that reads y, with r + k of at most 16; with `perturbation`, and one target here.
@@ -241,8 +252,8 @@ def fused_linear_ref(
                     columns += h[row, :, i * r : (i + 1) * r] @ adapters.b[i * n : (i + 1) * n].T
                 high = h[row, :, g * r + i * rank : g * r + (i + 1) * rank]
                 columns += high @ factor_ref(stream=stream, length=n, **noise)[0].T
-    if silu:
-        y = F.silu(y)
+    if activation is not None:
+        y = F.silu(y) if activation == "silu" else F.gelu(y, approximate="tanh")
     if gate is not None:
         y = y * gate.float()[:, None]
     if residual is not None:

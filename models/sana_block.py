@@ -6,6 +6,8 @@
     z    += to_out(softmax(to_q(z) to_k(text)^T) to_v(text))   on trimmed text
     z    += gate GLUMBConv(LayerNorm(z) (1 + scale) + shift)   SiLU in the first GEMM, gate and residual in the last
 
+    text  = linear_2(GELU(linear_1(text)))                     before the first block, GELU in the epilogue
+
 It equals diffusers' block up to rounding, of which it does less: sums and products stay in fp32 inside a launch. Where
 Triton does not run, only the GLUMBConv is replaced: on tokens its channels are last, which is what a CPU's depthwise
 convolution wants, and SiLU and gate work in place.
@@ -90,14 +92,17 @@ class Stack:
         keys: Perturbation,
         modulation: Modulation | None = None,
         shares: torch.Tensor | None = None,
-        then: Adapters | None = None,
+        reader: "Stack | None" = None,
         **epilogue,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """See `shrink`, `mix` and `fused_linear`. With `then`, whose linear reads y, also the shares for it."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """y, and the shares for the `reader` of y if it takes any. See `shrink`, `mix` and `fused_linear`."""
         own = keys if self.adapters else None
         x, h = shrink(x, self.adapters, own, modulation) if shares is None else (x, mix(shares, self.adapters, own))
-        options = dict(h=h, adapters=self.adapters, perturbation=own if then is None else keys, then=then, **epilogue)
-        return fused_linear(x, self.weight, self.bias, **options)
+        options = dict(h=h, adapters=self.adapters, **epilogue)
+        then = None if reader is None else reader.after(keys, x.dtype)
+        if then is None:
+            return fused_linear(x, self.weight, self.bias, perturbation=own, **options), None
+        return fused_linear(x, self.weight, self.bias, perturbation=keys, then=then, **options)
 
 
 class FusedBlock:
@@ -130,36 +135,48 @@ class FusedBlock:
     ) -> torch.Tensor:
         block, keys = self.module, self.keys
         attention, cross, conv = block.attn1, block.attn2, block.ff
-        if len(keys.members) != len(z_btd):
-            given = f"int64 [{len(z_btd)}], got int64 [{len(keys.members)}]"
-            raise ValueError(f"members: expected one for each batch row, {given}")
-        if torch.is_grad_enabled() and (z_btd.requires_grad or text_blc.requires_grad):
-            raise RuntimeError("hidden states: fused blocks have no gradient; call them under torch.no_grad")
+        _check(keys, z_btd, text_blc)
         table_b6d = block.scale_shift_table[None] + timestep.reshape(len(z_btd), 6, -1)
         shift, scale, gate, shift_ff, scale_ff, gate_ff = table_b6d.unbind(1)
 
-        qkv = self.qkv(z_btd, keys, Modulation(shift, scale, block.norm1.eps))
+        qkv, _ = self.qkv(z_btd, keys, Modulation(shift, scale, block.norm1.eps))
         norms = {} if attention.norm_q is None else {"eps": attention.norm_q.eps}
         for name in ("norm_q", "norm_k") if norms else ():
             norms[name] = getattr(attention, name).weight
-        heads, then, then_q = attention.heads, self.out.after(keys, z_btd.dtype), self.q.after(keys, z_btd.dtype)
+        heads, then = attention.heads, self.out.after(keys, z_btd.dtype)
         then = None if attention.inner_dim // heads % 4 else then
         y = linear_attention(*qkv.chunk(3, -1), heads=heads, then=then, perturbation=keys, **norms)
         y_btd, shares = (y, None) if then is None else y
-        y = self.out(y_btd, keys, shares=shares, then=then_q, residual=z_btd, gate=gate)
-        z_btd, shares = (y, None) if then_q is None else y
+        z_btd, shares = self.out(y_btd, keys, shares=shares, reader=self.q, residual=z_btd, gate=gate)
 
-        q, (k, v) = self.q(z_btd, keys, shares=shares), self.kv(text_blc, keys).chunk(2, -1)
+        q, (k, v) = self.q(z_btd, keys, shares=shares)[0], self.kv(text_blc, keys)[0].chunk(2, -1)
         if cross.norm_q is not None:
             q, k = cross.norm_q(q), cross.norm_k(k)
         q, k, v = (y.unflatten(-1, (cross.heads, -1)).transpose(1, 2) for y in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if text_mask is None else text_mask[:, None])
-        z_btd = self.cross_out(y.transpose(1, 2).flatten(2), keys, residual=z_btd)
+        z_btd, _ = self.cross_out(y.transpose(1, 2).flatten(2), keys, residual=z_btd)
 
         x_btd, _ = shrink(z_btd, None, None, Modulation(shift_ff, scale_ff, block.norm2.eps))
-        y = fused_linear(x_btd, conv.conv_inverted.weight.flatten(1), conv.conv_inverted.bias, silu=True)
+        y = fused_linear(x_btd, conv.conv_inverted.weight.flatten(1), conv.conv_inverted.bias, activation="silu")
         y = depthwise_gate(y, conv.conv_depth.weight, conv.conv_depth.bias, height=height, width=width)
         return fused_linear(y, conv.conv_point.weight.flatten(1), residual=z_btd, gate=gate_ff)
+
+
+class FusedCaption:
+    """The projection of the text states, GELU between two linears; its signature is diffusers'."""
+
+    def __init__(self, projection: nn.Module, keys: Perturbation):
+        """Raises ValueError for a projection with another activation, or a hook."""
+        act = getattr(projection, "act_1", None)
+        if not isinstance(act, nn.GELU) or act.approximate != "tanh" or "forward" in vars(projection):
+            raise ValueError(f"caption projection: expected SANA-Sprint's, got {projection}")
+        self.module, self.keys = projection, keys
+        self.first, self.second = Stack(projection.linear_1), Stack(projection.linear_2)
+
+    def forward(self, text_blc: torch.Tensor) -> torch.Tensor:
+        _check(self.keys, text_blc)
+        y_blc, shares = self.first(text_blc, self.keys, reader=self.second, activation="gelu_tanh")
+        return self.second(y_blc, self.keys, shares=shares)[0]
 
 
 class TokenConv:
@@ -181,12 +198,23 @@ class TokenConv:
         return F.linear(y_bhwc, point.weight.flatten(1)).movedim(3, 1)
 
 
+def _check(keys: Perturbation, *states: torch.Tensor) -> None:
+    if len(keys.members) != len(states[0]):
+        given = f"int64 [{len(states[0])}], got int64 [{len(keys.members)}]"
+        raise ValueError(f"members: expected one for each batch row, {given}")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in states):
+        raise RuntimeError("hidden states: fused blocks have no gradient; call them under torch.no_grad")
+
+
 def _plain(conv: nn.Module) -> bool:
     return conv.norm_type is None and not conv.residual_connection and "forward" not in vars(conv)
 
 
-def fused_parts(transformer: SanaTransformer2DModel, keys: Perturbation | None) -> list[FusedBlock | TokenConv]:
-    """What stands in for the transformer's blocks (Triton, `keys` given) or for their convolutions (torch, None).
+Part = FusedBlock | FusedCaption | TokenConv
+
+
+def fused_parts(transformer: SanaTransformer2DModel, keys: Perturbation | None) -> list[Part]:
+    """What stands in for the text's projection and the blocks (Triton, `keys` given) or for the convolutions (torch).
 
     Empty if one of them has no such form. Whole blocks have none in fp16, whose overflows diffusers clamps.
     """
@@ -194,13 +222,15 @@ def fused_parts(transformer: SanaTransformer2DModel, keys: Perturbation | None) 
     try:
         if keys is None:
             return [TokenConv(block.ff) for block in blocks]
-        return [] if transformer.dtype == torch.float16 else [FusedBlock(block, keys) for block in blocks]
+        if transformer.dtype == torch.float16:
+            return []
+        return [FusedCaption(transformer.caption_projection, keys), *(FusedBlock(block, keys) for block in blocks)]
     except ValueError:
         return []
 
 
 @contextmanager
-def in_place_of(parts: Sequence[FusedBlock | TokenConv]) -> Iterator[None]:
+def in_place_of(parts: Sequence[Part]) -> Iterator[None]:
     """Inside, the modules that `fused_parts` was given run in their other form; outside, as they did."""
     try:
         for each in parts:

@@ -133,19 +133,35 @@ def test_large_ranks(device, targets, r, rank):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("activation", [None, "silu", "gelu_tanh"])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("expand", [False, True])
-def test_epilogues(device, dtype, silu, gated, residual, expand):
+def test_epilogues(device, dtype, activation, gated, residual, expand):
     x, weight, bias, adapters, perturbation, _ = case(targets=1, t=17, n=70, dtype=dtype, device=device)
     table = draw(3, 6, 70, dtype=dtype, device=device)
-    options = dict(silu=silu, gate=table[:, 2] if gated else None)
+    options = dict(activation=activation, gate=table[:, 2] if gated else None)
     options["residual"] = draw(3, 17, 70, seed=5, dtype=dtype, device=device) if residual else None
     if expand:
         h = shrink(x, adapters, perturbation)[1]
         options |= dict(h=h, adapters=adapters, perturbation=perturbation)
     assert_close(fused_linear(x, weight, bias, **options), fused_linear_ref(x, weight, bias, **options), dtype)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_activations_far_from_zero(device, activation):
+    x, weight = (
+        torch.tensor([[[-90.0], [-12.0], [0.0], [12.0], [90.0]]], device=device),
+        torch.ones(3, 1, device=device),
+    )
+    y = fused_linear(x, weight, activation=activation)
+    assert_close(y, fused_linear_ref(x, weight, activation=activation))
+    assert torch.equal(y[0, :, 0][[0, 2, 4]].cpu(), torch.tensor([0.0, 0.0, 90.0]))
+
+
+def test_an_unknown_activation_is_refused(device):
+    with pytest.raises(ValueError, match="activation: expected one of silu, gelu_tanh or None, got 'relu'"):
+        fused_linear(torch.zeros(1, 1, 16, device=device), torch.zeros(4, 16, device=device), activation="relu")
 
 
 def test_strides(device):
@@ -165,7 +181,7 @@ def test_a_row_does_not_depend_on_its_batch_mates(device):
     def run(rows):
         here = perturbation._replace(members=perturbation.members[rows].contiguous())
         shifted, h = shrink(x[rows], adapters, here, Modulation(modulation.shift[rows], modulation.scale[rows]))
-        return fused_linear(shifted, weight, bias, h=h, adapters=adapters, perturbation=here, silu=True)
+        return fused_linear(shifted, weight, bias, h=h, adapters=adapters, perturbation=here, activation="silu")
 
     every = run(slice(None))
     for row in range(5):
@@ -259,6 +275,19 @@ def test_shares_of_a_linear(device, r, rank, t, n):
     some = perturbation._replace(members=perturbation.members[2:].contiguous())
     options = dict(residual=residual[2:], gate=gate[2:], perturbation=some)
     assert torch.equal(fused_linear(x[2:], weight, **options, then=then)[1], shares[:, 2:])
+
+
+@pytest.mark.parametrize("activation", [None, "gelu_tanh"])
+def test_shares_after_low_rank_columns_of_its_own(device, activation):
+    """The last tile has columns that y has not: what noise puts there is no part of the shares."""
+    then, perturbation = target(70, 2, 1, device)
+    own = Adapters(draw(2, 40, device=device), draw(70, 2, device=device), then.streams, 1.5)
+    x, weight = draw(4, 17, 40, device=device).bfloat16(), draw(70, 40, seed=3, device=device).bfloat16()
+    options = dict(h=shrink(x, own, perturbation)[1], adapters=own, perturbation=perturbation, activation=activation)
+    y, shares = fused_linear(x, weight, **options, then=then)
+    assert torch.equal(y, fused_linear(x, weight, **options))
+    bound = 2.0**-7 if INTERPRET else 2.0**-15  # as above
+    assert_close(shares.sum(0), shares_ref(y, then, perturbation)[0], bound=bound)
 
 
 def test_shares_that_no_op_leaves_are_refused(device):

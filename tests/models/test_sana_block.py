@@ -8,7 +8,7 @@ from peft import LoraConfig
 
 import esengine
 from esengine.kernels.noise import INTERPRET
-from esengine.models.sana_block import FusedBlock, TokenConv, fused_parts, in_place_of, stacked
+from esengine.models.sana_block import FusedBlock, FusedCaption, TokenConv, fused_parts, in_place_of, stacked
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "linear_1", "linear_2", "proj_out", "linear"]
 MEMBERS = [5, 0]
@@ -68,7 +68,7 @@ def both(transformer, population):
     with population.perturbed(step=3, members=torch.tensor(MEMBERS, device=transformer.device)):
         plain = transformer(**arguments)[0]
         parts = fused_parts(transformer, population.perturbation)
-        assert [type(part) for part in parts] == [FusedBlock]
+        assert [type(part) for part in parts] == [FusedCaption, FusedBlock]
         with in_place_of(parts):
             return plain, transformer(**arguments)[0]
 
@@ -107,7 +107,7 @@ def test_outside_it_is_the_module_as_it_was(transformer):
 def test_stacking_keeps_one_copy_and_shows_updates(transformer):
     population = attach(transformer)
     attention = transformer.transformer_blocks[0].attn1
-    (block,) = parts_of(transformer, population)
+    _, block = parts_of(transformer, population)
     weights = [layer.base_layer.weight for layer in (attention.to_q, attention.to_k, attention.to_v)]
     assert torch.equal(block.qkv.weight, torch.cat([w.data for w in weights]))
     assert block.qkv.weight.data_ptr() == weights[0].data_ptr() == stacked(weights).data_ptr()
@@ -175,10 +175,11 @@ def test_bf16_leaves_shares_and_errs_no_more_than_diffusers(transformer):
     population = attach(transformer)
     exact = both(transformer, population)[0]
     transformer.to(torch.bfloat16)
-    (block,) = parts_of(transformer, population)
+    caption, block = parts_of(transformer, population)
     keys = esengine.kernels.Perturbation(torch.zeros(0, dtype=torch.int64), 0, 0, 1e-2, 2)
     assert block.out.after(keys, torch.bfloat16) is block.out.adapters is not None
     assert block.q.after(keys, torch.bfloat16) is block.q.adapters is not None
+    assert caption.second.after(keys, torch.bfloat16) is caption.second.adapters is not None
     assert block.out.after(keys, torch.float32) is block.qkv.after(keys, torch.bfloat16) is None
     plain, got = both(transformer, population)
     assert relative(got.float(), exact) <= 1.2 * relative(plain.float(), exact)  # 1.2: roundings fall otherwise
@@ -188,9 +189,11 @@ def test_wrong_batch_is_refused(transformer):
     population = attach(transformer, ["attn1.to_out.0"])
     z, text = torch.zeros(3, 4, 32), torch.zeros(3, 5, 32)
     with population.perturbed(step=0, members=torch.tensor(MEMBERS)):
-        (block,) = fused_parts(transformer, population.perturbation)
+        caption, block = fused_parts(transformer, population.perturbation)
     with pytest.raises(ValueError, match=r"members: .* int64 \[3\], got int64 \[2\]"):
         block.forward(z, None, text, None, torch.zeros(3, 6 * 32), 2, 2)
+    with pytest.raises(ValueError, match=r"members: .* int64 \[3\], got int64 \[2\]"):
+        caption.forward(torch.zeros(3, 5, 24))
     with pytest.raises(RuntimeError, match="no gradient"):
         block.forward(z[:2].requires_grad_(), None, text[:2], None, torch.zeros(2, 6 * 32), 2, 2)
 
@@ -200,7 +203,11 @@ def test_other_norms_and_hooks_are_not_fused(transformer):
     block.forward = block.forward  # as a hook leaves it
     assert parts_of(transformer, population) == []
     del block.forward
-    assert len(parts_of(transformer, population)) == 1
+    assert len(parts_of(transformer, population)) == 2
+    transformer.caption_projection.act_1 = torch.nn.SiLU()
+    assert parts_of(transformer, population) == []
+    transformer.caption_projection.act_1 = torch.nn.GELU(approximate="tanh")
+    assert len(parts_of(transformer, population)) == 2
     block.attn1.norm_q = torch.nn.LayerNorm(32)
     assert parts_of(transformer, population) == []
 
