@@ -226,6 +226,10 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def fitness(self) -> Path:
+        return self.path / "fitness.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

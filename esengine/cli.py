@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
-from esengine.errors import EsengineError
+from esengine.errors import EsengineError, Stopped
 
 USAGE = """usage: esengine COMMAND [flags]
 
@@ -15,6 +15,7 @@ Post-train a frozen text-to-image model from black-box rewards by Evolution Stra
   eval     compare base and adapters on prompts or a benchmark: same latents, paired differences, a report
   render   draw prompts with the base model and the adapter, side by side
   report   the page of a run or of an evaluation: one HTML file with curves, tables and images
+  replay   make a run's adapter again from its fitness log, and compare: every bit the same
   env      versions, devices, and which kernels are in use and why
 
 `esengine COMMAND --help` explains each flag.
@@ -31,6 +32,7 @@ def main(args: list[str] | None = None) -> int:
         "eval": _eval,
         "render": _render,
         "report": _report,
+        "replay": _replay,
         "env": _env,
     }
     if not args or args[0] in ("-h", "--help"):
@@ -49,6 +51,9 @@ def main(args: list[str] | None = None) -> int:
         return _fail("expected arguments in UTF-8, got bytes that are not", 2)
     try:
         return commands[args[0]](args[1:])
+    except Stopped as stopped:
+        print(f"esengine: {stopped}", file=sys.stderr)
+        return 0
     except EsengineError as error:
         if os.environ.get("ESENGINE_DEBUG"):
             raise
@@ -87,6 +92,8 @@ def _train(args: list[str]) -> int:
     from esengine.train import train
 
     result = train(config, Bar())
+    if result is None:  # of several processes one reports
+        return 0
     comparison = result.comparison
     each = "1 image" if comparison.repeats == 1 else f"{comparison.repeats} images"
     print(f"\nbase against adapter on {comparison.prompts} held-out prompts, {each} each:")
@@ -148,6 +155,29 @@ def _report(args: list[str]) -> int:
     from esengine.report import write_page
 
     print(write_page(config.folder))
+    return 0
+
+
+def _replay(args: list[str]) -> int:
+    import tyro
+
+    from esengine.config import ReplayConfig
+
+    config = tyro.cli(ReplayConfig, args=args, prog="esengine replay")
+    _quiet()
+    from esengine.progress import Bar
+    from esengine.replay import replay
+
+    found = replay(config, Bar())
+    print(f"{found.steps} steps made again, adapter sha256 {found.sha256}")
+    if config.out is not None:
+        print(f"written to {config.out}")
+    if found.parted is None:
+        print(f"{config.run_dir} has no adapter to compare with")
+    elif found.parted:
+        return _fail(f"it differs from {config.run_dir / 'adapter'}, first in {found.parted[0]}", 1)
+    else:
+        print(f"it is {config.run_dir / 'adapter'} bit for bit")
     return 0
 
 

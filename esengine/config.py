@@ -168,12 +168,19 @@ class TrainConfig:
     """Keys the noise, the latents, the prompts drawn and the adapter's start."""
     resume: bool = False
     """Continue the run in --run-dir from its last checkpoint."""
+    allow_change: bool = False
+    """With --resume, go on although settings, model or prompts differ from the run's; what differs is told."""
     config: str | None = None
     """YAML file below the flags, or the name of a packaged one: `reference`."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU when there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the frozen model. auto: bfloat16 on a GPU, float32 on a CPU. The adapter is float32 always."""
+    on_bad_reward: Literal["fail", "drop-pair"] = "fail"
+    """Where a reward raises or gives no finite number: stop, or leave the member and its antithetic half out of the
+    update. A step with more than a tenth of its images bad stops the run in any case."""
+    deterministic: bool = False
+    """Draw and score one image at a time: slower, and no bit depends on the size of a chunk."""
     checkpoint_every: int = 5
     """Steps between checkpoints."""
     strip_every: int = 10
@@ -321,6 +328,23 @@ class ReportConfig:
 
 
 @dataclass(frozen=True)
+class ReplayConfig:
+    """Make a run's adapter again from its config.yaml and fitness.jsonl alone, and say whether it is the run's.
+
+    Nothing is rendered or scored. On the same kind of device with the same versions every bit is the same.
+    """
+
+    run_dir: tyro.conf.Positional[Path]
+    """A run's folder."""
+    out: Path | None = None
+    """Folder to write the adapter to."""
+    model: str | None = None
+    """A SanaSprintPipeline folder, a hub id, or `tiny`, where the run's is not there any more."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: the run's."""
+
+
+@dataclass(frozen=True)
 class EnvConfig:
     """Versions, devices, and which kernels are in use and why."""
 
@@ -329,8 +353,8 @@ class EnvConfig:
 
 
 MAY_CHANGE = (
-    *("run_dir", "resume", "config", "steps", "checkpoint_every", "strip_every", "trackers"),
-    *("heldout_reward", "heldout_every", "heldout_prompts"),
+    *("run_dir", "resume", "allow_change", "config", "steps", "on_bad_reward"),
+    *("checkpoint_every", "strip_every", "trackers", "heldout_reward", "heldout_every", "heldout_prompts"),
     *("model", "revision", "prompts", "eval_prompts"),  # names; what `model` and `prompts` hold is compared by hash
 )
 """Settings that a resumed run may be given anew: none of them has a say in the adapter of a given step."""

@@ -60,13 +60,22 @@ class Engine:
         size: population size N, even.
         repeats: images of each prompt for each member.
         shaping: one of `esengine.fitness.METHODS`.
+        drop_pairs: Members with a score that is not finite, and their antithetic halves, get fitness 0 and no part in
+            that of the others. Otherwise such a score is an error.
 
     Attributes:
         step: number of the next step.
     """
 
     def __init__(
-        self, population: Population, sampler: PromptSampler, *, size: int, repeats: int = 1, shaping: str = "zscore"
+        self,
+        population: Population,
+        sampler: PromptSampler,
+        *,
+        size: int,
+        repeats: int = 1,
+        shaping: str = "zscore",
+        drop_pairs: bool = False,
     ):
         if size < 2 or size % 2:
             raise ConfigError(f"population: expected an even number of at least 2, got {size}")
@@ -76,6 +85,7 @@ class Engine:
             raise ConfigError(f"shaping: expected one of {', '.join(METHODS)}, got {shaping}")
         self.population, self.sampler = population, sampler
         self.size, self.repeats, self.shaping, self.step = size, repeats, shaping, 0
+        self.drop_pairs = drop_pairs
 
     def ask(self) -> Task:
         """The next step's work. Asking again gives the same task until it is told."""
@@ -85,14 +95,21 @@ class Engine:
         """float32 [N] from scores float32 [N, P, R] (or flat in the order of `Task.rows`)."""
         if scores.shape not in (task.shape, (task.images,)):
             raise ValueError(f"scores: expected float32 {list(task.shape)}, got {list(scores.shape)}")
-        return shape(scores.reshape(task.shape), self.shaping)
+        scores = scores.reshape(task.shape)
+        whole = scores.isfinite().all(2).all(1).view(-1, 2).all(1).repeat_interleave(2)  # of each member, both halves
+        if whole.all() or not self.drop_pairs:
+            return shape(scores, self.shaping)
+        fitness = scores.new_zeros(len(scores))
+        if whole.any():
+            fitness[whole] = shape(scores[whole], self.shaping)
+        return fitness
 
     def tell(self, task: Task, scores: torch.Tensor) -> dict[str, float]:
         """Update the adapter and go on to the next step.
 
         Args:
             task: what `ask` gave.
-            scores: finite float32 [N, P, R], higher is better.
+            scores: float32 [N, P, R], higher is better; finite, unless pairs may be dropped.
 
         Returns:
             L2 norms by name: gradient_norm, step_norm, adapter_norm.

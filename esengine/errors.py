@@ -17,5 +17,13 @@ class RenderError(EsengineError):
     """A member's image is not finite, or does not fit into memory."""
 
 
+class OutOfMemory(RenderError):
+    """So many images do not fit into memory at once."""
+
+
+class Stopped(EsengineError):
+    """A run was asked to end, and can be resumed."""
+
+
 class RunError(EsengineError):
     """A run folder or a checkpoint cannot be used."""

@@ -21,7 +21,7 @@ from esengine.setup import load_model, pick_chunk, pick_device, pick_dtype, rend
 from esengine.summary import Report, summarise
 
 if TYPE_CHECKING:
-    from esengine.train import Progress
+    from esengine.progress import Progress
 
 BENCHMARK_REWARD = "pickscore,clip_text=0,aesthetic=0,no_artifacts=0"
 

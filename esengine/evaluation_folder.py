@@ -32,7 +32,7 @@ from esengine.scoring import Batch, Plan, Rows, batch_records
 from esengine.summary import Report, flatten
 
 if TYPE_CHECKING:
-    from esengine.train import Progress
+    from esengine.progress import Progress
 
 WRITERS = min(8, os.cpu_count() or 1)
 _TEMPORARY = ".tmp-"

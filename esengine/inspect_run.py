@@ -11,11 +11,12 @@ from esengine.config import RenderConfig, TrainConfig, load_run
 from esengine.env import describe
 from esengine.errors import ConfigError
 from esengine.models import SanaSprint
+from esengine.progress import Progress
 from esengine.prompts import GALLERY, HELDOUT, read_prompts
 from esengine.runlog import draw_strip
 from esengine.scoring import EVAL_STEP
 from esengine.setup import load_model, pick_chunk, pick_device, pick_dtype, render_settings
-from esengine.train import Progress, encode
+from esengine.train import encode
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,30 @@
-"""A run's progress on a terminal: notes as lines, work as tqdm bars on stderr."""
+"""What a run says while it works, and a terminal's way to show it: notes as lines, work as tqdm bars on stderr."""
 
 import sys
 
 from tqdm import tqdm
 
-from esengine.train import Progress
+
+class Progress:
+    """What a run says while it works. The base class is silent; the command line draws a bar."""
+
+    def note(self, text: str) -> None:
+        """One line about what is being done."""
+
+    def count(self, what: str, done: int, total: int) -> None:
+        """So many of a total are done, for work besides the steps."""
+
+    def start(self, total: int, done: int) -> None:
+        """Images of the whole run, and of the steps that are already behind."""
+
+    def images(self, count: int) -> None:
+        """So many more images are rendered and scored."""
+
+    def step(self, step: int, steps: int, metrics: dict[str, float]) -> None:
+        """A step is done."""
+
+    def stop(self) -> None:
+        """The last step is done, or the run has failed."""
 
 
 class Bar(Progress):

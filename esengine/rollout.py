@@ -1,5 +1,7 @@
 """A step's images: rendered and scored chunk by chunk, without waiting where nothing has to wait."""
 
+import gc
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -8,13 +10,17 @@ from dataclasses import dataclass
 import torch
 
 from esengine.engine import Task
+from esengine.errors import OutOfMemory, RewardError, Stopped
+from esengine.group import ALONE, Group
 from esengine.models import RenderSettings, SanaSprint, TextEmbeddings
 from esengine.models.sana_sprint import Rows
 from esengine.population import Population
-from esengine.rewards import Weighted
+from esengine.rewards import COMBINED, Weighted
+
+_log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Renderer:
     """How a run draws a list of prompts, the same from step to step.
 
@@ -23,7 +29,9 @@ class Renderer:
         texts: embeddings of the prompts.
         settings: how an image is sampled.
         seed: keys latents and noise.
-        chunk: images in one forward.
+        chunk: images that are drawn and scored together.
+        limit: images in one forward; at first a chunk. Where memory runs out it is halved, and stays so.
+        note: told of that.
     """
 
     model: SanaSprint
@@ -31,20 +39,61 @@ class Renderer:
     settings: RenderSettings
     seed: int
     chunk: int
+    limit: int | None = None
+    note: Callable[[str], None] = _log.warning
 
     def chunks(
         self, step: int, rows: Iterable[Rows], population: Population | None = None, *, length: int
     ) -> Iterator[torch.Tensor]:
-        """uint8 [B, 3, H, W] of each of some chunks of (prompts, repeats, members). See `SanaSprint.render_chunks`."""
+        """uint8 [B, 3, H, W] of each of some chunks of (prompts, repeats, members). See `SanaSprint.render_chunks`.
+
+        Raises:
+            OutOfMemory: not even one image fits.
+            RenderError: see `SanaSprint.render`.
+        """
         keys = dict(seed=self.seed, step=step, population=population, settings=self.settings, text_length=length)
-        return self.model.render_chunks(self.texts, rows, **keys)
+        todo = [tuple(chunk) for chunk in rows]
+        while todo:
+            parts = [self._parts(chunk) for chunk in todo]
+            drawn = self.model.render_chunks(self.texts, (part for each in parts for part in each), **keys)
+            try:
+                for each in parts:
+                    images = [next(drawn) for _ in each]
+                    yield images[0] if len(images) == 1 else torch.cat(images)
+                    todo.pop(0)
+            except OutOfMemory as error:
+                self._halve(max(len(each[0]) for each in parts[0]), error)
+
+    def _parts(self, chunk: Rows) -> list[Rows]:
+        """A chunk in as many forwards as it takes."""
+        limit = self.limit or len(chunk[0])
+        columns = [[None] * -(-len(chunk[0]) // limit) if each is None else each.split(limit) for each in chunk]
+        return list(zip(*columns, strict=True))
+
+    def _halve(self, images: int, error: OutOfMemory) -> None:
+        if images <= 1:
+            raise error
+        self.limit = images // 2
+        self.note(f"warning: {error}; from here on {self.limit} in one forward")
+        self.model.release_graphs()
+        gc.collect()
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def words(self, prompts: torch.Tensor) -> list[str]:
         return [self.texts.prompts[index] for index in prompts.tolist()]
 
 
 def score_task(
-    render: Renderer, reward: Weighted, population: Population, task: Task, heard: Callable[[int], None]
+    render: Renderer,
+    reward: Weighted,
+    population: Population,
+    task: Task,
+    heard: Callable[[int], None],
+    *,
+    failed: Callable[[RewardError], None] | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+    group: Group = ALONE,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Render and score every image of a step.
 
@@ -52,8 +101,14 @@ def score_task(
     something other than this machine's processors, is asked in a thread while the next chunk renders: one chunk
     behind, never more, so at most two chunks of images are held. The scores are the same either way.
 
+    Of K processes the one of rank r draws chunks r, r + K, ... Chunks are as for one process, and so are the scores.
+
     Args:
         heard: called with so many images that are rendered and scored, or on their way to be scored.
+        failed: told of each image that a reward fails on or gives no finite number. Its scores are NaN then, and those
+            of its chunk are asked for image by image. None: such an image is an error.
+        stopped: asked after each chunk.
+        group: the processes that share the step.
 
     Returns:
         Scores by reward name and "combined", float32 [N, P, R] on the CPU; and seconds: all of it by the wall clock
@@ -62,6 +117,7 @@ def score_task(
 
     Raises:
         RewardError, RenderError: naming the step and the members.
+        Stopped: it was asked for, in whichever process.
     """
     began = time.perf_counter()
     overlapped = any(getattr(each, "overlaps", False) for _, each, _ in reward.terms)
@@ -71,25 +127,56 @@ def score_task(
 
     def score(images: torch.Tensor, prompts: torch.Tensor, members: torch.Tensor) -> dict[str, torch.Tensor]:
         with scoring:
-            return reward.score(images, render.words(prompts), step=task.step, members=members.tolist())
+            asked = dict(step=task.step, members=members.tolist())
+            if failed is None:
+                return reward.score(images, render.words(prompts), **asked)
+            return _score_each(reward, images, render.words(prompts), failed, **asked)
 
-    rows = list(zip(*(column.split(render.chunk) for column in task.rows()), strict=True))
-    drawn = render.chunks(
-        task.step, ((prompts, repeats, members) for members, prompts, repeats in rows), population, length=length
-    )
+    chunks = list(zip(*(column.split(render.chunk) for column in task.rows()), strict=True))
+    mine = chunks[group.rank :: group.size]
+    drawn = render.chunks(task.step, ((p, r, m) for m, p, r in mine), population, length=length)
     parts: list[Future] = []
     with ThreadPoolExecutor(1) if overlapped else _AtOnce() as worker, render.model.deferred_checks():
-        for members, prompts, _ in rows:
+        for members, prompts, _ in mine:
             with rendering:
                 images = next(drawn)
             if parts:
                 parts[-1].result()
             parts.append(worker.submit(score, images, prompts, members))
             heard(len(members))
+            if stopped():
+                break
         done = [part.result() for part in parts]
-    scores = {name: torch.cat([each[name] for each in done]).cpu().view(task.shape) for name in done[0]}
+    if group.any(stopped()):
+        raise Stopped(f"stopped in step {task.step}")
+    heard(task.images - sum(len(members) for members, _, _ in mine))  # by the others
+    names = [*reward.names, COMBINED]
+    own = [torch.cat([each[name] for each in done]).cpu() if done else torch.empty(0) for name in names]
+    table = torch.empty(task.images, len(names))
+    for rank, part in enumerate(group.gather(torch.stack(own, 1))):
+        places = torch.arange(task.images).split(render.chunk)[rank :: group.size]
+        table[torch.cat(places) if places else slice(0)] = part
+    scores = {name: column.reshape(task.shape) for name, column in zip(names, table.unbind(1), strict=True)}
     seconds = {"seconds": time.perf_counter() - began}
     return scores, seconds | {"seconds_render": rendering.total(), "seconds_score": scoring.total()}
+
+
+def _score_each(
+    reward: Weighted, images: torch.Tensor, prompts: list[str], failed: Callable[[RewardError], None], *, step, members
+) -> dict[str, torch.Tensor]:
+    """`Weighted.score`; if that fails, image by image, with NaN for those that fail."""
+    try:
+        return reward.score(images, prompts, step=step, members=members)
+    except RewardError:
+        parts = []
+    for i in range(len(images)):
+        try:
+            one = reward.score(images[i : i + 1], prompts[i : i + 1], step=step, members=members[i : i + 1])
+        except RewardError as error:
+            failed(error)
+            one = dict.fromkeys([*reward.names, COMBINED], torch.full((1,), torch.nan, device=images.device))
+        parts.append(one)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 class _AtOnce(Executor):

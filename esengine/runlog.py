@@ -1,4 +1,4 @@
-"""What a run writes down for people: metrics.jsonl, heldout.jsonl, trackers, image strips and grids."""
+"""What a run writes down: metrics, fitness and held-out measures as JSON lines, trackers, image strips and grids."""
 
 import json
 import logging
@@ -45,7 +45,8 @@ class RunLog:
     ):
         self.resume_step = resume_step or 0
         self._folder = folder
-        self._metrics = _Lines(folder.metrics, self.resume_step)
+        self._metrics = _Lines(folder.metrics, self.resume_step, keep=False)
+        self._fitness = _Lines(folder.fitness, self.resume_step, keep=False)
         self._measures = _Lines(folder.path / "heldout.jsonl", self.resume_step)
         self._trackers = open_trackers(folder.path, folder.tensorboard, trackers, resume_step, note)
         self._trackers.start(settings or {})
@@ -54,11 +55,18 @@ class RunLog:
     def held_out(self) -> list[dict[str, Any]]:
         return self._measures.records
 
-    def log(self, step: int, metrics: dict[str, float | int | str]) -> None:
+    def log(self, step: int, metrics: dict[str, float | int | str], fitness: torch.Tensor | None = None) -> None:
         """Append one line {"step": step, **metrics}, flushed, and show the numbers.
 
         A number that is not finite is written as null, for JSON has no NaN; trackers get it as it is.
+
+        Args:
+            step: of both.
+            metrics: by name.
+            fitness: float32 [N], for fitness.jsonl: every digit, so that the update can be made again.
         """
+        if fitness is not None:
+            self._fitness.append({"step": step, "fitness": fitness.tolist()})
         self._metrics.append({"step": step, **{name: _plain(value) for name, value in metrics.items()}})
         self._trackers.log(step, {name: value for name, value in metrics.items() if not isinstance(value, str)})
 
@@ -106,6 +114,7 @@ class RunLog:
 
     def close(self) -> None:
         self._metrics.close()
+        self._fitness.close()
         self._measures.close()
         self._trackers.finish()
 
@@ -124,16 +133,22 @@ class RunLog:
 
 
 class _Lines:
-    """A file of JSON records, one a line, each with its step; those of `before` and later are dropped at first."""
+    """A file of JSON records, one a line, each with its step; those of `before` and later are dropped at first.
 
-    def __init__(self, path: Path, before: int):
-        self.path, self.records = path, _keep_steps_before(path, before)
+    With `keep` they stay in memory too, as `records`.
+    """
+
+    def __init__(self, path: Path, before: int, *, keep: bool = True):
+        self.path, self.records, self._keep = path, _keep_steps_before(path, before), keep
+        if not keep:
+            self.records.clear()
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (held until close)
 
     def append(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
-        self.records.append(record)
+        if self._keep:
+            self.records.append(record)
 
     def clear(self) -> None:
         self._file.truncate(0)  # it is open for appending, so it goes on at the start

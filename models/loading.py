@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from esengine.errors import ConfigError, RenderError
+from esengine.errors import ConfigError, OutOfMemory
 from esengine.models.text_cache import fingerprint
 
 LATENT_FACTS = {
@@ -117,13 +117,13 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def fits(images: int, what: str, setting: str) -> Iterator[None]:
-    """Out of memory inside becomes a RenderError that names the setting to lower."""
+    """Out of memory inside becomes an `OutOfMemory` that names the setting to lower."""
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        raise RenderError(f"{images} images in one {what} do not fit into memory: give a smaller {setting}") from error
+        raise OutOfMemory(f"{images} images in one {what} do not fit into memory: give a smaller {setting}") from error
 
 
 @contextmanager

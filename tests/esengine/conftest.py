@@ -107,7 +107,7 @@ def reward(monkeypatch):
 @pytest.fixture
 def notes():
     """Progress that keeps what it is told: `notes.said` is a list of lines."""
-    from esengine.train import Progress
+    from esengine.progress import Progress
 
     class Notes(Progress):
         def __init__(self):

@@ -12,8 +12,9 @@ from esengine.entries import Entry, parse_entries
 from esengine.errors import ConfigError
 from esengine.evaluate import evaluate
 from esengine.inspect_run import render
+from esengine.progress import Progress
 from esengine.summary import Report
-from esengine.train import Progress, train
+from esengine.train import train
 
 # ---- after a run
 

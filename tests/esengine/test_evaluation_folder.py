@@ -20,8 +20,8 @@ from esengine.errors import ConfigError, RunError
 from esengine.evaluate import evaluate
 from esengine.evaluation_folder import EvaluationFolder
 from esengine.models import SanaSprint, default_model
+from esengine.progress import Progress
 from esengine.scoring import EVAL_STEP
-from esengine.train import Progress
 
 
 class Notes(Progress):

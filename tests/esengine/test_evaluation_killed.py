@@ -68,7 +68,7 @@ import torch
 import killer
 from esengine.config import EvalConfig, ImageSettings, from_dict
 from esengine.evaluate import evaluate
-from esengine.train import Progress
+from esengine.progress import Progress
 
 torch.set_num_threads(1)
 

@@ -15,8 +15,10 @@ from safetensors.torch import load_file
 import esengine.train
 from esengine.config import ESSettings, ImageSettings, LoraSettings, TrainConfig, load
 from esengine.errors import ConfigError, EsengineError
+from esengine.loop import save_adapter
 from esengine.models import SanaSprint, default_model
-from esengine.train import Progress, attach_population, save_adapter, train
+from esengine.progress import Progress
+from esengine.train import attach_population, train
 
 DRAW_PAGE = esengine.train._page  # before the fixtures replace it
 
@@ -30,8 +32,8 @@ def test_the_run_folder(trained):
     folder = result.folder
     assert folder == config.run_dir
     assert sorted(path.name for path in folder.iterdir()) == [
-        ".lock", "adapter", "checkpoints", "config.yaml", "eval.json", "heldout", "heldout.jsonl", "metrics.jsonl",
-        "strips", "tensorboard",
+        ".lock", "adapter", "checkpoints", "config.yaml", "eval.json", "fitness.jsonl", "heldout", "heldout.jsonl",
+        "metrics.jsonl", "strips", "tensorboard",
     ]  # fmt: skip
     assert sorted(path.name for path in (folder / "adapter").iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors",

@@ -11,8 +11,9 @@ from esengine.env import describe
 from esengine.errors import RunError
 from esengine.guard import Guard
 from esengine.models import SanaSprint, build_tiny
+from esengine.progress import Progress
 from esengine.runlog import RunLog
-from esengine.train import Progress, train
+from esengine.train import train
 from esengine.update import Updater
 
 ADAM = UpdateRule(optimizer="adam", lr_scale=0.5)

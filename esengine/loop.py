@@ -1,0 +1,212 @@
+"""The steps of a run: render, score, update, log, and checkpoints between them."""
+
+import hashlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from esengine import checkpoint
+from esengine.config import TrainConfig, to_yaml
+from esengine.engine import Engine, Task
+from esengine.errors import RewardError, RunError, Stopped
+from esengine.files import replace_file
+from esengine.group import Group
+from esengine.guard import Guard
+from esengine.models import write_diffusers_lora
+from esengine.population import Population
+from esengine.progress import Progress
+from esengine.rewards import COMBINED, Weighted
+from esengine.rollout import Renderer, render_all, score_task
+from esengine.runlog import RunLog
+from esengine.stop import Stop
+
+STRIP_PROMPTS = 8
+MOST_BAD = 0.1
+"""Share of a step's images without a score that a run with `on_bad_reward: drop-pair` bears."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the leading process writes to.
+
+    Attributes:
+        folder: of the run, held.
+        meta: of every checkpoint.
+        log: metrics, fitness, pictures.
+        guard: measures held-out rewards; None for none.
+    """
+
+    folder: checkpoint.RunFolder
+    meta: dict
+    log: RunLog
+    guard: Guard | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run that do not change from step to step; `record` is None in processes that do not lead."""
+
+    config: TrainConfig
+    reward: Weighted
+    render: Renderer
+    progress: Progress
+    group: Group
+    record: Record | None
+
+
+def take_steps(run: Run, engine: Engine, *, resumed: bool) -> None:
+    """Go on to the last step. On SIGTERM or SIGINT the chunk is finished and a checkpoint written.
+
+    Raises:
+        Stopped: after such a signal.
+        RewardError, RenderError: a step failed; the adapter is as before it, and a checkpoint of that is written.
+        RunError: the processes of the group have come to differ.
+    """
+    config, record = run.config, run.record
+    if resumed and record:
+        save_adapter(engine.population, record.folder.adapter)
+    kept = engine.step if resumed else _keep(run, engine)  # before the config: a run that has one can be resumed
+    if record:
+        replace_file(record.folder.config, to_yaml(config).encode())
+    per_step = engine.ask().images
+    run.progress.start(config.steps * per_step, engine.step * per_step)
+    settled = True  # the adapter, the step's number and its metrics agree
+    try:
+        with Stop() as stop:
+            while True:
+                if record and record.guard and record.guard.due(engine.step, config.steps):
+                    record.guard.measure(engine.step)
+                if engine.step == config.steps:
+                    break
+                task = engine.ask()
+                scores, seconds = _score(run, engine, task, stop)
+                fitness = engine.fitness(task, scores[COMBINED])
+                shown = config.strip_every and (task.step % config.strip_every == 0 or task.step == config.steps - 1)
+                if record and shown:
+                    _strip(run, engine.population, task, fitness)
+                    for name, score in scores.items():
+                        means = score.mean(dim=(1, 2))
+                        record.log.histogram(task.step, f"members/{name}", means[means.isfinite()])
+                start, settled = time.perf_counter(), False
+                norms = engine.tell(task, scores[COMBINED])
+                seconds["seconds_update"] = time.perf_counter() - start
+                seconds["seconds"] += seconds["seconds_update"]
+                metrics = _metrics(run, task, scores) | norms
+                metrics |= {"images_per_second": task.images / seconds["seconds"], **seconds}
+                if record:
+                    record.log.log(task.step, metrics, fitness)
+                settled = True
+                run.progress.step(engine.step, config.steps, metrics)
+                if engine.step % config.checkpoint_every == 0 or engine.step == config.steps:
+                    kept = _keep(run, engine)
+    except Stopped as error:
+        where = f" after step {engine.step} of {config.steps}"
+        again = f"; it goes on with: esengine train --run-dir {record.folder.path} --resume" if record else ""
+        raise Stopped(f"stopped{where}{again}") from error
+    finally:
+        run.progress.stop()
+        if record and settled and engine.step > kept:
+            _save(run, engine)
+
+
+def save_adapter(population: Population, path: Path) -> None:
+    """Write the adapter for PEFT and, in the same folder, for `SanaSprintPipeline.load_lora_weights`."""
+    population.save_pretrained(path)
+    scaling = {name: layer.scale for name, layer in population.layers.items()}
+    write_diffusers_lora(path, population.parameters(), scaling)
+
+
+def adapter_sha256(population: Population) -> str:
+    """Of the adapter's bytes, in the order of its names."""
+    found = hashlib.sha256()
+    for name, parameter in sorted(population.parameters().items()):
+        found.update(name.encode())
+        found.update(parameter.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _keep(run: Run, engine: Engine) -> int:
+    """Check that every process has come to the same adapter, and write it down. Returns the step."""
+    own = torch.frombuffer(bytearray.fromhex(adapter_sha256(engine.population)), dtype=torch.uint8)
+    hashes = [bytes(each.tolist()).hex() for each in run.group.gather(own)]
+    for rank, each in enumerate(hashes):
+        if each != hashes[0]:
+            raise RunError(f"process {rank}: its adapter differs from that of process 0 after step {engine.step}")
+    if run.record:
+        _save(run, engine)
+    return engine.step
+
+
+def _save(run: Run, engine: Engine) -> None:
+    record = run.record
+    meta = record.meta | {"limit": run.render.limit, "adapter_sha256": adapter_sha256(engine.population)}
+    checkpoint.save(record.folder.checkpoints, engine.step, _flatten(engine), meta)
+    save_adapter(engine.population, record.folder.adapter)
+
+
+def _score(run: Run, engine: Engine, task: Task, stop: Stop) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """The step's scores by name; NaN where a reward failed, if such pairs may be dropped."""
+    failures: list[RewardError] = []
+    scores, seconds = score_task(
+        run.render,
+        run.reward,
+        engine.population,
+        task,
+        run.progress.images,
+        failed=failures.append if engine.drop_pairs else None,
+        stopped=lambda: stop.requested,
+        group=run.group,
+    )
+    bad = ~scores[COMBINED].isfinite()
+    if bad.any():
+        if failures:
+            run.progress.note(f"warning: {failures[0]}")
+        count, members = int(bad.sum()), bad.any(2).any(1).nonzero().flatten().tolist()
+        what = f"step {task.step}: {count} of {task.images} images have no score (members {_some(members)})"
+        if count > MOST_BAD * task.images:
+            raise RewardError(f"{what}, more than {MOST_BAD:.0%}: the run stops") from (failures or [None])[0]
+        run.progress.note(f"warning: {what}; they and their antithetic halves have no part in the update")
+    return scores, seconds
+
+
+def _some(members: list[int]) -> str:
+    return ", ".join(map(str, members[:8])) + (f", ... {len(members)} in all" if len(members) > 8 else "")
+
+
+def _metrics(run: Run, task: Task, scores: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Means over the images that have a score, and the spread of the members whose images all have one."""
+    whole = scores[COMBINED].mean(dim=(1, 2))
+    members = whole[whole.isfinite()]
+    found = {
+        "reward": _mean(scores[COMBINED]),
+        "reward_best": float(members.max()),
+        "reward_worst": float(members.min()),
+        "reward_std": float(members.std(unbiased=False)),
+        **{f"reward/{name}": _mean(scores[name]) for name in run.reward.names},
+    }
+    if run.config.on_bad_reward == "drop-pair":
+        pairs = scores[COMBINED].isfinite().all(2).all(1).view(-1, 2).all(1)
+        found["dropped_pairs"] = int((~pairs).sum())
+    return found
+
+
+def _mean(scores: torch.Tensor) -> float:
+    return float(scores[scores.isfinite()].mean())
+
+
+def _strip(run: Run, population: Population, task: Task, fitness: torch.Tensor) -> None:
+    """The best, median and worst member of this step, rendered again: images are never kept."""
+    order = fitness.argsort(descending=True).tolist()
+    prompts = task.prompts[:STRIP_PROMPTS]
+    images = {}
+    for label, member in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
+        rows = render_all(run.render, task.step, prompts, member, population)
+        images[label] = torch.cat([drawn for drawn, _ in rows])
+    run.record.log.strip(task.step, images, run.render.words(prompts))
+
+
+def _flatten(engine: Engine) -> dict[str, torch.Tensor]:
+    state = engine.state_dict()["population"]
+    return {f"{part}/{name}": t for part in ("adapter", "optimizer") for name, t in state[part].items()}

@@ -1,0 +1,239 @@
+"""Memory that runs out, rewards that fail, a full disk: what a run does then."""
+
+import dataclasses
+import errno
+import json
+import os
+
+import pytest
+import torch
+
+from esengine import checkpoint
+from esengine.config import ESSettings, ImageSettings, UpdateRule
+from esengine.engine import Engine
+from esengine.errors import OutOfMemory, RewardError, RunError
+from esengine.models import SanaSprint
+from esengine.train import train
+
+PAIRED = ESSettings(prompts_per_step=2, repeats=2)
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def brightness(images, prompts):
+    return images.float().mean(dim=(1, 2, 3)) / 255
+
+
+# ---- memory
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """`room(images, first)`: from forward number `first` on, so many images fit. Gives the sizes that were drawn."""
+
+    def limit(images, first=0):
+        drawn, velocity = [], SanaSprint._velocity
+
+        def narrow(self, x, *args):
+            drawn.append(len(x))
+            if len(drawn) > first and len(x) > images:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return velocity(self, x, *args)
+
+        monkeypatch.setattr(SanaSprint, "_velocity", narrow)
+        return drawn
+
+    return limit
+
+
+@pytest.mark.parametrize("first", [0, 3, 8])
+def test_the_chunk_halves_and_the_same_members_are_drawn_again(small, outcome, tmp_path, notes, room, first):
+    settings = dict(es=PAIRED, image=ImageSettings(chunk=8), heldout_every=0, steps=3)
+    train(small(tmp_path / "whole", **settings))
+    drawn = room(3, first)
+    train(small(tmp_path / "run", **settings), notes)
+    said = [line for line in notes.said if "do not fit into memory" in line]
+    assert [line.rsplit("from here on ", 1)[1] for line in said] == ["4 in one forward", "2 in one forward"]
+    assert [size for size in drawn[first:] if size > 3] == [8, 4]
+    for ours, theirs in zip(lines(tmp_path / "run"), lines(tmp_path / "whole"), strict=True):
+        assert ours["reward"] == pytest.approx(theirs["reward"], rel=1e-3)
+    assert outcome(tmp_path / "run")["metrics"][0].keys() == outcome(tmp_path / "whole")["metrics"][0].keys()
+
+
+def test_a_resumed_run_keeps_the_smaller_forward(small, tmp_path, notes, room):
+    drawn = room(3)
+    config = small(tmp_path / "run", es=PAIRED, image=ImageSettings(chunk=8), heldout_every=0, steps=1)
+    train(config)
+    drawn.clear()
+    train(dataclasses.replace(config, steps=2, resume=True), notes)
+    assert max(drawn[:4]) == 2
+    assert not [line for line in notes.said if "do not fit" in line]
+
+
+def test_where_not_one_image_fits_the_error_has_the_numbers(small, tmp_path, room):
+    room(0)
+    with pytest.raises(OutOfMemory, match="1 images in one transformer forward do not fit into memory"):
+        train(small(tmp_path / "run", heldout_every=0))
+
+
+# ---- rewards
+
+
+class Failing:
+    """Brightness, but for images of the given values, which `fail` answers for."""
+
+    def __init__(self, fail, share):
+        self.fail, self.share, self.seen = fail, share, 0
+
+    def __call__(self, images, prompts):
+        score = brightness(images, prompts)
+        bad = (images.long().sum(dim=(1, 2, 3)) % 1000) < 1000 * self.share
+        self.seen += int(bad.sum())
+        return self.fail(score, bad)
+
+
+def raises(score, bad):
+    if bad.any():
+        raise RuntimeError("lost")
+    return score
+
+
+def not_a_number(score, bad):
+    return torch.where(bad, torch.nan, score)
+
+
+def infinite(score, bad):
+    return torch.where(bad, torch.inf, score)
+
+
+def misshapen(score, bad):
+    return score if not bad.any() else score[None]
+
+
+KINDS = [raises, not_a_number, infinite, misshapen]
+
+
+@pytest.mark.parametrize("fail", KINDS)
+def test_bad_pairs_are_dropped(small, tmp_path, notes, reward, fail):
+    failing = Failing(fail, 0.03)
+    config = small(
+        tmp_path / "run", population=16, es=PAIRED, image=ImageSettings(chunk=5), heldout_every=0, steps=3,
+        reward=reward(failing), on_bad_reward="drop-pair", eval_prompts=None,
+    )  # fmt: skip
+    failing.share, failing.late = 0.03, True
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("esengine.train.compare_entries", lambda *args, **kwargs: _Empty())
+        train(config, notes)
+    dropped = [line["dropped_pairs"] for line in lines(tmp_path / "run")]
+    assert failing.seen
+    assert sum(dropped) > 0
+    fitness = [json.loads(line)["fitness"] for line in (tmp_path / "run" / "fitness.jsonl").read_text().splitlines()]
+    for each, pairs in zip(fitness, dropped, strict=True):
+        zeros = [member for member, value in enumerate(each) if value == 0]
+        assert len(zeros) == 2 * pairs
+        assert all(member ^ 1 in zeros for member in zeros)
+    assert [line for line in notes.said if "have no part in the update" in line]
+    saved = checkpoint.load_latest(tmp_path / "run" / "checkpoints")
+    assert all(tensor.isfinite().all() for tensor in saved.tensors.values() if tensor.is_floating_point())
+
+
+class _Empty:
+    def to_json(self):
+        return "{}"
+
+
+@pytest.mark.parametrize("fail", KINDS)
+def test_by_default_a_bad_reward_stops_the_run_and_it_resumes(small, outcome, tmp_path, reward, fail):
+    whole = small(tmp_path / "whole", reward=reward(brightness), heldout_every=0)
+    train(whole)
+    calls = 0
+
+    def third(images, prompts):
+        nonlocal calls
+        calls += 1
+        return fail(brightness(images, prompts), torch.tensor([calls == 6] * len(images)))
+
+    config = small(tmp_path / "run", reward=reward(third), heldout_every=0)
+    with pytest.raises(RewardError, match=r"reward own:score, step 1, members? "):
+        train(config)
+    train(dataclasses.replace(config, resume=True))
+    assert outcome(tmp_path / "run")["adapter"] == outcome(tmp_path / "whole")["adapter"]
+
+
+def test_too_many_bad_images_stop_the_run_in_any_case(small, tmp_path, reward):
+    config = small(
+        tmp_path / "run", reward=reward(lambda images, prompts: torch.full((len(images),), torch.nan)),
+        on_bad_reward="drop-pair", heldout_every=0,
+    )  # fmt: skip
+    with pytest.raises(RewardError, match=r"step 0: 8 of 8 images have no score .*more than 10%"):
+        train(config)
+
+
+def test_the_fitness_of_the_others_is_as_if_there_were_no_others():
+    engine = object.__new__(Engine)
+    engine.shaping, engine.drop_pairs = "zscore", True
+    scores = torch.randn(8, 3, 2, generator=torch.Generator().manual_seed(0))
+    task = type("Task", (), {"shape": scores.shape, "images": scores.numel()})
+    scores[5, 1, 0] = torch.nan
+    kept = [0, 1, 2, 3, 6, 7]
+    fitness = engine.fitness(task, scores)
+    engine.drop_pairs = False
+    with pytest.raises(ValueError, match="finite"):
+        engine.fitness(task, scores)
+    task.shape, task.images = (6, 3, 2), 36
+    assert torch.equal(fitness[kept], engine.fitness(task, scores[kept]))
+    assert fitness[[4, 5]].tolist() == [0, 0]
+
+
+# ---- settings
+
+
+def test_other_settings_are_refused_or_allowed_and_told(small, tmp_path, notes):
+    config = small(tmp_path / "run", steps=2, heldout_every=0)
+    train(config)
+    other = dataclasses.replace(config, steps=3, resume=True, es=dataclasses.replace(config.es, sigma=0.02))
+    with pytest.raises(RunError, match=r"es\.sigma: 0\.01 -> 0\.02.*--allow-change"):
+        train(other)
+    train(dataclasses.replace(other, allow_change=True), notes)
+    assert [line for line in notes.said if "goes on with other settings (es.sigma: 0.01 -> 0.02)" in line]
+    rank = dataclasses.replace(other, steps=4, allow_change=True, lora=dataclasses.replace(other.lora, rank=3))
+    with pytest.raises(RunError, match=r"cannot be gone on with: state: layers differ"):
+        train(rank)
+    adam = dataclasses.replace(other, steps=4, allow_change=True, update=UpdateRule(optimizer="adam"))
+    assert [line["step"] for line in lines(tmp_path / "run")] == [0, 1, 2]
+    train(adam)
+
+
+def test_one_image_at_a_time_no_bit_depends_on_the_chunk(small, outcome, tmp_path):
+    for chunk in (2, 5):
+        train(small(tmp_path / str(chunk), deterministic=True, image=ImageSettings(chunk=chunk), steps=2))
+    assert outcome(tmp_path / "2") == outcome(tmp_path / "5")
+
+
+# ---- a full disk
+
+
+@pytest.mark.parametrize("at", range(0, 60, 6))
+def test_on_a_full_disk_what_was_there_still_loads(small, tmp_path, monkeypatch, at):
+    config = small(tmp_path / "run", steps=1, heldout_every=0, strip_every=0)
+    train(config)
+    before = checkpoint.load_latest(tmp_path / "run" / "checkpoints")
+    sync, calls = os.fsync, 0
+
+    def full(file):
+        nonlocal calls
+        calls += 1
+        if calls > at // 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(dataclasses.replace(config, steps=3, resume=True, checkpoint_every=1))
+    monkeypatch.undo()
+    after = checkpoint.load_latest(tmp_path / "run" / "checkpoints")
+    assert after.step >= before.step
+    assert after.skipped == ()
+    train(dataclasses.replace(config, steps=3, resume=True))

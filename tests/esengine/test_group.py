@@ -1,0 +1,106 @@
+"""Several processes make the run that one makes, bit for bit, and end together."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from esengine.group import Group
+
+REWARD = """
+import os
+from pathlib import Path
+
+
+def score(images, prompts):
+    if os.environ["RANK"] == os.environ.get("FAILS") and Path("run/checkpoints/step_00000002").exists():
+        raise RuntimeError("this rank is ill")
+    return images.float().mean(dim=(1, 2, 3)) / 255
+"""
+
+
+@pytest.fixture
+def torchrun(workspace, prompt_files):
+    """The command line in K processes: the finished process."""
+
+    def call(processes, run, *flags, **environment):
+        (workspace / "mine.py").write_text(REWARD)
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes, "--standalone"]
+        command += ["-m", "esengine", "train", "--run-dir", run, *flags]
+        if "--resume" not in flags:
+            command += ["--prompts", prompt_files[0], "--eval-prompts", prompt_files[1], "--population", 4]
+            command += ["--reward", "mine:score", "--lora.targets", "to_q", "--checkpoint-every", 2, "--steps", 4]
+            command += ["--es.prompts-per-step", 2, "--es.repeats", 1, "--image.chunk", 3, "--strip-every", 0]
+        return subprocess.run(
+            list(map(str, command)), cwd=workspace, env={**os.environ, **environment}, capture_output=True, text=True,
+            timeout=240,
+        )  # fmt: skip
+
+    return call
+
+
+def test_two_processes_make_the_run_of_one(torchrun, outcome, workspace):
+    for processes, run in ((1, "one"), (2, "two")):
+        done = torchrun(processes, run)
+        assert done.returncode == 0, done.stderr
+    assert outcome(workspace / "two") == outcome(workspace / "one")
+    assert "2 processes" in done.stderr
+    assert done.stdout.count("base against adapter on 3 held-out prompts") == 1
+
+
+def test_a_rank_that_dies_ends_the_group_and_the_run_goes_on_with_another_number(torchrun, outcome, workspace):
+    assert torchrun(1, "whole").returncode == 0
+    done = torchrun(2, "run", FAILS="1")
+    assert done.returncode != 0
+    assert "this rank is ill" in done.stderr
+    done = torchrun(3, "run", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert outcome(workspace / "run")["adapter"] == outcome(workspace / "whole")["adapter"]
+    assert outcome(workspace / "run")["metrics"] == outcome(workspace / "whole")["metrics"]
+
+
+def meet(function, size=3):
+    """What `function(group)` gives in `size` processes."""
+    import torch.multiprocessing as processes
+
+    context = processes.get_context("fork")
+    queue = context.SimpleQueue()
+    port = 20000 + os.getpid() % 20000
+
+    def work(rank):
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        torch.set_num_threads(1)
+        group = Group.join()
+        queue.put((rank, function(group)))
+        group.leave()
+
+    started = [context.Process(target=work, args=(rank,)) for rank in range(size)]
+    for each in started:
+        each.start()
+    found = dict(queue.get() for _ in started)
+    for each in started:
+        each.join()
+    return [found[rank] for rank in range(size)]
+
+
+def test_gathered_parts_are_in_the_order_of_ranks_and_of_any_length():
+    def gather(group):
+        part = torch.arange(2 * group.rank, dtype=torch.float32).view(-1, 2) + group.rank
+        return [each.tolist() for each in group.gather(part)], group.any(group.rank == 1), group.any(False)
+
+    expected = [[], [[1.0, 2.0]], [[2.0, 3.0], [4.0, 5.0]]]
+    assert meet(gather) == [(expected, True, False)] * 3
+
+
+def test_alone_nothing_is_exchanged():
+    group = Group()
+    tensor = torch.ones(3)
+    assert group.gather(tensor)[0] is tensor
+    assert group.any(True)
+    assert not group.any(False)
+    with group.first():
+        group.wait()
+    assert threading.active_count() >= 1

@@ -1,0 +1,118 @@
+"""SIGTERM and SIGINT: the first ends a run with a checkpoint, the second at once."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from esengine import checkpoint
+from esengine.errors import Stopped
+from esengine.stop import Stop
+from esengine.train import train
+
+REWARD = """
+import os, signal
+calls = 0
+
+
+def score(images, prompts):
+    global calls
+    calls += 1
+    if calls in map(int, os.environ["AT"].split(",")):
+        os.kill(os.getpid(), getattr(signal, os.environ["WITH"]))
+    return images.float().mean(dim=(1, 2, 3)) / 255
+"""
+
+
+def test_the_first_signal_asks_and_handlers_come_back():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with Stop() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_in_another_thread_signals_stay_as_they_are():
+    found = []
+
+    def look():
+        with Stop() as stop:
+            found.append(stop.requested)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert found == [False]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_chunk_is_finished_and_a_checkpoint_written(small, outcome, tmp_path, reward, number):
+    def brightness(images, prompts):
+        return images.float().mean(dim=(1, 2, 3)) / 255
+
+    calls = 0
+
+    def signalling(images, prompts):
+        nonlocal calls
+        calls += 1
+        if calls == 8:  # in step 2 of three chunks a step
+            os.kill(os.getpid(), number)
+        return brightness(images, prompts)
+
+    train(small(tmp_path / "whole", reward=reward(brightness), heldout_every=0))
+    config = small(tmp_path / "run", reward=reward(signalling), heldout_every=0, checkpoint_every=100)
+    with pytest.raises(
+        Stopped, match=r"stopped after step 2 of 4; it goes on with: esengine train --run-dir .*run --res"
+    ):
+        train(config)
+    assert calls == 8
+    assert checkpoint.load_latest(tmp_path / "run" / "checkpoints").step == 2
+    calls = 100
+    train(small(tmp_path / "run", reward=reward(signalling), heldout_every=0, checkpoint_every=100, resume=True))
+    assert outcome(tmp_path / "run")["adapter"] == outcome(tmp_path / "whole")["adapter"]
+    assert outcome(tmp_path / "run")["metrics"] == outcome(tmp_path / "whole")["metrics"]
+
+
+@pytest.mark.parametrize(("name", "at", "code"), [("SIGTERM", "4", 0), ("SIGINT", "4", 0), ("SIGINT", "1", 0)])
+def test_the_command_line_leaves_with_a_line(workspace, prompt_files, name, at, code):
+    (workspace / "mine.py").write_text(REWARD)
+    flags = [
+        "--prompts", prompt_files[0], "--eval-prompts", prompt_files[1], "--reward", "mine:score", "--steps", 50,
+        "--population", 4, "--heldout-every", 0, "--es.prompts-per-step", 2, "--es.repeats", 1, "--image.chunk", 4,
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "esengine", "train", "--run-dir", "run", *map(str, flags)]
+    environment = {**os.environ, "AT": at, "WITH": name}
+    done = subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("esengine: stopped after step ")
+    assert line.endswith("; it goes on with: esengine train --run-dir run --resume")
+
+
+def test_a_second_signal_leaves_at_once(workspace, prompt_files):
+    (workspace / "mine.py").write_text(
+        "import time\nfrom pathlib import Path\n\n\ndef score(images, prompts):\n"
+        "    Path('asked').touch()\n    time.sleep(60)\n"
+    )
+    flags = ["--prompts", prompt_files[0], "--eval-prompts", prompt_files[1], "--es.prompts-per-step", 2]
+    command = [sys.executable, "-m", "esengine", "train", "--run-dir", "run", "--reward", "mine:score"]
+    command += [*map(str, flags), "--heldout-every", "0"]
+    process = subprocess.Popen(command, cwd=workspace, env=os.environ, stderr=subprocess.PIPE)
+    try:
+        for _ in range(600):
+            if (workspace / "asked").exists():
+                break
+            time.sleep(0.1)
+        process.terminate()
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.terminate()
+        assert process.wait(timeout=20) == -signal.SIGTERM
+    finally:
+        process.kill()
+        process.stderr.close()
