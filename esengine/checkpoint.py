@@ -128,6 +128,8 @@ def load(path: str | Path) -> Checkpoint:
         version = record["format"]
         signed = _json({key: record[key] for key in ("format", "step", "meta")})
         sums = record["meta_sha256"], record["sha256"]
+        if _json(record) + b"\n" != raw:
+            raise ValueError("other spaces")
     except (ValueError, TypeError, KeyError, RecursionError) as e:
         raise RunError(f"checkpoint {path / _META}: corrupt, not the JSON that was written") from e
     if version != FORMAT:

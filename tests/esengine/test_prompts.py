@@ -1,5 +1,3 @@
-import contextlib
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -57,15 +55,41 @@ def test_missing_file_and_folder(tmp_path):
         read_prompts("a\0b")
 
 
-@given(data=st.one_of(st.binary(max_size=60), st.text(max_size=40).map(str.encode)))
-@settings(max_examples=300, deadline=None)
-def test_any_bytes_are_prompts_or_a_config_error(tmp_path_factory, data):
-    path = tmp_path_factory.getbasetemp() / "fuzz.txt"
-    path.write_bytes(data)
-    with contextlib.suppress(ConfigError):
+PIECES = [b"\xef\xbb\xbf", b"\r\n", b"\n", b"\r", b"\0", b"\xff", b"#", b" ", b"a cat", b"x" * 2**20]
+FILES = st.one_of(
+    st.binary(max_size=60), st.text(max_size=40).map(str.encode), st.lists(st.sampled_from(PIECES)).map(b"".join)
+)
+
+
+def refused(path):
+    """What is said of the file, or None for prompts."""
+    try:
         prompts = read_prompts(path)
-        assert prompts
-        assert all(p and p == p.strip() and not p.startswith("#") and "\n" not in p for p in prompts)
+    except ConfigError as error:
+        return str(error)
+    assert prompts
+    assert all(p and p == p.strip() and not p.startswith("#") and "\n" not in p for p in prompts)
+    return None
+
+
+def read_or_refuse(path, data):
+    path.write_bytes(data)
+    said = refused(path) or "line "
+    assert "\n" not in said
+    assert "line " in said or "at least one prompt" in said
+
+
+@given(data=FILES)
+@settings(max_examples=500, deadline=None)
+def test_any_bytes_are_prompts_or_a_config_error(tmp_path_factory, data):
+    read_or_refuse(tmp_path_factory.getbasetemp() / "fuzz.txt", data)
+
+
+@pytest.mark.slow
+@given(data=FILES)
+@settings(max_examples=10_000, deadline=None)
+def test_ten_thousand_files(tmp_path_factory, data):
+    read_or_refuse(tmp_path_factory.getbasetemp() / "fuzz.txt", data)
 
 
 def test_the_files_that_come_with_the_package():

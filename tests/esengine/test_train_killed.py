@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 
@@ -94,45 +95,60 @@ os.fsync = fsync
 KILLS = [("reward", at, rule) for at, rule in zip((0, 1, 5, 9, 7, 12, 17, 20), 4 * list(RULES), strict=True)]
 KILLS += [("reward", at, rule) for at, rule in ((3, "adam"), (11, "momentum"), (14, "adam"), (18, "momentum"))]
 # syncs: 0 and 1 of the configuration, 2 to 5 of the first checkpoint, which is there from 5 on
-KILLS += [("fsync", at, "adam") for at in range(9)] + [("fsync", 12, "momentum")]
+KILLS += [("fsync", at, "adam") for at in range(9)] + [("fsync", at, "momentum") for at in (12, 15, 18, 22, 27)]
+KILLS += [("reward", at, rule) for at, rule in ((2, "adam"), (8, "momentum"), (10, "adam"), (16, "momentum"))]
+DRAWN = random.Random(0)
+MANY = [("reward", DRAWN.randrange(21), DRAWN.choice(list(RULES))) for _ in range(140)]
+MANY += [("fsync", DRAWN.randrange(30), "momentum") for _ in range(60)]
 EVERY = {"momentum": 1, "adam": 3}
 
 
-@pytest.fixture(scope="module")
-def killed(small, tmp_path_factory):
-    """Every case in one process that forks a child for each run: (folder of a case, exit codes of its children)."""
-    root = tmp_path_factory.mktemp("killed")
+def run_all(kills, small, root):
+    """Every case in one process that forks a child for each run: (folder of a case, exit codes, stderr)."""
     (root / "killer.py").write_text(KILLER)
     (root / "driver.py").write_text(DRIVER)
     default_model()
     cases = []
-    for kind, at, rule in [*KILLS, *((None, 0, rule) for rule in RULES)]:
-        name = f"{kind}-{at}-{rule}"
+    for number, (kind, at, rule) in enumerate([*kills, *((None, 0, rule) for rule in RULES)]):
+        name = f"{kind}-{at}-{rule}" if kind is None else f"{number}-{kind}-{at}-{rule}"
         config = small(
             root / name, steps=5, reward="killer:score", update=RULES[rule], checkpoint_every=EVERY[rule], strip_every=0
         )
         cases.append({"name": name, "kill": [kind, at], "config": to_dict(config)})
     (root / "cases.json").write_text(json.dumps(cases))
-    done = subprocess.run(
-        [sys.executable, "driver.py", "cases.json", "codes.json"], cwd=root, capture_output=True, text=True, timeout=500
-    )
+    command = [sys.executable, "driver.py", "cases.json", "codes.json"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stderr
     return root, json.loads((root / "codes.json").read_text()), done.stderr
 
 
-@pytest.mark.parametrize(
-    ("kind", "at", "rule"),
-    KILLS,
-)
-def test_killed_and_resumed_it_ends_with_the_same_bytes(killed, outcome, kind, at, rule):
+def check(killed, outcome, number, kind, at, rule):
     root, codes, errors = killed
-    name = f"{kind}-{at}-{rule}"
-    assert codes[f"None-0-{rule}"] == [0]
+    name, whole = f"{number}-{kind}-{at}-{rule}", f"None-0-{rule}"
+    assert codes[whole] == [0]
     assert codes[name][0] == -9, f"it was not killed: {codes[name]}"
     # resumed; or, killed before the first checkpoint, begun again
     assert codes[name][1:] in ([0], [2, 0]), f"{codes[name]} {errors}"
     assert codes[name][1:] == [0] or kind == "fsync"
-    assert outcome(root / name) == outcome(root / f"None-0-{rule}")
+    assert outcome(root / name) == outcome(root / whole)
+    assert not list((root / name).rglob(".tmp-*"))
+
+
+@pytest.fixture(scope="module")
+def killed(small, tmp_path_factory):
+    return run_all(KILLS, small, tmp_path_factory.mktemp("killed"))
+
+
+@pytest.mark.parametrize(("number", "case"), enumerate(KILLS), ids=["-".join(map(str, each)) for each in KILLS])
+def test_killed_and_resumed_it_ends_with_the_same_bytes(killed, outcome, number, case):
+    check(killed, outcome, number, *case)
+
+
+@pytest.mark.slow
+def test_killed_two_hundred_times(small, outcome, tmp_path):
+    killed = run_all(MANY, small, tmp_path)
+    for number, case in enumerate(MANY):
+        check(killed, outcome, number, *case)
 
 
 def test_the_command_line_killed_and_resumed(killed, outcome, tmp_path):
