@@ -17,6 +17,13 @@ from esengine.rewards.remote import Remote
 from esengine.rewards.spec import read
 from esengine.rewards.weighted import COMBINED, Weighted
 
+
+def _checker() -> Reward:
+    from esengine.rewards.checker import Checker  # with it comes diffusers, which no other reward needs
+
+    return Checker()
+
+
 BUILTIN = {
     "pickscore": PickScore.from_pretrained,
     "clip_text": ClipText.from_pretrained,
@@ -24,6 +31,7 @@ BUILTIN = {
     "no_artifacts": NoArtifacts.from_pretrained,
     "hpsv2": HPSv2.from_pretrained,
     "remote": Remote,
+    "checker": _checker,
     "jpeg_compressibility": JpegCompressibility,
     "jpeg_incompressibility": JpegIncompressibility,
 }
