@@ -15,6 +15,7 @@ from esengine.kernels import CONTRACT
 from esengine.models import RenderSettings, SanaSprint, TextEmbeddings
 from esengine.models.lora_file import WEIGHT_NAME
 from esengine.rewards import Weighted
+from esengine.rollout import Renderer
 from esengine.summary import Report, summarise
 
 EVAL_STEP = (1 << 32) - 1
@@ -96,20 +97,13 @@ def draw(
     """
     length = texts.trimmed_length(torch.arange(len(texts)))
     names, loaded = reported(reward), None
+    render = Renderer(model, texts, plan.settings, plan.seed, plan.chunk)
     for entry, rows in work:
         if entry != loaded:
             load_entry(model, entry)
-            loaded = entry
+            loaded, render.settings = entry, plan.settings_of(entry)
         prompts, repeats = torch.tensor(rows).unbind(1)
-        images = model.render(
-            texts,
-            seed=plan.seed,
-            step=EVAL_STEP,
-            prompts=prompts,
-            repeats=repeats,
-            settings=plan.settings_of(entry),
-            text_length=length,
-        )
+        (images,) = render.chunks(EVAL_STEP, [(prompts, repeats, None)], length=length)
         scores = reward.score(images, [texts.prompts[prompt] for prompt, _ in rows])
         yield Batch(entry, rows, images, {name: scores[name].tolist() for name in names})
 

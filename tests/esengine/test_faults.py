@@ -2,8 +2,11 @@
 
 import dataclasses
 import errno
+import functools
 import json
 import os
+import pickle
+import random
 
 import pytest
 import torch
@@ -70,6 +73,45 @@ def test_a_resumed_run_keeps_the_smaller_forward(small, tmp_path, notes, room):
     train(dataclasses.replace(config, steps=2, resume=True), notes)
     assert max(drawn[:4]) == 2
     assert not [line for line in notes.said if "do not fit" in line]
+
+
+def once_at(monkeypatch, at):
+    """Memory runs out in forward number `at`, once."""
+    calls, velocity = 0, SanaSprint._velocity
+
+    def failing(self, x, *args):
+        nonlocal calls
+        calls += 1
+        if calls == at and len(x) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return velocity(self, x, *args)
+
+    monkeypatch.setattr(SanaSprint, "_velocity", failing)
+
+
+def completes(small, whole, tmp_path, monkeypatch, draw):
+    settings = dict(es=PAIRED, image=ImageSettings(chunk=8), steps=2, strip_every=0)
+    if not whole.exists():
+        train(small(whole, **settings))
+    folder = tmp_path / str(draw.random())
+    with monkeypatch.context() as patch:
+        once_at(patch, draw.randrange(1, 9))  # held-out measures are forwards too
+        train(small(folder, **settings))
+    for ours, theirs in zip(lines(folder), lines(whole), strict=True):
+        assert ours["reward"] == pytest.approx(theirs["reward"], rel=1e-3)
+
+
+def test_memory_may_run_out_anywhere(small, tmp_path, monkeypatch):
+    draw = random.Random(0)
+    for _ in range(4):
+        completes(small, tmp_path / "whole", tmp_path, monkeypatch, draw)
+
+
+@pytest.mark.slow
+def test_memory_may_run_out_anywhere_a_hundred_times(small, tmp_path, monkeypatch):
+    draw = random.Random(1)
+    for _ in range(100):
+        completes(small, tmp_path / "whole", tmp_path, monkeypatch, draw)
 
 
 def test_where_not_one_image_fits_the_error_has_the_numbers(small, tmp_path, room):
@@ -237,3 +279,77 @@ def test_on_a_full_disk_what_was_there_still_loads(small, tmp_path, monkeypatch,
     assert after.step >= before.step
     assert after.skipped == ()
     train(dataclasses.replace(config, steps=3, resume=True))
+
+
+class Full:
+    """Calls of the system that fail after so many."""
+
+    def __init__(self, patch, left):
+        self.left = left
+        for name in ("fsync", "rename", "mkdir", "open"):
+            patch.setattr(os, name, functools.partial(self.call, getattr(os, name)))
+
+    def call(self, function, *args, **kwargs):
+        self.left -= 1
+        if self.left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return function(*args, **kwargs)
+
+
+def test_a_hundred_times_the_disk_is_full_at_any_call(tmp_path, monkeypatch):
+    """Of saving a checkpoint: whatever fails, an older one loads, and the next save works."""
+    draw, failed = random.Random(0), 0
+    tensors = {"w": torch.arange(1000.0)}
+    path = checkpoint.save(tmp_path, 0, tensors, {})
+    for step in range(1, 101):
+        with monkeypatch.context() as patch:
+            Full(patch, draw.randrange(8))
+            try:
+                path = checkpoint.save(tmp_path, step, tensors | {"step": torch.tensor(step)}, {})
+            except OSError:
+                failed += 1
+        found = checkpoint.load_latest(tmp_path)
+        assert found.skipped == ()
+        assert found.step >= checkpoint.path_step(path)
+    assert failed > 50
+
+
+# ---- hostile files
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.bin", "pytorch_lora_weights.safetensors", "adapter_model.bin"])
+def test_a_pickle_in_an_adapters_folder_is_not_executed(trained, esengine, workspace, name):
+    (workspace / "bad").mkdir()
+    (workspace / "bad" / name).write_bytes(pickle.dumps(Bomb()))
+    code, _, err = esengine("eval", "--run-dir", trained[0].run_dir, "--adapter", "bad")
+    assert code == 1
+    assert err.strip().splitlines()[-1].startswith("esengine: error: ")
+    assert not (workspace / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "reward: !!python/object/apply:os.mkdir [exploded]\n",
+        "!!python/object/new:os.mkdir [exploded]\n",
+        "steps: &a [*a]\n",
+        "a: &a [x, x]\nb: &b [*a, *a]\n",
+        "steps: .inf\n",
+        "es: {sigma: -1}\n",
+        "steps: 0x\n",
+        "? [a]\n: b\n",
+        "\0",
+        "reward: os:system\nsteps: [",
+    ],
+)
+def test_a_hostile_configuration_is_refused_and_nothing_is_executed(esengine, workspace, text):
+    (workspace / "bad.yaml").write_text(text)
+    code, _, err = esengine("train", "--config", "bad.yaml", "--run-dir", "run")
+    assert code in (1, 2)
+    assert "Traceback" not in err
+    assert sorted(path.name for path in workspace.iterdir()) == ["bad.yaml"]

@@ -56,7 +56,7 @@ def test_a_rank_that_dies_ends_the_group_and_the_run_goes_on_with_another_number
     done = torchrun(2, "run", FAILS="1")
     assert done.returncode != 0
     assert "this rank is ill" in done.stderr
-    done = torchrun(3, "run", "--resume")
+    done = torchrun(4, "run", "--resume")
     assert done.returncode == 0, done.stderr
     assert outcome(workspace / "run")["adapter"] == outcome(workspace / "whole")["adapter"]
     assert outcome(workspace / "run")["metrics"] == outcome(workspace / "whole")["metrics"]

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from esengine.config import ReplayConfig, UpdateRule
+from esengine.config import LoraSettings, ReplayConfig, UpdateRule
 from esengine.errors import RunError
 from esengine.progress import Progress
 from esengine.replay import read_fitness, replay
@@ -22,6 +22,13 @@ def test_every_bit_comes_back(small, tmp_path, optimizer):
     assert (found.steps, found.parted) == (4, [])
     for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapter_config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / "adapter" / name).read_bytes()
+
+
+def test_two_hundred_steps_come_back(small, tmp_path):
+    settings = dict(steps=200, heldout_every=0, strip_every=0, checkpoint_every=100)
+    train(small(tmp_path / "run", lora=LoraSettings(targets=("linear_2",)), **settings))
+    found = replay(ReplayConfig(run_dir=tmp_path / "run"), Progress())
+    assert (found.steps, found.parted) == (200, [])
 
 
 def test_the_fitness_log_holds_every_digit(trained):

@@ -28,7 +28,13 @@ class Stub:
     def unload_lora_weights(self):
         self.adapter = None
 
-    def render(self, texts, *, seed, step, prompts, repeats, settings, text_length):
+    def render_chunks(self, texts, rows, *, seed, step, population, settings, text_length):
+        assert population is None
+        for prompts, repeats, members in rows:
+            assert members is None
+            yield self.render(seed, step, prompts, repeats, settings, text_length)
+
+    def render(self, seed, step, prompts, repeats, settings, text_length):
         self.calls.append((self.adapter, settings, (seed, step, prompts.tolist(), repeats.tolist(), text_length)))
         value = 10 * prompts + repeats + (0 if self.adapter is None else LIFT[prompts]) + 100 * (settings.num_steps - 1)
         return value.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
