@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from esengine.config import LoraSettings, ReplayConfig, UpdateRule
+from esengine.config import ImageSettings, LoraSettings, ReplayConfig, UpdateRule
 from esengine.errors import RunError
 from esengine.progress import Progress
 from esengine.replay import read_fitness, replay
@@ -22,6 +22,16 @@ def test_every_bit_comes_back(small, tmp_path, optimizer):
     assert (found.steps, found.parted) == (4, [])
     for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapter_config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / "adapter" / name).read_bytes()
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 8])
+def test_the_chunk_changes_scores_by_rounding_and_the_update_not_at_all(trained, small, tmp_path, chunk):
+    """T2 and T0: a step's mean reward within 1e-3, and the update of those scores bit for bit."""
+    train(small(tmp_path / "run", image=ImageSettings(chunk=chunk), heldout_every=0, strip_every=0))
+    assert replay(ReplayConfig(run_dir=tmp_path / "run"), Progress()).parted == []
+    logs = [folder / "metrics.jsonl" for folder in (tmp_path / "run", trained[1].folder)]
+    first, other = (json.loads(log.read_text().splitlines()[0])["reward"] for log in logs)
+    assert first == pytest.approx(other, rel=1e-3)
 
 
 def test_two_hundred_steps_come_back(small, tmp_path):
