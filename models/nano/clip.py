@@ -20,8 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from tokenizers import Tokenizer, pre_tokenizers, trainers
-from tokenizers.models import BPE
+from tokenizers import pre_tokenizers
 from transformers import CLIPConfig, CLIPModel
 
 from esengine.models.nano import world
@@ -39,13 +38,8 @@ _BEGIN, _END = "<|startoftext|>", "<|endoftext|>"
 
 def save_processor(folder: Path) -> None:
     """CLIP's tokenizer files, whose merges make each word of the world one token, and its preprocessor config."""
-    learner = Tokenizer(BPE(end_of_word_suffix="</w>"))
-    learner.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    corpus = [*(word for word in world.WORDS for _ in range(1000)), FINE, POOR]
-    trainer = trainers.BpeTrainer(vocab_size=512, end_of_word_suffix="</w>", show_progress=False)
-    learner.train_from_iterator(corpus, trainer)
-    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
+    merges = _merges(sorted({*world.WORDS, *FINE.replace(",", " ").split(), *POOR.replace(",", " ").split()}))
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(merge) for merge in merges), _BEGIN, _END]
     tokens = list(dict.fromkeys(tokens))
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,6 +56,23 @@ def save_processor(folder: Path) -> None:
         "do_convert_rgb": True,
     }  # fmt: skip
     (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def _merges(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Merges of a byte-pair encoding that make each word one token: those of a word come after all that it needs.
+
+    tokenizers' own trainer breaks ties differently in every process.
+    """
+    ranks: dict[tuple[str, str], int] = {}
+    for word in words:
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1:
+            pairs = list(zip(parts, parts[1:], strict=False))
+            pair = min(pairs, key=lambda each: ranks.get(each, len(ranks)))
+            ranks.setdefault(pair, len(ranks))
+            at = pairs.index(pair)
+            parts[at : at + 2] = ["".join(pair)]
+    return list(ranks)
 
 
 def load_tokenize(folder: Path):
