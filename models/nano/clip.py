@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,7 @@ def _merges(words: Sequence[str]) -> list[tuple[str, str]]:
     for word in words:
         parts = [*word[:-1], word[-1] + "</w>"]
         while len(parts) > 1:
-            pairs = list(zip(parts, parts[1:], strict=False))
+            pairs = list(pairwise(parts))
             pair = min(pairs, key=lambda each: ranks.get(each, len(ranks)))
             ranks.setdefault(pair, len(ranks))
             at = pairs.index(pair)
