@@ -2,11 +2,12 @@
 
     python bench/aot.py [--arch 90 80 100] [--json FOLDER] [--also FOLDER_WITH_ANOTHER_TRITON ...]
 
-The public ops are called on tensors without storage, and each launch they make is compiled, with the launcher's own
-configuration and Triton's own specialisation, instead of run; where a device has settings of its own, so is each launch
-that they change. For each: registers, spill instructions, shared memory, tensor-core instructions, and the waits in the
-main loop, the innermost one with the most work of tensor cores, read from the machine code. `wgmma 1` leaves one group
-of products running into the next round; `wgmma 0` drains them all.
+A forward of the model and the public ops run on tensors without storage; each launch they make is compiled, with the
+launcher's own configuration and Triton's own specialisation, instead of run, once for all shapes that share a kernel.
+Where a device has settings of its own, so is each launch that they change. For each: registers, spill instructions,
+shared memory, tensor-core instructions, and the waits in the main loop, the innermost one with the most work of tensor
+cores, read from the machine code. `wgmma 1` leaves one group of products running into the next round; `wgmma 0` drains
+them all.
 
 Exit code 1 if a kernel spills, serialises its main loop, needs more shared memory than there is, or is launched by no
 entry of `OPS`; or if one does not compile for sm_90. Other architectures get the reference run's shapes only, and what
@@ -34,12 +35,16 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import record
+import standin
 import torch
 import triton
+from peft import LoraConfig
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import esengine.kernels
+import esengine.population
+from esengine.config import REFERENCE_TARGETS
 from esengine.kernels import (
     Adapters,
     Modulation,
@@ -50,12 +55,13 @@ from esengine.kernels import (
     fused_linear,
     linear_attention,
     linear_streams,
-    mix,
     normals,
     population_linear,
     shrink,
 )
 from esengine.kernels.configs import named
+from esengine.models.sana_block import fused_parts, in_place_of
+from esengine.population import attach
 
 SUMMARY = "aot: kernels without spills or a serialised main loop: "
 TARGET = 90
@@ -85,7 +91,10 @@ class Case(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """One kernel launch that a case makes with a file of settings, which is for one architecture or, None, for any."""
+    """One kernel launch that a case makes with a file of settings, which is for one architecture or, None, for any.
+
+    Launches of several shapes that are one kernel to Triton are one, with all the shapes.
+    """
 
     shape: str
     reference: bool
@@ -169,11 +178,11 @@ def attention_cases() -> Iterator[Case]:
 
 
 def block_cases() -> Iterator[Case]:
-    """What a fused block launches beside the plain linear: stacked targets, modulation, every epilogue."""
+    """What a fused block launches beside the plain linear in fp32 and at other ranks than the forward's."""
     width, channels = 2240, 5600
     keys = Perturbation(empty(64, dtype=torch.int64), seed=0, step=1, sigma=1e-2, rank=1)
     for dtype in (torch.bfloat16, torch.float32):
-        reference = dtype == torch.bfloat16
+        ranks = (16, 64) if dtype == torch.bfloat16 else (2, 16, 64)
         table = empty(64, 6, width, dtype=dtype)
         modulation, gate = Modulation(table[:, 0], table[:, 1]), table[:, 2]
 
@@ -190,7 +199,8 @@ def block_cases() -> Iterator[Case]:
                 "gated": partial(fused_linear, wide, weight(width, channels), residual=x, gate=gate),
             }
             gated = {"residual": x, "gate": gate}
-            for targets, r, options in ((3, 2, {}), (2, 2, {}), (1, 2, gated), (3, 16, {}), (3, 64, {})):
+            stacks = [(3, r, {}) for r in ranks] + ([(2, 2, {}), (1, 2, gated)] if 2 in ranks else [])
+            for targets, r, options in stacks:
                 streams = empty(targets, 4, dtype=torch.int64)
                 adapters = Adapters(empty(r * targets, width), empty(targets * width, r), streams, 4.0)
                 h = empty(64, tokens, (r + 1) * targets)
@@ -200,34 +210,36 @@ def block_cases() -> Iterator[Case]:
                     h=h, adapters=adapters, perturbation=keys, **options,
                 )  # fmt: skip
             for name, call in calls.items():
-                yield Case(f"block: {name} x{tokens} {named(dtype)}", call, reference)
+                yield Case(f"block: {name} x{tokens} {named(dtype)}", call, reference=False)
 
 
-def share_cases() -> Iterator[Case]:
-    """Producers that leave the next linear its shares, so that it needs no shrink, and their sum."""
-    width, heads = 2240, 70
-    keys = Perturbation(empty(64, dtype=torch.int64), seed=0, step=1, sigma=1e-2, rank=1)
-    adapters = Adapters(empty(2, width), empty(width, 2), empty(1, 4, dtype=torch.int64), 4.0)
-    then = {"then": adapters, "perturbation": keys}
-    for tokens in (256, 1024):
-        x, h = empty(64, tokens, width, dtype=torch.bfloat16), empty(64, tokens, 3)
-        weight, gate = empty(width, width, dtype=torch.bfloat16), empty(64, width, dtype=torch.bfloat16)
-        qkv = empty(64, tokens, 3 * width, dtype=torch.bfloat16).split(width, dim=-1)
-        norms = {"norm_q": gate[0], "norm_k": gate[0]}
-        calls = {
-            "gated": partial(fused_linear, x, weight, h=h, adapters=adapters, residual=x, gate=gate, **then),
-            f"{heads} heads of 32": partial(linear_attention, *qkv, heads=heads, **norms, **then),
-            "mix of 18": partial(mix, empty(18, 64, tokens, 3), adapters, keys),
-        }
-        for name, call in calls.items():
-            yield Case(f"shares: {name} x{tokens} bfloat16", call)
-    text, h = empty(64, 40, width, dtype=torch.bfloat16), empty(64, 40, 3)
-    options = dict(h=h, adapters=adapters, activation="gelu_tanh", **then)
-    yield Case("shares: text, GELU x40 bfloat16", partial(fused_linear, text, weight, gate[0], **options))
+def forward_cases() -> Iterator[Case]:
+    """What a forward of SANA-Sprint 1.6B launches with the reference run's targets, at 512 and at 1024 px.
+
+    The model runs, on tensors without storage, and each launch is a case. Of its blocks the first has what the patches'
+    embedding gives, and the second stands for the rest.
+    """
+    model = standin.transformer(device="meta", dtype=torch.bfloat16)
+    model.transformer_blocks = model.transformer_blocks[:2]
+    members, text = torch.arange(64), empty(64, 40, model.config.caption_channels, dtype=torch.bfloat16)
+    inputs = dict(encoder_attention_mask=empty(64, 40, dtype=torch.int64), timestep=empty(64), guidance=empty(64))
+    with recorded_launches():
+        population = attach(model, LoraConfig(r=2, lora_alpha=8, target_modules=list(REFERENCE_TARGETS)))
+    for side in (16, 32):
+        x = empty(64, model.config.in_channels, side, side, dtype=torch.bfloat16)
+        with torch.no_grad(), recorded_launches() as noted, population.perturbed(step=1, members=members):
+            parts = fused_parts(model, population.perturbation)
+            assert parts, "the blocks have no fused form"
+            with in_place_of(parts):
+                model(x, text, **inputs)
+        for kernel, args, kwargs in noted:
+            sizes = {name: kwargs[name] for name in ("M", "N", "K", "T", "H", "W", "C", "PARTS") if name in kwargs}
+            shape = " ".join(f"{name} {value}" for name, value in sizes.items())
+            yield Case(f"forward: {shape} bfloat16", partial(kernel[(1,)], *args, **kwargs))
 
 
-OPS = (linear_cases, block_cases, share_cases, update_cases, normals_cases, gate_cases, attention_cases)
-"""An entry for each op: its calls at the shapes that matter."""
+OPS = (forward_cases, linear_cases, block_cases, update_cases, normals_cases, gate_cases, attention_cases)
+"""An entry for the whole forward and for each op: its calls at the shapes that matter."""
 
 
 def modules() -> list:
@@ -246,7 +258,8 @@ def recorded_launches() -> Iterator[list[tuple[JITFunction, tuple, dict]]]:
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(JITFunction, "run", note))
-        for module in modules():
+        stack.enter_context(patch.object(torch, "is_autocast_enabled", lambda *device: False))  # it knows no meta
+        for module in (*modules(), esengine.population):
             if hasattr(module, "uses_triton"):
                 stack.enter_context(patch.object(module, "uses_triton", lambda device: True))
         yield launches
@@ -263,15 +276,36 @@ def launches_with(file: Path) -> list[Launch]:
     return found
 
 
+def built_for(launch: Launch) -> tuple:
+    """What Triton would specialise the launch's kernel for, or more: launches that agree in it are one kernel."""
+
+    def kind(name: str, value: Any) -> Any:
+        parameter = parameters.get(name)
+        if isinstance(value, torch.Tensor):
+            return value.dtype
+        if parameter is None or parameter.is_constexpr or not isinstance(value, (int, float)):
+            return value
+        if isinstance(value, float) or parameter.do_not_specialize:
+            return type(value)
+        return value == 1, value % 16 == 0, -(1 << 31) <= value < 1 << 31
+
+    parameters = {parameter.name: parameter for parameter in launch.kernel.params}
+    values = dict(zip(parameters, launch.args, strict=False)) | launch.kwargs
+    return launch.kernel.fn.__name__, *((name, kind(name, values[name])) for name in sorted(values))
+
+
 @cache
 def launches() -> list[Launch]:
-    """Every launch with the default settings, and those that a device's file changes."""
-    usual = launches_with(configs.DEFAULT)
-    found = list(usual)
-    for file in sorted(set(configs.FOLDER.glob("*.json")) - {configs.DEFAULT}):
-        pairs = zip(launches_with(file), usual, strict=True)
-        found += [launch for launch, other in pairs if launch.kwargs != other.kwargs]
-    return found
+    """Every launch with the default settings, and those that a device's file adds, each kernel once."""
+    found: dict[tuple, Launch] = {}
+    files = sorted(set(configs.FOLDER.glob("*.json")) - {configs.DEFAULT})
+    for launch in chain.from_iterable(map(launches_with, (configs.DEFAULT, *files))):
+        built = built_for(launch)
+        key = built if launch.arch is None or built in found else (*built, launch.arch)
+        kept = found.setdefault(key, launch)
+        shapes = dict.fromkeys((*kept.shape.split("; "), launch.shape))
+        found[key] = kept._replace(shape="; ".join(shapes), reference=kept.reference or launch.reference)
+    return list(found.values())
 
 
 def unlaunched() -> list[str]:

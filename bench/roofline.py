@@ -5,13 +5,18 @@
 FLOPs are those of matrix products, an addition and a multiplication each. Operations are single instructions of the
 vector units: Philox and Box-Muller. Bytes count every operand and result once, as if a cache held all that is reused.
 
-Legend: M rows in all, T rows a member, K in, N out, r LoRA rank, k noise rank (kp padded), P pairs, L x S a tensor.
+Legend: M rows in all, T rows a member, K in, N out, r LoRA rank, k noise rank (kp padded), P pairs, L x S a tensor,
+G targets that read the same x.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from record import interleaved
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from esengine.kernels import padded_rank
 
@@ -75,6 +80,60 @@ def population_linear_work(
     return Work(plain.flops + flops, noise + small, plain.bytes + 4 * r * (n_in + n_out) + 8 * members)
 
 
+def shrink_work(
+    *,
+    rows: int,
+    members: int,
+    n_in: int,
+    targets: int,
+    r: int = 0,
+    k: int = 0,
+    itemsize: int,
+    modulated: bool = False,
+) -> Work:
+    """h of G targets: 2 M K G (r + k) and the mix; x read once. Modulated: x' written, five operations an element."""
+    columns, noise = targets * (r + k), 0
+    if targets:
+        noise = targets * normals_work(rows=members // 2, count=padded_rank(k) * n_in).operations
+    flops = 2 * rows * n_in * columns + (2 * rows * targets * (r + k) ** 2 if r else 0)
+    values = rows * n_in * (1 + modulated) + 2 * modulated * members * n_in
+    return Work(
+        flops, noise + 5 * modulated * rows * n_in, itemsize * values + 4 * (rows * columns + targets * r * n_in)
+    )
+
+
+def mix_work(*, rows: int, parts: int, r: int, k: int) -> Work:
+    """h from `parts` shares of g, fp32: an addition each, and 2 M (r + k)^2."""
+    columns = r + k
+    return Work(2 * rows * columns**2 if r else 0, rows * columns * parts, 4 * rows * columns * (parts + 1))
+
+
+def fused_linear_work(
+    *,
+    rows: int,
+    members: int,
+    n_in: int,
+    n_out: int,
+    itemsize: int,
+    targets: int = 0,
+    r: int = 0,
+    k: int = 0,
+    bias: bool = True,
+    residual: bool = False,
+    gated: bool = False,
+    then: int = 0,
+    parts: int = 0,
+) -> Work:
+    """The plain linear to all N, and beside it the expand of h of G targets, 2 M (r + k) N; a residual and a gate, read
+    once; `parts` shares of `then` columns for the linear that reads y, 2 M N then."""
+    plain = linear_work(rows=rows, n_in=n_in, n_out=n_out, itemsize=itemsize, bias=bias)
+    noise = normals_work(rows=members // 2, count=padded_rank(k) * n_out).operations
+    extra = itemsize * (residual * rows * n_out + gated * members * n_out)
+    small = 4 * (rows * (targets * (r + k) + parts * then) + (r * n_out if targets else 0))
+    flops = 2 * rows * n_out * ((r + k if targets else 0) + then)
+    return Work(plain.flops + flops, noise * (bool(targets) + bool(then)), plain.bytes + extra + small)
+
+
 def es_update_work(*, shape: tuple[int, int], pairs: int, k: int) -> Work:
     """sum_j w_j U_j V_j^T: 2 P k L S, the factors of every pair built once, the fp32 sum written once."""
     rows, cols = shape
@@ -82,10 +141,23 @@ def es_update_work(*, shape: tuple[int, int], pairs: int, k: int) -> Work:
     return Work(2 * pairs * k * rows * cols, noise, 4 * rows * cols + 4 * pairs)
 
 
-def linear_attention_work(*, batch: int, tokens: int, heads: int, width: int, itemsize: int) -> Work:
-    """S = K^T V with the sum of K, and Q S with its divisor: 4 D (D + 1) a token and head; q, k, v read, y written."""
+def linear_attention_work(*, batch: int, tokens: int, heads: int, width: int, itemsize: int, then: int = 0) -> Work:
+    """S = K^T V with the sum of K, and Q S with its divisor: 4 D (D + 1) a token and head; q, k, v read, y written.
+    With `then` columns of the linear that reads y: 2 D then, and a share of each head written."""
     rows = batch * tokens * heads
-    return Work(4 * rows * width * (width + 1), 0, itemsize * 4 * rows * width)
+    return Work(4 * rows * width * (width + 1) + 2 * rows * width * then, 0, rows * (4 * itemsize * width + 4 * then))
+
+
+def norm_work(*, rows: int, columns: int, itemsize: int) -> Work:
+    """An RMS norm with weights: four operations an element; x read, y written."""
+    return Work(0, 4 * rows * columns, itemsize * (2 * rows + 1) * columns)
+
+
+def cross_attention_work(*, batch: int, tokens: int, text: int, heads: int, width: int, itemsize: int) -> Work:
+    """Q K^T and P V, 4 D a token, word and head; of a score a difference, an exponential, a sum, a maximum and a
+    rounding; q, k and v read, y written."""
+    scores = batch * tokens * text * heads
+    return Work(4 * scores * width, 5 * scores, itemsize * 2 * batch * (tokens + text) * heads * width)
 
 
 def depthwise_gate_work(*, tokens: int, channels: int, itemsize: int, bias: bool = True) -> Work:
@@ -93,6 +165,30 @@ def depthwise_gate_work(*, tokens: int, channels: int, itemsize: int, bias: bool
     of the gate; x is read once, [tokens, C] written once, the weight's 18 taps a channel of y read once."""
     values = 3 * tokens * channels + (18 + 2 * bias) * channels
     return Work(0, 23 * tokens * channels, itemsize * values)
+
+
+def products(call: Callable[[], object]) -> Work:
+    """The matrix products and convolutions that `call` makes, on tensors without storage too: their FLOPs, and their
+    operands and results once each, as if what stands between them cost nothing."""
+    found = _Products()
+    with torch.no_grad(), found:
+        call()
+    return Work(found.flops, 0, found.bytes)
+
+
+class _Products(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.flops = self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.flops += count(*args, **kwargs, out_val=out)
+            self.bytes += sum(leaf.nbytes for leaf in tree_leaves((args, kwargs, out)) if torch.is_tensor(leaf))
+        return out
 
 
 def ceilings(device: torch.device | str = "cpu") -> Ceilings | None:
@@ -112,6 +208,17 @@ def ceilings(device: torch.device | str = "cpu") -> Ceilings | None:
     return Ceilings({torch.float32: flops}, flops / 2, 2 * source.nbytes / taken["copy"]["median"])
 
 
+def floor(work: Work, limits: Ceilings, dtype: torch.dtype = torch.float32) -> float:
+    """Seconds at the roofline.
+
+    Raises:
+        ValueError: the ceilings lack `dtype`.
+    """
+    if dtype not in limits.flops:
+        raise ValueError(f"dtype: expected one of {sorted(map(str, limits.flops))}, got {dtype}")
+    return max(work.flops / limits.flops[dtype], work.operations / limits.operations, work.bytes / limits.bytes)
+
+
 def share(seconds: float, work: Work, limits: Ceilings, dtype: torch.dtype = torch.float32) -> float:
     """The part of its time that an op would need at the device's ceilings: 1 is the roofline.
 
@@ -120,7 +227,4 @@ def share(seconds: float, work: Work, limits: Ceilings, dtype: torch.dtype = tor
     """
     if not seconds > 0:
         raise ValueError(f"seconds: expected a positive number, got {seconds}")
-    if dtype not in limits.flops:
-        raise ValueError(f"dtype: expected one of {sorted(map(str, limits.flops))}, got {dtype}")
-    bound = max(work.flops / limits.flops[dtype], work.operations / limits.operations, work.bytes / limits.bytes)
-    return bound / seconds
+    return floor(work, limits, dtype) / seconds

@@ -3,73 +3,143 @@
     python bench/suite.py                                        full size, on a CUDA device, within 8 minutes
     python bench/suite.py --scale tiny --device cpu              the whole path at toy size; its figures mean nothing
 
-A part whose check fails is recorded as failed, one that raises as an error, one for which no time is left as not
-measured; the rest goes on. The record is written after every part. Exit code 1 if a part failed or raised.
+A part whose check fails is recorded as failed, one that raises as an error; the rest goes on, unless the device itself
+has failed. A part that would not be done within the budget is skipped, one that runs past it is stopped. The record is
+written before and after every part, so that it names the part in which a process died. Exit code 1 if a part failed or
+raised.
 """
 
 import argparse
 import gc
+import os
 import re
+import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import record
 import suite_decode
+import suite_kernels
 import suite_linear
 import suite_model
 import torch
-from suite_context import SCALES, CheckFailed, Context, Scale
-from suite_summary import ERROR, FAILED, rows, summarize
+from suite_checks import CheckFailed
+from suite_context import SCALES, Context, Scale
+from suite_summary import ERROR, FAILED, FILES, rows, summarize
+
+from esengine.models.settings import DECODES
 
 RESULTS = Path(__file__).parent / "results"
 
 
+GRACE = 15
+"""Seconds past the budget before a part is stopped: one of many cases has then ended by itself, with those it has."""
+
+
+class TimeUp(BaseException):
+    """The budget ends inside a part. Not an Exception, so that nothing takes it for a failure of what it is in."""
+
+
 def parts(scale: Scale) -> dict[str, Callable[[Context], dict[str, Any]]]:
-    """By name, in the order in which they are measured: what the budget cuts off is the end."""
+    """By name, in the order in which they are measured: what the budget cuts off is the end.
+
+    A step comes after what it takes its decoder's mode from.
+    """
     small, large = scale.pixels
     return {
         "linear": suite_linear.linear,
-        f"forward_{small}": lambda context: suite_model.forward(context, small),
-        f"step_{small}": lambda context: suite_model.step(context, small),
-        f"forward_{large}": lambda context: suite_model.forward(context, large),
-        f"step_{large}": lambda context: suite_model.step(context, large),
-        "reference_loop": suite_model.loop,
         "update": suite_model.update,
-        "kernels": suite_linear.kernels,
-        "memory": suite_model.memory,
+        f"forward_{small}": lambda context: suite_model.forward(context, small),
         f"decode_{small}": lambda context: suite_decode.decode(context, small),
-        f"decode_{large}": lambda context: suite_decode.decode(context, large),
         "overlap": suite_decode.overlap,
+        f"step_{small}": lambda context: suite_model.step(context, small),
+        "reference_loop": suite_model.loop,
+        "memory": suite_model.memory,
+        f"forward_{large}": lambda context: suite_model.forward(context, large),
+        f"decode_{large}": lambda context: suite_decode.decode(context, large),
+        f"step_{large}": lambda context: suite_model.step(context, large),
+        "kernels": suite_kernels.kernels,
     }
 
 
-def run_part(part: Callable[[Context], dict[str, Any]], context: Context) -> dict[str, Any]:
-    """`status` ok, failed, error or not measured, with the result or the reason, and the wall time spent."""
-    if context.time_left() <= 0:
-        return {"status": "not measured", "reason": "out of time"}
+def needed(scale: Scale, name: str) -> float:
+    """Seconds that a part is taken to need."""
+    sizes = {f"_{pixels}": which for pixels, which in zip(scale.pixels, ("_small", "_large"), strict=True)}
+    kind, _, size = name.rpartition("_")
+    return scale.part_seconds.get(kind + sizes[f"_{size}"] if f"_{size}" in sizes else name, 0.0)
+
+
+@contextmanager
+def stopped_after(seconds: float) -> Iterator[None]:
+    """Inside, `TimeUp` is raised when they have passed; in the main thread, where alone there are signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number, frame):
+        raise TimeUp
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def run_part(part: Callable[[Context], dict[str, Any]], context: Context, *, least: float = 0.0) -> dict[str, Any]:
+    """`status` ok, failed, error, or skipped, with the result or the reason, and the wall time spent.
+
+    Args:
+        part: what to measure.
+        least: seconds that it needs; with less left it is not begun.
+
+    Returns:
+        With `fatal` true if the device no longer answers: what follows could only fail.
+    """
+    left = context.time_left()
+    if left <= 0:
+        return {"status": "skipped", "reason": "out of time"}
+    if left < least:
+        return {"status": "skipped", "reason": f"needs about {least:.0f} s, {left:.0f} s are left"}
     start = time.monotonic()
     try:
-        outcome = {"status": "ok", "result": part(context)}
+        with stopped_after(left + GRACE):
+            outcome = {"status": "ok", "result": part(context)}
+    except TimeUp:
+        outcome = {"status": "skipped", "reason": f"stopped {GRACE} s past the end of the budget"}
     except CheckFailed as failure:
         outcome = {"status": "failed", "reason": str(failure)}
-    except Exception as error:  # whatever it is, it is stored, and the rest goes on
-        reason = f"{type(error).__name__}: {error}"[:500]
-        outcome = {"status": "error", "reason": reason, "traceback": traceback.format_exc()[-4000:]}
-    gc.collect()
-    if context.device.type == "cuda":
-        torch.cuda.empty_cache()
+    except (Exception, SystemExit) as error:  # whatever it is, it is stored, and the rest goes on
+        outcome = _error(error)
+    try:
+        gc.collect()
+        if context.device.type == "cuda":
+            torch.cuda.synchronize(context.device)  # an error that stays raises here, whoever has swallowed it before
+            torch.cuda.empty_cache()
+    except Exception as error:
+        # what the part has found before stays beside the reason
+        outcome = outcome | (_error(error) if outcome["status"] != "error" else {}) | {"fatal": True}
     return outcome | {"wall_seconds": time.monotonic() - start}
+
+
+def _error(error: BaseException) -> dict[str, Any]:
+    reason = f"{type(error).__name__}: {error}"[:500]
+    return {"status": "error", "reason": reason, "traceback": "".join(traceback.format_exception(error))[-4000:]}
 
 
 def run(
     context: Context, *, chosen: list[str] | None = None, budget: float | None = None, json_path: Path | None = None
 ) -> dict[str, Any]:
-    """Measures the chosen parts, or all, and writes the record after each.
+    """Measures the chosen parts, or all, and writes the record before and after each.
 
     Raises:
         ValueError: no part of that name.
@@ -86,20 +156,33 @@ def run(
             "dtype": str(context.dtype).removeprefix("torch."),
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
             "budget_seconds": budget,
+            "decode": context.decode,
+            "overlap": context.overlap,
             "weights": "random, from the published configurations",
         },
         "environment": record.environment(context.device),
         "parts": {},
     }
+
+    def keep(name: str, outcome: dict[str, Any]) -> None:
+        results["parts"][name] = outcome
+        results["summary"] = summarize(results)
+        results["load_average_after"] = list(os.getloadavg())
+        if json_path is not None:
+            record.write(json_path, results)
+
+    lost = None
     for name, part in known.items():
         if chosen and name not in chosen:
             continue
-        outcome = results["parts"][name] = run_part(part, context)
-        print(f"{name:16} {outcome['status']:12} {outcome.get('reason', '')}", flush=True)
-        results["summary"] = summarize(results)
-        results["load_average_after"] = record.environment(context.device)["load_average"]
-        if json_path is not None:
-            record.write(json_path, results)
+        if lost is None:
+            keep(name, {"status": "error", "reason": "the process ended in it"})
+            outcome = run_part(part, context, least=needed(context.scale, name))
+            lost = name if outcome.get("fatal") else None
+        else:
+            outcome = {"status": "skipped", "reason": f"the device failed in {lost}"}
+        keep(name, outcome)
+        print(f"{name:16} {outcome['status']:8} {outcome.get('reason', '')}", flush=True)
     return results
 
 
@@ -117,11 +200,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--scale", choices=SCALES, default="full", help="size of the stand-in models")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu for the tiny scale")
     parser.add_argument("--json", type=Path, help="default at full scale: bench/results/gpu_suite_<device>.json")
-    parser.add_argument("--budget", type=float, default=420, help="seconds after which nothing more is begun (420)")
+    parser.add_argument(
+        "--budget", type=float, default=450, help=f"seconds (450); stopped is what runs {GRACE} s later"
+    )
     parser.add_argument("--parts", nargs="+", help="only these")
     parser.add_argument("--peer", nargs="+", default=[], metavar="MODULE:FUNCTION", help="more multi-adapter linears")
     parser.add_argument("--chunk", type=int, help="images in one forward of a step")
     parser.add_argument("--decode-chunk", type=int, help="images in one call of the decoder")
+    parser.add_argument(
+        "--decode",
+        choices=("auto", *DECODES),
+        default="auto",
+        help="of a step; auto: the fastest in this run's decode part, eager without it",
+    )
+    parser.add_argument(
+        "--overlap",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="a step decodes beside the next chunk; auto: where this run's overlap part finds it faster",
+    )
     parser.add_argument("--compile-backend", help="of torch.compile; inductor, and eager at tiny scale")
     parser.add_argument(
         "--compile-modes", nargs="+", default=["default"], help="measured each; the fastest counts (default)"
@@ -143,11 +240,13 @@ def main(arguments: list[str] | None = None) -> int:
             compile_backend=options.compile_backend or ("inductor" if scale.name == "full" else "eager"),
             compile_modes=tuple(options.compile_modes),
             peers=tuple(options.peer),
+            decode=options.decode,
+            overlap=options.overlap,
         )
         path = options.json
         if path is None and scale.name == "full":
             name = re.sub(r"\W+", "_", record.device_name(device)).strip("_").lower()
-            path = RESULTS / f"gpu_suite_{name}.json"
+            path = RESULTS / FILES.replace("*", name)
         results = run(context, chosen=options.parts, budget=options.budget, json_path=path)
     except (ValueError, ImportError) as error:
         parser.error(str(error))

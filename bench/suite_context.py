@@ -1,14 +1,9 @@
-"""What the parts of the suite share: sizes, the stand-in models, the reference in higher precision, and the checks.
-
-A figure is taken after its check: an output may be off the reference by at most twice what torch's own forward in the
-same dtype is off it, and a check that could not tell a member from the plain model is a failure too.
-"""
+"""What the parts of the suite share: sizes, the stand-in models, and the reference in higher precision."""
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import pickscore
@@ -18,9 +13,12 @@ import torch
 from peers import linears
 from peers.reference_loop import ALPHA, RANK, SIGMA, TARGETS, X0_ANGLE
 from peft import LoraConfig
+from suite_checks import bounded, full_precision, worst_error
+from suite_summary import PIXELS
 
 import esengine
-from esengine.models import RenderSettings, SanaSprint
+from esengine.errors import RenderError
+from esengine.models import RenderSettings, SanaSprint, graphs
 from esengine.population import PEFT_PREFIX
 from esengine.prompts import PromptSampler
 
@@ -29,8 +27,23 @@ FLOOR = {torch.bfloat16: 0.0, torch.float16: 0.0, torch.float32: 1e-5}
 """Least tolerance: fp32 against fp64 leaves so little error that the order of a sum is most of it."""
 
 
-class CheckFailed(RuntimeError):
-    """An output is not what it has to be: no figure is taken of it."""
+OVERLAP_MARGIN = 0.01
+
+
+PART_SECONDS = {
+    "linear": 60,
+    "update": 10,
+    "forward_small": 75,
+    "decode_small": 50,
+    "overlap": 20,
+    "step_small": 30,
+    "reference_loop": 40,
+    "memory": 30,
+    "forward_large": 90,
+    "decode_large": 60,
+    "step_large": 90,
+    "kernels": 60,
+}
 
 
 @dataclass(frozen=True)
@@ -53,14 +66,19 @@ class Scale:
         memory_members: N of the peaks.
         reference_population: N of the reference run.
         reference_text: tokens that it pads to.
+        compile_seconds: what a torch.compile is taken to need: with less of the budget left none is begun.
+        part_seconds: what each part is taken to need, at most: with less left it is skipped. Assumed, not measured.
         bars: whether the bars of the issue are meant for it.
     """
 
     name: str = "full"
-    pixels: tuple[int, int] = (512, 1024)
+    pixels: tuple[int, int] = PIXELS
     shapes: tuple[tuple[int, int], ...] = ((2240, 2240), (2240, 6720), (2304, 2240))
     tokens: tuple[int, ...] = (256, 1024)
-    other_linears: tuple[tuple[int, int, int], ...] = ((2240, 2240, 40), (2240, 32, 1024), (2240, 13440, 1))
+    other_linears: tuple[tuple[int, int, int], ...] = (
+        *((2240, 32, 256), (2240, 32, 1024)),  # proj_out
+        *((256, 2240, 1), (2240, 2240, 1), (2240, 13440, 1)),  # embeddings of time and guidance
+    )
     members: int = 64
     population: int = 64
     prompts: int = 4
@@ -73,6 +91,8 @@ class Scale:
     memory_members: tuple[int, ...] = (64, 1024, 16384, 65536)
     reference_population: int = 128
     reference_text: int = 300
+    compile_seconds: float = 60
+    part_seconds: Mapping[str, float] = field(default_factory=lambda: PART_SECONDS)
     bars: bool = True
 
 
@@ -81,7 +101,7 @@ SCALES = {
     "tiny": Scale(
         name="tiny",
         pixels=(32, 64),
-        shapes=((64, 64), (48, 64)),
+        shapes=((64, 64), (64, 192), (48, 64)),
         tokens=(16,),
         other_linears=((64, 8, 16), (64, 384, 1)),
         members=8,
@@ -94,6 +114,8 @@ SCALES = {
         memory_members=(8, 128, 256),
         reference_population=8,
         reference_text=12,
+        compile_seconds=1,
+        part_seconds={},
         bars=False,
     ),
 }
@@ -110,6 +132,15 @@ class Context:
         compile_backend: of torch.compile for the plain transformer.
         compile_modes: each is measured; the fastest counts.
         peers: further linears, `module:function`, see `peers/linears.py`.
+        decode: how a step decodes, a mode of `RenderSettings.decode`; auto: the fastest one that `decode_<pixels>` of
+            this run has measured, eager before that.
+        overlap: whether a step decodes beside the next chunk; auto: if the part `overlap` has found it faster by
+            `OVERLAP_MARGIN`.
+
+    Attributes:
+        decode_modes: by pixels, the mode that was found fastest.
+        overlap_pays: what `overlap` has found, None before.
+        graphs_failed: why graphs are no longer tried, None where none has failed.
     """
 
     def __init__(
@@ -122,19 +153,27 @@ class Context:
         compile_backend: str = "inductor",
         compile_modes: tuple[str, ...] = ("default",),
         peers: tuple[str, ...] = (),
+        decode: str = "auto",
+        overlap: str = "auto",
     ):
         self.scale, self.device, self.deadline = scale, device, deadline
         self.dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         self.exact_dtype = torch.float64 if self.dtype == torch.float32 else torch.float32
         self.compile_backend, self.compile_modes = compile_backend, compile_modes
         self.peers = {**linears.KNOWN, **{spec: linears.by_path(spec) for spec in peers}}
+        self.decode, self.overlap = decode, overlap
+        self.decode_modes: dict[int, str] = {}
+        self.overlap_pays: bool | None = None
+        self.graphs_failed: str | None = None
         self.compiled: dict[int, SanaSprint] = {}
         self._checked: dict[int, dict[str, float]] = {}
 
     @cached_property
     def plain(self) -> SanaSprint:
         """The stand-in, without an adapter."""
-        return standin.sana_sprint(self.scale.name, device=self.device, dtype=self.dtype)
+        model = standin.sana_sprint(self.scale.name, device=self.device, dtype=self.dtype)
+        model.decoder.compile_backend = self.compile_backend
+        return model
 
     @cached_property
     def model(self) -> SanaSprint:
@@ -171,7 +210,41 @@ class Context:
 
     def settings(self, pixels: int, **changes) -> RenderSettings:
         settings = dict(height=pixels, width=pixels, x0_angle=X0_ANGLE, decode_chunk=self.scale.decode_chunk)
-        return RenderSettings(**settings, **changes)
+        settings |= {"decode": self.decode_mode(pixels), "graphs": "never" if self.graphs_failed else "auto"}
+        return RenderSettings(**settings | changes)
+
+    def decode_mode(self, pixels: int) -> str:
+        """In which a step decodes, as of now."""
+        return self.decode_modes.get(pixels, "eager") if self.decode == "auto" else self.decode
+
+    def overlaps(self) -> bool:
+        """Whether a step decodes beside the next chunk, as of now; a CPU has no streams."""
+        wanted = self.overlap == "always" or (self.overlap == "auto" and self.overlap_pays)
+        return graphs.supported(self.device) and bool(wanted)
+
+    def how(self, pixels: int) -> dict[str, str]:
+        """For the record of a step: how it decodes, what that was chosen by, and what became of graphs."""
+        decode_by = "the fastest in" if pixels in self.decode_modes else "no figure of"
+        overlap_by = {None: "no figure of overlap", True: "faster in overlap", False: "no faster in overlap"}
+        return {
+            "decode": self.decode_mode(pixels),
+            "decode_by": f"{decode_by} decode_{pixels}" if self.decode == "auto" else "--decode",
+            "overlap": "yes" if self.overlaps() else "no",
+            "overlap_by": (
+                "no streams on this device"
+                if not graphs.supported(self.device)
+                else overlap_by[self.overlap_pays]
+                if self.overlap == "auto"
+                else "--overlap"
+            ),
+            "graphs": self.graphs(),
+        }
+
+    def graphs(self) -> str:
+        """In words, whether a population's forward is replayed."""
+        if not graphs.supported(self.device):
+            return "none without a CUDA device"
+        return f"none: {self.graphs_failed}" if self.graphs_failed else "where the model captures one"
 
     def engine(self, **changes) -> esengine.Engine:
         """A new engine on the population, for the timed step's N, P and R or others."""
@@ -196,18 +269,47 @@ class Context:
 
         `changes` are of its settings.
         """
-        members, prompts, repeats = (column if rows is None else column[list(rows)] for column in self.rows())
-        return model.denoise(
-            self.texts,
-            seed=0,
-            step=STEP,
-            prompts=prompts,
-            repeats=repeats,
-            members=None if population is None else members,
-            population=population,
-            settings=self.settings(pixels, **changes),
-            text_length=self.scale.text_tokens,
-        )
+        chosen = tuple(column if rows is None else column[list(rows)] for column in self.rows())
+        return self.denoise(model, pixels, STEP, chosen, population, **changes)
+
+    def denoise(
+        self,
+        model: SanaSprint,
+        pixels: int,
+        step: int,
+        rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        population: esengine.Population | None = None,
+        **changes,
+    ) -> torch.Tensor:
+        """`SanaSprint.denoise` of (members, prompts, repeats).
+
+        The first time that a population's forward cannot be captured as a graph, the reason is kept in `graphs_failed`
+        and from there on all is measured without graphs.
+        """
+        members, prompts, repeats = rows
+
+        def call() -> torch.Tensor:
+            return model.denoise(
+                self.texts,
+                seed=0,
+                step=step,
+                prompts=prompts,
+                repeats=repeats,
+                members=None if population is None else members,
+                population=population,
+                settings=self.settings(pixels, **changes),
+                text_length=self.scale.text_tokens,
+            )
+
+        try:
+            return call()
+        except RenderError as error:
+            replays = population is not None and "never" not in (changes.get("graphs"), self.settings(pixels).graphs)
+            if not replays or not graphs.supported(self.device):
+                raise
+            self.graphs_failed = str(error)
+        model.release_graphs()
+        return call()
 
     def check_members(self, pixels: int) -> dict[str, float]:
         """The batched population forward against each of three members alone, its weights formed, in `exact_dtype`.
@@ -225,9 +327,11 @@ class Context:
             states = {row: self.population.member_state_dict(step=STEP, member=row) for row in rows}
             expected = torch.cat([exact.forward(pixels, [row], states[row]) for row in rows])
             own = worst_error(self.forward(self.plain, pixels, rows=rows), plain)
+            for _ in range(3 if graphs.supported(self.device) else 1):  # the third is a graph's
+                got = self.forward(self.model, pixels, self.population)[rows]
             facts = bounded(
                 f"population forward at {pixels} px",
-                worst_error(self.forward(self.model, pixels, self.population)[rows], expected),
+                worst_error(got, expected),
                 max(2 * own, FLOOR[self.dtype]),
                 perturbation=worst_error(plain, expected),
             )
@@ -260,40 +364,3 @@ class Exact:
                 linear.weight += scale * b @ a
         with full_precision():
             return torch.cat([self.context.forward(self.model, pixels, rows=[row]) for row in rows])
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Inside, products of fp32 are of fp32, not of tf32."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
-
-
-def worst_error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative L2 error of the worst row."""
-    difference = (got.double() - expected.double()).flatten(1).norm(dim=1)
-    return (difference / expected.double().flatten(1).norm(dim=1)).max().item()
-
-
-def bounded(what: str, error: float, bound: float, perturbation: float | None = None) -> dict[str, float]:
-    """The facts of a passed check.
-
-    Raises:
-        CheckFailed: the error is above the bound or not a number, or `perturbation`, what an output without noise
-            would be off, is not above it.
-    """
-    if not error <= bound:
-        raise CheckFailed(f"{what}: expected a relative error of at most {bound:.2e}, got {error:.2e}")
-    if perturbation is not None and not perturbation > bound:
-        raise CheckFailed(f"{what}: the noise moves the output by {perturbation:.2e}, a bound of {bound:.2e} is blind")
-    return {
-        "error": error,
-        "bound": bound,
-        **({} if perturbation is None else {"perturbation": perturbation}),
-    }

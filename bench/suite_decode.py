@@ -4,12 +4,13 @@ import copy
 from typing import Any
 
 import record
+import roofline
 import standin
 import torch
 from clock import interleaved
-from suite_context import STEP, CheckFailed, Context, bounded, full_precision, worst_error
-from suite_linear import attempt
-from suite_model import MINIMUM_FOR_COMPILE
+from suite_checks import CheckFailed, attempt, bounded, full_precision, worst_error
+from suite_context import OVERLAP_MARGIN, STEP, Context
+from suite_ops import roofline_share
 
 from esengine.models import graphs
 from esengine.models.decoder import Decoder
@@ -24,7 +25,8 @@ CHUNKS = 3
 def decode(context: Context, pixels: int) -> dict[str, Any]:
     """Seconds of one decoder call by memory order and mode, and of DC-AE-Lite; each against its VAE in high precision.
 
-    Over `contiguous`, diffusers' own: ratios of throughput.
+    Over `contiguous`, diffusers' own: ratios of throughput. The fastest mode of the model's own decoder is what a step
+    at this size takes.
     """
     images = min(context.scale.chunk, context.scale.decode_chunk)
     own, lite = (
@@ -34,13 +36,15 @@ def decode(context: Context, pixels: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     side = pixels >> len(own.config.encoder_block_out_channels) - 1
     x0 = torch.randn(images, own.config.latent_channels, side, side, generator=generator).to(context.device)
+    models = context.plain.decoder  # so that what is compiled or captured here serves the steps
     last, lite = (
         Decoder(copy.deepcopy(vae), channels_last=True, compile_backend=context.compile_backend) for vae in (own, lite)
     )
+    last = models if models.channels_last else last
     modes = {"contiguous": (Decoder(own), "eager"), "channels_last": (last, "eager")}
     if graphs.supported(context.device):
         modes["graphed"] = last, "graphed"
-    if context.time_left() > MINIMUM_FOR_COMPILE:
+    if context.time_left() > context.scale.compile_seconds:
         modes["compiled"] = last, "compiled"
     modes["lite"] = lite, "eager"
 
@@ -51,9 +55,17 @@ def decode(context: Context, pixels: int) -> dict[str, Any]:
             continue
         variants[name] = lambda decoder=decoder, mode=mode: decoder(x0, chunk=images, mode=mode)
     seconds = interleaved(variants, context.scale.rounds[2], device=context.device)
+    by_mode = {"eager": "channels_last" if models.channels_last else "contiguous", "graphed": "graphed"}
+    by_mode |= {"compiled": "compiled"} if models.channels_last else {}
+    measured = {mode: seconds[name]["median"] for mode, name in by_mode.items() if name in seconds}
+    if measured:
+        context.decode_modes[pixels] = min(measured, key=measured.get)
+    work = {lite: decode_work(context.scale.name, pixels, images, lite=lite) for lite in (False, True)}
     return {
         "pixels": pixels,
         "images": images,
+        "chosen": context.decode_modes.get(pixels),
+        "flops_per_image": {"lite" if lite else "dc-ae": done.flops / images for lite, done in work.items()},
         "compile_backend": context.compile_backend,
         "variants": facts,
         "seconds": seconds,
@@ -63,7 +75,26 @@ def decode(context: Context, pixels: int) -> dict[str, Any]:
             for name, taken in seconds.items()
             if name != "contiguous" and "contiguous" in seconds
         },
+        "roofline": {
+            name: roofline_share(context, taken, work[name == "lite"], context.dtype) for name, taken in seconds.items()
+        },
     }
+
+
+def decode_work(scale: str, pixels: int, images: int, *, lite: bool = False) -> roofline.Work:
+    """The decoder's products for images of `pixels` x `pixels`, in bf16, from the published configuration."""
+    vae = standin.autoencoder(scale, lite=lite, device="meta", dtype=torch.bfloat16)
+    side = pixels >> len(vae.config.encoder_block_out_channels) - 1
+    z = torch.empty(images, vae.config.latent_channels, side, side, device="meta", dtype=torch.bfloat16)
+    return roofline.products(lambda: vae.decode(z))
+
+
+def score_work(scale: str, images: int) -> roofline.Work:
+    """The image tower's products, in bf16, from the published configuration."""
+    clip = standin.clip(scale, device="meta", dtype=torch.bfloat16)
+    size = clip.config.vision_config.image_size
+    pixels = torch.empty(images, 3, size, size, device="meta", dtype=torch.bfloat16)
+    return roofline.products(lambda: clip.vision_model(pixel_values=pixels))
 
 
 @torch.no_grad()
@@ -86,13 +117,16 @@ def overlap(context: Context) -> dict[str, Any]:
         raise CheckFailed(f"overlap at {pixels} px: expected the same scores either way")
     variants = {name: lambda name=name: work(name) for name in settings}
     seconds = interleaved(variants, context.scale.rounds[2], device=context.device)
+    ratio = record.ratio(seconds["in_turn"], seconds["overlapped"])
+    context.overlap_pays = ratio["of_medians"] > 1 + OVERLAP_MARGIN
     return {
         "pixels": pixels,
+        "decode": context.decode_mode(pixels),
         "images": CHUNKS * context.scale.members,
         "streams": graphs.supported(context.device),
         "check": check,
         "seconds": seconds,
-        "ratio": record.ratio(seconds["in_turn"], seconds["overlapped"]),
+        "ratio": ratio,
     }
 
 

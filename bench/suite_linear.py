@@ -1,70 +1,64 @@
-"""The suite's microbenchmarks: the population linear beside the plain GEMM and its peers, and every other kernel."""
+"""The population linear beside the plain GEMM and its peers: as a call by itself, and as it runs inside a block.
+
+    alone     y from x and nothing else: the pass of x for h and the GEMM that expands it, `population_linear`
+    in block  the GEMM, h given, and all that the perturbation adds to what makes x: h by `mix` of shares that the
+              linear attention or the gated to_out leaves, or h of q, k and v from the modulated LayerNorm
+
+`linear_vs_gemm` is the first: one call against one call, as the figures are that others publish. The second,
+`linear_in_block_vs_gemm`, is what a forward pays. It is charged with GEMM + mix + (producer that leaves shares or h -
+the same producer without), on a cold L2 each, so nothing that this linear's perturbation costs a block is left out
+(`suite_producers`). Not in it: gate, residual and activation, which a plain block has too. A shape whose x no op of the
+block makes (the caption's, from stored text; `attn2.to_out`, behind torch's attention) runs there as it does alone.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import record
 import roofline
+import suite_producers
 import torch
 import torch.nn.functional as F
 from clock import interleaved
-from suite_context import CheckFailed, Context, bounded, full_precision, worst_error
+from suite_checks import attempt, bounded, full_precision, worst_error
+from suite_context import Context
+from suite_ops import FP32_BOUND, NOISE, SCALE, SIGMA, K, R, roofline_share
 
 from esengine.kernels import (
-    depthwise_gate,
-    depthwise_gate_ref,
-    es_update,
-    es_update_ref,
     factor,
-    linear_attention,
-    linear_attention_ref,
     linear_streams,
-    normals,
-    normals_ref,
     population_linear,
     population_linear_ref,
     population_linear_torch,
     signed_sigma,
+    uses_triton,
 )
 from esengine.kernels.augmented_linear import augmented_operands, population_linear_augmented
-
-R, RANK, SCALE, SIGMA = 2, 1, 4.0, 1e-2
-NOISE = {"seed": 0, "step": 1}
-FP32_BOUND = 1e-5
 
 
 @torch.no_grad()
 def linear(context: Context) -> dict[str, Any]:
-    """Every shape of the bar: plain, ours, batched torch, the challenger over an augmented K and the peers.
+    """Every shape of the bar: plain, ours alone, batched torch, the challenger over an augmented K and the peers; and
+    ours in a block, behind each producer that a block has for the shape.
 
     One that fails is recorded, the rest go on.
     """
-    scale, shapes = context.scale, {}
+    scale, shapes, in_block = context.scale, {}, {}
     for n_in, n_out in scale.shapes:
         for tokens in scale.tokens:
-            shapes[f"{n_in}->{n_out} x{tokens}"] = _within_time(
-                context, lambda s=(n_in, n_out, tokens): linear_case(context, *s)
-            )
-    return {"members": scale.members, "r": R, "k": RANK, "dtype": _name(context.dtype), "shapes": shapes}
-
-
-@torch.no_grad()
-def kernels(context: Context) -> dict[str, Any]:
-    """The other linears of the model, the update and the noise, each with its share of the roofline."""
-    found = {}
-    for n_in, n_out, tokens in context.scale.other_linears:
-        found[f"population_linear {n_in}->{n_out} x{tokens}"] = _within_time(
-            context, lambda s=(n_in, n_out, tokens): linear_case(context, *s, peers=False)
-        )
-    width = context.scale.shapes[0][0]
-    for shape in ((R, width), (6 * width, R)):
-        found[f"es_update {shape[0]}x{shape[1]}"] = _within_time(context, lambda s=shape: update_case(context, s))
-    found["normals"] = _within_time(context, lambda: normals_case(context))
-    for pixels in context.scale.pixels:
-        side = pixels // context.plain.pipeline.vae_scale_factor
-        found[f"linear_attention {pixels} px"] = _within_time(context, lambda s=side: attention_case(context, s))
-        found[f"depthwise_gate {pixels} px"] = _within_time(context, lambda s=side: gate_case(context, s))
-    return found
+            shape = n_in, n_out, tokens
+            shapes[_named(*shape)] = _within_time(context, lambda s=shape: linear_case(context, *s))
+            for producer in suite_producers.of(context, n_in, n_out):
+                case = lambda s=shape, p=producer: suite_producers.case(context, p, *s)  # noqa: E731
+                in_block[f"{_named(*shape)} {producer}"] = _within_time(context, case)
+    return {
+        "members": scale.members,
+        "r": R,
+        "k": K,
+        "dtype": str(context.dtype).removeprefix("torch."),
+        "shapes": shapes,
+        "in_block": in_block,
+    }
 
 
 def linear_case(context: Context, n_in: int, n_out: int, tokens: int, *, peers: bool = True) -> dict[str, Any]:
@@ -83,7 +77,10 @@ def linear_case(context: Context, n_in: int, n_out: int, tokens: int, *, peers: 
     x, weight, bias = normal(members, tokens, n_in), normal(n_out, n_in) * n_in**-0.5, normal(n_out)
     a, b = normal(R, n_in, to=torch.float32) * n_in**-0.5, normal(n_out, R, to=torch.float32)
     ids, streams = torch.arange(members, device=device), linear_streams("bench")
-    noise = dict(NOISE, streams=streams, sigma=SIGMA, rank=RANK, scale=SCALE)
+    noise = dict(NOISE, streams=streams, sigma=SIGMA, rank=K, scale=SCALE)
+    # as the model gives it: a tensor that the kernels read
+    step = torch.full((1,), NOISE["step"], device=device) if uses_triton(device) else NOISE["step"]
+    ours = noise | {"step": step}
 
     some = [0, 1, members - 1]
     floats = x[some].float(), weight.float(), bias.float()
@@ -95,7 +92,7 @@ def linear_case(context: Context, n_in: int, n_out: int, tokens: int, *, peers: 
 
     prepared: dict[str, Callable[[], Callable[[torch.Tensor], torch.Tensor]]] = {
         "plain": lambda: lambda x: F.linear(x, weight, bias),
-        "population": lambda: lambda x: population_linear(x, weight, bias, a, b, members=ids, **noise),
+        "population": lambda: lambda x: population_linear(x, weight, bias, a, b, members=ids, **ours),
         "stored_torch": lambda: stored_torch(weight, bias, a, b, ids, streams),
         "augmented_k": lambda: lambda x: population_linear_augmented(x, weight, bias, a, b, members=ids, **noise),
         "augmented_k_gemm_alone": lambda: augmented_gemm(x, weight, bias, a, b, ids, noise),
@@ -120,7 +117,7 @@ def linear_case(context: Context, n_in: int, n_out: int, tokens: int, *, peers: 
         cases[name]["seconds"] = seconds
     sizes = dict(rows=members * tokens, n_in=n_in, n_out=n_out, itemsize=x.element_size())
     work = {"plain": roofline.linear_work(**sizes)}
-    work["population"] = roofline.population_linear_work(**sizes, members=members, r=R, k=RANK)
+    work["population"] = roofline.population_linear_work(**sizes, members=members, r=R, k=K)
     return {
         "variants": cases,
         "ratios": {
@@ -139,7 +136,7 @@ def linear_case(context: Context, n_in: int, n_out: int, tokens: int, *, peers: 
 def stored_torch(weight, bias, a, b, ids, streams) -> Callable[[torch.Tensor], torch.Tensor]:
     """The batched torch path with every member's factors stored beforehand."""
     v, u, v_out, u_out = _factors(a, b, ids, streams)
-    c = signed_sigma(ids, SIGMA, RANK)
+    c = signed_sigma(ids, SIGMA, K)
     return lambda x: population_linear_torch(x, weight, bias, a, b, factors=(v, u, v_out, u_out), c=c, scale=SCALE)
 
 
@@ -152,83 +149,8 @@ def augmented_gemm(x, weight, bias, a, b, ids, noise) -> Callable[[torch.Tensor]
 def member_weights(a, b, ids, streams) -> tuple[torch.Tensor, torch.Tensor]:
     """A_i [B, r, in] and B_i [B, out, r] of every member, fp32, formed and stored as a server of adapters would."""
     v, u, v_out, u_out = _factors(a, b, ids, streams)
-    c = signed_sigma(ids, SIGMA, RANK)[:, None, None]
+    c = signed_sigma(ids, SIGMA, K)[:, None, None]
     return a + c * u @ v.mT, b + c * u_out @ v_out.mT
-
-
-def update_case(context: Context, shape: tuple[int, int]) -> dict[str, Any]:
-    """`es_update` of one tensor at N = `update_members`, checked at a smaller N against the members one by one."""
-    members, few = context.scale.update_members, min(64, context.scale.update_members)
-    fitness = torch.linspace(-1, 1, members, device=context.device)
-    settings = dict(NOISE, shape=shape, stream_u=1, stream_v=2, rank=RANK)
-    check = bounded(
-        f"es_update {shape}",
-        _relative(es_update(fitness[:few], **settings), es_update_ref(fitness[:few], **settings)),
-        FP32_BOUND,
-    )
-    work = roofline.es_update_work(shape=shape, pairs=members // 2, k=RANK)
-    return _timed(context, check, lambda: es_update(fitness, **settings), work) | {"members": members}
-
-
-def normals_case(context: Context) -> dict[str, Any]:
-    """The latents of a chunk."""
-    rows, count = context.scale.chunk, 32 * (context.scale.pixels[-1] // 32) ** 2
-    ids = torch.arange(rows, device=context.device)
-    settings = dict(NOISE, streams=ids, pairs=ids, count=count, device=context.device)
-    check = bounded("normals", _relative(normals(**settings), normals_ref(**settings)), FP32_BOUND)
-    return _timed(context, check, lambda: normals(**settings), roofline.normals_work(rows=rows, count=count))
-
-
-def attention_case(context: Context, side: int) -> dict[str, Any]:
-    """Self-attention between its projections, of a forward's rows, checked on three."""
-    config, rows, dtype = context.plain.transformer.config, context.scale.members, context.dtype
-    heads, width = config.num_attention_heads, config.attention_head_dim
-    size, generator = (rows, side * side, heads * width), torch.Generator(context.device).manual_seed(0)
-    q, k, v = (torch.randn(size, generator=generator, device=context.device, dtype=dtype) for _ in range(3))
-    norm = torch.ones(heads * width, device=context.device, dtype=dtype)
-
-    def op(function, q, k, v, norm):
-        return function(q, k, v, heads=heads, norm_q=norm, norm_k=norm)
-
-    few = [tensor[:3] for tensor in (q, k, v)]
-    expected = op(linear_attention_ref, *(tensor.float() for tensor in (*few, norm)))
-    check = _against_rounding("linear_attention", op(linear_attention, *few, norm), expected)
-    sizes = dict(batch=rows, tokens=side * side, heads=heads, width=width, itemsize=q.element_size())
-    work = roofline.linear_attention_work(**sizes)
-    return _timed(context, check, lambda: op(linear_attention, q, k, v, norm), work, dtype)
-
-
-def gate_case(context: Context, side: int) -> dict[str, Any]:
-    """The middle of a feed-forward, of a forward's rows, checked on three."""
-    convolution = context.plain.transformer.transformer_blocks[0].ff.conv_depth
-    size = context.scale.members, side * side, len(convolution.bias)
-    generator = torch.Generator(context.device).manual_seed(0)
-    x = torch.randn(size, generator=generator, device=context.device, dtype=context.dtype)
-    sizes = dict(height=side, width=side)
-    expected = depthwise_gate_ref(x[:3].float(), convolution.weight.float(), convolution.bias.float(), **sizes)
-    got = depthwise_gate(x[:3], convolution.weight, convolution.bias, **sizes)
-    check = _against_rounding("depthwise_gate", got, expected)
-    work = roofline.depthwise_gate_work(tokens=size[0] * size[1], channels=size[2] // 2, itemsize=x.element_size())
-    return _timed(
-        context, check, lambda: depthwise_gate(x, convolution.weight, convolution.bias, **sizes), work, context.dtype
-    )
-
-
-def attempt(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `call` returns; what it raised, as a failed check or an error, so that the rest can go on."""
-    try:
-        return call()
-    except CheckFailed as failure:
-        return {"check": {"failed": str(failure)}}
-    except Exception as error:  # a peer may fail in any way
-        return {"error": f"{type(error).__name__}: {error}"[:500]}
-
-
-def roofline_share(context: Context, seconds: dict, work: roofline.Work, dtype: torch.dtype) -> float | None:
-    """None where the device's ceiling for the dtype is not known."""
-    if context.ceilings is None or dtype not in context.ceilings.flops:
-        return None
-    return roofline.share(seconds["median"], work, context.ceilings, dtype)
 
 
 def _checked(prepare, name, x, some, expected, bound) -> dict[str, Any]:
@@ -236,39 +158,16 @@ def _checked(prepare, name, x, some, expected, bound) -> dict[str, Any]:
     return {"check": bounded(name, worst_error(call(x)[some], expected), bound), "call": call}
 
 
-def _against_rounding(what: str, got: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
-    """The check of an op that rounds once at the end: at most twice the error of rounding `expected`."""
-    bound = max(2 * worst_error(expected.to(got.dtype), expected), FP32_BOUND)
-    return bounded(what, worst_error(got, expected), bound)
-
-
-def _timed(
-    context: Context,
-    check: dict,
-    call: Callable[[], object],
-    work: roofline.Work,
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, Any]:
-    seconds = interleaved({"op": call}, context.scale.rounds[0], device=context.device, cold=True)["op"]
-    return {"check": check, "seconds": seconds, "roofline": roofline_share(context, seconds, work, dtype)}
-
-
 def _within_time(context: Context, case: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    if context.time_left() <= 0:
-        return {"not_measured": "out of time"}
-    return attempt(case)
+    return attempt(case) if context.time_left() > 0 else {"not_measured": "out of time"}
 
 
 def _factors(a, b, ids, streams) -> tuple[torch.Tensor, ...]:
     """V, U, V', U' of each row, fp32 [B, L, k]."""
     pairs, slots = torch.unique(ids >> 1, return_inverse=True)
-    lengths, noise = (a.shape[1], len(a), len(a), len(b)), dict(NOISE, pairs=pairs, rank=RANK)
+    lengths, noise = (a.shape[1], len(a), len(a), len(b)), dict(NOISE, pairs=pairs, rank=K)
     return tuple(factor(stream=s, length=n, **noise)[slots] for s, n in zip(streams, lengths, strict=True))
 
 
-def _relative(got: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((got - expected).double().norm() / expected.double().norm()).item()
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _named(n_in: int, n_out: int, tokens: int) -> str:
+    return f"{n_in}->{n_out} x{tokens}"

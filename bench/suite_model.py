@@ -11,15 +11,14 @@ import torch
 from clock import Laps, interleaved
 from forward import LiveBytes
 from peers import reference_loop
-from suite_context import STEP, CheckFailed, Context, Exact, bounded, worst_error
-from suite_linear import attempt
+from suite_checks import CheckFailed, attempt, bounded, full_precision, worst_error
+from suite_context import STEP, Context, Exact
+from suite_decode import score_work
+from suite_ops import roofline_share
 
 import esengine
 from esengine.kernels import es_update_ref
 from esengine.models import SanaSprint, graphs
-
-MINIMUM_FOR_COMPILE = 60
-"""Seconds of the budget without which no further mode of torch.compile is begun."""
 
 
 @torch.no_grad()
@@ -31,7 +30,7 @@ def forward(context: Context, pixels: int) -> dict[str, Any]:
         "population": lambda: context.forward(context.model, pixels, context.population),
         "eager": lambda: context.forward(context.plain, pixels),
     }
-    if graphs.supported(context.device):
+    if graphs.supported(context.device) and not context.graphs_failed:
         variants["population launched"] = lambda: context.forward(
             context.model, pixels, context.population, graphs="never"
         )
@@ -39,7 +38,7 @@ def forward(context: Context, pixels: int) -> dict[str, Any]:
     modes: dict[str, Any] = {}
     compiled: dict[str, SanaSprint] = {}
     for number, mode in enumerate(context.compile_modes):
-        if number and context.time_left() < MINIMUM_FOR_COMPILE:
+        if number and context.time_left() < context.scale.compile_seconds:
             modes[mode] = {"not_measured": "out of time"}
             continue
         modes[mode] = attempt(lambda mode=mode: _compile(context, mode, pixels, exact, check["bound"]))
@@ -58,6 +57,7 @@ def forward(context: Context, pixels: int) -> dict[str, Any]:
         "targets": list(reference_loop.TARGETS),
         "backend": context.population.backend,
         "plan": context.model.plan(context.population, context.settings(pixels)),
+        "graphs": context.graphs(),
         "check": check,
         "compile": {"backend": context.compile_backend, "modes": modes, "fastest": fastest},
         "seconds": seconds,
@@ -75,44 +75,59 @@ def forward(context: Context, pixels: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def step(context: Context, pixels: int) -> dict[str, Any]:
-    """An ES step, ask to tell, against plain generation, decoding and scoring of as many images of the same prompts."""
+    """An ES step, ask to tell, against plain generation, decoding and scoring of as many images of the same prompts.
+
+    Both decode in the mode, and beside the next chunk or not, that `Context.how` says.
+    """
     check = context.check_members(pixels)
     context.scorer  # noqa: B018  made before the clock starts
     engine, plain = context.engine(), context.compiled.get(pixels, context.plain)
     stages: dict[str, list[dict[str, float]]] = {"step": [], "inference": []}
 
-    def es_step() -> torch.Tensor:
+    def es_step(overlap: bool) -> None:
         laps, task = Laps(context.device), engine.ask()
-        scores = _render_and_score(context, context.model, task, pixels, laps, engine.population)
+        scores = _score_task(context, context.model, task, pixels, laps, engine.population, overlap)
         engine.tell(task, scores)
         laps.lap("update")
         stages["step"].append(laps.seconds())
-        return scores
 
-    def inference() -> None:
+    def inference(overlap: bool) -> None:
         laps = Laps(context.device)
-        _render_and_score(context, plain, engine.ask(), pixels, laps)
+        _score_task(context, plain, engine.ask(), pixels, laps, None, overlap)
         stages["inference"].append(laps.seconds())
 
     _check_step(context, engine, pixels)
-    seconds = interleaved({"step": es_step, "inference": inference}, context.scale.rounds[2], device=context.device)
+    overlap = context.overlaps()
+    variants = {"step": lambda: es_step(overlap), "inference": lambda: inference(overlap)}
+    seconds = interleaved(variants, context.scale.rounds[2], device=context.device)
+    if overlap:  # its stages run at once: those of two more in turn are shown
+        for taken in stages.values():
+            taken.clear()
+        for _ in range(2):
+            es_step(overlap=False)
+            inference(overlap=False)
     images = engine.ask().images
     median = {  # the first of each warmed up
         variant: {name: statistics.median(taken[name] for taken in laps[1:]) for name in laps[0]}
         for variant, laps in stages.items()
     }
     rates = {name: images / spent for name, spent in median["step"].items() if name != "update"}
+    score = {"median": median["step"]["score"]}
     return {
         "pixels": pixels,
         "population": engine.size,
         "images": images,
         "chunk": context.scale.chunk,
         "decode_chunk": context.scale.decode_chunk,
+        **context.how(pixels),
         "inference_transformer": "compiled" if pixels in context.compiled else "eager",
         "check": check,
         "seconds": seconds,
         "stages": median,
         "images_per_second": {**rates, "step": images / seconds["step"]["median"]},
+        "roofline": {
+            "score": roofline_share(context, score, score_work(context.scale.name, images), context.dtype),
+        },
         "ratio": record.ratio(seconds["inference"], seconds["step"]),
     }
 
@@ -136,7 +151,7 @@ def loop(context: Context) -> dict[str, Any]:
     task, turn = engine.ask(), iter(range(1 << 30))
     variants = {
         "reference_member": lambda: peer.evaluate(STEP, next(turn), task.prompts),
-        "our_members": lambda: _render_and_score(
+        "our_members": lambda: _score_task(
             context, context.model, task, pixels, Laps(context.device), context.population
         ),
     }
@@ -164,6 +179,7 @@ def loop(context: Context) -> dict[str, Any]:
             f"from single members of the reference, {batch} members of ours and a reference update of {few} members, "
             f"each to the population of {total}: members cost the same"
         ),
+        **context.how(pixels),
         "check": {"population": check, "reference": peer_check},
         "seconds": {**seconds, **updates},
         "step_seconds": {"reference": reference, "ours": ours},
@@ -182,9 +198,10 @@ def update(context: Context) -> dict[str, Any]:
     for side, streams in (("A", layer.streams[1::-1]), ("B", layer.streams[:1:-1])):
         key = f"{name}.lora_{side}.weight"
         noise = dict(seed=population.noise.seed, step=STEP, rank=population.noise.rank)
-        expected = es_update_ref(
-            fitness, shape=tuple(gradient[key].shape), stream_u=streams[0], stream_v=streams[1], **noise
-        )
+        with full_precision():
+            expected = es_update_ref(
+                fitness, shape=tuple(gradient[key].shape), stream_u=streams[0], stream_v=streams[1], **noise
+            )
         errors.append(worst_error(few * gradient[key][None], expected[None]))
     check = bounded(f"gradient of {name}", max(errors), 1e-5)
     full = torch.linspace(-1, 1, context.scale.update_members, device=context.device)
@@ -266,35 +283,44 @@ def _compile(context: Context, mode: str, pixels: int, exact: torch.Tensor, boun
     }
 
 
-def _render_and_score(
+def _score_task(
     context: Context,
     model: SanaSprint,
     task: esengine.engine.Task,
     pixels: int,
     laps: Laps,
     population: esengine.Population | None = None,
+    overlap: bool = False,
 ) -> torch.Tensor:
-    """float32 [N, P, R] of a whole task, chunk by chunk; without a population every image is the plain model's."""
-    columns = zip(*(column.split(context.scale.chunk) for column in task.rows()), strict=True)
-    parts = [_chunk(context, model, task, rows, pixels, laps, population) for rows in columns]
-    return torch.cat(parts).view(task.shape)
+    """float32 [N, P, R] of a whole task, chunk by chunk; without a population every image is the plain model's.
+
+    Overlapped, a chunk is decoded while the next is denoised, and the only lap is `all but the update`.
+    """
+    columns = list(zip(*(column.split(context.scale.chunk) for column in task.rows()), strict=True))
+    if not overlap:
+        parts = [_chunk(context, model, task, rows, pixels, laps, population) for rows in columns]
+        return torch.cat(parts).view(task.shape)
+    chunks = [(prompts, repeats, None if population is None else members) for members, prompts, repeats in columns]
+    drawn = model.render_chunks(
+        context.texts,
+        chunks,
+        seed=0,
+        step=task.step,
+        population=population,
+        settings=context.settings(pixels, overlap=True),
+        text_length=context.scale.text_tokens,
+    )
+    words = ([context.texts.prompts[index] for index in prompts.tolist()] for prompts, *_ in chunks)
+    scores = torch.cat([context.scorer(images, named) for images, named in zip(drawn, words, strict=True)])
+    laps.lap("all but the update")
+    return scores.view(task.shape)
 
 
 def _chunk(context, model, task, rows, pixels, laps: Laps | None, population) -> torch.Tensor:
     """float32 [B] of one chunk's (members, prompts, repeats)."""
-    members, prompts, repeats = rows
+    _, prompts, _ = rows
     settings = context.settings(pixels)
-    x0_bchw = model.denoise(
-        context.texts,
-        seed=0,
-        step=task.step,
-        prompts=prompts,
-        repeats=repeats,
-        members=None if population is None else members,
-        population=population,
-        settings=settings,
-        text_length=context.scale.text_tokens,
-    )
+    x0_bchw = context.denoise(model, pixels, task.step, rows, population)
     if laps is not None:
         laps.lap("transformer")
     images = model.decode(x0_bchw, chunk=settings.decode_chunk, mode=settings.decode)
@@ -307,9 +333,8 @@ def _chunk(context, model, task, rows, pixels, laps: Laps | None, population) ->
 
 
 def _check_replay(pixels: int, variants: dict[str, Callable[[], torch.Tensor]], bound: float) -> None:
-    """The third forward, which is a graph's, is that of single launches."""
-    for _ in range(3):
-        replayed = variants["population"]()
+    """A forward that is a graph's, as `check_members` has made it, is that of single launches."""
+    replayed = variants["population"]()
     bounded(f"replay at {pixels} px", worst_error(replayed, variants["population launched"]()), bound)
 
 

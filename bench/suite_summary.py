@@ -3,6 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+PIXELS = (512, 1024)
+"""Sides of the images at full scale."""
+
+FILES = "gpu_suite_*.json"
+"""Of records at full scale in bench/results, by device."""
+
 BARS: dict[str, tuple[str, float]] = {
     "linear_vs_gemm": (">=", 0.97),
     "forward_vs_compiled": (">=", 1.00),
@@ -56,6 +62,7 @@ def summarize(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
     summary = {
         "linear_vs_gemm": figure("linear_vs_gemm", ["linear"], lambda p: _linear(p["linear"])),
+        "linear_in_block_vs_gemm": figure("linear_in_block_vs_gemm", ["linear"], lambda p: _in_block(p["linear"])),
         "forward_vs_compiled": figure("forward_vs_compiled", forwards, lambda p: _forward(p)),
         "step_vs_inference": figure("step_vs_inference", steps, lambda p: _step(p)),
         "step_vs_reference_loop": figure(
@@ -76,9 +83,13 @@ def summarize(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
         )
         for part, side, which in sizes
     }
+    for part, side in zip(steps, pixels, strict=True):
+        how = _how(parts[part]["result"]) if parts.get(part, {}).get("status") == "ok" else None
+        summary["images_per_second"][side]["how"] = how
     summary["update_share"] = figure("update_share", ["update", *steps], _update_share)
-    summary["roofline_share"] = figure("roofline_share", ["linear", "kernels"], _roofline)
     decodes = [f"decode_{side}" for side in pixels]
+    summary["roofline_share"] = figure("roofline_share", ["linear", "kernels", *decodes, *steps], _roofline)
+    summary["roofline_share"]["missing"] = _without_share(parts)
     summary["decode_and_overlap"] = figure(
         "decode_and_overlap", [*decodes, "overlap"], lambda p: (None, {name: _over(p[name]) for name in p})
     )
@@ -96,7 +107,7 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         value = "-" if entry["value"] is None else f"{entry['value']:.4g}"
         table.append((name, value, entry["bar"] or "-", entry["verdict"]))
 
-    for name in ("linear_vs_gemm", "forward_vs_compiled", "step_vs_inference"):
+    for name in ("linear_vs_gemm", "linear_in_block_vs_gemm", "forward_vs_compiled", "step_vs_inference"):
         add(name, summary[name])
         for below, value in (summary[name]["detail"] or {}).items():
             table.append((f"  {below}", f"{value:.4g}" if isinstance(value, float) else value, "", ""))
@@ -109,10 +120,14 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         for stage, rate in (entry["detail"] or {}).items():
             if stage != "step":
                 table.append((f"  {stage}", f"{rate:.4g}", "", ""))
+        for name, chosen in (entry["how"] or {}).items():
+            table.append((f"  {name}", chosen, "", ""))
     add("update_share", summary["update_share"])
     for name, share in (summary["roofline_share"]["detail"] or {}).items():
         shown = "-" if share is None else f"{share:.3g}"
         table.append((f"roofline share of {name}", shown, "", ""))
+    for name, why in summary["roofline_share"]["missing"].items():
+        table.append((f"roofline share of {name}", why, "", ""))
     for part, ratios in (summary["decode_and_overlap"]["detail"] or {}).items():
         table += [(f"{part}, {name}", f"{ratio:.4g}", "", "") for name, ratio in ratios.items()]
     for part, shares in (summary["step_breakdown"]["detail"] or {}).items():
@@ -151,12 +166,31 @@ def _linear(part: dict[str, Any]) -> tuple[float | None, dict[str, Any]]:
     return (None if None in ours or not ours else min(ours)), detail
 
 
+def _in_block(part: dict[str, Any]) -> tuple[float | None, dict[str, Any]]:
+    """The worst of the shapes that a block runs behind a producer, if each has a figure."""
+    detail = {
+        name: case["ratio"]["of_medians"] if "ratio" in case else _gone(case) for name, case in part["in_block"].items()
+    }
+    known = [value for value in detail.values() if isinstance(value, float)]
+    return (min(known) if known and len(known) == len(detail) else None), detail
+
+
+def _how(part: dict[str, Any]) -> dict[str, str]:
+    """How a step's figures were made."""
+    return {
+        "decoded": f"{part['decode']} ({part['decode_by']})",
+        "overlapped": f"{part['overlap']} ({part['overlap_by']})",
+        "graphs": part["graphs"],
+    }
+
+
 def _forward(parts: dict[str, Any]) -> tuple[float | None, dict[str, float]]:
     detail, compiled = {}, []
     for name, part in parts.items():
         for over in ("over_compiled", "over_eager", "over_launched"):
             if over in part["ratios"]:
                 detail[f"{name} {over}"] = part["ratios"][over]["of_medians"]
+        detail[f"{name} graphs"] = part["graphs"]
         compiled.append(detail.get(f"{name} over_compiled"))
         if compiled[-1] is None:
             detail[f"{name} over_compiled"] = _gone(next(iter(part["compile"]["modes"].values())))
@@ -183,16 +217,25 @@ def _update_share(parts: dict[str, Any]) -> tuple[float | None, dict[str, float]
 
 
 def _roofline(parts: dict[str, Any]) -> tuple[None, dict[str, float | None]]:
+    """Of every launch of a step, and of decoder and scorer."""
     detail = {}
     for shape, case in parts.get("linear", {}).get("shapes", {}).items():
         for name, share in case.get("roofline", {}).items():
             detail[f"{'linear' if name == 'plain' else 'population_linear'} {shape}"] = share
     for name, case in parts.get("kernels", {}).items():
         share = case.get("roofline")
-        share = share.get("population") if isinstance(share, dict) else share
         if "roofline" in case:
-            detail[name] = share
+            detail[name] = share.get("population") if isinstance(share, dict) else share
+    for part, result in parts.items():
+        if part.startswith(("decode_", "step_")):
+            detail |= {f"{part} {name}": share for name, share in result["roofline"].items()}
     return None, detail
+
+
+def _without_share(parts: dict[str, Any]) -> dict[str, str]:
+    """Why a launch has none."""
+    cases = parts.get("kernels", {}).get("result", {})
+    return {name: _gone(case) for name, case in cases.items() if "roofline" not in case}
 
 
 def _over(part: dict[str, Any]) -> dict[str, float]:

@@ -3,7 +3,22 @@
 import json
 from pathlib import Path
 
+from suite_summary import BARS, FILES, PIXELS
+
 RESULTS = Path(__file__).parent / "results"
+
+FIGURES = {
+    "linear_vs_gemm": "`linear_vs_gemm`: perturbed linear over the plain cuBLAS GEMM, one call each, worst shape",
+    "linear_in_block_vs_gemm": "`linear_in_block_vs_gemm`: the same with all that it costs inside a fused block",
+    "forward_vs_compiled": "`forward_vs_compiled`: population forward over diffusers' compiled one without noise",
+    "step_vs_inference": "`step_vs_inference`: ES step over plain generation, decoding and scoring",
+    "step_vs_reference_loop": "`step_vs_reference_loop`: ES step over the published algorithm's",
+    "memory_per_extra_member": "bytes of memory for each further member at a fixed chunk, SANA-Sprint 1.6B",
+    "step_images_per_second_large": f"images/s of a whole step, {PIXELS[1]} px",
+    "step_images_per_second_small": f"images/s of a whole step, {PIXELS[0]} px",
+    "update_share": "share of a step that the update takes, N 1024",
+}
+"""The speed issue's, by their names in a record's summary or in `BARS`."""
 
 
 def rows() -> list[str]:
@@ -47,6 +62,30 @@ def rows() -> list[str]:
         clean = sum("error" not in row and "fault" not in row for row in aot["rows"])
         what = f"kernels compiled for sm_90 without spills or a serialised main loop, Triton {version}"
         add(what, f"{clean} of {len(aot['rows'])}", "no GPU", file)
+    for row in suite_rows(RESULTS):
+        add(*row)
+    return lines
+
+
+def suite_rows(folder: Path) -> list[tuple[str, str, str, str]]:
+    """(what, figure, device, file) of every figure of the GPU suite, by each of its records in a folder.
+
+    Without a record, and where one has no value, the figure says so; its bar stands beside it.
+    """
+    found = []
+    for file in sorted(folder.glob(FILES)):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        summary = dict(record["summary"])
+        for size, pixels in zip(("small", "large"), map(str, record["settings"]["pixels"]), strict=True):
+            summary[f"step_images_per_second_{size}"] = summary["images_per_second"][pixels]
+        found.append((summary, record["environment"]["device"], file.name))
+    lines = []
+    for summary, device, file in found or [({}, "NVIDIA H100", FILES)]:
+        for name, what in FIGURES.items():
+            bar = " ".join((BARS[name][0], f"{BARS[name][1]:g}")) if name in BARS else None
+            entry = summary.get(name, {"value": None, "verdict": "not measured"})
+            value = entry["verdict"] if entry["value"] is None else f"{entry['value']:.4g}"
+            lines.append((what, value + (f" (bar {bar})" if bar else ""), device, file))
     return lines
 
 

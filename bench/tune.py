@@ -285,16 +285,31 @@ def band(t: int, images: list[int]) -> list[int | None]:
     return [min(least, t), None if place == len(images) - 1 else 2 * t]
 
 
-@contextmanager
-def using(folder: Path, op: str, launch: dict[str, int]) -> Iterator[None]:
-    """Inside, every launch of `op` has these settings, and the others have the default ones."""
+def settings_file(folder: Path, op: str, launch: dict[str, int]) -> Path:
+    """The default file with these settings for every launch of `op`, written and read once."""
     contents = json.loads(configs.DEFAULT.read_text())
     contents["ops"][op] = [{"when": {}, "launch": launch}]
     text = json.dumps(contents)
     path = folder / f"{hashlib.sha256(text.encode()).hexdigest()}.json"  # files are kept by path: one for each content
     if not path.exists():
         path.write_text(text)
-    with patch.dict(os.environ, {configs.OVERRIDE: str(path)}):
+    configs.load(path)
+    return path
+
+
+@contextmanager
+def choosing() -> Iterator[Callable[[Path], None]]:
+    """Gives choose(file): from then on, and until the end, launches read that file. It costs a launch nothing."""
+    chosen = [configs.DEFAULT]
+    with patch.object(configs, "config_file", lambda device: chosen[0]):
+        yield partial(chosen.__setitem__, 0)
+
+
+@contextmanager
+def using(folder: Path, op: str, launch: dict[str, int]) -> Iterator[None]:
+    """Inside, every launch of `op` has these settings, and the others have the default ones."""
+    with choosing() as choose:
+        choose(settings_file(folder, op, launch))
         yield
 
 
@@ -342,7 +357,10 @@ def wrong(got: Any, expected: Any) -> str | None:
 
 
 def measure(task: Task, launches: list[dict[str, int]], scale: Scale, device: torch.device, folder: Path) -> dict:
-    """An entry for the fastest of `launches`, the default first; without `launch` where that is the default."""
+    """An entry for the fastest of `launches`, the default first; without `launch` where that is the default.
+
+    The clock sees the calls alone: each candidate's settings are resolved by the call before it starts.
+    """
     call, reference = task.build(min(3, scale.rows), device)
     expected, dropped, right = reference(), [], {}
     for index, launch in enumerate(launches):
@@ -359,15 +377,15 @@ def measure(task: Task, launches: list[dict[str, int]], scale: Scale, device: to
         raise RuntimeError(f"{task.op} {task.shape}: the default itself fails: {dropped[0]['reason']}")
     call, _ = task.build(scale.rows, device)
 
-    def timed(launch: dict[str, int]) -> None:
-        with using(folder, task.op, launch):
+    with choosing() as choose:
+
+        def timed(file: Path) -> None:
+            choose(file)
             call()
 
-    variants = {str(index): partial(timed, launch) for index, launch in right.items()}
-    seconds = {
-        name: each["median"]
-        for name, each in clock.interleaved(variants, scale.rounds, device=device, cold=True).items()
-    }
+        variants = {str(i): partial(timed, settings_file(folder, task.op, launch)) for i, launch in right.items()}
+        taken = clock.interleaved(variants, scale.rounds, device=device, cold=True)
+    seconds = {name: each["median"] for name, each in taken.items()}
     best = min(seconds, key=seconds.get)
     faster = seconds[best] < (1 - MARGIN) * seconds["0"]
     measured = {

@@ -1,6 +1,6 @@
 """One op a file: formula, Triton kernel, launcher, public function and beside it the reference, `_ref`."""
 
-from esengine.kernels.adapters import Adapters, Perturbation, step_tensor, stream_table
+from esengine.kernels.adapters import Adapters, Perturbation, stream_table
 from esengine.kernels.augmented_linear import population_linear_augmented
 from esengine.kernels.depthwise_gate import depthwise_gate, depthwise_gate_ref
 from esengine.kernels.es_update import PAIRS_PER_CHUNK, check_fitness, es_update, es_update_chunk, es_update_ref
@@ -20,6 +20,7 @@ from esengine.kernels.noise import (
     pair_weights,
     philox_ref,
     signed_sigma,
+    step_tensor,
     stream_id,
     uses_triton,
 )

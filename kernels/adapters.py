@@ -49,21 +49,34 @@ class Adapters(NamedTuple):
         return 0 if self.a is None else len(self.a) // self.targets
 
 
-def step_tensor(step: int | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """int64 [1] on `device`: the tensor itself, or an int filled in by a launch, with no copy from the host.
-
-    Raises:
-        ValueError: a tensor of another shape, dtype or device.
-    """
-    if not isinstance(step, torch.Tensor):
-        return torch.full((1,), step, dtype=torch.int64, device=device)
-    if step.shape != (1,) or step.dtype != torch.int64 or step.device != device:
-        dtype = str(step.dtype).removeprefix("torch.")
-        raise ValueError(f"step: expected int64 [1] on {device}, got {dtype} {list(step.shape)} on {step.device}")
-    return step
-
-
 @functools.lru_cache(maxsize=4096)
 def stream_table(streams: tuple[Streams, ...], device: torch.device) -> torch.Tensor:
     """int64 [G, 4] on `device`. Kept, because copying it anew for each launch would stall the device."""
     return torch.tensor(streams, dtype=torch.int64).to(device)
+
+
+def check_linear(x, weight, bias, a, b, members) -> None:
+    """Raises ValueError for an operand of a perturbed linear that does not fit. See `population_linear_ref`."""
+
+    def fail(name, expected, tensor):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(f"{name}: expected {expected}, got {dtype} {list(tensor.shape)} on {tensor.device}")
+
+    if weight.dim() != 2:
+        fail("weight", "[out, in]", weight)
+    n, k = weight.shape
+    if x.dim() < 2 or x.shape[-1] != k or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        fail("x", f"float32, bfloat16 or float16 [B, ..., {k}]", x)
+    if weight.dtype != x.dtype or weight.device != x.device:
+        fail("weight", f"{str(x.dtype).removeprefix('torch.')} [out, in] on {x.device}", weight)
+    if bias is not None and (bias.shape != (n,) or bias.dtype != x.dtype or bias.device != x.device):
+        fail("bias", f"{str(x.dtype).removeprefix('torch.')} [{n}] on {x.device}", bias)
+    if (a is None) != (b is None):
+        raise ValueError("a, b: expected both tensors or both None, got one of each")
+    if a is not None:
+        if a.dim() != 2 or a.shape[1] != k or a.dtype != torch.float32 or a.device != x.device:
+            fail("a", f"float32 [r, {k}] on {x.device}", a)
+        if b.shape != (n, len(a)) or b.dtype != torch.float32 or b.device != x.device:
+            fail("b", f"float32 [{n}, {len(a)}] on {x.device}", b)
+    if members.shape != x.shape[:1] or members.dtype != torch.int64 or members.device != x.device:
+        fail("members", f"int64 [{len(x)}] on {x.device}", members)

@@ -3,13 +3,16 @@
     h = [s x A_i^T | c s (x A_i^T) V']                                     shrink: r + k columns, fp32
     y = [x | h_low | e_p (x) h_noise | 0] [W | B | U'_1 .. U'_P | 0]^T + bias
 
-e_p is one-hot in the row's pair, so that of the P pairs' U' a row meets its own. Direct form (r = 0): h = c x V.
+e_p is one-hot in the place of the row's pair, so that of the P pairs' U' a row meets its own. Direct form (r = 0):
+h = c x V. The op gives each batch row a place of its own, P = B: to find the distinct pairs, whose number sets the
+shapes, is to wait for the device, which no CUDA graph can.
 
 Cost on paper, not measured: (in, out) = (2240, 2240), bf16, 750 TFLOP/s, 3.0 TB/s, where the plain GEMM takes 13.4 ns
 a row. 2240 -> 2304 columns hold 60 pairs at r = 4, k = 1 and are +2.9 %; with the shrink in x's producer, the fused
 expand is +2.7 % in all. Near equal: it wins where the fused kernel's main loop is further from cuBLAS than this is.
-K grows by k P: 64 columns, +2.9 %, for every further 64 pairs at k = 1. Copying x is 9088 bytes a row, 3.0 ns or +23 %:
-it wins only where the producer writes x into the buffer itself. Copying W is 6.8 us a call, whatever the rows.
+K grows by k P: 64 columns, +2.9 %, for every further 64 pairs at k = 1, and 64 rows at r = 2, a place each, take 2368.
+Copying x is 9088 bytes a row, 3.0 ns or +23 %: it wins only where the producer writes x into the buffer itself. Copying
+W is 6.8 us a call, whatever the rows. `configs.path` of "population_linear" chooses by shape.
 
 Accuracy: h, B and U' are rounded to the dtype of x, which the fused path does not do. To each low-rank column this adds
 2^-9 of its norm per factor in bf16 (an element: at most 2^-8), so 2^-8 for both; 2^-12 and 2^-11 in fp16, whose
@@ -24,9 +27,8 @@ Source: as `esengine.kernels.population_linear`.
 import torch
 import torch.nn.functional as F
 
-from esengine.kernels.adapters import Adapters, Perturbation, stream_table
+from esengine.kernels.adapters import Adapters, Perturbation, check_linear, stream_table
 from esengine.kernels.noise import Streams, factor, key_words, uses_triton
-from esengine.kernels.population_linear import check_linear
 from esengine.kernels.shrink import shrink, shrink_ref
 
 
@@ -109,21 +111,18 @@ def augmented_operands(
     members: torch.Tensor,
     streams: Streams,
     seed: int,
-    step: int,
+    step: int | torch.Tensor,
     sigma: float,
     rank: int,
     scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both operands of the GEMM, [B, T, C] and [N, C], of x [B, T, K]. Arguments as in `population_linear_ref`.
-
-    Waits for the device once: P, the number of distinct pairs in `members`, gives the shapes.
-    """
+    """Both operands of the GEMM, [B, T, C] and [N, C], of x [B, T, K]. Arguments as in `population_linear_ref`."""
     adapters = Adapters(a, b, stream_table((streams,), x.device), scale)
     perturbation = Perturbation(members.contiguous(), seed, step, sigma, rank)
     _, h = (shrink if uses_triton(x.device) else shrink_ref)(x, adapters, perturbation)
-    pairs, slots = torch.unique(members >> 1, return_inverse=True)
-    u = factor(seed=seed, step=step, stream=streams.b_u, pairs=pairs, length=len(weight), rank=rank)
-    return augment_input(x, h, slots, pairs=len(pairs), rank=rank), augment_weight(weight, b, u)
+    u = factor(seed=seed, step=step, stream=streams.b_u, pairs=members >> 1, length=len(weight), rank=rank)
+    slots = torch.arange(len(x), device=x.device)
+    return augment_input(x, h, slots, pairs=len(x), rank=rank), augment_weight(weight, b, u)
 
 
 def population_linear_augmented(
@@ -136,7 +135,7 @@ def population_linear_augmented(
     members: torch.Tensor,
     streams: Streams,
     seed: int,
-    step: int,
+    step: int | torch.Tensor,
     sigma: float,
     rank: int,
     scale: float = 1.0,
@@ -144,8 +143,8 @@ def population_linear_augmented(
     """`population_linear_ref` by one `F.linear` over augmented operands. Same arguments.
 
     Less accurate than `population_linear`: the module says by how much. The same call gives the same bits where the
-    device's GEMM does; a row's last bits may depend on its batch mates, as P and the row's place among them set the
-    order of the sum.
+    device's GEMM does; a row's last bits may depend on the batch, as B and the row's place in it set the order of the
+    sum. Nothing waits for the device.
 
     Returns:
         [B, ..., out], dtype of x.
@@ -155,7 +154,8 @@ def population_linear_augmented(
         RuntimeError: x requires a gradient, which this path does not have.
     """
     check_linear(x, weight, bias, a, b, members)
-    key_words(seed, step)
+    if not isinstance(step, torch.Tensor):  # to look at a tensor is to wait for the device
+        key_words(seed, step)
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("x: requires a gradient, which the augmented path does not have; call it under no_grad")
     t = x.shape[1:-1].numel()

@@ -6,6 +6,9 @@ A launch takes the first entry of its op whose `when` holds: by name a value, or
 The last entry has none. No condition is of the batch: settings fix the order in which a row is summed, and that may not
 depend on its batch mates.
 
+A file may also choose between paths to one result, {"paths": {op: [{"when": {..}, "path": name}, ..]}}: again the first
+entry that holds, and without one the default.
+
 The file is the one that ESENGINE_KERNEL_CONFIGS names, or `configs/<device>.json`, which `bench/tune.py` makes, or
 `configs/default.json` where there is none for the device.
 """
@@ -16,6 +19,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +73,17 @@ OPS = {
 """By name, as the launchers ask for them."""
 
 
+class Paths(NamedTuple):
+    """The ways that an op has, the default first, and the names that `when` may use for it."""
+
+    conditions: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+PATHS = {"population_linear": Paths(("dtype", "t", "k", "n"), ("epilogue", "augmented"))}
+"""By op: expand in the GEMM's epilogue, or as columns of a longer K."""
+
+
 def settings(op: str, device: torch.device, **conditions: str | int | bool) -> dict[str, int]:
     """The launch settings of one launch of `op`, by the file of its device.
 
@@ -83,20 +98,26 @@ def settings(op: str, device: torch.device, **conditions: str | int | bool) -> d
     return dict(_match(config_file(device), op, tuple(conditions.items())))
 
 
+def path(op: str, device: torch.device, **conditions: str | int | bool) -> str:
+    """The path that `op`, of `PATHS`, takes at one shape, by the file of its device. As `settings`."""
+    return _path(config_file(device), op, tuple(conditions.items()))
+
+
 def describe(device: torch.device) -> dict[str, str]:
     """For the record of a result: the file's name, 12 digits of its SHA-256, and 12 of the order of sums it implies.
 
     Results of one device, with other versions equal, can be bit-identical only where `order` is. Raises as `settings`.
     """
-    path = config_file(device)
-    ordered = {
+    file = config_file(device)
+    document = load(file)
+    ordered = document.get("paths", {}) | {
         name: [[entry["when"], {s: entry["launch"][s] for s in OPS[name].order}] for entry in entries]
-        for name, entries in load(path)["ops"].items()
+        for name, entries in document["ops"].items()
         if OPS[name].order
     }
     return {
-        "file": path.name if path.parent == FOLDER else str(path),
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:12],
+        "file": file.name if file.parent == FOLDER else str(file),
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest()[:12],
         "order": hashlib.sha256(json.dumps(ordered, sort_keys=True).encode()).hexdigest()[:12],
     }
 
@@ -147,8 +168,19 @@ def _device_file(device: torch.device) -> Path:
 def _match(path: Path, op: str, conditions: tuple[tuple[str, str | int | bool], ...]) -> dict[str, int]:
     values = dict(conditions)
     assert set(values) == set(OPS[op].conditions)
-    entries = load(path)["ops"][op]
-    return next(e["launch"] for e in entries if all(_holds(rule, values[name]) for name, rule in e["when"].items()))
+    return next(_holding(load(path)["ops"][op], values))["launch"]
+
+
+@functools.cache
+def _path(file: Path, op: str, conditions: tuple[tuple[str, str | int | bool], ...]) -> str:
+    values = dict(conditions)
+    assert set(values) == set(PATHS[op].conditions)
+    entries = load(file).get("paths", {}).get(op, [])
+    return next(_holding(entries, values), {"path": PATHS[op].names[0]})["path"]
+
+
+def _holding(entries: list[dict], values: dict[str, str | int | bool]) -> Iterator[dict]:
+    return (e for e in entries if all(_holds(rule, values[name]) for name, rule in e["when"].items()))
 
 
 def _holds(rule: Any, value: str | int | bool) -> bool:
@@ -159,7 +191,7 @@ def _holds(rule: Any, value: str | int | bool) -> bool:
 
 
 def _check(document: Any) -> None:
-    _keys("file", document, {"made", "ops"}, {"made", "ops"})
+    _keys("file", document, {"made", "ops"}, {"made", "ops", "paths"})
     made, ops = document["made"], document["ops"]
     _keys("made", made, {"command", "device", "arch"})
     arch = made["arch"]
@@ -169,13 +201,22 @@ def _check(document: Any) -> None:
         _expect(op, isinstance(entries, list) and bool(entries), "a list of entries", entries)
         for i, entry in enumerate(entries):
             _keys(f"{op}[{i}]", entry, {"when", "launch"})
-            _check_when(f"{op}[{i}].when", entry["when"], OPS[op])
+            _check_when(f"{op}[{i}].when", entry["when"], OPS[op].conditions)
             _check_launch(f"{op}[{i}].launch", entry["launch"], OPS[op])
         _keys(f"{op}[{len(entries) - 1}].when", entries[-1]["when"], set(), set())  # the last is for every launch
+    paths = document.get("paths", {})
+    _keys("paths", paths, set(), set(PATHS))
+    for op, entries in paths.items():
+        _expect(f"paths.{op}", isinstance(entries, list), "a list of entries", entries)
+        for i, entry in enumerate(entries):
+            _keys(f"paths.{op}[{i}]", entry, {"when", "path"})
+            _check_when(f"paths.{op}[{i}].when", entry["when"], PATHS[op].conditions)
+            names = PATHS[op].names
+            _expect(f"paths.{op}[{i}].path", entry["path"] in names, f"one of {', '.join(names)}", entry["path"])
 
 
-def _check_when(place: str, when: Any, op: Op) -> None:
-    _keys(place, when, set(), set(op.conditions))
+def _check_when(place: str, when: Any, conditions: tuple[str, ...]) -> None:
+    _keys(place, when, set(), set(conditions))
     for name, rule in when.items():
         if name == "dtype":
             _expect(f"{place}.dtype", rule in DTYPES, f"one of {', '.join(DTYPES)}", rule)

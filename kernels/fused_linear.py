@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 
 from esengine.kernels import configs
-from esengine.kernels.adapters import Adapters, Perturbation, step_tensor
-from esengine.kernels.noise import INTERPRET, factor_ref, padded_rank, signed64, triton
+from esengine.kernels.adapters import Adapters, Perturbation
+from esengine.kernels.noise import INTERPRET, factor_ref, padded_rank, signed64, step_tensor, triton
 from esengine.kernels.shrink import check_then, shares_ref
 
 if triton is not None:

@@ -94,6 +94,20 @@ def uses_triton(device: torch.device | str) -> bool:
     return triton is not None and (INTERPRET or torch.device(device).type == "cuda")
 
 
+def step_tensor(step: int | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """int64 [1] on `device`: the tensor itself, or an int filled in by a launch, with no copy from the host.
+
+    Raises:
+        ValueError: a tensor of another shape, dtype or device.
+    """
+    if not isinstance(step, torch.Tensor):
+        return torch.full((1,), step, dtype=torch.int64, device=device)
+    if step.shape != (1,) or step.dtype != torch.int64 or step.device != device:
+        dtype = str(step.dtype).removeprefix("torch.")
+        raise ValueError(f"step: expected int64 [1] on {device}, got {dtype} {list(step.shape)} on {step.device}")
+    return step
+
+
 if triton is not None:
 
     @triton.jit
@@ -140,25 +154,32 @@ if triton is not None:
         """index * stride in 64 bits: activations and weights pass 2^31 elements."""
         return index.to(tl.int64) * stride
 
-    @triton.jit(do_not_specialize=["step"])
+    @triton.jit(do_not_specialize_on_alignment=["step_ptr"])
     def _normals_kernel(
-        out_ptr, streams_ptr, pairs_ptr, seed: tl.int64, step: tl.int64, count, stride_op, BLOCK: tl.constexpr
+        out_ptr, streams_ptr, pairs_ptr, step_ptr, seed: tl.int64, count, stride_op, BLOCK: tl.constexpr
     ):
         row = tl.program_id(0)
         first = tl.program_id(1) * BLOCK
         stream, pair = tl.load(streams_ptr + row), tl.load(pairs_ptr + row)
-        noise = tl.reshape(noise_rows(seed, step, stream, pair, first, BLOCK, 1), (BLOCK,))
+        noise = tl.reshape(noise_rows(seed, tl.load(step_ptr), stream, pair, first, BLOCK, 1), (BLOCK,))
         e = first + tl.arange(0, BLOCK)
         tl.store(out_ptr + offset(row, stride_op) + e, noise, mask=e < count)
 
 
 def normals(
-    *, seed: int, step: int, streams: torch.Tensor, pairs: torch.Tensor, count: int, device: torch.device | str = "cpu"
+    *,
+    seed: int,
+    step: int | torch.Tensor,
+    streams: torch.Tensor,
+    pairs: torch.Tensor,
+    count: int,
+    device: torch.device | str = "cpu",
 ) -> torch.Tensor:
     """`normals_ref` by the fastest way the device has: a Triton kernel on a GPU, torch elsewhere. Same arguments."""
     if not uses_triton(device):
         return normals_ref(seed=seed, step=step, streams=streams, pairs=pairs, count=count, device=device)
-    key_words(seed, step)
+    if not isinstance(step, torch.Tensor):  # to look at a tensor is to wait for the device
+        key_words(seed, step)
     streams, pairs = streams.to(device).contiguous(), pairs.to(device).contiguous()
     out = torch.empty(len(pairs), count, dtype=torch.float32, device=device)
     if out.numel():
@@ -166,12 +187,15 @@ def normals(
         grid = (len(pairs), triton.cdiv(count, block))
         with torch.cuda.device_of(out):
             _normals_kernel[grid](
-                out, streams, pairs, seed=signed64(seed), step=step, count=count, stride_op=out.stride(0), BLOCK=block
-            )
+                out, streams, pairs, step_tensor(step, out.device),
+                seed=signed64(seed), count=count, stride_op=out.stride(0), BLOCK=block,
+            )  # fmt: skip
     return out
 
 
-def factor(*, seed: int, step: int, stream: int, pairs: torch.Tensor, length: int, rank: int) -> torch.Tensor:
+def factor(
+    *, seed: int, step: int | torch.Tensor, stream: int, pairs: torch.Tensor, length: int, rank: int
+) -> torch.Tensor:
     """`factor_ref` by the fastest way the device has. Same arguments."""
     kp = padded_rank(rank)
     streams = torch.full_like(pairs, stream)
@@ -217,13 +241,19 @@ def quads_ref(*, seed: int, step: int, quads: torch.Tensor, streams: torch.Tenso
 
 
 def normals_ref(
-    *, seed: int, step: int, streams: torch.Tensor, pairs: torch.Tensor, count: int, device: torch.device | str = "cpu"
+    *,
+    seed: int,
+    step: int | torch.Tensor,
+    streams: torch.Tensor,
+    pairs: torch.Tensor,
+    count: int,
+    device: torch.device | str = "cpu",
 ) -> torch.Tensor:
     """The first `count` normals of each of P (stream, pair): the contract, in torch.
 
     Args:
         seed: the run's seed, in [0, 2^64).
-        step: in [0, 2^32).
+        step: in [0, 2^32); also as int64 [1] on `device`, which the Triton path reads there.
         streams: int64 [P], values in [0, 2^32).
         pairs: int64 [P], values in [0, 2^32).
         count: normals in each row.
@@ -234,10 +264,12 @@ def normals_ref(
     """
     quads = torch.arange((count + 3) // 4, device=device)
     streams, pairs = streams.to(device)[:, None], pairs.to(device)[:, None]
-    return quads_ref(seed=seed, step=step, quads=quads, streams=streams, pairs=pairs).flatten(1)[:, :count]
+    return quads_ref(seed=seed, step=int(step), quads=quads, streams=streams, pairs=pairs).flatten(1)[:, :count]
 
 
-def factor_ref(*, seed: int, step: int, stream: int, pairs: torch.Tensor, length: int, rank: int) -> torch.Tensor:
+def factor_ref(
+    *, seed: int, step: int | torch.Tensor, stream: int, pairs: torch.Tensor, length: int, rank: int
+) -> torch.Tensor:
     """One low-rank factor for each of P pairs, on the device of `pairs`: float32 [P, length, rank]."""
     kp = padded_rank(rank)
     streams = torch.full_like(pairs, stream)

@@ -20,7 +20,9 @@ Source: Sarkar et al., "Evolution Strategies at the Hyperscale" (arXiv 2511.1665
 import torch
 import torch.nn.functional as F
 
-from esengine.kernels.adapters import Adapters, Perturbation, stream_table
+from esengine.kernels import configs
+from esengine.kernels.adapters import Adapters, Perturbation, check_linear, stream_table
+from esengine.kernels.augmented_linear import population_linear_augmented
 from esengine.kernels.fused_linear import fused_linear
 from esengine.kernels.noise import Streams, factor, factor_ref, key_words, signed_sigma, uses_triton
 from esengine.kernels.shrink import shrink
@@ -44,7 +46,8 @@ def population_linear_triton(
     """The Triton path: shrink, then a GEMM whose epilogue rebuilds U' and expands. Arguments as in the reference.
 
     Deterministic; a row's result depends on T, not on its batch mates. The LoRA columns stay in fp32, but for the
-    expand of a half-precision x, which rounds them to tf32.
+    expand of a half-precision x, which rounds them to tf32. Where the device's launch settings say so for a shape,
+    `population_linear_augmented` instead, with its own accuracy.
     """
     check_linear(x, weight, bias, a, b, members)
     if not isinstance(step, torch.Tensor):  # to look at a tensor is to wait for the device
@@ -54,6 +57,10 @@ def population_linear_triton(
     if x.numel() == 0 or len(weight) == 0:
         return x.new_empty(*x.shape[:-1], len(weight))
     x_btk = x.reshape(len(x), -1, x.shape[-1])
+    shape = dict(dtype=configs.named(x.dtype), t=x_btk.shape[1], k=x.shape[-1], n=len(weight))
+    if configs.path("population_linear", x.device, **shape) == "augmented":
+        noise = dict(members=members, streams=streams, seed=seed, step=step, sigma=sigma, rank=rank, scale=scale)
+        return population_linear_augmented(x, weight, bias, a, b, **noise)
     adapters = Adapters(a, b, stream_table((streams,), x.device), scale)
     perturbation = Perturbation(members.contiguous(), seed, step, sigma, rank)
     _, h = shrink(x_btk, adapters, perturbation)
@@ -185,28 +192,3 @@ def population_linear_ref(
 
 def _float(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.float()
-
-
-def check_linear(x, weight, bias, a, b, members) -> None:
-    def fail(name, expected, tensor):
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        raise ValueError(f"{name}: expected {expected}, got {dtype} {list(tensor.shape)} on {tensor.device}")
-
-    if weight.dim() != 2:
-        fail("weight", "[out, in]", weight)
-    n, k = weight.shape
-    if x.dim() < 2 or x.shape[-1] != k or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        fail("x", f"float32, bfloat16 or float16 [B, ..., {k}]", x)
-    if weight.dtype != x.dtype or weight.device != x.device:
-        fail("weight", f"{str(x.dtype).removeprefix('torch.')} [out, in] on {x.device}", weight)
-    if bias is not None and (bias.shape != (n,) or bias.dtype != x.dtype or bias.device != x.device):
-        fail("bias", f"{str(x.dtype).removeprefix('torch.')} [{n}] on {x.device}", bias)
-    if (a is None) != (b is None):
-        raise ValueError("a, b: expected both tensors or both None, got one of each")
-    if a is not None:
-        if a.dim() != 2 or a.shape[1] != k or a.dtype != torch.float32 or a.device != x.device:
-            fail("a", f"float32 [r, {k}] on {x.device}", a)
-        if b.shape != (n, len(a)) or b.dtype != torch.float32 or b.device != x.device:
-            fail("b", f"float32 [{n}, {len(a)}] on {x.device}", b)
-    if members.shape != x.shape[:1] or members.dtype != torch.int64 or members.device != x.device:
-        fail("members", f"int64 [{len(x)}] on {x.device}", members)

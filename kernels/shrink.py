@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 
 from esengine.kernels import configs
-from esengine.kernels.adapters import Adapters, Perturbation, step_tensor
-from esengine.kernels.noise import INTERPRET, factor_ref, padded_rank, signed64, signed_sigma, triton
+from esengine.kernels.adapters import Adapters, Perturbation
+from esengine.kernels.noise import INTERPRET, factor_ref, padded_rank, signed64, signed_sigma, step_tensor, triton
 
 if triton is not None:
     import triton.language as tl
@@ -95,7 +95,7 @@ if triton is not None:
     def _shrink_kernel(
         x_ptr, shift_ptr, scale_ptr, a_ptr, streams_ptr, members_ptr, step_ptr, x_out_ptr, h_ptr,
         T,
-        stride_xb, stride_xt, stride_xk, stride_sb, stride_ar, stride_ak,
+        stride_xb, stride_xt, stride_xk, stride_sb, stride_cb, stride_ar, stride_ak,
         sigma, lora_scale, eps,
         seed: tl.int64,
         K: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, KP: tl.constexpr, CP: tl.constexpr,
@@ -131,7 +131,7 @@ if triton is not None:
             mask = (t[:, None] < T) & (k[None, :] < K)
             x = tl.load(x_rows + offset(k, stride_xk)[None, :], mask=mask, other=0.0).to(tl.float32)
             if MODULATED:
-                scale = tl.load(scale_ptr + offset(b, stride_sb) + k, mask=k < K, other=0.0).to(tl.float32)
+                scale = tl.load(scale_ptr + offset(b, stride_cb) + k, mask=k < K, other=0.0).to(tl.float32)
                 shift = tl.load(shift_ptr + offset(b, stride_sb) + k, mask=k < K, other=0.0).to(tl.float32)
                 x = (x - mean[:, None]) * rstd[:, None] * (1 + scale)[None, :] + shift[None, :]
                 x = tl.where(mask, x, 0.0).to(x_out_ptr.dtype.element_ty)
@@ -218,7 +218,8 @@ def shrink(
     with torch.cuda.device_of(x):
         _shrink_kernel[(batch, triton.cdiv(t, config["BLOCK_T"]))](
             x, shift, scale, a, adapters.streams, perturbation.members, step, x_out, x if h is None else h,
-            T=t, stride_xb=x.stride(0), stride_xt=x.stride(1), stride_xk=x.stride(2), stride_sb=shift.stride(0),
+            T=t, stride_xb=x.stride(0), stride_xt=x.stride(1), stride_xk=x.stride(2),
+            stride_sb=shift.stride(0), stride_cb=scale.stride(0),
             stride_ar=a.stride(0), stride_ak=a.stride(1),
             sigma=float(signed_sigma(torch.tensor(0), perturbation.sigma, rank)), lora_scale=adapters.scale, eps=eps,
             seed=signed64(perturbation.seed),

@@ -28,7 +28,7 @@ class Decoder:
     def __init__(self, vae: AutoencoderDC, *, channels_last: bool = False, compile_backend: str = "inductor"):
         self.channels_last, self.compile_backend = channels_last, compile_backend
         self.vae = vae.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-        self._captured: tuple[tuple[int, ...], graphs.Graphs] | None = None
+        self._captured: tuple[graphs.Places, graphs.Graphs] | None = None
 
     @torch.no_grad()
     def __call__(self, x0_bchw: torch.Tensor, *, chunk: int, mode: str = "eager") -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,16 +71,10 @@ class Decoder:
         return torch.compile(self._pixels, backend=self.compile_backend, dynamic=False)
 
     def _graphed(self, z_bchw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        weights = addresses(self.vae)
-        if self._captured is None or self._captured[0] != weights:  # moved or cast since
-            self._captured = weights, graphs.Graphs(self._session)
+        if self._captured is None or not self._captured[0].hold():  # moved or cast since
+            self._captured = graphs.Places(self.vae), graphs.Graphs(self._session)
         return self._captured[1](z_bchw)
 
     @contextmanager
     def _session(self, z_bchw: torch.Tensor) -> Iterator[graphs.Compute]:
         yield lambda: self._pixels(z_bchw)
-
-
-def addresses(module: torch.nn.Module) -> tuple[int, ...]:
-    """Where the module's tensors lie: as long as this is the same, what was captured of it is right."""
-    return tuple(tensor.data_ptr() for kind in (module.parameters(), module.buffers()) for tensor in kind)

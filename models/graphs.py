@@ -44,6 +44,8 @@ class Recorded:
 class Graphs:
     """One computation, replayed. The graphs share one memory pool and must not run at the same time.
 
+    All are captured on one stream, since the allocator gives a freed block of a pool to the stream it was of alone.
+
     Args:
         session: Called with the inputs of a call, or with buffers of their shapes.
         limit: Shapes to keep; the one that was not used for longest goes first.
@@ -54,6 +56,7 @@ class Graphs:
             raise ValueError(f"limit: expected at least 1, got {limit}")
         self.session, self.limit = session, limit
         self._shapes: OrderedDict[tuple, Recorded | None] = OrderedDict()  # None: seen once
+        self._stream: Any = None
 
     @property
     def captured(self) -> int:
@@ -97,7 +100,9 @@ class Graphs:
             buffer.copy_(tensor)
         try:
             with self.session(*buffers) as compute:
-                outputs, replay, pool = record(compute, pool, buffers[0].device)
+                if self._stream is None:
+                    self._stream = side_stream(buffers[0].device)
+                outputs, replay, pool = record(compute, pool, self._stream)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -107,29 +112,55 @@ class Graphs:
         return Recorded(buffers, outputs, replay, pool)
 
 
+class Places:
+    """Where a module's tensors lie: as long as it holds, what was captured of the module is right.
+
+    The tree of modules is walked once. A look later goes through the dicts found then, in which tensors that are moved,
+    cast or exchanged show, and modules that are exchanged.
+    """
+
+    def __init__(self, module: torch.nn.Module):
+        modules = list(module.modules())
+        self._children = [each._modules for each in modules if each._modules]
+        self._tensors = [kind for each in modules for kind in (each._parameters, each._buffers)]
+        self._seen = self._look()
+
+    def hold(self) -> bool:
+        """Whether all is where it was when this was made, of the dtype that it had."""
+        return self._look() == self._seen
+
+    def _look(self) -> tuple[list, list]:
+        tensors = [(t.data_ptr(), t.dtype) for kind in self._tensors for t in kind.values() if t is not None]
+        return [child for each in self._children for child in each.values()], tensors
+
+
 def supported(device: torch.device) -> bool:
     """Whether there are graphs, and streams, on a device."""
     return device.type == "cuda"
 
 
-def record(compute: Compute, pool: Any, device: torch.device) -> tuple[Any, Callable[[], None], Any]:
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream to keep: memory that was used on it serves no other, so each new one would take its own."""
+    return torch.cuda.Stream(device)
+
+
+def record(compute: Compute, pool: Any, stream: torch.cuda.Stream) -> tuple[Any, Callable[[], None], Any]:
     """Captures `compute`, after one run that compiles what it launches.
 
     Args:
         compute: Without arguments; it must not wait for the device.
         pool: Of a graph to share memory with, or None.
-        device: A CUDA device.
+        stream: To run and capture it on, other than the current one, which waits for the run.
 
     Returns:
         What `compute` gave, which a replay overwrites; the replay; the graph's pool.
     """
-    with torch.cuda.device(device):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+    with torch.cuda.device(stream.device):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             compute()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             outputs = compute()
     return outputs, graph.replay, graph.pool()

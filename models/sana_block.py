@@ -3,7 +3,7 @@
     x, h  = shrink(LayerNorm(z) (1 + scale) + shift)           low-rank columns of to_q, to_k, to_v
     q|k|v = x [W_q | W_k | W_v]^T + expand(h)                  one stacked GEMM
     z    += gate to_out(linear_attention(q, k, v))             gate and residual in the epilogue
-    z    += to_out(softmax(to_q(z) to_k(text)^T) to_v(text))   on trimmed text
+    z    += to_out(softmax(rms(to_q(z)) rms(to_k(text))^T) to_v(text))   on trimmed text; torch's RMS norm, one launch
     z    += gate GLUMBConv(LayerNorm(z) (1 + scale) + shift)   SiLU in the first GEMM, gate and residual in the last
 
     text  = linear_2(GELU(linear_1(text)))                     before the first block, GELU in the epilogue
@@ -111,10 +111,7 @@ class FusedBlock:
     def __init__(self, block: nn.Module, keys: Perturbation):
         """Raises ValueError for a block with parts that the launches do not have."""
         attention, cross = block.attn1, block.attn2
-        extras = cross is None or not _plain(block.ff)
-        norms = attention.norm_q, attention.norm_k
-        rms = all(isinstance(n, RMSNorm) and n.weight is not None and n.bias is None for n in norms)
-        extras |= not (rms and norms[0].eps == norms[1].eps) and norms != (None, None)
+        extras = cross is None or not (_plain(block.ff) and _alike(attention) and _alike(cross))
         extras |= attention.inner_dim // attention.heads > 64 or "forward" in vars(block)  # such as a hook's
         if extras or block.norm2.elementwise_affine or cross.rescale_output_factor != 1:
             raise ValueError(f"block: expected SANA-Sprint's, got {block}")
@@ -136,6 +133,7 @@ class FusedBlock:
         block, keys = self.module, self.keys
         attention, cross, conv = block.attn1, block.attn2, block.ff
         _check(keys, z_btd, text_blc)
+        z_btd = z_btd.contiguous()  # the first block's has the patches' layout; the residual is copied either way
         table_b6d = block.scale_shift_table[None] + timestep.reshape(len(z_btd), 6, -1)
         shift, scale, gate, shift_ff, scale_ff, gate_ff = table_b6d.unbind(1)
 
@@ -151,7 +149,7 @@ class FusedBlock:
 
         q, (k, v) = self.q(z_btd, keys, shares=shares)[0], self.kv(text_blc, keys)[0].chunk(2, -1)
         if cross.norm_q is not None:
-            q, k = cross.norm_q(q), cross.norm_k(k)
+            q, k = (F.rms_norm(y, n.dim, n.weight, n.eps) for y, n in ((q, cross.norm_q), (k, cross.norm_k)))
         q, k, v = (y.unflatten(-1, (cross.heads, -1)).transpose(1, 2) for y in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if text_mask is None else text_mask[:, None])
         z_btd, _ = self.cross_out(y.transpose(1, 2).flatten(2), keys, residual=z_btd)
@@ -204,6 +202,13 @@ def _check(keys: Perturbation, *states: torch.Tensor) -> None:
         raise ValueError(f"members: expected one for each batch row, {given}")
     if torch.is_grad_enabled() and any(x.requires_grad for x in states):
         raise RuntimeError("hidden states: fused blocks have no gradient; call them under torch.no_grad")
+
+
+def _alike(attention: nn.Module) -> bool:
+    """Whether q and k have RMS norms with weights over all heads, of one eps, or both have none."""
+    norms = attention.norm_q, attention.norm_k
+    rms = all(isinstance(n, RMSNorm) and n.weight is not None and n.bias is None for n in norms)
+    return norms == (None, None) or (rms and norms[0].eps == norms[1].eps)
 
 
 def _plain(conv: nn.Module) -> bool:

@@ -11,6 +11,7 @@ import gc
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from esengine.errors import ConfigError
 from esengine.kernels import key_words
 from esengine.models import graphs
 from esengine.models.checks import Describe, FiniteChecks
-from esengine.models.decoder import Decoder, addresses
+from esengine.models.decoder import Decoder
 from esengine.models.latents import latents
 from esengine.models.loading import READ_ERRORS, download, first_line, fits, load, load_vae, locate
 from esengine.models.lora_file import WEIGHT_NAME
@@ -69,7 +70,7 @@ class SanaSprint:
         self._identity = identity
         self._local_files_only = local_files_only
         self._vae_identity = vae_identity
-        self._captured: tuple[tuple, graphs.Graphs | None] | None = None
+        self._captured: tuple[tuple, graphs.Graphs | None, graphs.Places] | None = None
         self._checks = FiniteChecks()
 
     @property
@@ -254,7 +255,7 @@ class SanaSprint:
             for prompts, repeats, members in chunks:
                 yield self.render(texts, prompts=prompts, repeats=repeats, members=members, **keys)
             return
-        main, side, waiting = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device), None
+        main, side, waiting = torch.cuda.current_stream(self.device), self._side, None
 
         def ready(images: torch.Tensor, good: torch.Tensor, describe, decoded: torch.cuda.Event) -> torch.Tensor:
             main.wait_event(decoded)
@@ -263,18 +264,25 @@ class SanaSprint:
             self._checks(good, describe)
             return images
 
-        for prompts, repeats, members in chunks:
-            x0_bchw = self.denoise(texts, prompts=prompts, repeats=repeats, members=members, **keys)
-            side.wait_stream(main)
-            with torch.cuda.stream(side):
-                images, good = self.decoder(x0_bchw, chunk=settings.decode_chunk, mode=settings.decode)
-                decoded = side.record_event()
-            x0_bchw.record_stream(side)
+        try:
+            for prompts, repeats, members in chunks:
+                x0_bchw = self.denoise(texts, prompts=prompts, repeats=repeats, members=members, **keys)
+                side.wait_stream(main)
+                with torch.cuda.stream(side):
+                    images, good = self.decoder(x0_bchw, chunk=settings.decode_chunk, mode=settings.decode)
+                    decoded = side.record_event()
+                x0_bchw.record_stream(side)
+                if waiting is not None:
+                    yield ready(*waiting)
+                waiting = images, good, _describe(texts, step, prompts, members), decoded
             if waiting is not None:
                 yield ready(*waiting)
-            waiting = images, good, _describe(texts, step, prompts, members), decoded
-        if waiting is not None:
-            yield ready(*waiting)
+        finally:
+            main.wait_stream(side)  # a caller that stops early leaves a decode whose graph may be replayed next
+
+    @cached_property
+    def _side(self) -> torch.cuda.Stream:
+        return graphs.side_stream(self.device)
 
     @torch.no_grad()
     def denoise(
@@ -388,11 +396,11 @@ class SanaSprint:
         found = None
         if graphs.supported(self.device):
             layers = tuple((layer.disable_adapters, layer.scale) for layer in population.layers.values())
-            state = population, population.noise, layers, population.backend, addresses(self.transformer)
-            if self._captured is None or self._captured[0] != state:
+            state = population, population.noise, layers, population.backend
+            if self._captured is None or self._captured[0] != state or not self._captured[2].hold():
                 found = graphs.Graphs(self._session(population)) if self.fuses(population) else None
-                # stacking q, k and v may have moved weights just now
-                self._captured = (*state[:-1], addresses(self.transformer)), found
+                # places now: stacking q, k and v may just have moved weights
+                self._captured = state, found, graphs.Places(self.transformer)
             found = self._captured[1]
         if found is None and settings.graphs == "always":
             raise ConfigError(f"graphs: always needs fused blocks on a CUDA device, the model is on {self.device}")

@@ -1,6 +1,7 @@
 import pytest
 import record
 import roofline
+import suite_decode
 import torch
 
 
@@ -19,6 +20,53 @@ def test_direct_form_has_no_mix_and_no_adapter():
     work = roofline.population_linear_work(**sizes, members=2, r=0, k=1)
     assert work.flops - plain.flops == 2 * 4 * (8 + 4)
     assert work.bytes - plain.bytes == 8 * 2
+
+
+def test_a_linear_in_parts_is_the_linear_and_its_h_written_and_read():
+    low = dict(members=2, r=2, k=1)
+    whole = roofline.population_linear_work(rows=4, n_in=8, n_out=4, itemsize=2, **low)
+    shrink = roofline.shrink_work(rows=4, n_in=8, targets=1, itemsize=2, **low)
+    expand = roofline.fused_linear_work(rows=4, n_in=8, n_out=4, targets=1, itemsize=2, **low)
+    assert shrink.flops + expand.flops == whole.flops
+    # x twice, h written and read; of the noise, U and V' are in neither
+    assert shrink.bytes + expand.bytes == whole.bytes + 2 * 32 + 2 * 4 * 4 * 3 - 8 * 2
+    assert shrink.operations + expand.operations == 3 * (83 + 4 * 33)
+
+
+def test_work_of_a_block_by_hand():
+    plain = roofline.shrink_work(rows=4, members=2, n_in=8, targets=0, itemsize=2, modulated=True)
+    assert plain == roofline.Work(0, 5 * 32, 2 * (2 * 32 + 2 * 2 * 8))
+    # three shares of three columns of four rows, and h
+    assert roofline.mix_work(rows=4, parts=3, r=2, k=1) == roofline.Work(2 * 4 * 9, 36, 4 * 12 * 4)
+    sizes = dict(rows=4, members=2, n_in=8, n_out=4, itemsize=2)
+    bare = roofline.fused_linear_work(**sizes)
+    assert bare == roofline.linear_work(rows=4, n_in=8, n_out=4, itemsize=2)
+    ended = roofline.fused_linear_work(**sizes, residual=True, gated=True, r=2, k=1, then=3, parts=2)
+    assert ended.bytes - bare.bytes == 2 * (16 + 8) + 4 * 4 * 2 * 3
+    assert ended.flops - bare.flops == 2 * 4 * 4 * 3
+    # two tokens look at three words in two heads of four
+    cross = roofline.cross_attention_work(batch=1, tokens=2, text=3, heads=2, width=4, itemsize=2)
+    assert cross == roofline.Work(4 * 2 * 3 * 2 * 4, 5 * 12, 2 * 2 * (2 + 3) * 8)
+    shares = roofline.linear_attention_work(batch=1, tokens=2, heads=2, width=4, itemsize=2, then=3)
+    assert shares.bytes == 4 * (4 * 2 * 4 + 4 * 3)
+    assert roofline.norm_work(rows=2, columns=4, itemsize=2).bytes == 2 * (8 + 8 + 4)
+
+
+def test_products_of_a_module_are_counted_without_running_it():
+    x, w = torch.empty(4, 8, device="meta"), torch.empty(4, 8, device="meta")
+    work = roofline.products(lambda: torch.nn.functional.linear(x, w).relu())
+    assert work == roofline.Work(2 * 4 * 8 * 4, 0, 4 * (32 + 32 + 16))
+
+
+def test_decoder_and_scorer_are_those_of_the_published_configurations():
+    small, large = (suite_decode.decode_work("full", pixels, 1) for pixels in (512, 1024))
+    assert small.flops == pytest.approx(2.092e12, rel=1e-3)
+    assert large.flops == pytest.approx(4 * small.flops, rel=1e-3)
+    assert suite_decode.decode_work("full", 1024, 1, lite=True).flops < large.flops
+    one, many = (suite_decode.score_work("full", images) for images in (1, 8))
+    assert one.flops == pytest.approx(0.3346e12, rel=1e-3)
+    assert many.flops == 8 * one.flops
+    assert many.bytes < 8 * one.bytes  # the weights are read once
 
 
 def test_share_is_of_the_tightest_ceiling():

@@ -64,6 +64,33 @@ def test_a_candidate_is_what_launches_take(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_the_clock_sees_calls_alone(tmp_path, monkeypatch):
+    task = tune.tasks(tune.SCALES["full"])[0]
+    launches, seen = tune.candidates(task, 2), []
+
+    def call():
+        seen.append(configs.settings(task.op, torch.device("cpu"), **task.values))
+        return torch.ones(2)
+
+    def clocked(variants, rounds, **options):
+        for variant in variants.values():
+            variant()
+        seen.clear()
+        with monkeypatch.context() as timed:  # from here on nothing is read, written or made into text
+            for owner, name in ((Path, "read_text"), (Path, "write_text"), (json, "dumps"), (json, "loads")):
+                timed.setattr(owner, name, None)
+            for variant in reversed(variants.values()):
+                variant()
+        return {name: {"median": 1.0 + int(name)} for name in variants}
+
+    monkeypatch.setattr(tune.clock, "interleaved", clocked)
+    toy = task._replace(build=lambda rows, device: (call, lambda: torch.ones(2)))
+    entry = tune.measure(toy, launches, tune.SCALES["tiny"], torch.device("cpu"), tmp_path)
+    assert seen == launches[::-1]
+    assert "launch" not in entry
+    assert configs.config_file(torch.device("cpu")) == configs.DEFAULT
+
+
 @pytest.mark.skipif(INTERPRET, reason="the interpreter compiles nothing")
 def test_the_gate_drops_what_spills_and_what_does_not_fit():
     scale = tune.SCALES["full"]

@@ -12,15 +12,26 @@ import torch
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 import aot  # noqa: E402
+import standin  # noqa: E402
 import triton.language as tl  # noqa: E402
+from peft import LoraConfig  # noqa: E402
 
-from esengine.kernels import configs  # noqa: E402
+import esengine  # noqa: E402
+from esengine.config import REFERENCE_TARGETS  # noqa: E402
+from esengine.kernels import configs, linear_streams, population_linear  # noqa: E402
+from esengine.models import sana_block  # noqa: E402
 
 SCRIPT = Path(aot.__file__)
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="compiled once, in the run without interpreter"
 )
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Not here: `with torch.device("meta")` knows torch.empty by the function that it is, and remembers it."""
+    torch.utils._device._device_constructors.cache_clear()
 
 
 @triton.jit
@@ -148,11 +159,113 @@ def test_a_devices_file_adds_the_launches_that_it_changes(monkeypatch, tmp_path)
         more = aot.launches()[len(usual) :]
         assert {launch.kernel.fn.__name__ for launch in more} == {"_update_kernel"}
         assert {(launch.file, launch.arch, launch.kwargs["num_warps"]) for launch in more} == {("toy_gpu.json", 90, 8)}
-        assert len(more) == len(list(aot.update_cases()))
+        assert len(more) == sum(launch.kernel.fn.__name__ == "_update_kernel" for launch in usual)
         row = aot.row_of(len(usual), 90)
         assert (row["file"], row["config"]["num_warps"], row["spills"]) == ("toy_gpu.json", 8, 0)
     finally:
         aot.launches.cache_clear()
+
+
+PLAIN = dict(G=1, EXPAND=True, ACTIVATION="none", RESIDUAL=False, GATED=False, THEN=False)
+FORWARD = [
+    # to_out of the attention, cross-attention's to_out, q|k|v, text's k|v, the Mix-FFN's two
+    ("_linear_kernel", PLAIN | dict(K=2240, HAS_BIAS=True, RESIDUAL=True, GATED=True, THEN=True), dict(T=256)),
+    ("_linear_kernel", PLAIN | dict(K=2240, HAS_BIAS=True, RESIDUAL=True), dict(T=256)),
+    ("_linear_kernel", PLAIN | dict(K=2240, HAS_BIAS=False, G=3), dict(T=256)),
+    ("_linear_kernel", PLAIN | dict(K=2240, HAS_BIAS=True, G=2), dict(T=40)),
+    ("_linear_kernel", PLAIN | dict(K=2240, HAS_BIAS=True, EXPAND=False, ACTIVATION="silu"), dict(T=256)),
+    ("_linear_kernel", PLAIN | dict(K=5600, EXPAND=False, HAS_BIAS=False, RESIDUAL=True, GATED=True), dict(T=256)),
+    # caption, time
+    ("_linear_kernel", PLAIN | dict(K=2304, HAS_BIAS=True, ACTIVATION="gelu_tanh", THEN=True), dict(T=40)),
+    ("_linear_kernel", PLAIN | dict(K=2240, HAS_BIAS=True), dict(T=40)),
+    ("_linear_kernel", PLAIN | dict(K=256, HAS_BIAS=True), dict(T=1)),
+    ("_shrink_kernel", dict(G=3, MODULATED=True), dict(stride_xk=1)),
+    ("_shrink_kernel", dict(G=2, MODULATED=False), dict(T=40)),
+    ("_mix_kernel", dict(PARTS=70), {}),
+    ("_mix_kernel", dict(PARTS=18), {}),
+    ("_attention_kernel", dict(T=256, THEN=True, HAS_NORM_K=True), {}),
+    ("_attention_kernel", dict(T=1024, THEN=True, HAS_NORM_K=True), {}),
+    ("_depthwise_gate_kernel", dict(W=32, C=5600), {}),
+]
+
+
+@pytest.mark.parametrize(("kernel", "compiled", "run"), FORWARD)
+def test_the_gate_compiles_what_a_forward_at_full_size_launches(kernel, compiled, run):
+    """Named one by one, as the forward's own record cannot show what is missing from it."""
+    found = [
+        launch
+        for launch in aot.launches()
+        if launch.kernel.fn.__name__ == kernel and launch.kwargs | compiled | run == launch.kwargs
+    ]
+    assert any(launch.reference and launch.shape.startswith("forward: ") for launch in found)
+
+
+def forward_launches():
+    with aot.recorded_launches() as noted:
+        for case in list(aot.forward_cases()):
+            case.call()
+    return noted
+
+
+def test_a_forward_expands_every_target_of_the_reference_run_once():
+    model = standin.transformer(device="meta", dtype=torch.bfloat16)
+    model.transformer_blocks = model.transformer_blocks[:2]
+    targets = len(esengine.attach(model, LoraConfig(target_modules=list(REFERENCE_TARGETS))).layers)
+    assert targets == 24
+    expanded = [kwargs["G"] for _, _, kwargs in forward_launches() if kwargs.get("EXPAND")]
+    assert sum(expanded) == 2 * targets  # at two sizes
+
+
+def test_what_the_block_launches_is_what_is_compiled(monkeypatch):
+    """The cases follow the block's own code."""
+    assert any(kwargs.get("THEN") for _, _, kwargs in forward_launches())
+    assert {kwargs.get("stride_xk", 1) for _, _, kwargs in forward_launches()} == {1}  # also of the first block
+    monkeypatch.setattr(sana_block, "takes_shares", lambda *args: False)
+    assert not any(kwargs.get("THEN") for _, _, kwargs in forward_launches())
+
+
+def perturbed_linear(n_in, tokens, step):
+    ids = aot.empty(6, dtype=torch.int64)
+    tensors = [aot.empty(*shape, dtype=torch.bfloat16) for shape in ((6, tokens, n_in), (64, n_in), (64,))]
+    adapter = aot.empty(2, n_in), aot.empty(64, 2)
+    keys = dict(members=ids, streams=linear_streams("x"), seed=0, step=step, sigma=1e-2, rank=1)
+    return population_linear(*tensors, *adapter, **keys)
+
+
+@pytest.mark.parametrize("step", [3, "tensor"])
+def test_the_settings_choose_the_augmented_path_by_shape(monkeypatch, tmp_path, step):
+    """On `meta`, where nothing has a value: what waited for the device, as a graph's capture must not, would fail."""
+    step = aot.empty(1, dtype=torch.int64) if step == "tensor" else step
+    contents = json.loads(configs.DEFAULT.read_text())
+    contents["paths"] = {"population_linear": [{"when": {"t": [17, None], "k": 128}, "path": "augmented"}]}
+    file = tmp_path / "paths.json"
+    file.write_text(json.dumps(contents))
+    monkeypatch.setenv(configs.OVERRIDE, str(file))
+
+    def launched(n_in, tokens):
+        with aot.recorded_launches() as noted:
+            y = perturbed_linear(n_in, tokens, step)
+        assert (y.shape, y.dtype) == ((6, tokens, 64), torch.bfloat16)
+        return [kernel.fn.__name__ for kernel, *_ in noted]
+
+    assert launched(128, 17) == ["_shrink_kernel", "_normals_kernel"]
+    assert launched(128, 16) == launched(64, 17) == ["_shrink_kernel", "_linear_kernel"]
+
+
+def test_launches_fold_only_into_one_kernel():
+    """By what Triton specialises on: constants, dtypes, ones, multiples of 16 and the width of an integer."""
+    first = aot.launches_with(configs.DEFAULT)[0]
+    values = {**first.kwargs, "stride_xb": 1 << 20, "T": 7}
+
+    def built(**changes):
+        return aot.built_for(first._replace(kwargs={**values, **changes}))
+
+    assert built() == built(stride_xb=16) == built(T=32) == built(sigma=3.0)
+    apart = [built(**{name: value}) for name, value in (("stride_xb", 17), ("stride_xb", 1), ("stride_xb", 1 << 40))]
+    apart += [built(), built(K=512), built(num_warps=8), built(sigma=3)]
+    assert len(set(apart)) == len(apart)
+    other = first._replace(args=(first.args[0].float(), *first.args[1:]))
+    assert aot.built_for(other) != aot.built_for(first)
 
 
 def test_every_kernel_compiles_without_a_fault(tmp_path):

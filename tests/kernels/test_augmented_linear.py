@@ -1,12 +1,16 @@
 """The linear over an augmented K: against the per-member reference, within the rounding of its low-rank columns."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from esengine.kernels import (
+    configs,
     factor_ref,
     linear_streams,
+    population_linear,
     population_linear_ref,
     shrink_ref,
     stream_table,
@@ -289,3 +293,42 @@ def test_it_takes_the_kernel_where_there_is_one(device, monkeypatch):
         monkeypatch.setattr(augmented_linear, name, lambda *args, op=op, name=name: (taken.append(name), op(*args))[1])
     call(population_linear_augmented, case(device=device))
     assert taken == ["shrink" if uses_triton(device) else "shrink_ref"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_step_in_memory_is_the_step(device, dtype):
+    args = case(dtype=dtype, device=device)
+    expected = call(population_linear_augmented, args)
+    step = torch.tensor([args["step"]], device=device)
+    assert torch.equal(call(population_linear_augmented, args | {"step": step}), expected)
+    if uses_triton(device):
+        with pytest.raises(ValueError, match=r"step: expected int64 \[1\]"):
+            call(population_linear_augmented, args | {"step": step.int()})
+
+
+def test_rows_of_one_pair_have_a_place_each(device):
+    """So that the shapes follow from the batch alone: to count the pairs would be to wait for the device."""
+    args = case(members=(4, 5, 4, 9), device=device)
+    settings = {name: args[name] for name in args if name not in TENSORS}
+    x, weight = augmented_operands(args["x"], args["weight"], args["a"], args["b"], **settings)
+    assert x.shape == (4, 5, augmented_columns(33, 2 + 4, torch.float32))
+    assert torch.equal(weight[:, 35], weight[:, 36])
+    assert torch.equal(weight[:, 35], weight[:, 37])
+    assert not torch.equal(weight[:, 35], weight[:, 38])
+    assert [(row[:, 35:39] != 0).any(0).tolist() for row in x] == torch.eye(4).bool().tolist()
+
+
+def test_it_is_the_path_that_a_file_of_settings_chooses(device, monkeypatch, tmp_path):
+    if not uses_triton(device):
+        pytest.skip("paths are the Triton kernels'")
+    contents = json.loads(configs.DEFAULT.read_text())
+    contents["paths"] = {"population_linear": [{"when": {"t": [5, None]}, "path": "augmented"}]}
+    (tmp_path / "paths.json").write_text(json.dumps(contents))
+    for t in (5, 4):
+        args = case(t=(t,), device=device)
+        monkeypatch.delenv(configs.OVERRIDE, raising=False)
+        plain = call(population_linear, args)
+        monkeypatch.setenv(configs.OVERRIDE, str(tmp_path / "paths.json"))
+        got = call(population_linear, args)
+        assert torch.equal(got, call(population_linear_augmented, args) if t == 5 else plain)
+        assert_right(got, args)

@@ -143,3 +143,44 @@ def test_no_file_and_no_json_are_named(use, monkeypatch, tmp_path):
     monkeypatch.setenv(configs.OVERRIDE, str(tmp_path / "absent.json"))
     with pytest.raises(ValueError, match=r"absent\.json: expected a JSON file of launch settings, got .*No such file"):
         configs.describe(CPU)
+
+
+SHAPE = dict(dtype="bfloat16", t=256, k=64, n=64)
+
+
+def test_the_path_of_a_shape(use, usual):
+    assert configs.path("population_linear", CPU, **SHAPE) == "epilogue"
+    plain = configs.describe(CPU)["order"]
+    entries = [{"when": {"t": [256, None]}, "path": "augmented"}, {"when": {}, "path": "epilogue"}]
+    use(usual | {"paths": {"population_linear": entries}})
+    assert configs.path("population_linear", CPU, **SHAPE) == "augmented"
+    assert configs.path("population_linear", CPU, **SHAPE | {"t": 255}) == "epilogue"
+    assert configs.describe(CPU)["order"] != plain  # a sum over another K is in another order
+    use(usual | {"paths": {"population_linear": entries[:1]}})
+    assert configs.path("population_linear", CPU, **SHAPE | {"t": 255}) == "epilogue"
+    use(usual | {"paths": {}})
+    assert configs.path("population_linear", CPU, **SHAPE) == "epilogue"
+    assert configs.describe(CPU)["order"] == plain
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        ([], r"paths: expected an object, got \[\]"),
+        ({"shrink": []}, "paths: expected only population_linear, got 'shrink'"),
+        ({"population_linear": {}}, r"paths\.population_linear: expected a list of entries, got \{\}"),
+        ({"population_linear": [{"when": {}}]}, r"paths\.population_linear\[0\]: expected 'path' in it, got when"),
+        (
+            {"population_linear": [{"when": {"gated": True}, "path": "epilogue"}]},
+            r"population_linear\[0\]\.when: expected only dtype, k, n, t, got 'gated'",
+        ),
+        (
+            {"population_linear": [{"when": {}, "path": "loop"}]},
+            r"population_linear\[0\]\.path: expected one of epilogue, augmented, got 'loop'",
+        ),
+    ],
+)
+def test_paths_that_are_not_usable_are_named(use, usual, paths, message):
+    use(usual | {"paths": paths})
+    with pytest.raises(ValueError, match=message):
+        configs.path("population_linear", CPU, **SHAPE)

@@ -95,6 +95,21 @@ def test_modulated(device, dtype, t, targets):
         assert h is None
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_modulated_by_rows_of_unlike_strides(device, swapped):
+    """A shift of its own and a scale out of a table of six, or the reverse."""
+    x, _, _, adapters, perturbation, _ = case(t=5, k=70, device=device)
+    own, of_table = draw(3, 70, device=device), draw(3, 6, 70, seed=9, device=device)[:, 1]
+    modulation = Modulation(of_table, own) if swapped else Modulation(own, of_table)
+    got, h = shrink(x, adapters, perturbation, modulation)
+    expected, h_expected = shrink_ref(x, adapters, perturbation, modulation)
+    assert_close(got, expected)
+    assert_close(h, h_expected)
+    apart = x.new_zeros(3, 4, 70)[:, 0].copy_(of_table), x.new_zeros(3, 2, 70)[:, 1].copy_(own)
+    again, _ = shrink(x, adapters, perturbation, Modulation(*apart if swapped else apart[::-1]))
+    assert torch.equal(again, got)
+
+
 def test_modulated_by_torch(device):
     """The reference itself, against torch's own modules."""
     x, *_ = case(k=70, device=device)

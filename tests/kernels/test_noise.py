@@ -130,6 +130,12 @@ def test_golden_normals(device, where, expected):
     assert [scalar_normal(*where, e) for e in range(6)] == expected.tolist()
 
 
+@pytest.mark.parametrize("step", [0, 7, (1 << 32) - 1])
+def test_the_step_in_memory_is_the_step(device, step):
+    keys = dict(seed=5, streams=torch.tensor([1, 2]), pairs=torch.tensor([3, 4]), count=9, device=device)
+    assert torch.equal(normals(**keys, step=torch.tensor([step], device=device)), normals(**keys, step=step))
+
+
 def test_golden_factor_of_rank_3_skips_the_padding(device):
     name = "transformer_blocks.0.attn1.to_q.lora_B.U"
     where = dict(seed=(1 << 63) + 1, step=2, stream=stream_id(name))

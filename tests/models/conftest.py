@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from diffusers import SanaSprintPipeline
@@ -76,16 +78,18 @@ class Tape(TorchDispatchMode):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """CUDA's part of it on tape; gives the list of captures."""
-    tapes = []
+    """CUDA's part of it on tape; gives the list of captures, each with the `stream` it was made on."""
+    tapes, streams = [], itertools.count()
 
-    def record(compute, pool, device):
+    def record(compute, pool, stream):
         compute()
         with Tape() as tape:
             outputs = compute()
+        tape.stream = stream
         tapes.append(tape)
         return outputs, tape.replay, pool or f"pool {len(tapes)}"
 
     monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr(graphs, "side_stream", lambda device: f"stream {next(streams)}")
     monkeypatch.setattr(graphs, "supported", lambda device: True)
     return tapes

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import esengine
 from esengine.models import RenderSettings, SanaSprint, graphs
@@ -64,6 +65,31 @@ def test_many_shapes_share_memory_and_stay_right(model, texts, population):
     for px, got in sizes.items():
         plain = denoise(model, texts, population, 4, [3, 2, 1, 0], height=px, width=px, graphs="never")
         assert torch.equal(got, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_of_cross_attention_is_one_launch(dtype):
+    seen = []
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    x, weight = torch.randn(2, 5, 64, device="cuda", dtype=dtype), torch.ones(64, device="cuda", dtype=dtype)
+    with torch.no_grad(), Noted():
+        torch.nn.functional.rms_norm(x, [64], weight, 1e-5)
+    assert seen == ["aten._fused_rms_norm.default"]
+
+
+def test_all_shapes_are_captured_on_one_stream(model, texts, population, monkeypatch):
+    made, own = [], graphs.side_stream
+    monkeypatch.setattr(graphs, "side_stream", lambda device: made.append(own(device)) or made[-1])
+    model.release_graphs()
+    for px in (32, 32, 64, 64):
+        denoise(model, texts, population, 4, [3, 2, 1, 0], height=px, width=px)
+    assert model._captured[1].captured == 2
+    assert len(made) == 1
 
 
 def test_decoders_agree(model, texts, population):

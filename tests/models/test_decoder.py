@@ -195,9 +195,9 @@ def test_chunks_render_as_one_by_one(model, texts, rows):
     assert list(model.render_chunks(texts, [], **keys)) == []
 
 
-def test_overlapped_chunks_wait_for_what_they_need(model, texts, rows, monkeypatch):
+def test_overlapped_chunks_wait_for_what_they_need(fresh_model, texts, rows, monkeypatch):
     """The order in which work is handed to two streams; what a stream is handed runs in that order."""
-    log, current = [], []
+    model, log, current = fresh_model, [], []
 
     class Stream:
         def __init__(self, name):
@@ -212,7 +212,7 @@ def test_overlapped_chunks_wait_for_what_they_need(model, texts, rows, monkeypat
         def record_event(self):
             return f"decode {sum(entry.startswith('side: decode') for entry in log)}"
 
-    main, side = Stream("main"), Stream("side")
+    main, side, made_streams = Stream("main"), Stream("side"), []
 
     @contextmanager
     def stream(which):
@@ -223,7 +223,7 @@ def test_overlapped_chunks_wait_for_what_they_need(model, texts, rows, monkeypat
     current.append("main")
     monkeypatch.setattr("esengine.models.graphs.supported", lambda device: True)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made_streams.append(device) or side)
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, to: log.append(f"{self.dtype} kept for {to.name}"))
     denoise, decoder = model.denoise, model.decoder
@@ -232,13 +232,20 @@ def test_overlapped_chunks_wait_for_what_they_need(model, texts, rows, monkeypat
     prompts, repeats = rows
     keys = dict(seed=0, step=3, text_length=texts.trimmed_length(prompts))
     chunks = [(prompts[i : i + 2], repeats[i : i + 2], None) for i in (0, 2)]
-    images = []
-    for each in model.render_chunks(texts, chunks, settings=RenderSettings(overlap=True), **keys):
+    images, overlapped = [], dict(keys, settings=RenderSettings(overlap=True))
+    for each in model.render_chunks(texts, chunks, **overlapped):
         log.append("score")
         images.append(each)
     made = ["main: denoise", "side waits for main", "side: decode", "torch.float32 kept for side"]
     taken = ["torch.uint8 kept for main", "torch.bool kept for main", "score"]
-    assert log == made * 2 + ["main waits for decode 1", *taken, "main waits for decode 2", *taken]
+    end = "main waits for side"
+    assert log == made * 2 + ["main waits for decode 1", *taken, "main waits for decode 2", *taken, end]
+    log.clear()
+    drawn = model.render_chunks(texts, chunks, **overlapped)
+    next(drawn)
+    drawn.close()  # as a reward that raises does: what is drawn next waits for the decode that is left
+    assert log == made * 2 + ["main waits for decode 1", *taken[:2], end]
+    assert made_streams == [model.device]  # one for good
     for got, (words, draws, _) in zip(images, chunks, strict=True):
         assert torch.equal(got, model.render(texts, prompts=words, repeats=draws, **keys))
 

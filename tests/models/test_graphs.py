@@ -79,7 +79,7 @@ def test_the_least_used_shape_goes(recorded):
 def test_graphs_share_the_pool_of_one_that_lives(recorded, monkeypatch):
     pools, own = [], graphs.record
     monkeypatch.setattr(
-        graphs, "record", lambda compute, pool, device: pools.append(pool) or own(compute, pool, device)
+        graphs, "record", lambda compute, pool, stream: pools.append(pool) or own(compute, pool, stream)
     )
     captured = Graphs(affine, limit=1)
     for size in (1, 1, 2, 2):
@@ -89,6 +89,135 @@ def test_graphs_share_the_pool_of_one_that_lives(recorded, monkeypatch):
     for size in (1, 1, 2, 2):
         captured(torch.ones(size), torch.ones(size))
     assert pools[2:] == [None, "pool 3"]
+
+
+def test_all_graphs_are_captured_on_one_stream(recorded):
+    """Also those that come when every earlier one is gone: the allocator keeps what was used on a stream for it."""
+    captured, other = Graphs(affine, limit=1), Graphs(affine)
+    for size in (1, 1, 2, 2, 1, 1):
+        captured(torch.ones(size), torch.ones(size))
+    for size in (1, 1, 2, 2):
+        other(torch.ones(size), torch.ones(size))
+    assert [tape.stream for tape in recorded] == ["stream 0"] * 3 + ["stream 1"] * 2
+
+
+def test_a_capture_runs_on_the_stream_it_is_given_alone(monkeypatch):
+    """CUDA's calls, in their order: the warm-up and the capture are on one stream, and the caller's waits for both."""
+    log = []
+
+    class Stream:
+        device = "cuda:0"
+
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            log.append(f"{self.name} waits for {other.name}")
+
+    class Graph:
+        def replay(self):
+            log.append("replay")
+
+        def pool(self):
+            return "its pool"
+
+    @contextmanager
+    def inside(what):
+        log.append(what)
+        yield
+        log.append(f"end of {what}")
+
+    current, side = Stream("caller"), Stream("side")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: inside(device))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *args: pytest.fail("another stream"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: inside(stream.name))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(
+        torch.cuda, "graph", lambda graph, *, pool, stream, **options: inside(f"capture {pool} on {stream.name}")
+    )
+    outputs, replay, pool = graphs.record(lambda: log.append("compute") or 7, "a pool", side)
+    replay()
+    assert (outputs, pool) == (7, "its pool")
+    warm = ["side waits for caller", "side", "compute", "end of side", "caller waits for side"]
+    capture = ["capture a pool on side", "compute", "end of capture a pool on side"]
+    assert log == ["cuda:0", *warm, *capture, "end of cuda:0", "replay"]
+
+
+class Holder(torch.nn.Module):
+    """Two linears, one in a list, a buffer, and a bias that is not there."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(3, 3, bias=False)
+        self.rest = torch.nn.ModuleList([torch.nn.Linear(3, 3)])
+        self.register_buffer("mean", torch.zeros(3))
+
+
+def moved_by_data(module):
+    module.rest[0].weight.data = module.rest[0].weight.data.clone()
+
+
+def cast_there_and_back(module):
+    kept = [each.data for each in module.parameters()]  # so that no address comes back
+    module.double().float()
+    return kept
+
+
+def another_parameter(module):
+    module.first.bias = torch.nn.Parameter(torch.zeros(3))
+
+
+def loaded_by_assignment(module):
+    module.load_state_dict({name: t.clone() for name, t in module.state_dict().items()}, assign=True)
+
+
+def another_buffer(module):
+    module.mean = torch.zeros(3)
+
+
+def another_module(module):
+    same = torch.nn.Linear(3, 3)
+    same.weight, same.bias = module.rest[0].weight, module.rest[0].bias
+    module.rest[0] = same
+
+
+def read_as_another_dtype(module):
+    module.mean = module.mean.view(torch.int32)
+
+
+def without_a_module(module):
+    del module.rest[0]
+
+
+MOVES = [
+    *(moved_by_data, cast_there_and_back, another_parameter, loaded_by_assignment),
+    *(another_buffer, another_module, read_as_another_dtype, without_a_module),
+]
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_places_know_what_moved(move):
+    module = Holder().requires_grad_(False)
+    places = graphs.Places(module)
+    module.first.weight.mul_(2)
+    module.load_state_dict({name: t.clone() for name, t in module.state_dict().items()})
+    assert places.hold()
+    kept = move(module)
+    assert not places.hold()
+    assert graphs.Places(module).hold()
+    del kept
+
+
+def test_places_are_looked_at_without_a_walk(monkeypatch):
+    """The walk over a full-size transformer's tree would let the GPU idle before each replay."""
+    module = Holder()
+    places = graphs.Places(module)
+    for name in ("named_modules", "named_parameters", "named_buffers", "named_children", "parameters", "buffers"):
+        monkeypatch.setattr(torch.nn.Module, name, lambda *args, **kwargs: pytest.fail("the tree was walked"))
+    assert places.hold()
+    moved_by_data(module)
+    assert not places.hold()
 
 
 def test_what_cannot_be_captured_says_what_to_do(recorded):

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import SanaTransformer2DModel
+from diffusers.models.normalization import RMSNorm
 from peft import LoraConfig
 
 import esengine
@@ -27,6 +29,9 @@ def transformer():
         num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=24,
         sample_size=4, patch_size=1, guidance_embeds=True, qk_norm="rms_norm_across_heads",
     )  # fmt: skip
+    for module in model.transformer_blocks.modules():
+        if isinstance(module, RMSNorm):
+            torch.nn.init.normal_(module.weight)
     device = "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
     return model.eval().requires_grad_(False).to(device)
 
@@ -185,6 +190,46 @@ def test_bf16_leaves_shares_and_errs_no_more_than_diffusers(transformer):
     assert relative(got.float(), exact) <= 1.2 * relative(plain.float(), exact)  # 1.2: roundings fall otherwise
 
 
+@pytest.mark.parametrize("weight", [None, 1e-3, 50.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_norm_of_cross_attention_is_diffusers_rounded_once(dtype, weight):
+    """torch's, which FusedBlock calls: eps under the root, sums in fp32, never further from fp64 than diffusers'."""
+    device = "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3 * 35, 2240, generator=generator)[:, :35].to(device, dtype)
+    x[0, :5] *= 1e-3  # where eps counts
+    x[1, 0] = 0
+    norm = RMSNorm(2240, 1e-5).requires_grad_(False)
+    if weight is not None:
+        norm.weight.copy_(weight * torch.randn(2240, generator=generator))
+    norm.to(device, dtype)
+    half = x.chunk(2, -1)[0], norm.weight[:1120]
+    for values, scale in ((x, norm.weight), half):  # k is half of a wider row
+        wide, norm.weight.data = values.double(), scale
+        exact = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps) * scale.double()
+        got, plain = F.rms_norm(values, scale.shape, scale, norm.eps), norm(values)
+        assert got.dtype == plain.dtype == dtype
+        assert relative(got.double(), exact) <= max(relative(plain.double(), exact), 2.0**-23)
+        assert relative(got.float(), plain.float()) <= 2 * torch.finfo(dtype).eps
+    assert torch.equal(F.rms_norm(x[1, :1], [2240], eps=norm.eps), torch.zeros_like(x[1, :1]))
+
+
+@needs_triton
+@torch.no_grad()
+def test_cross_attention_norms_by_torchs_op_alone(transformer, monkeypatch):
+    """Which is one launch on a GPU, where the module's steps each write what the next reads."""
+    population, cross, normed = attach(transformer), transformer.transformer_blocks[0].attn2, []
+    rms_norm = F.rms_norm
+    with population.perturbed(step=3, members=torch.tensor(MEMBERS, device=transformer.device)):
+        parts = fused_parts(transformer, population.perturbation)
+        for norm in (cross.norm_q, cross.norm_k):
+            monkeypatch.setattr(norm, "forward", lambda x: pytest.fail("the module was called"))
+        monkeypatch.setattr(F, "rms_norm", lambda x, *args: normed.append(tuple(x.shape)) or rms_norm(x, *args))
+        with in_place_of(parts):
+            transformer(**inputs(transformer))
+    assert normed == [(2, 15, 32), (2, 5, 32)]
+
+
 def test_wrong_batch_is_refused(transformer):
     population = attach(transformer, ["attn1.to_out.0"])
     z, text = torch.zeros(3, 4, 32), torch.zeros(3, 5, 32)
@@ -208,8 +253,13 @@ def test_other_norms_and_hooks_are_not_fused(transformer):
     assert parts_of(transformer, population) == []
     transformer.caption_projection.act_1 = torch.nn.GELU(approximate="tanh")
     assert len(parts_of(transformer, population)) == 2
-    block.attn1.norm_q = torch.nn.LayerNorm(32)
-    assert parts_of(transformer, population) == []
+    for attention in (block.attn1, block.attn2):
+        norm = attention.norm_q
+        for other in (torch.nn.LayerNorm(32), None, RMSNorm(32, 1e-3), RMSNorm(32, norm.eps, bias=True)):
+            attention.norm_q = other
+            assert parts_of(transformer, population) == []
+        attention.norm_q = norm
+    assert len(parts_of(transformer, population)) == 2
 
 
 def test_fp16_whose_overflows_diffusers_clamps_is_not_fused(transformer):
