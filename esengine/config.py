@@ -321,7 +321,7 @@ def _check_common(config: EvalConfig | RenderConfig) -> None:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Write report.html, a page that needs no network, into the folder of an evaluation or a run, also as it goes."""
+    """Write report.html, a page that needs no network, into the folder of a finished evaluation or of any run."""
 
     folder: tyro.conf.Positional[Path] = Path(".")
     """Of a run or an evaluation."""

@@ -10,9 +10,10 @@ import torch
 from esengine.benchmarks import Benchmark, read_benchmark
 from esengine.config import EvalConfig, ImageSettings, TrainConfig, load_run
 from esengine.entries import Entry, default_entries, parse_entries
-from esengine.errors import ConfigError
+from esengine.errors import ConfigError, RunError
 from esengine.evaluation_folder import EvaluationFolder
 from esengine.files import cache_root
+from esengine.group import place
 from esengine.models import SanaSprint, TextEmbeddings
 from esengine.prompts import HELDOUT
 from esengine.rewards import Weighted, parse
@@ -108,6 +109,10 @@ class _Job:
         with EvaluationFolder.open(path, shard) as folder:
             with folder.alone():  # one process encodes, the others find it in the cache
                 record = folder.begin(self.record, keep=() if self.image.chunk else ("chunk",))
+                try:
+                    folder.keep_curves(self.plan.entries)
+                except RunError as error:  # of another folder than this one
+                    self.progress.note(f"warning: the page will have no curves of training: {error}")
                 texts = self._texts()
             plan = replace(self.plan, chunk=record["settings"]["chunk"])
             work = folder.missing(plan, self.progress)
@@ -151,8 +156,7 @@ def _folder(config: EvalConfig, benchmark: Benchmark) -> Path | None:
 
 def _shard(config: EvalConfig, folder: Path | None) -> tuple[int, int]:
     """The flag's, else this process's place under torchrun."""
-    ranks = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    k, n = map(int, config.shard.split("/") if config.shard else ranks)
+    k, n = map(int, config.shard.split("/")) if config.shard else place()
     if folder is None and n > 1:
         raise ConfigError(f"shard: {n} processes meet in a folder, give it with --out")
     return k, n

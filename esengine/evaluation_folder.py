@@ -1,6 +1,7 @@
 """The folder of an evaluation: what is drawn stays drawn, whenever the process is killed and however many share it.
 
     evaluation.json                    what is evaluated and how; a folder holds one evaluation
+    curves.json                        curves of the runs that the adapters are of, where there are such
     images/<entry>/00012_ab12cd34.png  the prompt's index, and the first 8 hex digits of the SHA-256 of the pixels
     scores.jsonl                       one line an image
     scores.0-of-4.jsonl                the same of one of several processes, until all are through
@@ -89,7 +90,8 @@ class EvaluationFolder:
 
         Args:
             record: what is evaluated and how, JSON values, with a mapping under "settings".
-            keep: names of settings that were chosen for the user, and stay as they were chosen when it began.
+            keep: names of settings that were chosen for the user, and stay as they were chosen when it began; whole
+                numbers above 0.
 
         Returns:
             The record, as it is in the file.
@@ -103,7 +105,10 @@ class EvaluationFolder:
             return record
         try:
             saved = json.loads(file.read_bytes())
-            record["settings"] |= {name: saved["settings"][name] for name in keep}
+            kept = {name: saved["settings"][name] for name in keep}
+            if any(type(value) is not int or value < 1 for value in kept.values()):
+                raise ValueError(f"expected whole numbers above 0, got {kept}")
+            record["settings"] |= kept
             old, new = flatten(saved), flatten(json.loads(json.dumps(record)))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise RunError(f"out {self.path}: evaluation.json is damaged, choose another --out") from error
@@ -112,6 +117,18 @@ class EvaluationFolder:
             changed = "; ".join(f"{name}: {old.get(name)} -> {new.get(name)}" for name in names)
             raise RunError(f"out {self.path} holds an evaluation with other settings ({changed}): choose another --out")
         return record
+
+    def keep_curves(self, entries: Sequence[Entry]) -> None:
+        """Write curves.json, if that was not done before.
+
+        Raises:
+            RunError: a file of a run is damaged.
+        """
+        from esengine.report.curves import kept_curves
+
+        file = self.path / "curves.json"
+        if not file.exists() and (kept := kept_curves(entries)):
+            replace_file(file, json.dumps(kept, allow_nan=False).encode())
 
     def missing(self, plan: Plan, progress: "Progress") -> list[tuple[Entry, Rows]]:
         """Chunks of this shard that are still to be drawn, after a look at every image of the others.

@@ -11,10 +11,26 @@ from datetime import timedelta
 import torch
 import torch.distributed
 
-from esengine.errors import RunError
+from esengine.errors import ConfigError, RunError
 
 PATIENCE = timedelta(hours=1)
 """How long a process waits for the others: a step of theirs, or the text encoder of the first."""
+
+
+def place() -> tuple[int, int]:
+    """This process's rank and how many there are, by torchrun's environment; (0, 1) without it.
+
+    Raises:
+        ConfigError: the environment is of no torchrun.
+    """
+    found = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]
+    if found == [None, None]:
+        return 0, 1
+    if all(each is not None and each.isdecimal() for each in found):
+        rank, size = map(int, found)
+        if rank < size:
+            return rank, size
+    raise ConfigError(f"RANK, WORLD_SIZE: expected both as torchrun sets them, with RANK < WORLD_SIZE, got {found}")
 
 
 class Group:
@@ -33,9 +49,10 @@ class Group:
         """This process's group by torchrun's environment. Call `leave` at the end.
 
         Raises:
+            ConfigError: see `place`.
             RunError: the others cannot be met.
         """
-        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        rank, size = place()
         if size > 1:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             try:

@@ -47,6 +47,11 @@ class Rewards:
     everything: Weighted
 
     @property
+    def watched(self) -> list[str]:
+        """Names of the rewards that are not among the optimised ones."""
+        return self.everything.names[len(self.optimised.terms) :]
+
+    @property
     def held_out(self) -> list[str]:
         """Names of the rewards that have no part in the sum."""
         return [name for name, _, weight in self.everything.terms if not weight]
@@ -115,7 +120,7 @@ class Guard:
         prompts: how many of it, at most.
         every: steps between measures.
         log: the run's; measures from before the step that it resumes at are gone on with if they are of the same
-            prompts and rewards, else begun anew.
+            prompts and rewards, else set aside.
         note: told of a warning, once for each held-out reward.
     """
 
@@ -128,8 +133,11 @@ class Guard:
         self.prompts = torch.arange(count) * total // count
         self.of = {"prompts": render.words(self.prompts), "rewards": rewards.identity(rewards.everything)}
         if log.held_out and log.held_out[0].get("of") != self.of:
-            note(f"held-out prompts or rewards are others than before: changes are against step {log.resume_step}")
-            log.forget_held_out()
+            kept = log.set_held_out_aside()
+            note(
+                "held-out prompts or rewards are others than before: changes are against step "
+                f"{log.resume_step}, those before are in {kept.name}"
+            )
 
     def due(self, step: int, last: int) -> bool:
         """Whether to measure after so many steps: at first, every so many, and at the last."""
@@ -189,10 +197,9 @@ def part_ways(changes: dict[str, dict[str, Any]], objective: str, held_out: Sequ
 
 
 def _against(now: list[float], first: list[float]) -> dict[str, Any]:
-    """Mean score and its change, paired by prompt. No standard error for one prompt, or where all change alike."""
+    """Mean score and its change, paired by prompt, with no standard error for one prompt."""
     d = torch.tensor(now, dtype=torch.float64) - torch.tensor(first, dtype=torch.float64)
-    alike = len(d) < 2 or bool((d == d[0]).all())
-    error = None if alike else float(d.std()) / math.sqrt(len(d))
+    error = float(d.std()) / math.sqrt(len(d)) if len(d) > 1 else None
     return {"mean": sum(now) / len(now), "change": float(d.mean()), "standard_error": error, "each": now}
 
 

@@ -108,9 +108,9 @@ class RunLog:
         self._trackers.log(step, {f"heldout_change/{name}": score["change"] for name, score in scores})
         return path
 
-    def forget_held_out(self) -> None:
-        """Begin heldout.jsonl anew."""
-        self._measures.clear()
+    def set_held_out_aside(self) -> Path:
+        """Begin heldout.jsonl anew; what it held is kept as heldout.<resume step>.jsonl, whose path is returned."""
+        return self._measures.set_aside(f"heldout.{self.resume_step}.jsonl")
 
     def close(self) -> None:
         self._metrics.close()
@@ -150,9 +150,12 @@ class _Lines:
         if self._keep:
             self.records.append(record)
 
-    def clear(self) -> None:
-        self._file.truncate(0)  # it is open for appending, so it goes on at the start
+    def set_aside(self, name: str) -> Path:
+        self._file.close()
+        kept = self.path.rename(self.path.with_name(name))
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (held until close)
         self.records.clear()
+        return kept
 
     def close(self) -> None:
         self._file.close()

@@ -136,7 +136,7 @@ def require_installed(names: Sequence[str]) -> None:
     """Raises ConfigError for a tracker whose extra is not installed."""
     for name in names:
         if find_spec(name) is None:
-            raise ConfigError(f"trackers: {name} is not installed; pip install 'eggroll-esengine[{name}]'")
+            raise ConfigError(f"trackers: {name} is not installed; in esengine's folder: pip install -e '.[{name}]'")
 
 
 class Trackers:

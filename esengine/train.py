@@ -95,6 +95,8 @@ def _train(config: TrainConfig, progress: Progress, group: Group) -> Result | No
         progress.note(f"model {config.model} on {device} in {str(dtype).removeprefix('torch.')}")
         with group.first():
             model = load_model(config.model, config.revision, device, dtype, config.image.vae)
+        if watched == "auto":
+            config = dataclasses.replace(config, heldout_reward=",".join(rewards.watched) or "none")
         allowed, config = config.allow_change, _resolved(config, model)
         settings = render_settings(config.image)
         meta = {
@@ -254,8 +256,10 @@ def _go_on(
 def _as_before(config: TrainConfig, saved: dict) -> TrainConfig:
     """What the flags leave to be chosen stays as it was chosen when the run began."""
     chunk = saved["image"]["chunk"] if config.image.chunk is None else config.image.chunk
+    watched = saved["heldout_reward"] if config.reward == saved["reward"] else "auto"
     return dataclasses.replace(
         config,
+        heldout_reward=watched if config.heldout_reward == "auto" else config.heldout_reward,
         device=saved["device"] if config.device == "auto" else config.device,
         dtype=saved["dtype"] if config.dtype == "auto" else config.dtype,
         image=dataclasses.replace(config.image, chunk=chunk),

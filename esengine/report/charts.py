@@ -16,6 +16,8 @@ TOP, RIGHT, BOTTOM = 10, 10, 24
 MOST_POINTS = 300
 MOST_DOTS = 40
 MOST_BINS = 32
+TINY = 1e-300
+"""A range that a float cannot divide by."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def histogram(
     """
     everything = np.concatenate([values for _, values in groups])
     low, high = everything.min(), everything.max()
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
+    if high - low <= 1e-9 * max(abs(low), abs(high)) + TINY:
         low, high = low - max(abs(low) * 0.05, 1e-3), high + max(abs(high) * 0.05, 1e-3)
     edges = np.linspace(low, high, max(6, min(MOST_BINS, math.isqrt(2 * max(len(v) for _, v in groups)))) + 1)
     counts = [np.histogram(values, edges)[0] for _, values in groups]
@@ -228,7 +230,7 @@ class _Axis:
     def __init__(self, values: np.ndarray, start: float, end: float, *, whole: bool = False, pad: float = 0.05):
         finite = values[np.isfinite(values)]
         low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
-        if high - low <= 1e-9 * max(abs(low), abs(high)):
+        if high - low <= 1e-9 * max(abs(low), abs(high)) + TINY:
             room = 0.5 if whole else abs(high) * 0.05 or 0.5
             low, high = low - room, high + room
         low, high = low - pad * (high - low), high + pad * (high - low)

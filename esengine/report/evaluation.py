@@ -10,6 +10,7 @@ import numpy as np
 
 from esengine.errors import RunError
 from esengine.report.charts import Chart, histogram, intervals
+from esengine.report.curves import kept_charts
 from esengine.report.page import write
 from esengine.report.records import as_written, number, read_json, read_lines, text, texts
 from esengine.report.thumbnails import Picture, thumbnail
@@ -72,10 +73,12 @@ class Example:
 def write_evaluation_page(folder: Path) -> Path:
     """Write FOLDER/report.html from evaluation.json, report.json, scores.jsonl and images/; returns its path.
 
-    The page is a function of these files. An image that is missing leaves a placeholder and a line.
+    The page is a function of these files and of curves.json, where there is one. An image that is missing leaves a
+    placeholder and a line.
 
     Raises:
-        RunError: one of the three files is missing or damaged; with the file and, where it has lines, the line.
+        RunError: one of the first three files is missing, or one is damaged; with the file and, where it has lines, the
+            line.
     """
     evaluation = read_json(folder / "evaluation.json")
     if not (folder / "report.json").is_file():
@@ -109,6 +112,7 @@ def write_evaluation_page(folder: Path) -> Path:
         closed=[line for lines in closed for line in lines],
         sections=_sections(groups, entries, scores),
         charts=_charts(entries, scores, shots),
+        curves=kept_charts(folder / "curves.json"),
         examples=examples,
         missing=missing,
         settings={"prompts_sha256": evaluation.get("prompts_sha256"), **flatten(settings)},

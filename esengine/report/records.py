@@ -11,6 +11,9 @@ import yaml
 
 from esengine.errors import RunError
 
+LARGEST = 3.5e38
+"""Beyond every float32, so that sums and differences of what is read are finite."""
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A file that holds one JSON object."""
@@ -18,8 +21,8 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(_text(path))
     except json.JSONDecodeError as error:
         raise RunError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from error
-    except RecursionError as error:
-        raise RunError(f"{path}: not as esengine writes it: nested too deeply") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nested too deeply
+        raise RunError(f"{path}: not as esengine writes it: {str(error)[:80]}") from error
     return _object(found, str(path))
 
 
@@ -49,8 +52,8 @@ def read_lines(path: Path, parse: Callable[[dict[str, Any]], Any]) -> list[Any]:
         where = f"{path}, line {number}"
         try:
             record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise RunError(f"{where}: not JSON: {getattr(error, 'msg', 'nested too deeply')}") from error
+        except (ValueError, RecursionError) as error:
+            raise RunError(f"{where}: not JSON: {getattr(error, 'msg', None) or str(error)[:80]}") from error
         with as_written(where):
             found.append(parse(_object(record, where)))
     return found
@@ -63,17 +66,17 @@ def as_written(where: str | Path) -> Iterator[None]:
         yield
     except KeyError as error:
         raise RunError(f"{where}: expected {error.args[0]!r} in it, there is none") from error
-    except (AttributeError, IndexError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, OverflowError, TypeError, ValueError) as error:
         raise RunError(f"{where}: not as esengine writes it: {error}") from error
 
 
 def number(value: Any) -> float:
-    """A float; NaN for null and for what is not finite. ValueError for anything but a number."""
+    """A float; NaN for null and for what no float32 holds. ValueError for anything but a number."""
     if value is None:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"expected a number, got {value!r:.40}")
-    return float(value) if math.isfinite(value) else math.nan
+    return float(value) if -LARGEST <= value <= LARGEST else math.nan
 
 
 def text(value: Any) -> str:

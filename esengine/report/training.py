@@ -1,6 +1,5 @@
 """The page of a training run: curves, images over time, norms, throughput, settings; also while it goes on."""
 
-import math
 import re
 import statistics
 from dataclasses import dataclass
@@ -11,26 +10,26 @@ import numpy as np
 
 from esengine.config import TrainConfig, to_dict
 from esengine.report.charts import Chart, Series, lines
+from esengine.report.curves import (
+    Held,
+    column,
+    held_charts,
+    names_like,
+    partings,
+    read_held,
+    read_metrics,
+    reward_charts,
+    steps_of,
+)
 from esengine.report.evaluation import Group, overall
 from esengine.report.page import write
-from esengine.report.records import as_written, number, read_json, read_lines, read_yaml, text, texts
+from esengine.report.records import as_written, number, read_json, read_yaml, text, texts
 from esengine.report.thumbnails import Picture, thumbnail
 from esengine.report.words import TIMES, count, duration, figure, short, signed
 from esengine.summary import flatten
 
 MOST_STRIPS = 16
 STRIP_SIDE, STRIP_BYTES = 1280, 130_000
-SPREAD = {"reward": "mean", "reward_best": "best", "reward_worst": "worst"}
-
-
-@dataclass(frozen=True)
-class Held:
-    """One line of heldout.jsonl: score -> (change since the first line, its standard error), NaN for none."""
-
-    step: int
-    change: dict[str, tuple[float, float]]
-    optimised: str
-    parted: list[str]
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,8 @@ def write_training_page(run_dir: Path) -> Path:
     with as_written(run_dir / "config.yaml"):
         steps, model, reward = int(config["steps"]), text(config["model"]), text(config["reward"])
         size = _size(config)
-    metrics = _metrics(run_dir / "metrics.jsonl")
-    held = _held(run_dir / "heldout.jsonl")
+    metrics = read_metrics(run_dir / "metrics.jsonl")
+    held = read_held(run_dir / "heldout.jsonl")
     comparison, made = _comparison(run_dir / "eval.json")
     known = _checkpoint(run_dir)
     return write(
@@ -69,8 +68,8 @@ def write_training_page(run_dir: Path) -> Path:
         done=max(metrics) + 1 if metrics else 0,
         comparison=comparison,
         cards=[size, *_outcome(metrics)],
-        reward_charts=_reward_charts(metrics),
-        held_charts=_held_charts(held),
+        reward_charts=reward_charts(metrics),
+        held_charts=held_charts(held),
         warnings=_warnings(held),
         norm_charts=_single_charts(metrics, r".*_norm"),
         speed_charts=_speed_charts(metrics),
@@ -86,35 +85,6 @@ def write_training_page(run_dir: Path) -> Path:
         settings=_settings(config),
         versions=known | flatten(made),
     )
-
-
-def _metrics(path: Path) -> dict[int, dict[str, float]]:
-    """Step -> numbers by name, in the order of steps; what a run logged twice counts as logged last."""
-    if not path.is_file():
-        return {}
-
-    def parse(record: dict[str, Any]) -> tuple[int, dict[str, float]]:
-        step = record.pop("step")
-        if not isinstance(step, int) or step < 0:
-            raise ValueError(f"step: expected a whole number, got {step!r}")
-        return step, {name: number(value) for name, value in record.items() if not isinstance(value, (str, list, dict))}
-
-    return dict(sorted(dict(read_lines(path, parse)).items()))
-
-
-def _held(path: Path) -> list[Held]:
-    if not path.is_file():
-        return []
-
-    def parse(record: dict[str, Any]) -> Held:
-        change = {
-            text(name): (number(score["change"]), number(score["standard_error"]))
-            for name, score in record["scores"].items()
-        }
-        return Held(int(record["step"]), change, text(record["optimised"]), texts(record.get("parted", [])))
-
-    found = {line.step: line for line in read_lines(path, parse)}
-    return [found[step] for step in sorted(found)]
 
 
 @dataclass(frozen=True)
@@ -147,19 +117,6 @@ def _checkpoint(run_dir: Path) -> dict[str, Any]:
     return {}
 
 
-def _column(metrics: dict[int, dict[str, float]], name: str) -> np.ndarray:
-    return np.array([record.get(name, math.nan) for record in metrics.values()])
-
-
-def _names(metrics: dict[int, dict[str, float]], pattern: str) -> list[str]:
-    names = dict.fromkeys(name for record in metrics.values() for name in record)
-    return [name for name in names if re.fullmatch(pattern, name) and np.isfinite(_column(metrics, name)).any()]
-
-
-def _steps(metrics: dict[int, dict[str, float]]) -> np.ndarray:
-    return np.array(list(metrics), dtype=float)
-
-
 def _size(config: dict[str, Any]) -> tuple[str, str, str]:
     """(what, figure, aside) of a step."""
     population, prompts, repeats = (config[name] for name in ("population", "es.prompts_per_step", "es.repeats"))
@@ -170,89 +127,40 @@ def _size(config: dict[str, Any]) -> tuple[str, str, str]:
 def _outcome(metrics: dict[int, dict[str, float]]) -> list[tuple[str, str, str]]:
     """(what, figure, aside) of what was reached so far."""
     cards = []
-    if _names(metrics, "reward"):
-        reward = _column(metrics, "reward")
+    if names_like(metrics, "reward"):
+        reward = column(metrics, "reward")
         reward = reward[np.isfinite(reward)]
         cards.append(("reward, last step", figure(reward[-1]), "on the step's training prompts"))
         cards.append(("since the first step", signed(reward[-1] - reward[0]), "which had other prompts"))
-    if _names(metrics, "images_per_second"):
-        rates = _column(metrics, "images_per_second")
+    if names_like(metrics, "images_per_second"):
+        rates = column(metrics, "images_per_second")
         cards.append(("images a second", short(statistics.median(rates[np.isfinite(rates)])), "median over steps"))
-    if _names(metrics, "seconds"):
-        cards.append(("time in steps", duration(float(np.nansum(_column(metrics, "seconds")))), "all of them together"))
+    if names_like(metrics, "seconds"):
+        cards.append(("time in steps", duration(float(np.nansum(column(metrics, "seconds")))), "all of them together"))
     return cards
-
-
-def _reward_charts(metrics: dict[int, dict[str, float]]) -> list[Chart]:
-    x, charts = _steps(metrics), []
-    spread = _names(metrics, "|".join(SPREAD))
-    if spread:
-        mean, std = _column(metrics, "reward"), _column(metrics, "reward_std")
-        series = [
-            Series(SPREAD[name], _column(metrics, name), (mean - std, mean + std) if name == "reward" else None)
-            for name in SPREAD
-            if name in spread
-        ]
-        charts.append(lines("Reward", x, series, note="Mean over the population, ± its standard deviation."))
-    if _names(metrics, "reward_std"):
-        note = "Standard deviation of the members' rewards."
-        charts.append(lines("Spread of the population", x, [Series("std", _column(metrics, "reward_std"))], note=note))
-    names = _names(metrics, "reward/.+")
-    for name in names if len(names) > 1 else []:  # a single one is the curve above
-        charts.append(lines(name.removeprefix("reward/"), x, [Series("mean", _column(metrics, name))]))
-    return charts
-
-
-def _held_charts(held: list[Held]) -> list[Chart]:
-    """Each reward's change on held-out prompts with a band of two standard errors."""
-    x = np.array([line.step for line in held], dtype=float)
-    charts = []
-    for name in dict.fromkeys(name for line in held for name in line.change):
-        pairs = np.array([line.change.get(name, (math.nan, math.nan)) for line in held])
-        change, error = pairs[:, 0], pairs[:, 1]
-        if not np.isfinite(change).any():
-            continue
-        title = f"{name} (optimised)" if name == held[0].optimised else name
-        series = [Series("change", change, (change - 2 * error, change + 2 * error))]
-        marks = [(step, "parts ways") for step, parted in _partings(held) if name in parted]
-        note = f"Change since step {held[0].step}, ± 2 standard errors."
-        charts.append(lines(title, x, series, zero=True, marks=marks, note=note))
-    return charts
-
-
-def _partings(held: list[Held]) -> list[tuple[int, list[str]]]:
-    """(step, the rewards that part ways there for the first time)."""
-    seen: set[str] = set()
-    found = []
-    for line in held:
-        fresh = [name for name in line.parted if name not in seen]
-        seen.update(fresh)
-        if fresh:
-            found.append((line.step, fresh))
-    return found
 
 
 def _warnings(held: list[Held]) -> list[str]:
     return [
         f"The rewards part ways at step {step}: on held-out prompts {held[0].optimised} is up and {', '.join(parted)} "
         "down by more than two standard errors. The search may be exploiting the reward from there on."
-        for step, parted in _partings(held)
+        for step, parted in partings(held)
     ]
 
 
 def _single_charts(metrics: dict[int, dict[str, float]], pattern: str) -> list[Chart]:
     return [
-        lines(name.replace("_", " "), _steps(metrics), [Series(name.replace("_", " "), _column(metrics, name))])
-        for name in _names(metrics, pattern)
+        lines(name.replace("_", " "), steps_of(metrics), [Series(name.replace("_", " "), column(metrics, name))])
+        for name in names_like(metrics, pattern)
     ]
 
 
 def _speed_charts(metrics: dict[int, dict[str, float]]) -> list[Chart]:
     charts = _single_charts(metrics, "images_per_second")
-    parts = _names(metrics, "seconds_.+") or _names(metrics, "seconds")
+    parts = names_like(metrics, "seconds_.+") or names_like(metrics, "seconds")
     if parts:
-        series = [Series(name.removeprefix("seconds_"), _column(metrics, name)) for name in parts]
-        charts.append(lines("Seconds a step, by part", _steps(metrics), series, stacked=True))
+        series = [Series(name.removeprefix("seconds_"), column(metrics, name)) for name in parts]
+        charts.append(lines("Seconds a step, by part", steps_of(metrics), series, stacked=True))
     return charts
 
 

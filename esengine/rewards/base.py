@@ -49,9 +49,14 @@ def settings_of(reward: Reward) -> dict[str, Any]:
     return dict(settings()) if callable(settings) else {}
 
 
+def plain(what: object) -> str:
+    """Somebody else's text for a terminal: on one line, and without what would steer it."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(str(what).split()))
+
+
 def reason(error: BaseException) -> str:
     """An exception as one short line: its type, unless it is ours, and the beginning of its message."""
-    message = " ".join(str(error).split())[:300]
+    message = plain(error)[:300]
     if isinstance(error, EsengineError) and message:
         return message
     return f"{type(error).__name__}: {message}" if message else type(error).__name__

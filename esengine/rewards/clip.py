@@ -5,6 +5,7 @@
 Scores of one encoder share its image pass, see `esengine.rewards.base.FeatureReward`.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class ClipScore:
     @classmethod
     def from_pretrained(
         cls,
-        model: str | None = None,
+        model: str | os.PathLike[str] | None = None,
         revision: str | None = None,
         dtype: str | torch.dtype | None = None,
         device: str | torch.device = "cpu",
@@ -50,7 +51,7 @@ class ClipScore:
 
         Args:
             model: a folder, or a hub id. Its own tokenizer and preprocessor config are used if it has both.
-            revision: commit, branch or tag of a hub id.
+            revision: commit, branch or tag of a hub id. Default: main, or the commit in `loading.CONVERTED`.
             dtype: float32, bfloat16 or float16. Default: float32 on a CPU, bfloat16 elsewhere.
             batch: images in one call of the image tower.
             encoders: those already loaded, by their settings; a new one is added.
@@ -60,7 +61,11 @@ class ClipScore:
         """
         model = cls.model if model is None else model
         if model is None:
-            raise ConfigError("model: expected a folder or hub id of a CLIPModel with safetensors weights, got none")
+            raise ConfigError(
+                "model: expected a folder or hub id of a CLIPModel with safetensors weights, got none; "
+                "python -m esengine.rewards.convert_hpsv2 HPS_v2.1_compressed.pt FOLDER makes one from xswu/HPSv2"
+            )
+        model = os.fspath(model) if isinstance(model, os.PathLike) else model
         encoders = {} if encoders is None else encoders
         processor = None if model != cls.model and has_processor(model, revision) else cls.processor
         key = (model, revision, processor, str(dtype), str(device), batch)
@@ -75,7 +80,13 @@ class ClipScore:
         return self.score_features(self.encoder.image_features(images), prompts)
 
     def score_features(self, features: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """Score unit image features, float32 [B, D]. Returns float32 [B]."""
+        """Score unit image features, float32 [B, D]. Returns float32 [B].
+
+        Raises:
+            ValueError: another number of prompts.
+        """
+        if len(prompts) != len(features):
+            raise ValueError(f"prompts: expected {len(features)}, one for each image, got {len(prompts)}")
         texts = self.encoder.text_features(prompts) if self._text is None else self._text
         return self.from_cosine((features * texts).sum(-1))
 
@@ -103,10 +114,10 @@ class PickScore(ClipScore):
 class HPSv2(ClipScore):
     """cos(text, image) of a Human Preference Score v2 or v2.1.
 
-    The authors publish pickles, which are never read: name a CLIPModel made from them, with safetensors weights.
+    The authors publish pickles, which are not read here: `esengine.rewards.convert_hpsv2` makes the folder to name.
 
     Source: Wu et al., "Human Preference Score v2", arXiv 2306.09341. Their resize keeps floats where Pillow, and so
-    this, rounds to levels; scores differ by that rounding.
+    this, rounds to levels, and pads an image that is not square where this keeps its centre; scores differ by that.
     """
 
     model, processor = None, CLIP_H

@@ -1,5 +1,6 @@
 """A CLIP as rewards use it: image features in bounded batches, text features once for each prompt."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from esengine.errors import ConfigError
-from esengine.rewards.loading import identify, load_model, load_preprocess, load_tokenizer, locate
+from esengine.rewards.loading import fingerprint, load_model, load_preprocess, load_tokenizer, locate
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
@@ -50,7 +51,7 @@ class ClipEncoder:
     @classmethod
     def from_pretrained(
         cls,
-        model: str,
+        model: str | os.PathLike[str],
         *,
         processor: str | None = None,
         revision: str | None = None,
@@ -63,7 +64,7 @@ class ClipEncoder:
         Args:
             model: a folder or a hub id.
             processor: folder or hub id of the tokenizer and the preprocessor config. None: the model's own.
-            revision: commit, branch or tag of a hub id.
+            revision: commit, branch or tag of a hub id. Default: main, or the commit in `loading.CONVERTED`.
             dtype: a key of `DTYPES`. Default: float32 on a CPU, bfloat16 elsewhere.
             batch: images in one call of the image tower.
 
@@ -74,16 +75,16 @@ class ClipEncoder:
         dtype = _dtype(dtype, device)
         if type(batch) is not int or batch < 1:
             raise ConfigError(f"batch: expected an int of at least 1, got {batch!r}")
-        identity = {"model": model, "dtype": str(dtype).removeprefix("torch.")}
+        identity = {"model": str(model), "dtype": str(dtype).removeprefix("torch.")}
         identity |= {} if processor is None else {"processor": processor}
         model = locate(model, revision)
-        clip = load_model(model, revision)
+        clip, commit = load_model(model, revision)
         source = (model, revision) if processor is None else (processor, None)
         preprocess, tokenize = load_preprocess(*source), load_tokenizer(*source, clip.config.text_config)
         edge = clip.config.vision_config.image_size
         if preprocess.shape != (edge, edge):
             raise ConfigError(f"model: {model} takes images of {edge} x {edge}, its processor makes {preprocess.shape}")
-        identity |= identify(model, revision)
+        identity |= {"fingerprint": fingerprint(model)} if commit is None else {"commit": commit}
         logit_scale = float(clip.logit_scale.detach())  # before it is rounded: bfloat16 would turn 100 into 98.9
         clip = clip.to(device=device, dtype=dtype).eval().requires_grad_(False)
         return cls(clip, tokenize, preprocess, logit_scale=logit_scale, batch=batch, identity=identity)

@@ -1,6 +1,8 @@
 """The parts of a CLIP from a folder or the hub: safetensors only, none of their code, one clear line when absent."""
 
 import hashlib
+import json
+import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,14 +18,20 @@ if TYPE_CHECKING:
 
 _PREPROCESSOR = ("preprocessor_config.json", "processor_config.json")
 _TOKENIZER = ("tokenizer.json", "vocab.json")
+_TOKENIZER_TOO = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+CONVERTED = {"openai/clip-vit-base-patch32": "c237dc49a33fc61debc9276459120b7eac67e7ef"}
+"""Commits to take by default of models whose main branch has no safetensors: of refs/pr/66, by the hub's converter."""
 
 
-def locate(model: str, revision: str | None) -> str:
+def locate(model: str | os.PathLike[str], revision: str | None) -> str:
     """The folder with safetensors, or the hub id, that `model` names.
 
     Raises:
         ConfigError: neither, or a revision that does not go with it.
     """
+    model = os.fspath(model) if isinstance(model, os.PathLike) else model
     for argument, value in (("model", model), ("revision", revision)):
         if (value is not None or argument == "model") and (not isinstance(value, str) or not value):
             raise ConfigError(f"{argument}: expected text, got {value!r}; text that looks like a number needs quotes")
@@ -45,22 +53,66 @@ def has_processor(model: str, revision: str | None) -> bool:
     return all(any(_file(model, name, revision) for name in names) for names in (_PREPROCESSOR, _TOKENIZER))
 
 
-def load_model(model: str, revision: str | None) -> "CLIPModel":
-    """The model on the CPU, in its file's dtype or float32."""
+def processor_files(source: str) -> list[Path]:
+    """The tokenizer's and the preprocessor's files of a folder or hub id.
+
+    Raises:
+        ConfigError: there is no tokenizer, or no preprocessor config.
+    """
+    if not has_processor(source, None):
+        raise ConfigError(f"processor: no tokenizer with a {_PREPROCESSOR[0]} was found in {source}")
+    found = (_file(source, name, None) for name in (*_PREPROCESSOR, *_TOKENIZER, *_TOKENIZER_TOO))
+    return [Path(path) for path in found if path]
+
+
+def load_model(model: str, revision: str | None) -> tuple["CLIPModel", str | None]:
+    """The model on the CPU, in its file's dtype or float32, and the commit of its weights, None for a folder.
+
+    A hub model is read from the cache's folder of that commit, so nothing can put other weights in the place of these.
+    """
     from transformers import CLIPConfig, CLIPModel
 
     with _one_line(model), _no_progress_bars(), torch.random.fork_rng(devices=[]):  # 4.x draws weights it then reads
-        pinned = {} if revision is None else {"revision": revision}
-        kind = CLIPConfig.get_config_dict(model, **pinned)[0].get("model_type")
-        if kind != "clip":
-            raise ValueError(f"expected the config of a CLIPModel, got model_type {kind}")
+        config_file = _file(model, "config.json", revision)
+        if config_file is None:
+            raise ValueError("no config.json was found")
+        folder = _weights(model, revision)
+        settings = CLIPConfig.get_config_dict(Path(config_file).parent)[0]
+        if settings.get("model_type") != "clip":
+            raise ValueError(f"expected the config of a CLIPModel, got model_type {settings.get('model_type')}")
         clip, report = CLIPModel.from_pretrained(
-            model, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **pinned
+            folder,
+            config=CLIPConfig.from_dict(settings),
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
         )
         absent = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
         if absent:
             raise ValueError(f"{len(absent)} of its weights are missing or of another shape, such as {absent[0]}")
-    return clip
+    return clip, None if Path(model).is_dir() else folder.name  # snapshots/<commit>
+
+
+def _weights(model: str, revision: str | None) -> Path:
+    """The folder that holds all weights of a model, fetched if need be."""
+    first = _file(model, _WEIGHTS, revision) or _file(model, _INDEX, revision)
+    if first is None and Path(model).is_dir():
+        raise ValueError(f"no {_WEIGHTS} was found")
+    if first is None:
+        where = f"revision {revision}" if revision else "its main branch"
+        snapshots = Path(_file(model, "config.json", revision)).parents[1]  # <cache>/snapshots/<commit>/config.json
+        held = [path.parent.name for path in snapshots.glob(f"*/{_WEIGHTS}")]
+        hint = f"the cache has them at revision={held[0]}" if held else "the hub's converter offers some as refs/pr/N"
+        raise ConfigError(
+            f"model: {model} has no {_WEIGHTS} at {where}, or it is neither cached nor can it be fetched; give the "
+            f"revision= of a commit that has: {hint}"
+        )
+    if first.endswith(_INDEX):
+        shards = set(json.loads(Path(first).read_bytes())["weight_map"].values())
+        if absent := [name for name in sorted(shards) if _file(model, name, revision) is None]:
+            raise ValueError(f"{absent[0]} was not found")
+    return Path(first).parent
 
 
 def load_preprocess(source: str, revision: str | None) -> Preprocess:
@@ -76,7 +128,11 @@ def load_tokenizer(source: str, revision: str | None, config: "CLIPTextConfig") 
     from transformers import CLIPTokenizerFast
 
     with _one_line(source):
-        tokenizer = CLIPTokenizerFast.from_pretrained(source, **({} if revision is None else {"revision": revision}))
+        found = [path for path in (_file(source, name, revision) for name in _TOKENIZER) if path]
+        if not found:
+            raise ValueError(f"no {_TOKENIZER[0]} was found")
+        pinned = {} if Path(source).is_dir() else {"revision": Path(found[0]).parent.name}  # snapshots/<commit>
+        tokenizer = CLIPTokenizerFast.from_pretrained(source, **pinned)
         end = config.eos_token_id
         if len(tokenizer) > config.vocab_size or end not in (2, tokenizer.eos_token_id):  # 2: OpenAI's, by position
             raise ValueError("its tokenizer is of another model")
@@ -89,37 +145,40 @@ def load_tokenizer(source: str, revision: str | None, config: "CLIPTextConfig") 
 
 
 def _file(model: str, name: str, revision: str | None) -> str | None:
+    """Path of one file of a model. Of `CONVERTED`, transformers caches all but the weights from main: so it may be."""
     from transformers.utils import cached_file
 
-    try:
-        return cached_file(model, name, revision=revision)
-    except OSError:
-        return None
+    converted = CONVERTED.get(model) if revision is None else None
+    for place in (revision,) if converted is None else (converted, None):
+        try:
+            return cached_file(model, name, revision=place)
+        except OSError:
+            continue
+    return None
 
 
-def identify(model: str, revision: str | None) -> dict[str, str]:
-    """The commit of a hub id; of a folder a sha256 over every file that may have been read."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return {"commit": Path(_file(model, "config.json", revision)).parent.name}  # snapshots/<commit>/config.json
-    total = hashlib.sha256()
+def fingerprint(model: str) -> str:
+    """A sha256 over every file of a folder that may have been read."""
+    total, folder = hashlib.sha256(), Path(model)
     for path in sorted(path for kind in ("safetensors", "json", "txt") for path in folder.glob(f"*.{kind}")):
         total.update(f"{path.name}\0{path.stat().st_size}\0".encode())
         with open(path, "rb") as stream:
             while part := stream.read(1 << 24):
                 total.update(part)
-    return {"fingerprint": f"sha256:{total.hexdigest()}"}
+    return f"sha256:{total.hexdigest()}"
 
 
 @contextmanager
 def _one_line(model: str):
     try:
         yield
+    except ConfigError:
+        raise
     except Exception as e:  # what a file can make the libraries raise is not listed anywhere
         lines = str(e).strip().splitlines() or [type(e).__name__]
         where = f"cannot load {model}"
         if not Path(model).is_dir():
-            where = f"{model} is not a folder, and no complete hub model of that name with safetensors was found"
+            where = f"{model} is not a folder, and no complete hub model of that name was found"
         raise ConfigError(f"model: {where} ({lines[0]})") from e
 
 

@@ -95,10 +95,12 @@ def _build(name: str, options: dict[str, Any], shared: dict[str, Any]) -> Reward
     target = BUILTIN.get(name) or _import(name)
     if name in BUILTIN or isinstance(target, type):
         parameters = _parameters(target)
-        unknown = sorted(set(options) - set(parameters))
+        known = [each for each in parameters if each != "encoders"]  # that one is ours to share
+        unknown = sorted(set(options) - set(known))
         if unknown and name in BUILTIN:
-            known = ", ".join(each for each in parameters if each != "encoders")
-            raise ConfigError(f"reward {name}: unknown options {', '.join(unknown)}; expected some of {known}")
+            raise ConfigError(
+                f"reward {name}: unknown options {', '.join(unknown)}; expected some of {', '.join(known) or 'none'}"
+            )
         if name not in BUILTIN:
             shared = {key: value for key, value in shared.items() if key == "device"}
         try:

@@ -5,10 +5,13 @@ POST url    {"images": ["<base64 of a PNG>", ...], "prompts": ["...", ...]}
 """
 
 import base64
+import contextlib
 import http.client
 import io
 import json
 import math
+import socket
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -19,6 +22,7 @@ import torch
 from PIL import Image
 
 from esengine.errors import ConfigError, RewardError
+from esengine.rewards.base import plain
 
 FIRST_PAUSE = 0.5
 """Seconds before the second try; each further pause is twice as long."""
@@ -30,7 +34,7 @@ class Remote:
 
     Args:
         url: http or https, without a user or password. Redirects are not followed.
-        timeout: seconds to connect, to wait for the next part of an answer, and for one answer altogether.
+        timeout: seconds to connect, and for a whole answer, however it comes.
         retries: further tries after one that could not connect, ran out of time or was answered 5xx. Other answers
             are final.
         batch: images in one request.
@@ -59,7 +63,6 @@ class Remote:
                 raise ConfigError(f"{name}: expected an int of at least {least}, got {value!r}")
         self.url, self.timeout, self.retries, self.batch, self.limit = url, timeout, retries, batch, limit
         self._where = parts._replace(query="", fragment="").geturl()
-        self._opener = urllib.request.build_opener(_NoRedirect)
 
     def __call__(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """Score images, uint8 [B, 3, H, W] on any device. Returns float32 [B] on the CPU.
@@ -91,26 +94,25 @@ class Remote:
             except urllib.error.HTTPError as e:
                 e.close()
                 if e.code < 500:
-                    raise RewardError(f"{self._where}: answered {e.code} {e.reason}") from e
-                error, said = e, f"answered {e.code} {e.reason}"
+                    raise RewardError(f"{self._where}: answered {e.code} {plain(e.reason)[:80]}") from e
+                error, said = e, f"answered {e.code} {plain(e.reason)[:80]}"
             except (OSError, http.client.HTTPException) as e:
-                error, said = e, str(getattr(e, "reason", None) or e) or type(e).__name__
+                error, said = e, plain(getattr(e, "reason", None) or e)[:200] or type(e).__name__
         raise RewardError(f"{self._where}: no answer after {tries} tries; the last one: {said}") from error
 
     def _read(self, request: urllib.request.Request) -> bytes:
-        deadline = time.monotonic() + self.timeout
         answer = bytearray()
-        with self._opener.open(request, timeout=self.timeout) as response:
-            if response.status != 200:
-                raise RewardError(f"{self._where}: expected status 200, got {response.status}")
-            while some := response.read1(_READ_AT_ONCE):
-                answer += some
-                if len(answer) > self.limit:
-                    raise RewardError(f"{self._where}: its answer is longer than limit={self.limit} bytes")
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"its answer took longer than timeout={self.timeout} s")
-            if response.length:
-                raise ConnectionError(f"its answer broke off {response.length} bytes before its end")
+        with _Deadline(self.timeout) as deadline:
+            opener = urllib.request.build_opener(_NoRedirect, _Http(deadline), _Https(deadline))
+            with opener.open(request, timeout=self.timeout) as response:
+                if response.status != 200:
+                    raise RewardError(f"{self._where}: expected status 200, got {response.status}")
+                while some := response.read1(_READ_AT_ONCE):
+                    answer += some
+                    if len(answer) > self.limit:
+                        raise RewardError(f"{self._where}: its answer is longer than limit={self.limit} bytes")
+                if response.length:
+                    raise ConnectionError(f"its answer broke off {response.length} bytes before its end")
         return bytes(answer)
 
     def _scores(self, answer: bytes, count: int) -> list[float]:
@@ -122,6 +124,64 @@ class Remote:
         if len(scores) != count:
             raise RewardError(f"{self._where}: expected {count} scores, got {len(scores)}")
         return scores
+
+
+class _Deadline:
+    """Ends the connections of one request after so many seconds, at whatever they are; a late end is a TimeoutError.
+
+    A socket's own timeout begins anew with every byte, and the standard library reads a header without an end to it.
+    """
+
+    def __init__(self, seconds: float):
+        self.seconds, self.over = seconds, False
+        self._sockets: list[socket.socket] = []
+        self._timer = threading.Timer(seconds, self._end)
+        self._timer.daemon = True
+
+    def __enter__(self) -> "_Deadline":
+        self._timer.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        self._timer.cancel()
+        for each in self._sockets:
+            each.close()
+        if self.over and not isinstance(error, urllib.error.HTTPError | RewardError):
+            raise TimeoutError(f"its answer took longer than timeout={self.seconds} s") from error
+
+    def watch(self, connection: http.client.HTTPConnection) -> http.client.HTTPConnection:
+        create = connection._create_connection
+
+        def created(*args: Any, **kwargs: Any) -> socket.socket:
+            found = create(*args, **kwargs)
+            self._sockets.append(found.dup())  # the other one may be wrapped for TLS, or let go of, later
+            return found
+
+        connection._create_connection = created
+        return connection
+
+    def _end(self) -> None:
+        self.over = True
+        for each in self._sockets:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+
+class _Watched:
+    def __init__(self, deadline: _Deadline):
+        super().__init__()
+        self.deadline = deadline
+
+    def do_open(self, kind: type, request: urllib.request.Request, **kwargs: Any) -> Any:
+        return super().do_open(lambda *a, **k: self.deadline.watch(kind(*a, **k)), request, **kwargs)
+
+
+class _Http(_Watched, urllib.request.HTTPHandler):
+    pass
+
+
+class _Https(_Watched, urllib.request.HTTPSHandler):
+    pass
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

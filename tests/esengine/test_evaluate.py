@@ -116,7 +116,14 @@ def test_a_benchmark_of_a_run_is_three_entries_in_its_folder(trained, parti, ese
         ("category", "Animals"), ("category", "Artifacts"), ("challenge", "Basic"), ("challenge", "Hard"),
     ]  # fmt: skip
     assert "run/evaluations/partiprompts/report.html" in out
-    assert (folder / "report.html").is_file()
+    kept = json.loads((folder / "curves.json").read_text())
+    logged = [json.loads(line) for line in (workspace / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert list(kept) == ["adapter@1"]
+    assert [(line["step"], line["reward"]) for line in kept["adapter@1"]["metrics"]] == [
+        (line["step"], line["reward"]) for line in logged
+    ]
+    assert [line["step"] for line in kept["adapter@1"]["heldout"]] == [0, 2, 4]
+    assert '<section id="training">' in (folder / "report.html").read_text()
     before = out
     code, out, err = esengine("eval", "--run-dir", "run", *parti)
     assert (code, out) == (0, before)

@@ -247,6 +247,25 @@ def test_a_corrupt_text_cache_is_a_clear_line(copy, tmp_path, monkeypatch):
     assert contents(fresh.out) == before == contents(copy.out)
 
 
+def test_a_run_whose_curves_are_damaged_is_evaluated_without(trained, small_evaluation, tmp_path):
+    run = shutil.copytree(trained[0].run_dir, tmp_path / "run")
+    (run / "metrics.jsonl").write_text("{}\n")
+    notes = Notes()
+    evaluate(replace(small_evaluation, adapter=run / "adapter", out=tmp_path / "out"), notes)
+    assert any("no curves of training" in line and "metrics.jsonl, line 1" in line for line in notes.lines)
+    found = contents(tmp_path / "out")
+    assert "curves.json" not in found
+    assert found["scores.jsonl"] == contents(small_evaluation.out)["scores.jsonl"]
+
+
+@pytest.mark.parametrize("chunk", ["0", "-1", "true", '"2"', "null", "[2]", "2.0"])
+def test_a_chunk_that_is_none(copy, chunk):
+    file = copy.out / "evaluation.json"
+    file.write_text(file.read_text().replace('"chunk": 2', f'"chunk": {chunk}'))
+    with pytest.raises(RunError, match=r"evaluation\.json is damaged"):
+        evaluate(replace(copy, image=ImageSettings()), Progress())
+
+
 # ---- several processes
 
 

@@ -8,7 +8,8 @@ import threading
 import pytest
 import torch
 
-from esengine.group import Group
+from esengine.errors import ConfigError
+from esengine.group import Group, place
 
 REWARD = """
 import os
@@ -40,6 +41,25 @@ def torchrun(workspace, prompt_files):
         )  # fmt: skip
 
     return call
+
+
+@pytest.mark.parametrize(
+    ("rank", "size", "expected"),
+    [(None, None, (0, 1)), ("0", "1", (0, 1)), ("2", "3", (2, 3))]
+    + [(rank, size, None) for rank, size in (("x", "2"), (None, "2"), ("1", None), ("2", "2"), ("0", "0"), ("-1", "2"))]
+    + [("", "", None), ("0", "2.0", None), ("²", "3", None)],
+)
+def test_the_place_of_a_process(monkeypatch, rank, size, expected):
+    for name, value in (("RANK", rank), ("WORLD_SIZE", size)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    if expected:
+        assert place() == expected
+        return
+    with pytest.raises(ConfigError, match="RANK, WORLD_SIZE: expected both as torchrun sets them") as caught:
+        Group.join()
+    assert "\n" not in str(caught.value)
 
 
 def test_two_processes_make_the_run_of_one(torchrun, outcome, workspace):

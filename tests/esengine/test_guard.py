@@ -92,7 +92,7 @@ def test_changes_are_paired_by_prompt(make, tmp_path):
     guard.measure(10)
     zero, ten = records(tmp_path / "run")
     d = [b - a for a, b in zip(first, later, strict=True)]
-    assert zero["scores"]["up"] == {"mean": 2.5, "change": 0.0, "standard_error": None, "each": first}
+    assert zero["scores"]["up"] == {"mean": 2.5, "change": 0.0, "standard_error": 0.0, "each": first}
     assert ten["scores"]["up"]["mean"] == pytest.approx(statistics.mean(later))
     assert ten["scores"]["up"]["change"] == pytest.approx(statistics.mean(d))
     assert ten["scores"]["up"]["standard_error"] == pytest.approx(statistics.stdev(d) / math.sqrt(5))
@@ -133,6 +133,8 @@ UP, DOWN, FLAT = (dict(change=c, standard_error=0.1) for c in (0.3, -0.3, 0.0))
         (UP, dict(change=-0.21, standard_error=0.1), True),
         (UP, dict(change=-9.0, standard_error=None), False),
         (dict(change=9.0, standard_error=None), DOWN, False),
+        (UP, dict(change=-1e-3, standard_error=0.0), True),  # all prompts alike
+        (UP, dict(change=0.0, standard_error=0.0), False),
     ],
 )
 def test_parting_takes_two_standard_errors_on_both_sides(optimised, held, parted):
@@ -141,18 +143,17 @@ def test_parting_takes_two_standard_errors_on_both_sides(optimised, held, parted
     assert part_ways(changes, "a", []) == []
 
 
-@pytest.mark.parametrize("prompts", [1, 4])
-def test_no_verdict_without_a_standard_error(make, tmp_path, notes, prompts):
-    """One prompt, or prompts that all change by the same amount."""
+@pytest.mark.parametrize("prompts", [1, 2, 4])
+def test_one_prompt_is_no_verdict_and_several_that_change_alike_are(make, tmp_path, notes, prompts):
     guard, scores = make({"up": 1.0, "down": 0.0}, prompts=prompts)
     guard.measure(0)
     scores["up"].now, scores["down"].now = [0.1] * prompts, [-0.1] * prompts
     guard.measure(10)
     for score in records(tmp_path / "run")[1]["scores"].values():
         assert abs(score["change"]) == pytest.approx(0.1)
-        assert score["standard_error"] is None
-    assert notes.said == []
-    assert guard.parted() == {}
+        assert score["standard_error"] == (None if prompts == 1 else 0.0)
+    assert guard.parted() == ({} if prompts == 1 else {"down": 10})
+    assert len(notes.said) == len(guard.parted())
 
 
 @pytest.mark.parametrize(
@@ -224,16 +225,16 @@ class Fake:
 
 @pytest.fixture
 def family(monkeypatch):
-    """The CLIP family as rewards that load nothing; `family(name)` makes one unloadable."""
-    for name in CLIP_FAMILY:
-        monkeypatch.setitem(BUILTIN, name, Fake)
+    """The CLIP family as rewards that load nothing; `family(name)` makes one unloadable, `family()` none."""
 
-    def broken(name):
+    def broken(name=None):
         def refuse():
             raise ConfigError("no such model")
 
-        monkeypatch.setitem(BUILTIN, name, refuse)
+        for each in CLIP_FAMILY if name is None else [name]:
+            monkeypatch.setitem(BUILTIN, each, Fake if name is None else refuse)
 
+    broken()
     return broken
 
 
@@ -405,7 +406,32 @@ def test_other_prompts_or_rewards_begin_a_new_series(small, tmp_path, notes, cha
     assert [line["step"] for line in lines] == [3, 4, 5]
     assert lines[0]["scores"]["jpeg_compressibility"]["change"] == 0
     assert "of" in lines[0]
-    assert any("against step 3" in line for line in notes.said)
+    assert any("against step 3" in line and "heldout.3.jsonl" in line for line in notes.said)
+    kept = [json.loads(line) for line in (tmp_path / "run" / "heldout.3.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in kept] == [0, 2]
+
+
+def test_what_auto_chose_stays_chosen(family, small, tmp_path, notes):
+    """A companion that cannot be loaded when the run is resumed is an error, and costs no line of heldout.jsonl."""
+    family("aesthetic")
+    config = small(tmp_path / "run", reward="pickscore", heldout_reward="auto", steps=2, checkpoint_every=2)
+    train(config, notes)
+    assert any("aesthetic" in line and "left out" in line for line in notes.said)
+    before = (tmp_path / "run" / "heldout.jsonl").read_bytes()
+    family("clip_text")
+    onward = dataclasses.replace(config, resume=True, steps=4)
+    with pytest.raises(ConfigError, match=r"reward clip_text: .*no such model"):
+        train(onward)
+    assert (tmp_path / "run" / "heldout.jsonl").read_bytes() == before
+    family()
+    train(onward)
+    lines = records(tmp_path / "run")
+    assert [line["step"] for line in lines] == [0, 2, 4]
+    assert {tuple(line["scores"]) for line in lines} == {("pickscore", "clip_text", "no_artifacts")}
+    # what is asked for by name is on purpose
+    train(dataclasses.replace(onward, steps=6, heldout_reward="aesthetic"))
+    assert [line["step"] for line in records(tmp_path / "run")] == [4, 6]
+    assert len((tmp_path / "run" / "heldout.4.jsonl").read_text().splitlines()) == 2
 
 
 def test_the_interval_may_change_and_the_series_goes_on(small, tmp_path, notes):

@@ -119,17 +119,19 @@ def test_a_measure_is_a_line_a_picture_and_curves(folder):
         assert (image.step, image.width, image.height) == (10, *picture.size)
 
 
-def test_measures_are_dropped_on_resume_and_can_be_forgotten(folder):
+def test_measures_are_dropped_on_resume_and_can_be_set_aside(folder):
     with RunLog(folder) as log:
         for step in (0, 2, 4):
             log.measured({"step": step, "scores": {}}, noise(1), ["x"])
     with RunLog(folder, resume_step=4) as log:
         assert [record["step"] for record in log.held_out] == [0, 2]
         log.measured({"step": 4, "scores": {}}, noise(1), ["x"])
-        log.forget_held_out()
+        assert log.set_held_out_aside() == folder.path / "heldout.4.jsonl"
         assert log.held_out == []
         log.measured({"step": 5, "scores": {}}, noise(1), ["x"])
     assert (folder.path / "heldout.jsonl").read_bytes() == b'{"step": 5, "scores": {}}\n'
+    kept = (folder.path / "heldout.4.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in kept] == [0, 2, 4]
 
 
 def test_histograms_and_settings_are_in_tensorboard(folder):

@@ -158,7 +158,7 @@ def test_a_damaged_record_is_a_new_place(tmp_path, fakes, damage):
 
 def test_one_that_is_not_installed_is_told_before_the_run(small, tmp_path, monkeypatch):
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"trackers: trackio is not installed; pip install '.*\[trackio\]'"):
+    with pytest.raises(ConfigError, match=r"trackers: trackio is not installed; .*pip install -e .\.\[trackio\]'"):
         train(small(tmp_path / "run", trackers=("trackio",)))
     assert list(tmp_path.iterdir()) == []
 

@@ -2,13 +2,16 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
 from PIL import Image
 
+from esengine.entries import Entry
 from esengine.errors import RunError
-from esengine.report import write_evaluation_page
+from esengine.report import write_evaluation_page, write_training_page
+from esengine.report.curves import kept_curves
 
 
 @pytest.fixture
@@ -48,6 +51,46 @@ def test_the_page_has_every_part_in_one_file(folder):
     assert "By challenge" not in text  # the report has no such groups
     assert "2.13.0" in text
     assert "abab" in text  # the hash of the prompts
+
+
+def curves(folder, run_folder, tmp_path):
+    run = run_folder(tmp_path / "first")
+    (run / "adapter").mkdir()
+    entries = [Entry("base", 1), Entry("adapter", 1, run / "adapter"), Entry("elsewhere", 1, tmp_path)]
+    (folder / "curves.json").write_text(json.dumps(kept_curves(entries), allow_nan=False))
+    return run
+
+
+def test_the_curves_of_the_runs_that_the_adapters_are_of(folder, run_folder, tmp_path):
+    assert "Training" not in words(page(folder))
+    run = curves(folder, run_folder, tmp_path)
+    kept = json.loads((folder / "curves.json").read_text())
+    assert list(kept) == ["adapter@1"]
+    assert [set(line) for line in kept["adapter@1"]["metrics"]] == [
+        {"step", "reward", "reward_best", "reward_worst", "reward_std"}
+    ] * 12
+    alone = write_training_page(run).read_text(encoding="utf-8")
+    shutil.rmtree(run)  # the page is a function of its folder
+    found = page(folder)
+    assert "adapter@1 : run first" in words(found)
+    for title in ("Reward", "pickscore (optimised)"):
+        figure = re.compile(rf"<h3>{re.escape(title)}</h3>.*?</figure>", re.S)
+        there, here = (re.findall(r'<path[^>]* d="([^"]*)"', figure.search(text)[0]) for text in (alone, found))
+        assert there == here != []
+
+
+def test_curves_that_are_damaged(folder, run_folder, tmp_path):
+    curves(folder, run_folder, tmp_path)
+    for damage, said in (
+        (lambda kept: kept["adapter@1"].pop("run"), "expected 'run'"),
+        (lambda kept: kept["adapter@1"]["metrics"].append(3), "not as esengine writes it"),
+        (lambda kept: kept.update({"adapter@1": []}), "not as esengine writes it"),
+    ):
+        before = (folder / "curves.json").read_bytes()
+        change(folder / "curves.json", damage)
+        with pytest.raises(RunError, match=rf"curves\.json: {said}"):
+            write_evaluation_page(folder)
+        (folder / "curves.json").write_bytes(before)
 
 
 def test_nothing_is_loaded_from_elsewhere(folder):

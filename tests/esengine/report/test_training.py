@@ -44,6 +44,21 @@ def test_a_finished_run(finished):
     ]
 
 
+@pytest.mark.parametrize("value", [b"1e308", b"-1e308", b"1" + b"0" * 400, b"1e-320", b"1e999", b"3.4e38"])
+def test_numbers_at_the_end_of_what_there_is(finished, value):
+    """Python's JSON reads them all; no float32 holds most."""
+    data = (finished / "metrics.jsonl").read_bytes()
+    opposite = value[1:] if value.startswith(b"-") else b"-" + value
+    for step, own in ((2, value), (3, opposite)):
+        for name in (b'"own_figure": ', b'"reward": '):
+            old = next(line for line in data.splitlines() if b'"step": %d,' % step in line)
+            data = data.replace(old, re.sub(name + rb"[^,}]+", name + own, old))
+    (finished / "metrics.jsonl").write_bytes(data)
+    assert "own figure" in words(finished)
+    found = (finished / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"[ML ,]-?(nan|inf)", found)
+
+
 def test_images_over_time(finished):
     text = words(finished)
     assert [f"step {step}" for step in (0, 4, 8, 12, 16, 20)] == re.findall(r"step \d+(?= step| Held)", text)[:6]
@@ -134,6 +149,18 @@ def test_a_real_run(trained, tmp_path):
             lambda data: data.replace(b'"step": 2,', b'"step": "a",'),
             r"line 3: not as esengine writes it",
         ),
+        (
+            "metrics.jsonl",
+            lambda data: data.replace(b'"step": 2,', b'"step": 1' + b"0" * 400 + b","),
+            r"line 3: not as esengine writes it: step: expected a whole number, got 10+$",
+        ),
+        (
+            "metrics.jsonl",
+            lambda data: data.replace(b'"step": 2,', b'"step": 2, "own": 1' + b"0" * 5000 + b","),
+            r"line 3: not JSON: Exceeds the limit",
+        ),
+        ("heldout.jsonl", lambda data: data.replace(b'"step": 0', b'"step": 1e999'), r"line 1: not as esengine"),
+        ("eval.json", lambda data: data.replace(b'"repeats": 2', b'"repeats": 1e999'), r"eval\.json: not as esengine"),
         ("heldout.jsonl", lambda data: data.replace(b'"change"', b'"x"'), r"heldout\.jsonl, line 1: expected 'change'"),
         ("heldout.jsonl", lambda data: data.replace(b"[]", b'"a"', 1), r"heldout\.jsonl, line 1: not as esengine"),
         ("eval.json", lambda data: data[:30], r"eval\.json, line 1: not JSON"),

@@ -329,12 +329,23 @@ def test_a_damaged_folder_gives_one_line(clip_folder, tmp_path, damage, message)
         ({"batch": 0}, "batch: expected an int of at least 1, got 0"),
         ({"revision": "abc"}, "is a folder and has none, got abc"),
         ({"revision": 12345}, "revision: expected text, got 12345; .*quotes"),
+        ({"encoders": 1}, "unknown options encoders; expected some of model, revision, dtype, device, batch$"),
         ({"quality": 3}, "unknown options quality; expected some of model, revision, dtype, device, batch$"),
     ],
 )
 def test_options_that_do_not_fit(clip_folder, options, message):
     with pytest.raises(ConfigError, match=f"reward pickscore: .*{message}"):
         rewards.load("pickscore", **{"model": str(clip_folder), **options})
+
+
+def test_a_folder_as_a_path(clip_folder):
+    assert rewards.load("pickscore", model=clip_folder).settings()["model"] == str(clip_folder)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_as_many_prompts_as_images(clip_folder, images, name):
+    with pytest.raises(ValueError, match="prompts: expected 7, one for each image, got 1"):
+        rewards.load(name, model=str(clip_folder))(images(7), ["a cat"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -381,10 +392,10 @@ def offline(home, *rewards_and_options):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def cached(home, name, commit, source):
+def cached(home, name, commit, source, ref="main"):
     folder = home / "hub" / ("models--" + name.replace("/", "--"))
-    (folder / "refs").mkdir(parents=True)
-    (folder / "refs" / "main").write_text(commit)
+    (folder / "refs" / ref).parent.mkdir(parents=True, exist_ok=True)
+    (folder / "refs" / ref).write_text(commit)
     shutil.copytree(source, folder / "snapshots" / commit)
 
 
@@ -410,9 +421,66 @@ def test_hub_ids_are_read_from_the_cache(write_clip, tmp_path):
     assert pinned[0] == {**whole[0], "dtype": "bfloat16"}
     assert mine[0] == {"model": "me/mine", "dtype": "float32", "commit": other}
     assert whole[1] == mine[1]
-    assert "no complete hub model of that name with safetensors was found" in absent
+    assert "no complete hub model of that name was found" in absent
     assert "openai/clip-vit-base-patch32" in clip
     assert "\n" not in clip + absent
+
+
+CLIP_B, MAIN, CONVERTED = "openai/clip-vit-base-patch32", "3d" * 20, "c237dc49a33fc61debc9276459120b7eac67e7ef"
+
+
+def test_the_default_clip_has_its_safetensors_elsewhere_than_on_main(write_clip, tmp_path):
+    """As transformers leaves the cache: main without weights, and the converter's commit with nothing else."""
+    whole = write_clip(tmp_path / "whole")
+    cached(tmp_path, CLIP_B, MAIN, copy(whole, tmp_path / "main", "model.safetensors"))
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    shutil.copy(whole / "model.safetensors", weights)
+    cached(tmp_path, CLIP_B, CONVERTED, weights, ref="refs/pr/66")
+    found, pinned, main = offline(
+        tmp_path, ("clip_text", {}), ("aesthetic", {"model": CLIP_B}), ("clip_text", {"revision": MAIN})
+    )
+    assert found[0] == {"model": CLIP_B, "processor": CLIP_B, "dtype": "float32", "commit": CONVERTED}
+    assert pinned[0] == found[0]
+    assert found[1] == [CLIPTokenizerFast.from_pretrained(whole)("a cat")["input_ids"]]
+    assert f"no model.safetensors at revision {MAIN}" in main
+    assert f"revision={CONVERTED}" in main
+    assert "\n" not in main
+
+
+def test_the_converters_commit_alone_is_enough(write_clip, tmp_path):
+    cached(tmp_path, CLIP_B, CONVERTED, write_clip(tmp_path / "whole"), ref="refs/pr/66")
+    default, commit, ref = offline(
+        tmp_path, *(("clip_text", options) for options in ({}, {"revision": CONVERTED}, {"revision": "refs/pr/66"}))
+    )
+    assert default[0]["commit"] == commit[0]["commit"] == ref[0]["commit"] == CONVERTED
+
+
+def test_a_hub_model_without_safetensors(write_clip, tmp_path):
+    bare = copy(write_clip(tmp_path / "whole"), tmp_path / "bare", "model.safetensors")
+    (bare / "pytorch_model.bin").write_bytes(b"a pickle")
+    cached(tmp_path, "me/old", "e" * 40, bare)
+    (said,) = offline(tmp_path, ("hpsv2", {"model": "me/old"}))
+    assert "me/old has no model.safetensors at its main branch" in said
+    assert "refs/pr/N" in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_weights_in_shards(write_clip, tmp_path, whole):
+    folder = write_clip(tmp_path / "w")
+    CLIPModel.from_pretrained(folder).save_pretrained(tmp_path / "w", max_shard_size="100KB")
+    (folder / "model.safetensors").unlink()
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    if not whole:
+        shards[-1].unlink()
+    cached(tmp_path, "me/sharded", "f" * 40, folder)
+    (found,) = offline(tmp_path, ("hpsv2", {"model": "me/sharded"}))
+    if whole:
+        assert found[0]["commit"] == "f" * 40
+    else:
+        assert f"{shards[-1].name} was not found" in found
 
 
 def test_a_folder_without_a_processor_takes_the_named_one(write_clip, tmp_path):

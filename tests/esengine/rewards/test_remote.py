@@ -215,6 +215,59 @@ def test_an_answer_that_trickles_or_never_comes(serve, images):
             rewards.load("remote", url=url, timeout=0.2, retries=0)(images(1), ["a"])
 
 
+class Drips(socketserver.BaseRequestHandler):
+    """Sends its answer a byte at a time, each long before a socket's own time is over."""
+
+    answer = b""
+
+    def handle(self):
+        self.request.recv(1 << 16)
+        for byte in self.answer:
+            time.sleep(0.02)
+            try:
+                self.request.sendall(bytes([byte]))
+            except OSError:
+                return
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 " + b"O" * 500,
+        b"HTTP/1.1 200 OK\r\nX: " + b"y" * 500,
+        b"HTTP/1.1 100 Continue\r\n\r\n" * 20,
+        b"HTTP/1.1 200 OK\r\n\r\n" + b" " * 500,
+    ],
+    ids=["status", "header", "continue", "body"],
+)
+def test_an_answer_that_drips_ends_at_the_deadline(images, answer):
+    handler = type("Handler", (Drips,), {"answer": answer})
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        reward = rewards.load("remote", url=f"http://127.0.0.1:{server.server_address[1]}", timeout=0.3, retries=0)
+        with pytest.raises(RewardError, match=r"the last one: its answer took longer than timeout=0.3 s"):
+            reward(images(1), ["a"])
+        server.shutdown()
+
+
+@pytest.mark.parametrize("status", [404, 503])
+def test_what_a_server_says_does_not_steer_the_terminal(images, status):
+    class Shouts(socketserver.BaseRequestHandler):
+        def handle(self):
+            self.request.recv(1 << 16)
+            self.request.sendall(b"HTTP/1.1 %d \x1b[31mred\x1b[0m\x07 %b\r\n\r\n" % (status, b"x" * 999))
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Shouts) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        reward = rewards.load("remote", url=f"http://127.0.0.1:{server.server_address[1]}", retries=0)
+        with pytest.raises(RewardError, match=f"answered {status} .*red") as caught:
+            reward(images(1), ["a"])
+        server.shutdown()
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 300
+
+
 def test_an_answer_that_breaks_off_is_asked_for_again(serve, images):
     def broken(handler, body):
         handler.send_response(200)
