@@ -44,8 +44,8 @@ def test_the_folder_is_a_judge_for_every_reward(trained):
 
 
 def test_the_texts_of_quality_are_those_of_the_rewards():
-    assert clip.FINE == Aesthetic.text
-    assert clip.POOR == NoArtifacts.text
+    assert Aesthetic.text == clip.FINE
+    assert NoArtifacts.text == clip.POOR
 
 
 def test_half_a_batch_differs_in_one_word(monkeypatch):

@@ -1,0 +1,91 @@
+"""How well does sana-sprint-nano draw? The checker on held-out captions: steps of sampling against ground truth.
+
+    python bench/nano.py [--model models/nano/sana-sprint-nano] [--count 500] [--json bench/results/nano_base.json]
+
+"drawn" is another picture of the same caption by the world itself, "decoded" that picture through the autoencoder.
+All models draw from the same noise; differences are paired by caption.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import record
+import torch
+
+from esengine.models import RenderSettings, SanaSprint
+from esengine.models.nano import world
+from esengine.models.nano.autoencoder import encode
+from esengine.rewards import load
+
+CHUNK = 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", type=Path, default=record.ROOT / "models/nano/sana-sprint-nano")
+    parser.add_argument("--count", type=int, default=500, help="captions")
+    parser.add_argument("--repeats", type=int, default=2, help="images of each caption")
+    parser.add_argument("--split", choices=world.SPLITS, default="test")
+    parser.add_argument("--seed", type=int, default=0, help="of captions, scenes and noise")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--json", type=Path, help="store the record there")
+    options = parser.parse_args()
+    checker, environment = load("checker"), record.environment()
+    captions = world.captions(options.split, options.count, options.seed)
+    rows = [caption for caption in captions for _ in range(options.repeats)]
+    model = SanaSprint.from_pretrained(options.model)
+    texts = model.encode(captions)
+    rng = np.random.default_rng(options.seed)
+    drawn = world.draw_all([world.sample_scene(caption, rng) for caption in rows])
+    with torch.no_grad():
+        z_bchw = encode(model.vae, drawn) * model.vae.config.scaling_factor
+    images = {
+        "drawn": torch.from_numpy(drawn).permute(0, 3, 1, 2),
+        "decoded": model.decode(z_bchw, chunk=CHUNK),
+    }
+    rates = {}
+    for steps in options.steps:
+        start = time.perf_counter()
+        name = f"{steps} step" + "s" * (steps > 1)
+        images[name] = render(model, texts, options, steps)
+        rates[name] = len(rows) / (time.perf_counter() - start)
+    scores = {
+        name: checker(each, rows).double().numpy().reshape(-1, options.repeats).mean(1)  # a caption is a sample
+        for name, each in images.items()
+    }
+    found = {name: {**summary(each), "images_per_second": rates.get(name)} for name, each in scores.items()}
+    first = scores[f"{options.steps[0]} step" + "s" * (options.steps[0] > 1)]
+    for name, each in scores.items():
+        found[name]["above_first"] = summary(each - first)
+        print(f"{name:8}  {found[name]['mean']:.4f} +- {found[name]['standard_error']:.4f}", end="   ")
+        print(f"above {options.steps[0]} step: {found[name]['above_first']['mean']:+.4f}", end=" ")
+        print(f"+- {found[name]['above_first']['standard_error']:.4f}")
+    if options.json:
+        settings = {key: value for key, value in vars(options).items() if key not in ("json", "model")}
+        what = {"what": "checker of sana-sprint-nano", "settings": settings, "model": model.identity()}
+        record.write(options.json, {**what, "checker": checker.settings(), "scores": found, **environment})
+
+
+def render(model: SanaSprint, texts, options: argparse.Namespace, steps: int) -> torch.Tensor:
+    """uint8 [captions * repeats, 3, 64, 64]."""
+    settings = RenderSettings(num_steps=steps, intermediate_timesteps=1.3 if steps == 2 else None, decode_chunk=CHUNK)
+    prompts = torch.arange(options.count).repeat_interleave(options.repeats)
+    repeats = torch.arange(options.repeats).repeat(options.count)
+    length = texts.trimmed_length(prompts)
+    chunks = zip(prompts.split(CHUNK), repeats.split(CHUNK), strict=True)
+    return torch.cat(
+        [
+            model.render(texts, seed=options.seed, step=0, prompts=p, repeats=r, settings=settings, text_length=length)
+            for p, r in chunks
+        ]
+    )
+
+
+def summary(values: np.ndarray) -> dict[str, float]:
+    return {"mean": float(values.mean()), "standard_error": float(values.std(ddof=1) / len(values) ** 0.5)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Training of the autoencoder: 64 x 64 pixels to 4 x 4 latents of 32 channels, and back.
+
+    z = E(y),  y' = D(z + s n),  n ~ N(0, 1)
+    loss = |y' - y| + 4 (y' - y)^2 + |grad y' - grad y| + 0.05 (m^2 + (d - 1)^2)
+
+y is an image from -1 to 1, m and d are mean and standard deviation of a latent channel over the batch. The noise s
+teaches the decoder to read latents that a sampler got slightly wrong, and m and d make them fit trigflow, so that the
+scaling factor is 1 but for what training left.
+"""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderDC
+
+from esengine.models.nano import world
+from esengine.models.nano.build import autoencoder
+from esengine.models.nano.loop import Report, average, load, mean_gradients, rate, set_rate, share, train
+
+BATCH, PEAK, NOISE = 32, 2e-3, 0.1
+_SEED_STRIDE = 1 << 24
+
+
+def train_autoencoder(folder: Path, *, steps: int, seed: int, report: Report | None = None) -> AutoencoderDC:
+    """Trains, or goes on, or reads what is done.
+
+    Returns:
+        The average of the weights, with its scaling factor, float32.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = autoencoder()
+    return _train("autoencoder", folder, vae, vae, steps=steps, seed=seed, peak=PEAK, report=report)
+
+
+def refine_decoder(folder: Path, *, steps: int, seed: int, report: Report | None = None) -> AutoencoderDC:
+    """Trains the decoder alone further, on what `train_autoencoder` left: the latents stay what they are.
+
+    Returns and raises: as `read_autoencoder`.
+    """
+    vae = _read(folder, "autoencoder")
+    return _train("decoder", folder, vae, vae.decoder, steps=steps, seed=seed + 1, peak=PEAK / 2, report=report)
+
+
+def read_autoencoder(folder: Path) -> AutoencoderDC:
+    """The averaged weights of the checkpoints, finished or not, with the refined decoder if there is one.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    vae = _read(folder, "autoencoder")
+    if (folder / "decoder.safetensors").is_file():
+        vae = _read(folder, "decoder")
+    scale(vae)
+    return vae
+
+
+def _read(folder: Path, stage: str) -> AutoencoderDC:
+    vae = autoencoder()
+    if not load(folder / f"{stage}.safetensors", {"mean": vae}):
+        raise FileNotFoundError(f"folder: expected {stage}.safetensors, got none in {folder}")
+    return vae.to(memory_format=torch.channels_last).requires_grad_(False)
+
+
+def _train(
+    stage: str,
+    folder: Path,
+    vae: AutoencoderDC,
+    part: torch.nn.Module,
+    *,
+    steps: int,
+    seed: int,
+    peak: float,
+    report: Report | None,
+) -> AutoencoderDC:
+    """Trains the weights of `part`, the VAE or its decoder."""
+    vae = vae.to(memory_format=torch.channels_last)
+    mean = copy.deepcopy(vae).requires_grad_(False)
+    learned = list(part.requires_grad_(True).parameters())
+    optimizer = torch.optim.AdamW(learned, lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+
+    def step(i: int) -> dict[str, torch.Tensor]:
+        y_bchw = share(pixels(world.batch("train", BATCH, seed * _SEED_STRIDE + i)[1]))
+        set_rate(optimizer, rate(i, steps, peak=peak, warmup=200))
+        with torch.autocast("cpu", torch.bfloat16):
+            z_bchw = vae.encode(y_bchw).latent.float()
+            decoded = vae.decode(z_bchw + NOISE * torch.randn_like(z_bchw)).sample.float()
+        error = decoded - y_bchw
+        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+        mean_c, std_c = z_bchw.mean((0, 2, 3)), z_bchw.std((0, 2, 3))
+        spread = (mean_c.square() + (std_c - 1).square()).mean()
+        loss = error.abs().mean() + 4 * error.square().mean() + edges + 0.05 * spread
+        optimizer.zero_grad()
+        loss.backward()
+        mean_gradients(learned)
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        average(mean, vae, i, half_life=200)
+        return {"loss": loss.detach(), "mse": error.detach().square().mean(), "spread": spread.detach()}
+
+    state = {"vae": vae, "mean": mean, "optimizer": optimizer}
+    train(stage, folder, step, steps=steps, state=state, seed=seed, report=report)
+    scale(mean)
+    return mean
+
+
+def pixels(images: np.ndarray) -> torch.Tensor:
+    """uint8 [B, H, W, 3] to float32 [B, 3, H, W] from -1 to 1, channels last."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderDC, images: np.ndarray, *, chunk: int = 64) -> torch.Tensor:
+    """Unscaled latents float32 [B, C, h, w] of uint8 [B, H, W, 3]; the matrix products in bfloat16."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return torch.cat([vae.encode(y_bchw).latent.float().contiguous() for y_bchw in pixels(images).split(chunk)])
+
+
+def scale(vae: AutoencoderDC) -> None:
+    """Sets the scaling factor with which validation images have latents of standard deviation 1.
+
+    The sampler's x0 / sigma_data is the scaled latent.
+    """
+    z_bchw = encode(vae, world.batch("validation", 512, 0)[1])
+    vae.register_to_config(scaling_factor=round(1 / float(z_bchw.std()), 4))
