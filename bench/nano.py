@@ -26,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", type=Path, default=record.ROOT / "models/nano/sana-sprint-nano")
     parser.add_argument("--count", type=int, default=500, help="captions")
-    parser.add_argument("--repeats", type=int, default=2, help="images of each caption")
+    parser.add_argument("--repeats", type=int, default=1, help="images of each caption")
     parser.add_argument("--split", choices=world.SPLITS, default="test")
     parser.add_argument("--seed", type=int, default=0, help="of captions, scenes and noise")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4])

@@ -56,6 +56,14 @@ def rows() -> list[str]:
     figure = f"{memory['forward']:.0f} B forward, {memory['update']:.0f} B update"
     add("memory for each further member at a fixed chunk, N 16384 to 65536", figure, device, file)
 
+    file = "nano_base.json"
+    nano = _read(file)
+    scores = {name: f"{s['mean']:.3f} ± {s['standard_error']:.3f}" for name, s in nano["scores"].items()}
+    what = (
+        f"sana-sprint-nano, checker on {nano['settings']['count']} held-out captions: one step, two steps, ground truth"
+    )
+    add(what, ", ".join(scores[name] for name in ("1 step", "2 steps", "drawn")), nano["device"], file)
+
     for version in ("3.9", "3.6"):
         file = f"aot_sm90_triton-{version}.json"
         aot = _read(file)

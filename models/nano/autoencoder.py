@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderDC
 
 from esengine.models.nano import world
-from esengine.models.nano.build import autoencoder
+from esengine.models.nano.build import LATENT, autoencoder
 from esengine.models.nano.loop import Report, average, load, mean_gradients, rate, set_rate, share, train
 
 BATCH, PEAK, NOISE = 32, 2e-3, 0.1
@@ -86,7 +86,7 @@ def _train(
         set_rate(optimizer, rate(i, steps, peak=peak, warmup=200))
         with torch.autocast("cpu", torch.bfloat16):
             z_bchw = vae.encode(y_bchw).latent.float()
-            decoded = vae.decode(z_bchw + NOISE * torch.randn_like(z_bchw)).sample.float()
+            decoded = vae.decode(z_bchw + NOISE * share(torch.randn(BATCH, *LATENT))).sample.float()
         error = decoded - y_bchw
         edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
         mean_c, std_c = z_bchw.mean((0, 2, 3)), z_bchw.std((0, 2, 3))

@@ -184,6 +184,8 @@ def save_pipeline(
     )
     with no_progress_bars():
         pipeline.save_pretrained(path, safe_serialization=True)
+    for weights in path.rglob("*.safetensors"):  # written for their owner alone
+        weights.chmod(0o644)
     # transformers 5 drops "Fast" from the name; 4.57 would then look for a sentencepiece file
     save_tokenizer(path / "tokenizer")
     index = json.loads((path / "model_index.json").read_text())

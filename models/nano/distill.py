@@ -29,7 +29,7 @@ from esengine.models.nano.text import Captions
 
 BATCH, PEAK = 128, 0.4
 """`PEAK` is of the teacher's learning rates."""
-COARSE, FINE = 8, 32
+COARSE, FINE = 6, 16
 """Steps from pi / 2 to 0 at the start and at the end of training."""
 FROM_NOISE = 0.15
 SCALE, SCALES = 4.5, (2.0, 7.0)
@@ -39,8 +39,8 @@ HALF_LIFE = 200
 
 
 def guidance(w: torch.Tensor) -> torch.Tensor:
-    """The teacher's guidance g for the pipeline's scale w: 1 + (w - 1) / 3.5, so 2 at the pipeline's default."""
-    return 1 + (w - 1) / 3.5
+    """The teacher's guidance g for the pipeline's scale w: 1 + (w - 1) / 1.75, so 3 at the pipeline's default."""
+    return 1 + (w - 1) / 1.75
 
 
 def distill(

@@ -34,8 +34,8 @@ class TrainConfig:
     seed: int = 0
     """Of weights, images, batches and noise."""
     processes: int = 2
-    """They share each batch. Their number changes the results only by the order of sums."""
-    autoencoder_steps: int = 3200
+    """They share each batch. Their number changes the order of sums, and the autoencoder's m and d are of a share."""
+    autoencoder_steps: int = 6000
     """Of 32 images."""
     decoder_steps: int = 1000
     """Of 32 images, with the encoder as it is."""
@@ -43,7 +43,7 @@ class TrainConfig:
     """Drawn and encoded for the teacher and the student."""
     teacher_steps: int = 6000
     """Of 128 images."""
-    student_steps: int = 4000
+    student_steps: int = 2000
     """Of 128 images."""
 
 
