@@ -100,19 +100,20 @@ for case in json.loads(Path(sys.argv[1]).read_text()):
 Path(sys.argv[2]).write_text(json.dumps(found))
 """
 
-# replaces: 0 evaluation.json, 1 to 192 images, 193 scores.jsonl, then report.json, .md, .csv, .html
+# replaces: evaluation.json and curves.json, 2 to 193 images, 194 scores.jsonl, then report.json, .md, .csv, .html
 KILLS = {
     "before the first score": [["score", 0]],
     "before there is a record": [["replace", 0]],
-    "between images": [["replace", 1]],
+    "before the curves are kept": [["replace", 1]],
+    "between images": [["replace", 3]],
     "a torn line in the first chunk": [["append", 1]],
     "a torn line in the middle, and again": [["append", 6], ["append", 3]],
     "in the second entry": [["score", 5]],
     "three times": [["replace", 40], ["score", 2], ["replace", 60]],
     "a torn line at the end": [["append", 12]],
-    "before the merge": [["replace", 193]],
-    "before report.json": [["replace", 194]],
-    "before report.html": [["replace", 197]],
+    "before the merge": [["replace", 194]],
+    "before report.json": [["replace", 195]],
+    "before report.html": [["replace", 198]],
 }
 LEFT = {  # chunks that the last process drew
     "a torn line in the first chunk": 12,
@@ -176,7 +177,7 @@ def test_what_an_evaluation_leaves(killed):
     files = contents(root / "whole")
     images = {name for name in files if name.startswith("images/")}
     assert files.keys() - images == {
-        "evaluation.json", "scores.jsonl", "report.json", "report.md", "report.csv", "report.html",
+        "curves.json", "evaluation.json", "scores.jsonl", "report.json", "report.md", "report.csv", "report.html",
     }  # fmt: skip
     lines = [json.loads(line) for line in files["scores.jsonl"].decode().splitlines()]
     entries = ["base@1", "adapter@1", "base@2"]
