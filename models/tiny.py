@@ -14,17 +14,14 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderDC, SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
-from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
-from tokenizers.models import BPE
-from transformers import Gemma2Config, Gemma2Model, GemmaTokenizerFast
+from transformers import Gemma2Config, Gemma2Model
 
 from esengine.errors import ConfigError
 from esengine.files import cache_root
 from esengine.models.loading import no_progress_bars
+from esengine.models.tokenizer import SPECIAL, save_tokenizer
 
 NAME = "tiny-sana-sprint-v1"
-_SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
-_LEARNED_TOKENS = 768
 _LATENT_CHANNELS = 8
 _TEXT_WIDTH = 64
 
@@ -91,7 +88,7 @@ def build_tiny(path: str | Path, *, seed: int = 0) -> Path:
 
 
 def _save_pipeline(path: Path, seed: int) -> None:
-    tokenizer = _save_tokenizer(path / "tokenizer")
+    tokenizer = save_tokenizer(path / "tokenizer", _corpus())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline = SanaSprintPipeline(
@@ -104,7 +101,7 @@ def _save_pipeline(path: Path, seed: int) -> None:
     with no_progress_bars():
         pipeline.save_pretrained(path, safe_serialization=True)
     # transformers 5 drops "Fast" from the name; 4.57 would then look for a sentencepiece file
-    _save_tokenizer(path / "tokenizer")
+    save_tokenizer(path / "tokenizer", _corpus())
     index = json.loads((path / "model_index.json").read_text())
     index["tokenizer"] = ["transformers", "GemmaTokenizerFast"]
     (path / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
@@ -115,52 +112,6 @@ def _corpus() -> list[str]:
     instruction = inspect.signature(SanaSprintPipeline.__call__).parameters["complex_human_instruction"].default
     prompts = [f"{s} {p}, {style}" for s in _SUBJECTS for p in _PLACES for style in _STYLES]
     return ["\n".join(instruction), *prompts]
-
-
-def _save_tokenizer(path: Path) -> GemmaTokenizerFast:
-    """A byte-fallback BPE with Gemma's normalizer, splits and decoder. Returns it as transformers loads it."""
-    learner = Tokenizer(BPE())
-    learner.normalizer = normalizers.Replace(" ", "▁")
-    learner.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # no token across two words
-    learner.train_from_iterator(_corpus(), trainers.BpeTrainer(vocab_size=_LEARNED_TOKENS, show_progress=False))
-    learned = json.loads(learner.to_str())["model"]
-
-    tokens = [
-        *_SPECIAL,
-        *(f"<0x{byte:02X}>" for byte in range(256)),
-        *sorted(learned["vocab"], key=learned["vocab"].get),
-    ]
-    tokenizer = Tokenizer(
-        BPE(
-            vocab={token: i for i, token in enumerate(tokens)},
-            merges=[tuple(merge) for merge in learned["merges"]],
-            unk_token="<unk>",
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", _SPECIAL.index("<bos>"))]
-    )
-    tokenizer.add_special_tokens(list(_SPECIAL))
-
-    config = {
-        "tokenizer_class": "GemmaTokenizer",
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 8192,
-        "padding_side": "right",
-        **{f"{token.strip('<>')}_token": token for token in _SPECIAL},
-    }
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir()
-    tokenizer.save(str(path / "tokenizer.json"))
-    (path / "tokenizer_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    return GemmaTokenizerFast.from_pretrained(path, local_files_only=True)
 
 
 def _text_encoder(vocab_size: int) -> Gemma2Model:
@@ -174,9 +125,9 @@ def _text_encoder(vocab_size: int) -> Gemma2Model:
         head_dim=16,
         query_pre_attn_scalar=16,
         initializer_range=_TEXT_WIDTH**-0.5,
-        pad_token_id=_SPECIAL.index("<pad>"),
-        eos_token_id=_SPECIAL.index("<eos>"),
-        bos_token_id=_SPECIAL.index("<bos>"),
+        pad_token_id=SPECIAL.index("<pad>"),
+        eos_token_id=SPECIAL.index("<eos>"),
+        bos_token_id=SPECIAL.index("<bos>"),
     )
     return Gemma2Model(config).eval()
 

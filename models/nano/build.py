@@ -16,21 +16,18 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderDC, SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
-from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
-from tokenizers.models import BPE
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizerFast
 
 from esengine.models.loading import no_progress_bars
 from esengine.models.nano.world import WORDS
+from esengine.models.tokenizer import SPECIAL
+from esengine.models.tokenizer import save_tokenizer as learn_tokenizer
 
 SIGMA_DATA = 0.5
 LATENT = (32, 4, 4)
 """Channels, height and width of one image's latent."""
 TEXT_WIDTH, LAYERS, WINDOW = 96, 2, 12
 WIDTH, BLOCKS = 160, 6
-
-_SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
-_LEARNED_TOKENS = 768
 
 
 @cache
@@ -48,52 +45,8 @@ def save_tokenizer(path: Path) -> GemmaTokenizerFast:
     Returns:
         The tokenizer as transformers loads it from there.
     """
-    learner = Tokenizer(BPE())
-    learner.normalizer = normalizers.Replace(" ", "▁")
-    learner.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # no token across two words
     corpus = [*(f" {word}" for word in WORDS for _ in range(1000)), instruction()]
-    learner.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=_LEARNED_TOKENS, show_progress=False))
-    learned = json.loads(learner.to_str())["model"]
-    tokens = [
-        *_SPECIAL,
-        *(f"<0x{byte:02X}>" for byte in range(256)),
-        *sorted(learned["vocab"], key=learned["vocab"].get),
-    ]
-    tokenizer = Tokenizer(
-        BPE(
-            vocab={token: i for i, token in enumerate(tokens)},
-            merges=[tuple(merge) for merge in learned["merges"]],
-            unk_token="<unk>",
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", _SPECIAL.index("<bos>"))]
-    )
-    tokenizer.add_special_tokens(list(_SPECIAL))
-    config = {
-        "tokenizer_class": "GemmaTokenizer",
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 8192,
-        "padding_side": "right",
-        **{f"{token.strip('<>')}_token": token for token in _SPECIAL},
-    }
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-    tokenizer.save(str(path / "tokenizer.json"))
-    (path / "tokenizer_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    return load_tokenizer(path)
-
-
-def load_tokenizer(path: Path) -> GemmaTokenizerFast:
-    """What `save_tokenizer` wrote, as transformers loads it."""
-    return GemmaTokenizerFast.from_pretrained(path, local_files_only=True)
+    return learn_tokenizer(path, corpus)
 
 
 def text_encoder(vocab_size: int) -> Gemma2Model:
@@ -111,9 +64,9 @@ def text_encoder(vocab_size: int) -> Gemma2Model:
         layer_types=["sliding_attention"] * LAYERS,
         initializer_range=TEXT_WIDTH**-0.5,
         attn_implementation="eager",  # the one that has Gemma-2's soft cap
-        pad_token_id=_SPECIAL.index("<pad>"),
-        eos_token_id=_SPECIAL.index("<eos>"),
-        bos_token_id=_SPECIAL.index("<bos>"),
+        pad_token_id=SPECIAL.index("<pad>"),
+        eos_token_id=SPECIAL.index("<eos>"),
+        bos_token_id=SPECIAL.index("<bos>"),
     )
     return Gemma2Model(config)
 

@@ -73,6 +73,7 @@ def _run(rank: int, config: TrainConfig, meet: str) -> None:
 
 def _stages(rank: int, config: TrainConfig) -> None:
     from esengine.models.nano import autoencoder, build, dataset, distill, teacher
+    from esengine.models.tokenizer import load_tokenizer
 
     stages = STAGES if config.stage == "all" else (config.stage,)
     if "autoencoder" in stages:
@@ -88,7 +89,7 @@ def _stages(rank: int, config: TrainConfig) -> None:
         tokenizer = build.save_tokenizer(config.work / "tokenizer")
         dataset.latent_dataset(config.work, vae, count=config.images, seed=config.seed, report=_show)
     _meet()
-    tokenizer = build.load_tokenizer(config.work / "tokenizer")
+    tokenizer = load_tokenizer(config.work / "tokenizer")
     data = tokenizer, *dataset.latent_dataset(config.work, vae, count=config.images, seed=config.seed)
     if "teacher" in stages:
         teacher.train_teacher(config.work, *data, steps=config.teacher_steps, seed=config.seed, report=_show)
