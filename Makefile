@@ -12,7 +12,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $@
 
-# train a LoRA on a tiny SANA-Sprint made on the spot, compare it with the base on held-out prompts, draw with both
+# improve the packaged small SANA-Sprint by ES, compare it with the base on held-out captions, draw with both
 demo: $(VENV)/.installed
 	$(BIN)/esengine env
 	run=runs/demo-$$(date +%Y-%m-%d_%H-%M-%S) && \

@@ -1,6 +1,7 @@
-"""How often is the `checker` reward right? Pictures of the nano world, with their captions and with wrong ones.
+"""How often is a judge right? Pictures of the nano world, with their captions and with wrong ones.
 
     python bench/checker.py [--count 2000] [--json bench/results/nano_checker.json]
+    python bench/checker.py --reward "pickscore(model=nano)" --json bench/results/nano_clip.json
 
 A wrong caption differs from the picture's own in one fact that both name, of each kind the caption has; "binding"
 exchanges the colours of two objects. The same pictures are scored as drawn, blurred, with noise, both, and enlarged.
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from esengine.models.nano import world
-from esengine.rewards.checker import Checker
+from esengine.rewards import Reward, parse
 
 SIGMA, NOISE = 1.0, 8.0
 KINDS = ("colour", "shape", "size", "place", "relation", "background", "binding")
@@ -27,12 +28,14 @@ KINDS = ("colour", "shape", "size", "place", "relation", "background", "binding"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--reward", default="checker", help="the judge, as `esengine train --reward` takes it")
     parser.add_argument("--count", type=int, default=2000, help="captions of the split")
     parser.add_argument("--split", choices=world.SPLITS, default="validation")
     parser.add_argument("--seed", type=int, default=0, help="of captions, scenes, wrong captions and noise")
     parser.add_argument("--json", type=Path, help="store the record there")
     options = parser.parse_args()
-    checker, environment = Checker(), record.environment()
+    judges, environment = parse(options.reward), record.environment()
+    ((name, judge, _),) = judges.terms
     rng = np.random.default_rng(options.seed)
     captions = world.captions(options.split, options.count, options.seed)
     scenes = [world.sample_scene(caption, rng) for caption in captions]
@@ -43,13 +46,11 @@ def main() -> None:
         for kind, caption in wrong_captions(captions[row], scene, rng).items()
     ]
     start = time.perf_counter()
-    checker(drawn, captions)
+    judge(drawn, captions)
     speed = options.count / (time.perf_counter() - start)
-    conditions = {
-        name: measure(checker, images, captions, wrong) for name, images in views(drawn, options.seed).items()
-    }
-    for name, found in conditions.items():
-        print(f"{name}: mean {found['mean']:.4f}, at least 0.95: {found['share_at_least_0.95']:.4f}")
+    conditions = {view: measure(judge, images, captions, wrong) for view, images in views(drawn, options.seed).items()}
+    for view, found in conditions.items():
+        print(f"{view}: mean {found['mean']:.4f}, at least 0.95: {found['share_at_least_0.95']:.4f}")
         for kind, each in found["wrong"].items():
             print(
                 f"  {kind:10} {each['pairs']:5} pairs, right caption higher {each['right_is_higher']:.4f}, "
@@ -57,9 +58,9 @@ def main() -> None:
             )
     print(f"{speed:.0f} images/s")
     if options.json:
-        settings = {"count": options.count, "split": options.split, "seed": options.seed, **checker.settings()}
+        settings = {"count": options.count, "split": options.split, "seed": options.seed, **judges.settings()[name]}
         found = {"settings": settings, "conditions": conditions, "images_per_second": speed}
-        record.write(options.json, {"what": "checker on the nano world", **found, **environment})
+        record.write(options.json, {"what": f"{name} on the nano world", **found, **environment})
 
 
 def wrong_captions(caption: str, scene: world.Scene, rng: np.random.Generator) -> dict[str, str]:
@@ -117,12 +118,12 @@ def blur(images: torch.Tensor, sigma: float) -> torch.Tensor:
     return F.conv2d(F.conv2d(images, kernel, groups=3), kernel.transpose(2, 3), groups=3)
 
 
-def measure(checker: Checker, images: torch.Tensor, captions: list[str], wrong: list[tuple[int, str, str]]) -> dict:
+def measure(judge: Reward, images: torch.Tensor, captions: list[str], wrong: list[tuple[int, str, str]]) -> dict:
     """Scores of the own captions, and by kind how often and by how much they beat the wrong ones."""
-    right = checker(images, captions).tolist()
-    others = checker(images.roll(1, 0), captions).tolist()
+    right = judge(images, captions).tolist()
+    others = judge(images.roll(1, 0), captions).tolist()
     losses = defaultdict(list)
-    scores = checker(images[[row for row, _, _ in wrong]], [caption for _, _, caption in wrong]).tolist()
+    scores = judge(images[[row for row, _, _ in wrong]], [caption for _, _, caption in wrong]).tolist()
     for (row, kind, _), score in zip(wrong, scores, strict=True):
         losses[kind].append(right[row] - score)
     return {

@@ -1,4 +1,4 @@
-"""How well does sana-sprint-nano draw? The checker on held-out captions: steps of sampling against ground truth.
+"""How well does sana-sprint-nano draw? Five judges on held-out captions: steps of sampling against ground truth.
 
     python bench/nano.py [--model models/nano/sana-sprint-nano] [--count 500] [--json bench/results/nano_base.json]
 
@@ -14,10 +14,11 @@ import numpy as np
 import record
 import torch
 
+from esengine.defaults import defaults
 from esengine.models import RenderSettings, SanaSprint
 from esengine.models.nano import world
 from esengine.models.nano.autoencoder import encode
-from esengine.rewards import load
+from esengine.rewards import Weighted, parse
 
 CHUNK = 64
 
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--json", type=Path, help="store the record there")
     options = parser.parse_args()
-    checker, environment = load("checker"), record.environment()
+    judges, environment = parse(defaults("nano").benchmark("nano")), record.environment()
     captions = world.captions(options.split, options.count, options.seed)
     rows = [caption for caption in captions for _ in range(options.repeats)]
     model = SanaSprint.from_pretrained(options.model)
@@ -51,21 +52,38 @@ def main() -> None:
         name = f"{steps} step" + "s" * (steps > 1)
         images[name] = render(model, texts, options, steps)
         rates[name] = len(rows) / (time.perf_counter() - start)
-    scores = {
-        name: checker(each, rows).double().numpy().reshape(-1, options.repeats).mean(1)  # a caption is a sample
-        for name, each in images.items()
-    }
-    found = {name: {**summary(each), "images_per_second": rates.get(name)} for name, each in scores.items()}
-    first = scores[f"{options.steps[0]} step" + "s" * (options.steps[0] > 1)]
-    for name, each in scores.items():
-        found[name]["above_first"] = summary(each - first)
-        print(f"{name:8}  {found[name]['mean']:.4f} +- {found[name]['standard_error']:.4f}", end="   ")
-        print(f"above {options.steps[0]} step: {found[name]['above_first']['mean']:+.4f}", end=" ")
-        print(f"+- {found[name]['above_first']['standard_error']:.4f}")
+    found = {}
+    for name, each in images.items():
+        # a caption is a sample
+        scored = {
+            judge: s.double().numpy().reshape(-1, options.repeats).mean(1) for judge, s in score(judges, each, rows)
+        }
+        found[name] = scored
+    first = found[f"{options.steps[0]} step" + "s" * (options.steps[0] > 1)]
+    scores = {}
+    for judge in judges.names:
+        print(judge)
+        for name, scored in found.items():
+            mean, above = summary(scored[judge]), summary(scored[judge] - first[judge])
+            scores.setdefault(judge, {})[name] = {**mean, "above_first": above}
+            print(f"  {name:8}  {mean['mean']:.4f} +- {mean['standard_error']:.4f}", end="   ")
+            print(f"above {options.steps[0]} step: {above['mean']:+.4f} +- {above['standard_error']:.4f}")
     if options.json:
         settings = {key: value for key, value in vars(options).items() if key not in ("json", "model")}
-        what = {"what": "checker of sana-sprint-nano", "settings": settings, "model": model.identity()}
-        record.write(options.json, {**what, "checker": checker.settings(), "scores": found, **environment})
+        what = {"what": "judges of sana-sprint-nano", "settings": settings, "model": model.identity()}
+        rewards = judges.settings()
+        record.write(
+            options.json, {**what, "rewards": rewards, "scores": scores, "images_per_second": rates, **environment}
+        )
+
+
+def score(judges: Weighted, images: torch.Tensor, captions: list[str]) -> list[tuple[str, torch.Tensor]]:
+    """(judge, float32 [B]) of each judge."""
+    parts = [
+        judges.score(images[start : start + CHUNK], captions[start : start + CHUNK])
+        for start in range(0, len(captions), CHUNK)
+    ]
+    return [(judge, torch.cat([part[judge] for part in parts])) for judge in judges.names]
 
 
 def render(model: SanaSprint, texts, options: argparse.Namespace, steps: int) -> torch.Tensor:

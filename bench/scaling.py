@@ -21,7 +21,13 @@ import record
 
 WARM = 3
 POPULATION, CHUNK, PER_STEP = 32, 32, 8
-FLAGS = {"--population": POPULATION, "--es.prompts-per-step": PER_STEP, "--es.repeats": 1, "--image.chunk": CHUNK}
+FLAGS = {
+    "--model": "tiny",
+    "--population": POPULATION,
+    "--es.prompts-per-step": PER_STEP,
+    "--es.repeats": 1,
+    "--image.chunk": CHUNK,
+}
 
 
 def measure(processes: int, steps: int) -> dict:

@@ -30,14 +30,16 @@ def rows() -> list[str]:
 
     file = "cpu_demo.json"
     demo = _read(file)
-    overall = [run["groups"][0]["rows"] for run in demo["runs"].values()]
-    paired = [adapter["against_first"]["jpeg_compressibility"] for _, adapter in overall]
-    gains = ", ".join(f"{p['difference']:+.2f} ± {p['standard_error']:.2f}" for p in paired)
-    base = overall[0][0]["mean"]["jpeg_compressibility"]
-    prompts, seeds = demo["runs"]["0"]["prompts"], ", ".join(demo["runs"])
-    what = f"demo: gain in JPEG kB on {prompts} held-out prompts, base {base:.2f}, seeds {seeds}"
-    add(what, gains, demo["device"], file)
-    seconds = ", ".join(f"{run['seconds']:.0f}" for run in demo["runs"].values())
+    runs, seeds = demo["runs"].values(), ", ".join(demo["runs"])
+    prompts = demo["runs"]["0"]["prompts"]
+    for judge in ("pickscore", "checker"):
+        overall = [run["groups"][0]["rows"] for run in runs]
+        paired = [adapter["against_first"][judge] for _, adapter in overall]
+        gains = ", ".join(f"{p['difference']:+.3f} ± {p['standard_error']:.3f}" for p in paired)
+        bases = ", ".join(f"{base['mean'][judge]:.3f}" for base, _ in overall)
+        what = f"demo: gain in {judge} on {prompts} held-out captions, base {bases}, seeds {seeds}"
+        add(what, gains, demo["device"], file)
+    seconds = ", ".join(f"{run['seconds']:.0f}" for run in runs)
     add("demo: seconds of `esengine train`", seconds, demo["device"], file)
 
     file = "cpu_forward.json"
@@ -58,11 +60,25 @@ def rows() -> list[str]:
 
     file = "nano_base.json"
     nano = _read(file)
-    scores = {name: f"{s['mean']:.3f} ± {s['standard_error']:.3f}" for name, s in nano["scores"].items()}
-    what = (
-        f"sana-sprint-nano, checker on {nano['settings']['count']} held-out captions: one step, two steps, ground truth"
-    )
-    add(what, ", ".join(scores[name] for name in ("1 step", "2 steps", "drawn")), nano["device"], file)
+    captions = nano["settings"]["count"]
+    for judge in ("checker", "pickscore"):
+        scores = {name: f"{s['mean']:.3f} ± {s['standard_error']:.3f}" for name, s in nano["scores"][judge].items()}
+        what = f"sana-sprint-nano, {judge} on {captions} held-out captions: one step, two steps, ground truth"
+        add(what, ", ".join(scores[name] for name in ("1 step", "2 steps", "drawn")), nano["device"], file)
+
+    file = "nano_headline.json"
+    headline = _read(file)
+    report = headline["report"]
+    (rows,) = (group["rows"] for group in report["groups"] if group["by"] == "overall")
+    for judge in ("pickscore", "checker"):
+        for row in rows:
+            figure, paired = f"{row['mean'][judge]:.4f}", (row["against_first"] or {}).get(judge)
+            share = report["gap_closed"][judge]["share"].get(row["entry"])
+            if paired:
+                figure += f" ({paired['difference']:+.4f} ± {paired['standard_error']:.4f}"
+                figure += ")" if share is None else f", {share:.0%} of the gap)"
+            what = f"nano headline, {report['prompts']} test captions: {judge} of {row['entry']}"
+            add(what, figure, headline["device"], file)
 
     for version in ("3.9", "3.6"):
         file = f"aot_sm90_triton-{version}.json"

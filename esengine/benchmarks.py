@@ -1,4 +1,4 @@
-"""The prompts of an evaluation: PartiPrompts, DrawBench, or a file of one's own.
+"""The prompts of an evaluation: PartiPrompts, DrawBench, the test captions of the nano world, or one's own file.
 
 PartiPrompts.tsv is written without quoting: a quote is part of a prompt, and one prompt begins with one. So a table
 with tabs is split at its tabs, and only a cell that is quoted as a whole, as spreadsheets do when they save it anew, is
@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from esengine.defaults import DATA
 from esengine.errors import ConfigError
 from esengine.prompts import read_prompts
 
@@ -37,6 +38,9 @@ PUBLISHED = {
     "drawbench": _Published("sayakpaul/drawbench", "DrawBench Prompts - Sheet1.csv", ("prompt", "category")),
 }
 """Benchmarks by name: the dataset on the hub, its one file, and the columns that the file must have."""
+
+PACKAGED = {"nano": DATA / "nano_test.tsv"}
+"""Benchmarks of this package, by name."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,9 @@ def read_benchmark(name: str | None, path: Path | None = None) -> Benchmark:
     """Prompts of a published benchmark, or of a file.
 
     Args:
-        name: a key of `PUBLISHED`, a file, or None for `path` alone. A .tsv or .csv file is a table with a column
-            Prompt or Prompts and perhaps Category and Challenge, their names in any case and order, among others; any
-            other file is text with a prompt on each line.
+        name: a key of `PUBLISHED` or `PACKAGED`, a file, or None for `path` alone. A .tsv or .csv file is a table with
+            a column Prompt or Prompts and perhaps Category and Challenge, their names in any case and order, among
+            others; any other file is text with a prompt on each line.
         path: the file of a published benchmark. None: the hub's.
 
     Raises:
@@ -78,10 +82,12 @@ def read_benchmark(name: str | None, path: Path | None = None) -> Benchmark:
     if name in PUBLISHED:
         published = PUBLISHED[name]
         return _read_table(name, path or _download(name, published), published.columns)
-    if name is not None and not Path(name).is_file():
-        raise ConfigError(f"benchmark: expected {', '.join(PUBLISHED)} or a file, got '{name}'")
+    if name is not None and name not in PACKAGED and not Path(name).is_file():
+        raise ConfigError(f"benchmark: expected {', '.join([*PUBLISHED, *PACKAGED])} or a file, got '{name}'")
     if name is not None and path is not None:
         raise ConfigError(f"prompts: expected with {' or '.join(PUBLISHED)} only, got {path} beside benchmark {name}")
+    if name in PACKAGED:
+        return _read_table(name, PACKAGED[name], ("prompt", "category", "challenge"))
     file = Path(name) if path is None else path
     if file.suffix.lower() in (".tsv", ".csv"):
         return _read_table(file.stem, file, ("prompt",))

@@ -145,21 +145,24 @@ class ImageSettings:
 class TrainConfig:
     """Post-train a frozen text-to-image model from black-box rewards by Evolution Strategies on a LoRA adapter.
 
-    Without flags this is the demo: a tiny SANA-Sprint, made on the spot, learns to draw images that compress well.
+    Without flags this is the demo: sana-sprint-nano, a small trained model that draws coloured shapes, learns to please
+    a judge that it was not trained with.
     """
 
     run_dir: Path | None = None
     """Folder of the run: config, metrics, checkpoints, adapter, strips. By default runs/<date and time>."""
-    model: str = "tiny"
-    """A SanaSprintPipeline folder, a hub id, or `tiny`: the model the demo makes from nothing."""
+    model: str = "nano"
+    """A SanaSprintPipeline folder; a hub id; `nano`, the small trained model of this package; or `tiny`, an untrained
+    one."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     prompts: Path | None = None
-    """Text file, one prompt a line, # for comments. By default a packaged list."""
+    """Text file, one prompt a line, # for comments. By default a packaged list: of `nano`, captions of its world."""
     eval_prompts: Path | None = None
     """Prompts never trained on, to compare base and adapter at the end. By default a packaged list."""
-    reward: str = "jpeg_compressibility"
-    """A reward, or several with weights: `a=1.0,my_module:score=0.5`."""
+    reward: str | None = None
+    """A reward, or several with weights: `a=1.0,my_module:score=0.5`. By default pickscore: for `nano` that of
+    clip-nano, pickscore(model=nano); for `tiny` jpeg_compressibility."""
     steps: int = 40
     """ES steps."""
     population: int = 32
@@ -187,7 +190,8 @@ class TrainConfig:
     """Steps between strips of the best, median and worst member's images. 0: none."""
     heldout_reward: str = "auto"
     """Rewards that are watched on held-out prompts, besides the optimised one: `pickscore,my_module:score`, or none.
-    auto: where pickscore, clip_text, aesthetic, no_artifacts or hpsv2 is optimised, the rest of the first four."""
+    auto: where pickscore, clip_text, aesthetic, no_artifacts or hpsv2 is optimised, the rest of the first four; on
+    `nano` always, with clip-nano, and checker beside them."""
     heldout_every: int = 10
     """Steps between measures of the optimised and the held-out rewards on held-out prompts. 0: none."""
     heldout_prompts: int = 16
@@ -235,11 +239,11 @@ class EvalConfig:
     adapter: Path | None = None
     """An adapter's folder, instead of the run's."""
     benchmark: str | None = None
-    """`partiprompts` or `drawbench`, from the hub or the file of --prompts; or a file of prompts."""
+    """`partiprompts` or `drawbench`, from the hub or the file of --prompts; `nano`; or a file of prompts."""
     entries: tuple[str, ...] = ()
     """Model @ denoising steps: base@1, adapter@1 (the run's), FOLDER@1, NAME=FOLDER@1; the first is what to beat."""
     model: str | None = None
-    """A SanaSprintPipeline folder, a hub id, or `tiny`."""
+    """A SanaSprintPipeline folder, a hub id, `nano` or `tiny`."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     prompts: Path | None = None
@@ -293,7 +297,7 @@ class RenderConfig:
     adapter: Path | None = None
     """An adapter's folder, instead of the run's."""
     model: str | None = None
-    """A SanaSprintPipeline folder, a hub id, or `tiny`."""
+    """A SanaSprintPipeline folder, a hub id, `nano` or `tiny`."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     out: Path = Path("renders")
@@ -339,7 +343,7 @@ class ReplayConfig:
     out: Path | None = None
     """Folder to write the adapter to."""
     model: str | None = None
-    """A SanaSprintPipeline folder, a hub id, or `tiny`, where the run's is not there any more."""
+    """A SanaSprintPipeline folder, a hub id, `nano` or `tiny`, where the run's is not there any more."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: the run's."""
 

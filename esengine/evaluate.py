@@ -9,22 +9,20 @@ import torch
 
 from esengine.benchmarks import Benchmark, read_benchmark
 from esengine.config import EvalConfig, ImageSettings, TrainConfig, load_run
+from esengine.defaults import defaults
 from esengine.entries import Entry, default_entries, parse_entries
 from esengine.errors import ConfigError, RunError
 from esengine.evaluation_folder import EvaluationFolder
 from esengine.files import cache_root
 from esengine.group import place
 from esengine.models import SanaSprint, TextEmbeddings
-from esengine.prompts import HELDOUT
 from esengine.rewards import Weighted, parse
 from esengine.scoring import Plan, compare_entries, draw, load_entry, provenance, reported
-from esengine.setup import load_model, pick_chunk, pick_device, pick_dtype, render_settings
+from esengine.setup import is_folder, load_model, pick_chunk, pick_device, pick_dtype, render_settings
 from esengine.summary import Report, summarise
 
 if TYPE_CHECKING:
     from esengine.progress import Progress
-
-BENCHMARK_REWARD = "pickscore,clip_text=0,aesthetic=0,no_artifacts=0"
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,9 @@ def evaluate(config: EvalConfig, progress: "Progress") -> Evaluated:
         RewardError, RenderError: an image could not be drawn or scored; what was done before is kept.
     """
     run = load_run(config.run_dir) if config.run_dir else TrainConfig()
-    prompts = config.prompts or (None if config.benchmark else run.eval_prompts or HELDOUT)
+    name = config.model or run.model
+    silent = defaults(name)
+    prompts = config.prompts or (None if config.benchmark else run.eval_prompts or silent.heldout)
     benchmark = read_benchmark(config.benchmark, prompts).first(config.limit)
     image = config.image or run.image
     adapter = config.adapter or (config.run_dir / "adapter" if config.run_dir else None)
@@ -59,9 +59,11 @@ def evaluate(config: EvalConfig, progress: "Progress") -> Evaluated:
     device = _device(config)
     dtype = pick_dtype(run.dtype if config.dtype == "auto" else config.dtype, device)
     settings = render_settings(image)
-    reward = parse(config.reward or (BENCHMARK_REWARD if config.benchmark else run.reward), device=str(device))
+    reward = parse(
+        config.reward or (silent.benchmark(config.benchmark) if config.benchmark else run.reward or silent.reward),
+        device=str(device),
+    )
 
-    name = config.model or run.model
     labels = ", ".join(entry.label for entry in entries)
     progress.note(f"model {name} on {device} in {str(dtype).removeprefix('torch.')}: {labels}")
     model = load_model(name, config.revision or run.revision, device, dtype, image.vae)
@@ -181,7 +183,7 @@ def _record(
         "entries": [entry.label for entry in plan.entries],
         "scores": reported(reward),
         "settings": {
-            "model": Path(name).name if Path(name).is_dir() else name,
+            "model": Path(name).name if is_folder(name) else name,
             "instruction": image.instruction,
             **provenance(model, plan, reward),
         },

@@ -82,12 +82,12 @@ def load_rewards(reward: str, held_out: str, *, device: str, note: Callable[[str
     Raises:
         ConfigError: see `esengine.rewards.parse`; also a reward that is both optimised and held out.
     """
-    optimised, auto = _names(reward), held_out == "auto"
+    optimised, auto = reward_names(reward), held_out == "auto"
     if auto:
         watched = [name for name in WATCHED if name not in optimised] if optimised & set(CLIP_FAMILY) else []
     else:
         watched = [] if held_out == "none" else [held_out]
-    if both := sorted(optimised & set().union(*map(_names, watched))):
+    if both := sorted(optimised & set().union(*map(reward_names, watched))):
         raise ConfigError(f"heldout_reward: {both[0]} is named in reward too; there, a weight of 0 holds it out")
     while True:
         try:  # the watched come first: what `auto` cannot load shows before anything large is loaded
@@ -104,7 +104,7 @@ def load_rewards(reward: str, held_out: str, *, device: str, note: Callable[[str
     return Rewards(Weighted(terms[count:]), Weighted([*terms[count:], *zeroed]))
 
 
-def _names(spec: str) -> set[str]:
+def reward_names(spec: str) -> set[str]:
     """Names of the rewards in a text; "combined" stands for those in its brackets."""
     return {name for term in read(spec) for name in (term.options if term.name == COMBINED else [term.name])}
 

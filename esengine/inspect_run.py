@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 
 from esengine.config import RenderConfig, TrainConfig, load_run
+from esengine.defaults import defaults
 from esengine.env import describe
 from esengine.errors import ConfigError
 from esengine.models import SanaSprint
 from esengine.progress import Progress
-from esengine.prompts import GALLERY, HELDOUT, read_prompts
+from esengine.prompts import GALLERY, read_prompts
 from esengine.runlog import draw_strip
 from esengine.scoring import EVAL_STEP
 from esengine.setup import load_model, pick_chunk, pick_device, pick_dtype, render_settings
@@ -38,7 +39,10 @@ def render(config: RenderConfig, progress: Progress) -> Drawn:
     if config.gallery:
         prompts = read_prompts(GALLERY)
     else:
-        prompts = list(config.prompts) or read_prompts(config.prompts_file or HELDOUT)[: config.limit]
+        prompts = (
+            list(config.prompts)
+            or read_prompts(config.prompts_file or defaults(config.model or run.model).heldout)[: config.limit]
+        )
     seed = run.seed if config.seed is None else config.seed
     image = config.image or run.image
     model = _model_with_adapter(config, run, image.vae, progress)

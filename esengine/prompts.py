@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from esengine.defaults import DATA
 from esengine.errors import ConfigError
 
-TRAIN = Path(__file__).parent / "data" / "prompts_train.txt"
-HELDOUT = Path(__file__).parent / "data" / "prompts_heldout.txt"
-GALLERY = Path(__file__).parent / "data" / "prompts_gallery.txt"
+GALLERY = DATA / "prompts_gallery.txt"
 
 
 def read_prompts(path: str | Path) -> list[str]:

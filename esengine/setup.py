@@ -7,9 +7,8 @@ import torch
 
 from esengine.config import ImageSettings
 from esengine.errors import ConfigError
-from esengine.models import RenderSettings, SanaSprint, default_model
+from esengine.models import NAMED, RenderSettings, SanaSprint
 
-TINY = "tiny"
 CPU_CHUNK = 64
 
 
@@ -36,9 +35,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def load_model(
     model: str, revision: str | None, device: torch.device, dtype: torch.dtype, vae: str | None = None
 ) -> SanaSprint:
-    """A pipeline folder, a hub id, or `tiny`; with another decoder, if asked for (`ImageSettings.vae`)."""
-    source = default_model() if model == TINY else model
-    return SanaSprint.from_pretrained(source, revision=revision, device=device, dtype=dtype, vae=vae)
+    """A pipeline folder, a hub id, `nano` or `tiny`; with another decoder, if asked for (`ImageSettings.vae`)."""
+    return SanaSprint.from_pretrained(model, revision=revision, device=device, dtype=dtype, vae=vae)
+
+
+def is_folder(model: str) -> bool:
+    """Whether a model, as `--model` names it, is a folder."""
+    return model not in NAMED and Path(model).is_dir()
 
 
 def render_settings(image: ImageSettings) -> RenderSettings:

@@ -13,25 +13,26 @@ from peft import LoraConfig
 
 from esengine import checkpoint
 from esengine.config import ImageSettings, TrainConfig, differences, to_dict
+from esengine.defaults import defaults
 from esengine.engine import Engine
 from esengine.entries import default_entries
 from esengine.env import describe
 from esengine.errors import ConfigError, RunError
 from esengine.files import cache_root, replace_file
 from esengine.group import Group
-from esengine.guard import Guard, load_rewards
+from esengine.guard import Guard, load_rewards, reward_names
 from esengine.kernels import CONTRACT
 from esengine.loop import Record, Run, take_steps
 from esengine.models import SanaSprint, TextEmbeddings
 from esengine.population import Noise, Population, attach
 from esengine.progress import Progress
-from esengine.prompts import HELDOUT, TRAIN, PromptSampler, read_prompts
+from esengine.prompts import PromptSampler, read_prompts
 from esengine.rewards.base import reason
 from esengine.rewards.spec import read as read_rewards
 from esengine.rollout import Renderer
 from esengine.runlog import RunLog
 from esengine.scoring import Plan, compare_entries
-from esengine.setup import load_model, pick_device, pick_dtype, render_settings, settled
+from esengine.setup import is_folder, load_model, pick_device, pick_dtype, render_settings, settled
 from esengine.summary import Report
 from esengine.trackers import require_installed
 
@@ -72,8 +73,10 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Result | Non
 
 
 def _train(config: TrainConfig, progress: Progress, group: Group) -> Result | None:
-    prompts = read_prompts(config.prompts or TRAIN)
-    eval_prompts = read_prompts(config.eval_prompts or HELDOUT)
+    silent = defaults(config.model)
+    prompts = read_prompts(config.prompts or silent.train)
+    eval_prompts = read_prompts(config.eval_prompts or silent.heldout)
+    config = dataclasses.replace(config, reward=config.reward or silent.reward)
     sampler = PromptSampler(len(prompts), config.es.prompts_per_step, config.seed)
     render_settings(config.image)
     # before a folder is made
@@ -91,12 +94,15 @@ def _train(config: TrainConfig, progress: Progress, group: Group) -> Result | No
         device = pick_device(config.device)
         dtype = pick_dtype(config.dtype, device)
         watched = config.heldout_reward if config.heldout_every else "none"
+        if watched == "auto":
+            watched = silent.watched(reward_names(config.reward), bool(config.prompts or config.eval_prompts))
         rewards = load_rewards(config.reward, watched, device=str(device), note=progress.note)
         progress.note(f"model {config.model} on {device} in {str(dtype).removeprefix('torch.')}")
         with group.first():
             model = load_model(config.model, config.revision, device, dtype, config.image.vae)
-        if watched == "auto":
-            config = dataclasses.replace(config, heldout_reward=",".join(rewards.watched) or "none")
+        if config.heldout_every and config.heldout_reward == "auto":
+            chosen = ",".join(rewards.watched) or "none" if watched == "auto" else watched
+            config = dataclasses.replace(config, heldout_reward=chosen)
         allowed, config = config.allow_change, _resolved(config, model)
         settings = render_settings(config.image)
         meta = {
@@ -225,7 +231,7 @@ def _resolved(config: TrainConfig, model: SanaSprint) -> TrainConfig:
         resume=False,
         allow_change=False,
         config=None,
-        model=str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model,
+        model=str(Path(config.model).resolve()) if is_folder(config.model) else config.model,
         prompts=config.prompts and config.prompts.resolve(),
         eval_prompts=config.eval_prompts and config.eval_prompts.resolve(),
         device=str(model.device),

@@ -22,11 +22,21 @@ LATENT_FACTS = {
 }
 """Of an AutoencoderDC's configuration: what its latents are."""
 
+NAMED = ("nano", "tiny")
+"""Models that have a name: the trained small one of this package, and an untrained one that is built in the cache."""
+
 READ_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError)
 
 
 def locate(model: str, revision: str | None, local_files_only: bool) -> tuple[Path, dict[str, str]]:
-    """The local folder of a model, and its identity: a hub id with its commit, or empty for a plain folder."""
+    """The local folder of a model, and its identity: a hub id with its commit, or empty for a plain folder.
+
+    A name of `NAMED` goes before a folder of that name in the current one, which is ./nano.
+    """
+    if model in NAMED:
+        from esengine.models import nano, tiny  # tiny imports from here
+
+        return nano.PIPELINE if model == "nano" else tiny.tiny_model(), {}
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder, {}

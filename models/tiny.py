@@ -1,4 +1,4 @@
-"""A complete tiny SANA-Sprint pipeline, made from nothing: the default model of the demo and of the tests.
+"""A complete tiny SANA-Sprint pipeline, made from nothing: a model for tests and quick trials.
 
 It has every part of the 1.6B model (guidance embedding, q/k norm across heads, linear and cross attention, GLU
 convolutions, DC-AE, Gemma-2 with its tokenizer), none of it trained. The random weights are scaled so that the images
@@ -33,7 +33,7 @@ _PLACES = ("in a quiet forest", "at sunset", "under a starry sky", "on a wooden 
 _STYLES = ("watercolor", "oil painting", "photo", "pencil drawing", "pixel art", "soft light, detailed")
 
 
-def default_model(root: Path | None = None) -> Path:
+def tiny_model(root: Path | None = None) -> Path:
     """The tiny pipeline in this user's cache, built at the first call.
 
     Args:

@@ -50,7 +50,8 @@ class ClipScore:
         """The score on a CLIPModel with safetensors weights.
 
         Args:
-            model: a folder, or a hub id. Its own tokenizer and preprocessor config are used if it has both.
+            model: a folder, a hub id, or `nano` for clip-nano. Its own tokenizer and preprocessor config are used if it
+                has both.
             revision: commit, branch or tag of a hub id. Default: main, or the commit in `loading.CONVERTED`.
             dtype: float32, bfloat16 or float16. Default: float32 on a CPU, bfloat16 elsewhere.
             batch: images in one call of the image tower.

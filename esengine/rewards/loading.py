@@ -26,7 +26,7 @@ CONVERTED = {"openai/clip-vit-base-patch32": "c237dc49a33fc61debc9276459120b7eac
 
 
 def locate(model: str | os.PathLike[str], revision: str | None) -> str:
-    """The folder with safetensors, or the hub id, that `model` names.
+    """The folder with safetensors, or the hub id, that `model` names; `nano` is clip-nano, part of this package.
 
     Raises:
         ConfigError: neither, or a revision that does not go with it.
@@ -35,7 +35,12 @@ def locate(model: str | os.PathLike[str], revision: str | None) -> str:
     for argument, value in (("model", model), ("revision", revision)):
         if (value is not None or argument == "model") and (not isinstance(value, str) or not value):
             raise ConfigError(f"{argument}: expected text, got {value!r}; text that looks like a number needs quotes")
-    folder = Path(model).expanduser()
+    if model == "nano":
+        from esengine.models.nano import CLIP  # with models comes diffusers, which no other reward needs
+
+        folder = CLIP
+    else:
+        folder = Path(model).expanduser()
     if folder.is_dir():
         if revision is not None:
             raise ConfigError(f"revision: {model} is a folder and has none, got {revision}")

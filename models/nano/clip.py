@@ -3,13 +3,16 @@
     python -m esengine.models.nano.clip --out clip-nano --work nano-training
 
     contrastive   mean cross entropy of image to caption and caption to image, scale times cosine, over a batch
-    quality       binary cross entropy of scale times (cos(image, FINE) - cos(image, POOR)) on whether it is undamaged
+    quality       binary cross entropy on whether an image is undamaged, of 100 (cos(image, FINE) - cos(image, POOR)) and
+                  of 10 cos(image, u) with a fixed u, along which images part first: both texts begin at nearly the
+                  same place, from where the first of the two hardly leads away
 
 Half of a batch are captions that differ from one of the other half in one fact, with images of their own, so that
 shapes, sizes and relations have to be seen. Half of the images are damaged: blurred, coarse, noisy, washed out or
 oversaturated. FINE and POOR are the texts of the rewards `aesthetic` and `no_artifacts`.
 """
 
+import copy
 import json
 import sys
 from collections.abc import Sequence
@@ -31,7 +34,8 @@ FINE = "a high quality, professional, beautiful, aesthetically pleasing image"
 POOR = "blurry, low resolution, noisy, pixelated, washed out colors, oversaturated "
 """As the rewards write them; a test holds them together."""
 LENGTH = 77
-BATCH, PEAK, QUALITY = 128, 1e-3, 0.25
+BATCH, PEAK = 128, 1e-3
+SCALE, APART = 100.0, 10.0
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 _SEED_STRIDE = 1 << 24
 _BEGIN, _END = "<|startoftext|>", "<|endoftext|>"
@@ -163,9 +167,11 @@ def losses(model: CLIPModel, tokenize, captions: list[str], images: torch.Tensor
     same = torch.tensor([[a == b for b in captions] for a in captions])
     targets = same / same.sum(1, keepdim=True)  # a caption that comes twice has two right images
     contrastive = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
-    quality = F.binary_cross_entropy_with_logits(scale * shown @ (texts[-2] - texts[-1]), whole.float())
+    u = F.normalize(1.0 - 2.0 * (torch.arange(shown.shape[1]) % 2), dim=0)
+    logits_of_quality = SCALE * shown @ (texts[-2] - texts[-1]), APART * shown @ u
+    quality = sum(F.binary_cross_entropy_with_logits(each, whole.float()) for each in logits_of_quality)
     right = same[torch.arange(len(captions)), logits.argmax(1)].float().mean()
-    return {"loss": contrastive + QUALITY * quality, "contrastive": contrastive, "quality": quality, "right": right}
+    return {"loss": contrastive + quality, "contrastive": contrastive, "quality": quality, "right": right}
 
 
 def train_clip(folder: Path, *, steps: int, seed: int, report: Report | None = None) -> CLIPModel:
@@ -199,9 +205,9 @@ def train_clip(folder: Path, *, steps: int, seed: int, report: Report | None = N
 
 
 def save_clip(folder: Path, model: CLIPModel) -> None:
-    """The folder that `pickscore(model=...)` and its companions load."""
+    """The folder that `pickscore(model=...)` and its companions load; float16, as it does for cosines."""
     save_processor(folder)
-    model.save_pretrained(folder, safe_serialization=True)
+    copy.deepcopy(model).half().save_pretrained(folder, safe_serialization=True)
 
 
 def read_clip(folder: Path) -> CLIPModel:
@@ -225,7 +231,7 @@ class ClipTrainConfig:
     """The folder to write."""
     work: Path = Path("nano-training")
     """Checkpoint and curve. A run that was stopped goes on from there."""
-    steps: int = 3000
+    steps: int = 2000
     """Of 128 images."""
     seed: int = 0
     """Of weights, images and batches."""

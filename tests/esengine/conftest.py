@@ -41,6 +41,7 @@ def prompt_files(tmp_path_factory):
 def small(cache, prompt_files):
     """A run of about a second: population 4, two prompts a step, three chunks a step."""
     config = TrainConfig(
+        model="tiny",
         prompts=prompt_files[0],
         eval_prompts=prompt_files[1],
         steps=4,

@@ -48,7 +48,8 @@ def one_line(err: str) -> str:
 
 def flags(*more):
     return [
-        "train", "--run-dir", "new", "--prompts", "p.txt", "--eval-prompts", "p.txt", "--population", "4",
+        "train", "--model", "tiny", "--run-dir", "new", "--prompts", "p.txt", "--eval-prompts", "p.txt",
+        "--population", "4",
         "--es.repeats", "1", "--es.prompts-per-step", "2", "--steps", "1", *more,
     ]  # fmt: skip
 

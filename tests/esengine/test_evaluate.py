@@ -50,7 +50,8 @@ def test_an_adapter_folder_is_enough(trained, prompt_files, cache):
     config, result = trained
     image = ImageSettings(chunk=3)
     found = evaluate(
-        EvalConfig(adapter=config.run_dir / "adapter", prompts=prompt_files[1], repeats=1, image=image), Progress()
+        EvalConfig(model="tiny", adapter=config.run_dir / "adapter", prompts=prompt_files[1], repeats=1, image=image),
+        Progress(),
     )
     assert found.report.groups == result.comparison.groups
     assert found.folder is None
@@ -99,7 +100,16 @@ TABLE = "prompt\tCHALLENGE\tCategory\na cat\tBasic\tAnimals\na dog\tBasic\tAnima
 @pytest.fixture
 def parti(workspace):
     (workspace / "parti.tsv").write_text(TABLE)
-    return ["--benchmark", "partiprompts", "--prompts", "parti.tsv", "--reward", "jpeg_compressibility"]
+    return [
+        "--benchmark",
+        "partiprompts",
+        "--prompts",
+        "parti.tsv",
+        "--reward",
+        "jpeg_compressibility",
+        "--model",
+        "tiny",
+    ]
 
 
 def test_a_benchmark_of_a_run_is_three_entries_in_its_folder(trained, parti, esengine, workspace):

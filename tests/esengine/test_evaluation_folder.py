@@ -19,7 +19,7 @@ from esengine.config import EvalConfig, ImageSettings
 from esengine.errors import ConfigError, RunError
 from esengine.evaluate import evaluate
 from esengine.evaluation_folder import EvaluationFolder
-from esengine.models import SanaSprint, default_model
+from esengine.models import SanaSprint, tiny_model
 from esengine.progress import Progress
 from esengine.scoring import EVAL_STEP
 
@@ -50,6 +50,7 @@ def small_evaluation(cache, adapter, tmp_path_factory):
     root = tmp_path_factory.mktemp("small")
     (root / "six.txt").write_text("".join(f"thing number {i}\n" for i in range(6)))
     config = EvalConfig(
+        model="tiny",
         adapter=adapter,
         prompts=root / "six.txt",
         reward="jpeg_compressibility",
@@ -323,7 +324,7 @@ def pixels_of(folder: Path, entry: str) -> list[str]:
 
 
 def test_the_base_carries_no_adapter_and_the_order_changes_nothing(small_evaluation, tmp_path):
-    model = SanaSprint.from_pretrained(default_model())
+    model = SanaSprint.from_pretrained(tiny_model())
     texts = model.encode([f"thing number {i}" for i in range(6)])
     plain = model.render(
         texts,

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from esengine.config import EvalConfig, ImageSettings, to_dict
-from esengine.models import default_model
+from esengine.models import tiny_model
 
 KILLER = """
 import io, os, signal
@@ -138,10 +138,11 @@ def killed(trained, tmp_path_factory):
     (root / "driver.py").write_text(DRIVER)
     rows = [f'a "{i}" of {i % 7} things\t{("Arts", "People", "")[i % 3]}\t{"AB"[i % 2]}' for i in range(64)]
     (root / "parti.tsv").write_text("\n".join(["Prompt\tCategory\tChallenge", *rows]))
-    default_model()
+    tiny_model()
     cases = []
     for name, kills in {"whole": [], **KILLS}.items():
         config = EvalConfig(
+            model="tiny",
             benchmark="partiprompts",
             prompts=root / "parti.tsv",
             adapter=trained[0].run_dir / "adapter",

@@ -32,7 +32,16 @@ def torchrun(workspace, prompt_files):
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes, "--standalone"]
         command += ["-m", "esengine", "train", "--run-dir", run, *flags]
         if "--resume" not in flags:
-            command += ["--prompts", prompt_files[0], "--eval-prompts", prompt_files[1], "--population", 4]
+            command += [
+                "--model",
+                "tiny",
+                "--prompts",
+                prompt_files[0],
+                "--eval-prompts",
+                prompt_files[1],
+                "--population",
+                4,
+            ]
             command += ["--reward", "mine:score", "--lora.targets", "to_q", "--checkpoint-every", 2, "--steps", 4]
             command += ["--es.prompts-per-step", 2, "--es.repeats", 1, "--image.chunk", 3, "--strip-every", 0]
         return subprocess.run(

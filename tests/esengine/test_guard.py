@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 from esengine.checkpoint import RunFolder
+from esengine.defaults import defaults
 from esengine.errors import ConfigError, RewardError
 from esengine.guard import CLIP_FAMILY, Guard, Rewards, load_rewards, part_ways
-from esengine.models import SanaSprint, default_model
-from esengine.prompts import HELDOUT, read_prompts
+from esengine.models import SanaSprint, tiny_model
+from esengine.prompts import read_prompts
 from esengine.rewards import BUILTIN, Weighted
 from esengine.rollout import Renderer, render_all
 from esengine.runlog import RunLog
@@ -325,18 +326,18 @@ def test_watching_changes_no_bit_of_the_adapter(trained, small, outcome, tmp_pat
 def test_it_draws_the_adapter_as_it_stands(small, tmp_path, notes):
     """With the population attached and no member, images are those of W + s B A set by hand."""
     config = small(tmp_path / "run")
-    plain, attached = (SanaSprint.from_pretrained(default_model()) for _ in range(2))
+    plain, attached = (SanaSprint.from_pretrained(tiny_model()) for _ in range(2))
     population = attach_population(attached, config)
     for i in range(3):
         population.update(step=i, fitness=torch.tensor([1.0, -1.0, 0.5, -0.5]))
-    (texts,) = encode(plain, [read_prompts(HELDOUT)[:3]], config.image, notes)
+    (texts,) = encode(plain, [read_prompts(defaults("tiny").heldout)[:3]], config.image, notes)
     drawn = {}
     for name, layer in population.layers.items():
         plain.transformer.get_submodule(name).weight.data += layer.scale * layer.b @ layer.a
     for label, model in (("attached", attached), ("by hand", plain)):
         render = Renderer(model, texts, render_settings(config.image), 0, 2)
         drawn[label] = torch.cat([images for images, _ in render_all(render, EVAL_STEP, torch.arange(3))])
-    base = SanaSprint.from_pretrained(default_model())
+    base = SanaSprint.from_pretrained(tiny_model())
     render = Renderer(base, texts, render_settings(config.image), 0, 2)
     untrained = torch.cat([images for images, _ in render_all(render, EVAL_STEP, torch.arange(3))])
     difference = (drawn["attached"].int() - drawn["by hand"].int()).abs()

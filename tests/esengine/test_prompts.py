@@ -3,8 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from esengine.defaults import defaults
 from esengine.errors import ConfigError
-from esengine.prompts import HELDOUT, TRAIN, PromptSampler, read_prompts
+from esengine.prompts import PromptSampler, read_prompts
 
 
 @pytest.fixture
@@ -93,7 +94,7 @@ def test_ten_thousand_files(tmp_path_factory, data):
 
 
 def test_the_files_that_come_with_the_package():
-    train, heldout = read_prompts(TRAIN), read_prompts(HELDOUT)
+    train, heldout = read_prompts(defaults("tiny").train), read_prompts(defaults("tiny").heldout)
     assert len(set(train)) == len(train) == 64
     assert len(set(heldout)) == len(heldout) == 48
     assert not set(train) & set(heldout)

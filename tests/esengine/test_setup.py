@@ -7,7 +7,7 @@ import torch
 
 from esengine.config import ImageSettings
 from esengine.errors import ConfigError
-from esengine.models import RenderSettings, default_model
+from esengine.models import RenderSettings, tiny_model
 from esengine.setup import load_model, render_settings, settled
 
 OTHER = {
@@ -39,7 +39,7 @@ def test_unknown_ways_are_refused(name, value):
 
 
 def test_a_run_keeps_its_chunk_and_where_its_decoder_lies(monkeypatch):
-    folder = default_model() / "vae"
+    folder = tiny_model() / "vae"
     monkeypatch.chdir(folder.parent)
     model = load_model("tiny", None, torch.device("cpu"), torch.float32, "vae")
     assert " vae sha256:" in model.identity()

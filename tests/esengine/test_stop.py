@@ -83,6 +83,7 @@ def test_the_command_line_leaves_with_a_line(workspace, prompt_files, name, at, 
     (workspace / "mine.py").write_text(REWARD)
     flags = [
         "--prompts", prompt_files[0], "--eval-prompts", prompt_files[1], "--reward", "mine:score", "--steps", 50,
+        "--model", "tiny",
         "--population", 4, "--heldout-every", 0, "--es.prompts-per-step", 2, "--es.repeats", 1, "--image.chunk", 4,
     ]  # fmt: skip
     command = [sys.executable, "-m", "esengine", "train", "--run-dir", "run", *map(str, flags)]
@@ -100,7 +101,18 @@ def test_a_second_signal_leaves_at_once(workspace, prompt_files):
         "    Path('asked').touch()\n    time.sleep(60)\n"
     )
     flags = ["--prompts", prompt_files[0], "--eval-prompts", prompt_files[1], "--es.prompts-per-step", 2]
-    command = [sys.executable, "-m", "esengine", "train", "--run-dir", "run", "--reward", "mine:score"]
+    command = [
+        sys.executable,
+        "-m",
+        "esengine",
+        "train",
+        "--run-dir",
+        "run",
+        "--model",
+        "tiny",
+        "--reward",
+        "mine:score",
+    ]
     command += [*map(str, flags), "--heldout-every", "0"]
     process = subprocess.Popen(command, cwd=workspace, env=os.environ, stderr=subprocess.PIPE)
     try:

@@ -16,7 +16,7 @@ import esengine.train
 from esengine.config import ESSettings, ImageSettings, LoraSettings, TrainConfig, load
 from esengine.errors import ConfigError, EsengineError
 from esengine.loop import save_adapter
-from esengine.models import SanaSprint, default_model
+from esengine.models import SanaSprint, tiny_model
 from esengine.progress import Progress
 from esengine.train import attach_population, train
 
@@ -118,7 +118,7 @@ def test_both_loaders_apply_the_adapter_at_the_same_strength(trained):
     def forward(transformer):
         return transformer(**inputs, return_dict=False)[0]
 
-    plain, peft, diffusers, by_hand = (SanaSprint.from_pretrained(default_model()) for _ in range(4))
+    plain, peft, diffusers, by_hand = (SanaSprint.from_pretrained(tiny_model()) for _ in range(4))
     wrapped = PeftModel.from_pretrained(peft.transformer, str(result.folder / "adapter"))
     loaded = wrapped.peft_config["default"]
     assert (loaded.r, loaded.lora_alpha) == (config.lora.rank, config.lora.alpha)
@@ -159,7 +159,7 @@ def test_a_run_repeats_bit_for_bit_without_the_text_encoder(trained, small, outc
 
 def test_the_same_adapter_is_the_same_bytes(tmp_path):
     """Every file of `adapter/`, sixteen times."""
-    model = SanaSprint.from_pretrained(default_model())
+    model = SanaSprint.from_pretrained(tiny_model())
     population = attach_population(model, TrainConfig(lora=LoraSettings(targets=("linear_2",))))
     found = set()
     for i in range(16):
@@ -169,7 +169,7 @@ def test_the_same_adapter_is_the_same_bytes(tmp_path):
 
 
 def test_the_adapters_configuration_is_the_same_bytes_in_any_process(tmp_path):
-    model = SanaSprint.from_pretrained(default_model())
+    model = SanaSprint.from_pretrained(tiny_model())
     population = attach_population(model, TrainConfig())
     population.save_pretrained(tmp_path)
     targets = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from esengine.config import UpdateRule, load, to_dict
-from esengine.models import default_model
+from esengine.models import tiny_model
 
 RULES = {
     "momentum": UpdateRule(optimizer="momentum", lr_scale=0.5),
@@ -107,7 +107,7 @@ def run_all(kills, small, root):
     """Every case in one process that forks a child for each run: (folder of a case, exit codes, stderr)."""
     (root / "killer.py").write_text(KILLER)
     (root / "driver.py").write_text(DRIVER)
-    default_model()
+    tiny_model()
     cases = []
     for number, (kind, at, rule) in enumerate([*kills, *((None, 0, rule) for rule in RULES)]):
         name = f"{kind}-{at}-{rule}" if kind is None else f"{number}-{kind}-{at}-{rule}"
@@ -158,7 +158,7 @@ def test_the_command_line_killed_and_resumed(killed, outcome, tmp_path):
     flags = [
         "--prompts", config.prompts, "--eval-prompts", config.eval_prompts, "--reward", config.reward,
         "--steps", config.steps, "--population", config.population, "--checkpoint-every", 1, "--strip-every", 0,
-        "--heldout-every", 2,
+        "--heldout-every", 2, "--model", "tiny",
         "--lora.targets", *config.lora.targets, "--es.prompts-per-step", 2, "--es.repeats", 1, "--image.chunk", 3,
         "--update.optimizer", "momentum", "--update.lr-scale", 0.5,
     ]  # fmt: skip

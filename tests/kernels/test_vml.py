@@ -29,10 +29,10 @@ ENCODE = """
 import hashlib
 import torch
 
-from esengine.models import SanaSprint, default_model
+from esengine.models import SanaSprint, tiny_model
 
 torch.set_num_threads(2)
-model = SanaSprint.from_pretrained(default_model())
+model = SanaSprint.from_pretrained(tiny_model())
 texts = model.encode(["a red fox asleep on a mossy log"])
 print(hashlib.sha256(texts[0].numpy().tobytes()).hexdigest())
 """

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoTokenizer, GemmaTokenizerFast
 
 from esengine.errors import ConfigError
-from esengine.models import SanaSprint, build_tiny, default_model, tiny
+from esengine.models import SanaSprint, build_tiny, tiny, tiny_model
 
 
 def contents(folder):
@@ -68,14 +68,14 @@ def test_the_tokenizer_is_gemmas_in_every_loader(tiny_folder):
 
 def test_the_default_model_is_built_once(tmp_path, monkeypatch):
     monkeypatch.setenv("ESENGINE_CACHE", str(tmp_path / "cache"))
-    first = default_model()
+    first = tiny_model()
     assert first.parent == tmp_path / "cache"
     before = (first / "model_index.json").stat().st_mtime_ns
-    assert default_model() == first
+    assert tiny_model() == first
     assert (first / "model_index.json").stat().st_mtime_ns == before
     monkeypatch.delenv("ESENGINE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert default_model().parent == tmp_path / "xdg" / "esengine"
+    assert tiny_model().parent == tmp_path / "xdg" / "esengine"
 
 
 def test_a_builder_that_comes_second_takes_the_firsts_folder(tiny_folder, tmp_path, monkeypatch):
@@ -87,14 +87,14 @@ def test_a_builder_that_comes_second_takes_the_firsts_folder(tiny_folder, tmp_pa
         (tmp_path / tiny.NAME / "mark").touch()
 
     monkeypatch.setattr(tiny, "_save_pipeline", overtaken)
-    assert (default_model(tmp_path) / "mark").exists()
+    assert (tiny_model(tmp_path) / "mark").exists()
     assert [file.name for file in tmp_path.iterdir()] == [tiny.NAME]
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot build the default model"):
-        default_model(tmp_path / "file")
+        tiny_model(tmp_path / "file")
 
 
 def test_nothing_is_printed(tmp_path, capfd):

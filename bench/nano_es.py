@@ -1,0 +1,205 @@
+"""Evolution Strategies on sana-sprint-nano: which settings, what is better than what, and the headline table.
+
+    python bench/nano_es.py search    --json bench/results/nano_search.json      # one setting at a time
+    python bench/nano_es.py compare   --json bench/results/nano_compare.json     # rivals at equal images
+    python bench/nano_es.py headline  --json bench/results/nano_headline.json    # three seeds, 1000 test captions
+
+Every trial is `esengine train` on packaged training captions; `search` and `compare` judge by the packaged validation
+captions, `headline` by `esengine eval --benchmark nano`, captions that nothing was chosen by. A file that is there is
+gone on with: trials that it holds are not run again. Two trials run at a time, with a thread each.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import record
+import torch
+
+from esengine.config import EvalConfig, TrainConfig, from_dict, to_dict
+from esengine.evaluate import evaluate
+from esengine.progress import Progress
+from esengine.train import train
+
+QUIET = {"heldout_every": 1 << 20, "checkpoint_every": 1 << 20, "strip_every": 0}
+"""Of every trial: judges measure before and after, nothing else is drawn beside the population."""
+
+CENTRE: dict[str, Any] = to_dict(TrainConfig())
+"""Trials change a setting or two of `esengine train` without flags."""
+
+RATES = (0.3, 1.0, 3.0)
+"""Each rival is tried at its usual learning rate times these, for what suits one suits no other."""
+
+
+def setting(path: str, value: Any) -> dict[str, Any]:
+    """{"es": {"sigma": 0.1}} from "es.sigma"."""
+    *above, name = path.split(".")
+    nested = {name: value}
+    for part in reversed(above):
+        nested = {part: nested}
+    return nested
+
+
+def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the nested values of `change` in their places."""
+    return base | {
+        name: merged(base.get(name, {}), value) if isinstance(value, dict) else value for name, value in change.items()
+    }
+
+
+def trial(change: dict[str, Any], images: int, seed: int) -> dict[str, Any]:
+    """Train with a change of the centre, for so many images; the gain of every judge on validation captions."""
+    torch.set_num_threads(1)
+    settings = merged(merged(CENTRE, QUIET), change)
+    es = settings["es"]
+    per_step = settings["population"] * es["prompts_per_step"] * es["repeats"]
+    steps = max(1, round(images / per_step))
+    with tempfile.TemporaryDirectory() as folder:
+        settings |= {"steps": steps, "seed": seed, "run_dir": str(Path(folder) / "run")}
+        start = time.perf_counter()
+        report = train(from_dict(TrainConfig(), settings, "trial")).comparison
+        seconds = time.perf_counter() - start
+        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+    base, adapter = report.overall
+    return {
+        "change": change,
+        "seed": seed,
+        "steps": steps,
+        "images": steps * per_step,
+        "seconds": seconds,
+        "adapter_norm": json.loads(lines[-1])["adapter_norm"],
+        "base": base["mean"],
+        "gain": adapter["against_first"],
+    }
+
+
+def search_plan(options: argparse.Namespace) -> list[tuple[str, dict[str, Any], int]]:
+    """(name, change, seed): the centre, and around it one setting at a time."""
+    plan = [("centre", {}), ("reference run", REFERENCE)]
+    plan += [(f"{path} {value}", setting(path, value)) for path, values in AROUND.items() for value in values]
+    plan += list(TOGETHER.items())
+    return [(name, change, seed) for seed in options.seeds for name, change in plan]
+
+
+REFERENCE = {
+    "population": 128,
+    "lora": {"rank": 2, "alpha": 8.0},
+    "es": {"sigma": 1e-2, "noise_rank": 1, "shaping": "zscore", "prompts_per_step": 4, "repeats": 4},
+    "update": {"optimizer": "sgd", "lr_scale": 0.1, "max_norm": 40.0},
+}
+"""The published run's, but for its sampler's angle."""
+
+AROUND: dict[str, tuple] = {
+    "es.sigma": (0.005, 0.02, 0.04),
+    "update.lr_scale": (0.3, 3.0),
+    "population": (16, 64),
+    "es.prompts_per_step": (4, 16),
+    "lora.rank": (1, 4),
+    "lora.alpha": (4.0, 16.0),
+    "es.noise_rank": (2,),
+    "es.shaping": ("centered_rank", "none"),
+    "update.optimizer": ("momentum", "adam"),
+}
+TOGETHER: dict[str, dict[str, Any]] = {}
+"""Settings that only make sense together."""
+
+
+def compare_plan(options: argparse.Namespace) -> list[tuple[str, dict[str, Any], int]]:
+    """(name, change, seed): every rival at every rate."""
+    rivals = {
+        "LoRA, k = 1": ({}, 1.0),
+        "LoRA, k = 4": (setting("es.noise_rank", 4), 1.0),
+        "direct, k = 1": (merged(setting("lora.rank", 0), setting("update.max_norm", None)), 1.0),
+        "centred ranks": (setting("es.shaping", "centered_rank"), 3.0),
+        "scores as they are": (setting("es.shaping", "none"), 1.0),
+        "population 8": (setting("population", 8), 0.5),
+        "population 128": (setting("population", 128), 2.0),
+    }
+    plan = []
+    for seed, (name, (change, usual)) in itertools.product(options.seeds, rivals.items()):
+        for rate in RATES:
+            scaled = setting("update.lr_scale", CENTRE["update"]["lr_scale"] * usual * rate)
+            plan.append((f"{name}, rate {usual * rate:g}", merged(change, scaled), seed))
+    return plan
+
+
+def trials(plan: list[tuple[str, dict[str, Any], int]], options: argparse.Namespace) -> None:
+    """Run what the file lacks of a plan, two at a time, writing the file after each."""
+    found: dict[str, Any] = {}
+    if options.json and options.json.is_file():
+        found = json.loads(options.json.read_text(encoding="utf-8"))["trials"]
+    todo = [(f"{name}, seed {seed}", change, seed) for name, change, seed in plan]
+    todo = [each for each in todo if each[0] not in found]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.processes, mp_context=spawn) as pool:
+        waiting = {pool.submit(trial, change, options.images, seed): name for name, change, seed in todo}
+        for done in as_completed(waiting):
+            name = waiting[done]
+            found[name] = done.result()
+            gains = ", ".join(
+                f"{score} {gain['difference']:+.4f} ± {gain['standard_error']:.4f}"
+                for score, gain in found[name]["gain"].items()
+            )
+            print(f"{len(found)}/{len(plan)}  {name}: {found[name]['seconds']:.0f} s, {gains}", flush=True)
+            if options.json:
+                what = {"what": f"bench/nano_es.py {options.command}", "images": options.images, "centre": CENTRE}
+                record.write(options.json, {**what, "trials": found, **record.environment()})
+
+
+def headline(options: argparse.Namespace) -> None:
+    """Train on several seeds, then one evaluation of all of them on the test captions."""
+    folders = {f"seed{seed}": options.work / f"seed{seed}" for seed in options.seeds}
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.processes, mp_context=spawn) as pool:
+        made = [pool.submit(_seed, seed, folders[f"seed{seed}"], options.steps) for seed in options.seeds]
+        seconds = {name: each.result() for name, each in zip(folders, made, strict=True)}
+    entries = ("base@1", *(f"{name}={folder}@1" for name, folder in folders.items()), "base@2")
+    found = evaluate(EvalConfig(benchmark="nano", entries=entries, out=options.work / "evaluation"), Progress())
+    print(found.report.table())
+    print(f"report  {found.folder / 'report.html'}")
+    if options.json:
+        what = {"what": "bench/nano_es.py headline", "config": merged(CENTRE, {"steps": options.steps})}
+        record.write(
+            options.json,
+            {**what, "seconds": seconds, "report": json.loads(found.report.to_json()), **record.environment()},
+        )
+
+
+def _seed(seed: int, folder: Path, steps: int) -> float | None:
+    """Seconds of a run of this seed, gone on with where it was stopped; None where it had been finished before."""
+    torch.set_num_threads(1)
+    if (folder / "eval.json").is_file():
+        return None
+    start = time.perf_counter()
+    train(TrainConfig(seed=seed, steps=steps, run_dir=folder, resume=(folder / "checkpoints").is_dir()))
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("search", "compare", "headline"))
+    parser.add_argument("--json", type=Path, help="store the record there; trials that it holds are not run again")
+    parser.add_argument("--images", type=int, default=16384, help="of a trial's training")
+    parser.add_argument("--seeds", type=int, nargs="+", help="of trials 0, of the headline 0 1 2")
+    parser.add_argument("--steps", type=int, default=120, help="of a headline run")
+    parser.add_argument("--work", type=Path, default=Path("runs/nano-headline"), help="folder of the headline's runs")
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="trials at a time")
+    options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if options.command == "headline":
+        options.seeds = options.seeds or [0, 1, 2]
+        headline(options)
+    else:
+        options.seeds = options.seeds or [0]
+        trials((search_plan if options.command == "search" else compare_plan)(options), options)
+
+
+if __name__ == "__main__":
+    main()
