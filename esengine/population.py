@@ -153,8 +153,8 @@ class Population:
             for theta in layer.thetas().values():
                 theta.parameter.data = theta.parameter.data.float()
                 theta.parameter.requires_grad_(False)
-            for stream, length in zip(layer.streams, layer.lengths(), strict=True):
-                if length and stream in taken:
+            for stream in (s for s, length in zip(layer.streams, layer.lengths(), strict=True) if length):
+                if stream in taken:
                     raise ValueError(f"stream ids: {name} and {taken[stream]} clash; exclude one of the two")
                 taken[stream] = name
         self._updater = Updater(rule, self.parameters(), noise.sigma)

@@ -192,10 +192,12 @@ def test_no_text_mask(transformer):
 
 
 @needs_triton
-def test_bf16_leaves_shares_and_errs_no_more_than_diffusers(transformer):
+@pytest.mark.parametrize("direct", [False, True])
+def test_bf16_leaves_shares_and_errs_no_more_than_diffusers(transformer, direct):
     """Against fp32 of the same weights. In bf16 the attention and to_out leave shares instead of two shrinks."""
     transformer.to(torch.bfloat16).float()
-    population = attach(transformer)
+    noise = esengine.Noise(sigma=3e-3, rank=2, seed=1)
+    population = esengine.attach(transformer, esengine.Direct(TARGETS), noise) if direct else attach(transformer)
     exact = both(transformer, population)[0]
     transformer.to(torch.bfloat16)
     caption, block = parts_of(transformer, population)
