@@ -1,4 +1,4 @@
-"""Evolution Strategies on LoRA weights, for frozen models and black-box rewards. The parts load when first used."""
+"""Evolution Strategies on LoRA weights or a model's own, for black-box rewards. The parts load when first used."""
 
 import importlib
 
@@ -6,13 +6,14 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "attach": "esengine.population",
+    "Direct": "esengine.direct",
     "Noise": "esengine.population",
     "Population": "esengine.population",
     "UpdateRule": "esengine.population",
     "Engine": "esengine.engine",
 }
 
-__all__ = ["Engine", "Noise", "Population", "UpdateRule", "attach"]
+__all__ = ["Direct", "Engine", "Noise", "Population", "UpdateRule", "attach"]
 
 
 def __getattr__(name: str):

@@ -62,15 +62,15 @@ class LoraSettings:
     """The adapter. Targets are chosen as PEFT does: by the end of a layer's name."""
 
     rank: int = 2
-    """LoRA rank r."""
+    """LoRA rank r. 0: none, the weights themselves are perturbed and moved."""
     alpha: float = 8.0
-    """The adapter counts alpha / r."""
+    """The adapter counts alpha / r. Where r is 0 it has no part."""
     targets: tuple[str, ...] = REFERENCE_TARGETS
     """Linear layers of the transformer."""
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise ConfigError(f"lora.rank: expected at least 1, got {self.rank}")
+        if self.rank < 0:
+            raise ConfigError(f"lora.rank: expected at least 0, got {self.rank}")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ConfigError(f"lora.alpha: expected a positive number, got {self.alpha}")
         if not self.targets:
@@ -82,7 +82,7 @@ class ESSettings:
     """The search: how members are drawn and how their scores become fitness."""
 
     sigma: float = 1e-2
-    """Standard deviation of the noise on every element of the adapter."""
+    """Standard deviation of the noise on every element of the adapter, or of the weights where lora.rank is 0."""
     noise_rank: int = 1
     """Rank k of each member's noise."""
     shaping: Literal["zscore", "centered_rank", "none"] = "zscore"

@@ -1,6 +1,10 @@
-"""The drop-in layer: PEFT's LoRA linear that, inside `Population.perturbed`, gives each batch row its own member."""
+"""The drop-in layer: a linear that, inside `Population.perturbed`, gives each batch row its own member.
+
+`PopulationLinear` is PEFT's LoRA linear; `esengine.direct` has the one whose own weight is perturbed.
+"""
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig
@@ -10,6 +14,9 @@ from torch import nn
 from esengine.kernels import Streams, population_linear_torch, population_linear_triton
 
 ADAPTER = "default"
+
+V, U, V_OUT, U_OUT = range(4)
+"""Places of a linear's factors, in `Streams` and wherever there are four of them."""
 
 HONOURED = (
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"),
@@ -29,7 +36,7 @@ class Chunk:
         step: of the noise contract; for Triton int64 [1] on the device.
         seed, sigma, rank: likewise.
         c: fp32 [B], sign * sigma / sqrt(k); torch path only, as is the next.
-        factors: V, U, V', U' of each layer by name, fp32 [B, L, k].
+        factors: V, U, V', U' of each layer by name, fp32 [B, L, k]; L is 0 where a layer has no such factor.
     """
 
     members: torch.Tensor
@@ -48,41 +55,66 @@ class Scope:
         self.chunk: Chunk | None = None
 
 
-class PopulationLinear(LoraLinear):
-    """A LoRA linear that renders one member per batch row while its scope holds a chunk, and is PEFT's otherwise."""
+class Theta(NamedTuple):
+    """One tensor that ES moves: fp32 [L, S], perturbed by U V^T / sqrt(k), and the places of U [L, k] and V [S, k]."""
+
+    parameter: nn.Parameter
+    u: int
+    v: int
+
+
+class Target:
+    """What the forms of a perturbed linear share; comes before an `nn.Module` with a `base_layer` among the bases.
+
+    Attributes:
+        name, streams, scope: set by the population.
+        a: LoRA A, fp32 [r, in], or None.
+        b: LoRA B, fp32 [out, r], or None.
+        scale: s = lora_alpha / r.
+    """
 
     name: str
     streams: Streams
     scope: Scope | None = None
+    a: nn.Parameter | None = None
+    b: nn.Parameter | None = None
+    scale = 1.0
 
-    @property
-    def a(self) -> nn.Parameter:
-        """LoRA A, fp32 [r, in]."""
-        return self.lora_A[ADAPTER].weight
+    def thetas(self) -> dict[str, Theta]:
+        """What ES moves, by the end of its name."""
+        raise NotImplementedError
 
-    @property
-    def b(self) -> nn.Parameter:
-        """LoRA B, fp32 [out, r]."""
-        return self.lora_B[ADAPTER].weight
+    def lora(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [r, in] and B [out, r], fp32: `scale` times their product is what theta adds to the weight."""
+        raise NotImplementedError
 
-    @property
-    def scale(self) -> float:
-        """s = lora_alpha / r, or PEFT's rank-stabilised variant of it."""
-        return self.scaling[ADAPTER]
+    def unperturbed(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        raise NotImplementedError
+
+    def refresh(self) -> None:
+        """Theta has changed: take it over into whatever is derived from it."""
+
+    def lengths(self) -> tuple[int, ...]:
+        """Of V, U, V', U'; 0 where there is none."""
+        found = [0] * 4
+        for theta in self.thetas().values():
+            found[theta.u], found[theta.v] = theta.parameter.shape
+        return tuple(found)
 
     def _apply(self, fn, *args, **kwargs):
-        """Moves with the module; the adapter stays fp32 when the module is cast."""
-        masters = [(side[ADAPTER].weight, side[ADAPTER].weight.data) for side in (self.lora_A, self.lora_B)]
+        """Moves with the module; theta stays fp32 when the module is cast."""
+        masters = [(theta.parameter, theta.parameter.data) for theta in self.thetas().values()]
         super()._apply(fn, *args, **kwargs)
         for parameter, master in masters:
             if parameter.dtype != torch.float32:
                 parameter.data = master.to(parameter.device)
+        self.refresh()
         return self
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         chunk = self.scope.chunk if self.scope is not None else None
         if chunk is None or self.disable_adapters:
-            return super().forward(x, *args, **kwargs)
+            return self.unperturbed(x, *args, **kwargs)
         if len(x) != len(chunk.members):
             raise ValueError(
                 f"members: expected one for each batch row of {self.name}, int64 [{len(x)}], "
@@ -90,36 +122,61 @@ class PopulationLinear(LoraLinear):
             )
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
-                return self._perturbed(x.to(self.base_layer.weight.dtype), chunk)
+                return self._perturbed(x.to(self.weight.dtype), chunk)
         return self._perturbed(x, chunk)
 
     def _perturbed(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
-        linear = self.base_layer
         if chunk.factors is None:
             return population_linear_triton(
-                x, linear.weight, linear.bias, self.a, self.b, members=chunk.members, streams=self.streams,
+                x, self.weight, self.bias, self.a, self.b, members=chunk.members, streams=self.streams,
                 seed=chunk.seed, step=chunk.step, sigma=chunk.sigma, rank=chunk.rank, scale=self.scale,
             )  # fmt: skip
         return population_linear_torch(
-            x, linear.weight, linear.bias, self.a, self.b,
+            x, self.weight, self.bias, self.a, self.b,
             factors=chunk.factors[self.name], c=chunk.c, scale=self.scale,
         )  # fmt: skip
 
 
-def make_layer(target: nn.Module, adapter_name: str, **kwargs) -> PopulationLinear:
+class PopulationLinear(Target, LoraLinear):
+    """A LoRA linear that renders one member per batch row while its scope holds a chunk, and is PEFT's otherwise."""
+
+    @property
+    def a(self) -> nn.Parameter:
+        return self.lora_A[ADAPTER].weight
+
+    @property
+    def b(self) -> nn.Parameter:
+        return self.lora_B[ADAPTER].weight
+
+    @property
+    def scale(self) -> float:
+        """s = lora_alpha / r, or PEFT's rank-stabilised variant of it."""
+        return self.scaling[ADAPTER]
+
+    def thetas(self) -> dict[str, Theta]:
+        return {"lora_A.weight": Theta(self.a, U, V), "lora_B.weight": Theta(self.b, U_OUT, V_OUT)}
+
+    def lora(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.a, self.b
+
+    def unperturbed(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        return LoraLinear.forward(self, x, *args, **kwargs)
+
+
+def make_layer(form: type[Target], target: nn.Module, adapter_name: str, **kwargs) -> Target:
     """PEFT's dispatch calls this for every target. Anything but a dense `torch.nn.Linear` is refused by name."""
     dense = isinstance(target, nn.Linear) and type(target).forward is nn.Linear.forward
     fused = isinstance(target, nn.modules.linear.NonDynamicallyQuantizableLinear)  # its owner reads the weight itself
     if not dense or fused or not target.weight.is_floating_point():
         name = kwargs.get("target_name", "?")
         raise TypeError(f"target_modules: expected a dense torch.nn.Linear at '{name}', got {type(target).__name__}")
-    return PopulationLinear(target, adapter_name, **kwargs)
+    return form(target, adapter_name, **kwargs)
 
 
 def strip(module: nn.Module, trainable: dict[str, bool]) -> None:
     """Put the base layers back and forget the adapter."""
     for name, layer in list(module.named_modules()):
-        if isinstance(layer, PopulationLinear):
+        if isinstance(layer, Target):
             parent, _, child = name.rpartition(".")
             setattr(module.get_submodule(parent), child, layer.base_layer)
     if hasattr(module, "peft_config"):
@@ -131,7 +188,7 @@ def strip(module: nn.Module, trainable: dict[str, bool]) -> None:
 def check_config(config: LoraConfig) -> None:
     """Refuse what would change the base weights, add parameters besides A and B, or make the forward random."""
     if not isinstance(config, LoraConfig):
-        raise TypeError(f"config: expected peft.LoraConfig, got {type(config).__name__}")
+        raise TypeError(f"config: expected peft.LoraConfig or esengine.Direct, got {type(config).__name__}")
     default = LoraConfig()
     for name in (f.name for f in fields(LoraConfig)):
         value, expected = getattr(config, name), getattr(default, name)

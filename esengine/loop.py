@@ -115,7 +115,7 @@ def save_adapter(population: Population, path: Path) -> None:
     """Write the adapter for PEFT and, in the same folder, for `SanaSprintPipeline.load_lora_weights`."""
     population.save_pretrained(path)
     scaling = {name: layer.scale for name, layer in population.layers.items()}
-    write_diffusers_lora(path, population.parameters(), scaling)
+    write_diffusers_lora(path, population.lora(), scaling)
 
 
 def adapter_sha256(population: Population) -> str:

@@ -1,4 +1,4 @@
-"""A population of LoRA adapters around one module: attach it, render its members in one batch, update it, take it off.
+"""A population of adapters around one module: attach it, render its members in one batch, update it, take it off.
 
     population = esengine.attach(module, LoraConfig(...), esengine.Noise(sigma=1e-2, rank=1, seed=0))
     with population.perturbed(step=7, members=members):     # int64 [B], one for each batch row
@@ -6,6 +6,9 @@
     population.update(step=7, fitness=fitness)              # fp32 [N]
 
 Nothing of a member is stored: its noise is rebuilt from (seed, step, layer, member) wherever it is needed.
+
+Theta, what ES moves, is A and B of a LoRA; with `esengine.Direct` in place of the LoraConfig it is delta, added to the
+weights themselves.
 """
 
 import copy
@@ -14,6 +17,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +27,7 @@ from peft.tuners.lora import LoraModel
 from safetensors.torch import save
 from torch import nn
 
+from esengine.direct import Direct, DirectLinear, full_rank
 from esengine.files import replace_file
 from esengine.kernels import (
     CONTRACT,
@@ -40,7 +45,7 @@ from esengine.kernels import (
     step_tensor,
     uses_triton,
 )
-from esengine.layers import ADAPTER, Chunk, PopulationLinear, Scope, check_config, make_layer, strip
+from esengine.layers import ADAPTER, Chunk, PopulationLinear, Scope, Target, Theta, check_config, make_layer, strip
 from esengine.transfer import upload
 from esengine.update import Updater, UpdateRule, UpdateStats
 
@@ -52,8 +57,8 @@ class Noise:
     """How members differ from the adapter.
 
     Attributes:
-        sigma: standard deviation of the noise on every element of A and B.
-        rank: rank k of the noise on each factor.
+        sigma: standard deviation of the noise on every element of theta: of A and B, or of delta.
+        rank: rank k of the noise on each tensor.
         seed: the run's seed, in [0, 2^64).
     """
 
@@ -72,17 +77,18 @@ class Noise:
 
 def attach(
     module: nn.Module,
-    config: LoraConfig,
+    config: LoraConfig | Direct,
     noise: Noise | None = None,
     *,
     rule: UpdateRule | None = None,
     backend: Literal["auto", "triton", "torch"] = "auto",
 ) -> "Population":
-    """Put a LoRA adapter on `module`, in place, whose members can be rendered together.
+    """Put an adapter on `module`, in place, whose members can be rendered together.
 
     Args:
         module: any module with dense `torch.nn.Linear` layers below it.
         config: PEFT's; its target_modules, exclude_modules, rank_pattern, alpha_pattern and the rest select as in PEFT.
+            Or `Direct`, which perturbs and moves the weights themselves.
         noise: defaults to `Noise()`.
         rule: how `update` moves the adapter, defaults to `UpdateRule()`.
         backend: `auto` takes Triton on CUDA and batched torch elsewhere.
@@ -96,6 +102,8 @@ def attach(
         TypeError: a target that is not a dense linear.
     """
     noise, rule = noise or Noise(), rule or UpdateRule()
+    form = DirectLinear if isinstance(config, Direct) else PopulationLinear
+    config = config.selection() if isinstance(config, Direct) else config
     check_config(config)
     if getattr(module, "peft_config", None):
         raise ValueError("module: expected one without an adapter, got one with peft_config; detach or unload it first")
@@ -106,13 +114,14 @@ def attach(
         if not any(name == target or name.endswith(f".{target}") for name in names):
             raise ValueError(f"target_modules: '{target}' matches nothing in {type(module).__name__}")
     config = copy.deepcopy(config)
-    config._register_custom_module({nn.Module: make_layer})
+    config._register_custom_module({nn.Module: partial(make_layer, form)})
     trainable = {name: p.requires_grad for name, p in module.named_parameters()}
     try:
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(noise.seed & (1 << 63) - 1)  # the CPU's alone
             LoraModel(module, config, ADAPTER)
-        layers = {name: m for name, m in module.named_modules() if isinstance(m, PopulationLinear)}
+        layers = {name: m for name, m in module.named_modules() if isinstance(m, Target)}
+        config = full_rank(config, layers) if form is DirectLinear else config
         population = Population(module, layers, config, noise, rule, backend, trainable)
         if backend == "triton" and not uses_triton(population.device):
             raise ValueError(f"backend: triton needs Triton and a CUDA device, the module is on {population.device}")
@@ -128,7 +137,7 @@ class Population:
     def __init__(
         self,
         module: nn.Module,
-        layers: dict[str, PopulationLinear],
+        layers: dict[str, Target],
         config: LoraConfig,
         noise: Noise,
         rule: UpdateRule,
@@ -139,26 +148,34 @@ class Population:
         self._backend, self._trainable, self._scope, self._plan = backend, trainable, Scope(), None
         taken: dict[int, str] = {}
         for name, layer in layers.items():
-            layer.name, layer.streams, layer.scope = name, linear_streams(name), self._scope
-            for parameter in (layer.a, layer.b):
-                parameter.data = parameter.data.float()
-                parameter.requires_grad_(False)
-            for stream in layer.streams:
+            layer.name, layer.scope = name, self._scope
+            layer.streams = linear_streams(name, direct=layer.a is None)
+            for theta in layer.thetas().values():
+                theta.parameter.data = theta.parameter.data.float()
+                theta.parameter.requires_grad_(False)
+            for stream in (s for s, length in zip(layer.streams, layer.lengths(), strict=True) if length):
                 if stream in taken:
                     raise ValueError(f"stream ids: {name} and {taken[stream]} clash; exclude one of the two")
                 taken[stream] = name
         self._updater = Updater(rule, self.parameters(), noise.sigma)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """A and B of every layer, fp32, by `<layer>.lora_A.weight` and `<layer>.lora_B.weight`."""
+        """Theta, fp32: `<layer>.lora_A.weight` and `<layer>.lora_B.weight`, or `<layer>.delta`, of every layer."""
+        return {name: theta.parameter for name, _, theta in self._thetas()}
+
+    def lora(self) -> dict[str, torch.Tensor]:
+        """The adapter as a LoRA, fp32: `<layer>.lora_A.weight` and `<layer>.lora_B.weight` of every layer.
+
+        A delta is one of full rank r = min(in, out), whose product is delta bit for bit: A or B is the identity.
+        """
         found = {}
         for name, layer in self.layers.items():
-            found[f"{name}.lora_A.weight"], found[f"{name}.lora_B.weight"] = layer.a, layer.b
+            found[f"{name}.lora_A.weight"], found[f"{name}.lora_B.weight"] = layer.lora()
         return found
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.layers.values())).a.device
+        return next(iter(self.layers.values())).weight.device
 
     @property
     def backend(self) -> str:
@@ -216,21 +233,17 @@ class Population:
         noise = dict(seed=self.noise.seed, step=step)
         totals = {name: torch.zeros_like(parameter) for name, parameter in self.parameters().items()}
         if self.backend == "triton":
-            for name, layer in self.layers.items():
-                (r, n_in), n_out, s = layer.a.shape, len(layer.b), layer.streams
-                rank = self.noise.rank
-                totals[f"{name}.lora_A.weight"] = es_update(
-                    fitness, shape=(r, n_in), stream_u=s.a_u, stream_v=s.a_v, rank=rank, **noise
-                )
-                totals[f"{name}.lora_B.weight"] = es_update(
-                    fitness, shape=(n_out, r), stream_u=s.b_u, stream_v=s.b_v, rank=rank, **noise
-                )
+            for name, layer, theta in self._thetas():
+                streams = dict(stream_u=layer.streams[theta.u], stream_v=layer.streams[theta.v])
+                shape = tuple(theta.parameter.shape)
+                totals[name] = es_update(fitness, shape=shape, rank=self.noise.rank, **streams, **noise)
         else:
             for start, weights in enumerate(pair_weights(fitness).split(PAIRS_PER_CHUNK)):
                 pairs = start * PAIRS_PER_CHUNK + torch.arange(len(weights), device=self.device)
-                for name, (v, u, v_out, u_out) in self._factors(step, pairs).items():
-                    totals[f"{name}.lora_A.weight"] += es_update_chunk(weights, u, v)
-                    totals[f"{name}.lora_B.weight"] += es_update_chunk(weights, u_out, v_out)
+                factors = self._factors(step, pairs)
+                for name, layer, theta in self._thetas():
+                    own = factors[layer.name]
+                    totals[name] += es_update_chunk(weights, own[theta.u], own[theta.v])
         return {name: total / len(fitness) for name, total in totals.items()}
 
     @torch.inference_mode(False)
@@ -246,22 +259,26 @@ class Population:
             ValueError: `fitness` is of another dtype or shape, of odd length, or not finite; nothing has changed then.
         """
         gradient = self.gradient(step=step, fitness=fitness)
-        return self._updater.step(gradient)
+        stats = self._updater.step(gradient)
+        self._refresh()
+        return stats
 
     @torch.no_grad()
     def member_state_dict(self, *, step: int, member: int) -> dict[str, torch.Tensor]:
-        """One member's LoRA, fp32, by PEFT's key names: what `perturbed` renders, as plain weights."""
+        """One member's theta, fp32: what `perturbed` renders, as plain weights.
+
+        Of a LoRA by PEFT's key names; of a delta, `base_model.model.<layer>.delta`.
+        """
         self._check_attached()
         members = self._check_members(torch.tensor([member], device=self.device))
         c = signed_sigma(members, self.noise.sigma, self.noise.rank)
         noise = dict(seed=self.noise.seed, step=step, pairs=members >> 1, rank=self.noise.rank)
         state = {}
-        for name, layer in self.layers.items():
-            (r, n_in), n_out, s = layer.a.shape, len(layer.b), layer.streams
-            v, u = factor(stream=s.a_v, length=n_in, **noise)[0], factor(stream=s.a_u, length=r, **noise)[0]
-            v_out, u_out = factor(stream=s.b_v, length=r, **noise)[0], factor(stream=s.b_u, length=n_out, **noise)[0]
-            state[f"{PEFT_PREFIX}{name}.lora_A.weight"] = layer.a + c * u @ v.T
-            state[f"{PEFT_PREFIX}{name}.lora_B.weight"] = layer.b + c * u_out @ v_out.T
+        for name, layer, theta in self._thetas():
+            l, s = theta.parameter.shape
+            u = factor(stream=layer.streams[theta.u], length=l, **noise)[0]
+            v = factor(stream=layer.streams[theta.v], length=s, **noise)[0]
+            state[f"{PEFT_PREFIX}{name}"] = theta.parameter + c * u @ v.T
         return state
 
     def state_dict(self) -> dict[str, Any]:
@@ -287,12 +304,17 @@ class Population:
         self._updater.check_state(state["optimizer"])
         for name, parameter in parameters.items():
             parameter.copy_(state["adapter"][name])
+        self._refresh()
         self._updater.load_state_dict(state["optimizer"])
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
-        """Write the adapter as a PEFT folder: adapter_config.json and adapter_model.safetensors."""
+        """Write the adapter as a PEFT folder: adapter_config.json and adapter_model.safetensors.
+
+        A delta becomes a LoRA of full rank min(in, out) at scale 1, see `lora`: any reader of LoRAs loads it, at about
+        the size of the weights in fp32 or, where they are square, twice that.
+        """
         path = Path(path)
-        tensors = {f"{PEFT_PREFIX}{name}": p.detach().cpu().contiguous() for name, p in self.parameters().items()}
+        tensors = {f"{PEFT_PREFIX}{name}": p.detach().cpu().contiguous() for name, p in self.lora().items()}
         config = copy.deepcopy(self.config)
         config._custom_modules, config.inference_mode = None, True
         for name in ("target_modules", "exclude_modules"):  # sets have no order to repeat
@@ -310,6 +332,16 @@ class Population:
         strip(self.module, self._trainable)
         self.layers = {}
         return self.module
+
+    def _thetas(self) -> Iterator[tuple[str, Target, Theta]]:
+        """Name, layer and tensor of all that ES moves."""
+        for name, layer in self.layers.items():
+            for end, theta in layer.thetas().items():
+                yield f"{name}.{end}", layer, theta
+
+    def _refresh(self) -> None:
+        for layer in self.layers.values():
+            layer.refresh()
 
     def _check_attached(self) -> None:
         if not self.layers:
@@ -349,8 +381,7 @@ class Population:
         if self._plan is None or self._plan.quads.device != self.device:
             shapes = []
             for layer in self.layers.values():
-                (r, n_in), n_out = layer.a.shape, len(layer.b)
-                shapes += zip(layer.streams, (n_in, r, r, n_out), strict=True)
+                shapes += zip(layer.streams, layer.lengths(), strict=True)
             self._plan = NoisePlan(shapes, self.noise.rank, self.device)
         block = self._plan.block(seed=self.noise.seed, step=step, pairs=pairs, slots=slots)
         return {name: tuple(block[4 * i : 4 * i + 4]) for i, name in enumerate(self.layers)}

@@ -83,6 +83,6 @@ def _parted(population: Population, adapter: Path) -> list[str] | None:
     if not file.is_file():
         return None
     stored = load_file(file)
-    mine = {f"{PEFT_PREFIX}{name}": each.detach().cpu() for name, each in population.parameters().items()}
+    mine = {f"{PEFT_PREFIX}{name}": each.detach().cpu() for name, each in population.lora().items()}
     names = sorted(stored.keys() | mine.keys())
     return [name for name in names if not (name in stored and name in mine and torch.equal(stored[name], mine[name]))]

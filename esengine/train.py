@@ -14,6 +14,7 @@ from peft import LoraConfig
 from esengine import checkpoint
 from esengine.config import ImageSettings, TrainConfig, differences, to_dict
 from esengine.defaults import defaults
+from esengine.direct import Direct
 from esengine.engine import Engine
 from esengine.entries import default_entries
 from esengine.env import describe
@@ -180,10 +181,12 @@ def _train(config: TrainConfig, progress: Progress, group: Group) -> Result | No
 
 def attach_population(model: SanaSprint, config: TrainConfig) -> Population:
     """The population of a run on its model's transformer."""
-    lora = LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=list(config.lora.targets))
+    lora, form = config.lora, Direct(config.lora.targets)
+    if lora.rank:
+        form = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets))
     noise = Noise(sigma=config.es.sigma, rank=config.es.noise_rank, seed=config.seed)
     try:
-        return attach(model.transformer, lora, noise, rule=config.update)
+        return attach(model.transformer, form, noise, rule=config.update)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"lora: {str(error).splitlines()[0]}") from error
 

@@ -38,11 +38,11 @@ from esengine.kernels import (
     stream_table,
     takes_shares,
 )
-from esengine.layers import PopulationLinear
+from esengine.layers import Target
 
 
 @torch.inference_mode(False)
-def stacked(tensors: Sequence[nn.Parameter | None]) -> torch.Tensor | None:
+def stacked(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     """The tensors one below the other, of which each becomes a view: no second copy, and updates in place show.
 
     Args:
@@ -70,16 +70,15 @@ class Stack:
 
     def __init__(self, *layers: nn.Module):
         """Raises ValueError for linears that cannot be stacked: some targets and some not, or of unlike ranks."""
-        targets = [t for t in layers if isinstance(t, PopulationLinear) and not t.disable_adapters]
-        bases = [layer.base_layer if isinstance(layer, PopulationLinear) else layer for layer in layers]
-        unlike = len({(len(t.a), t.scale) for t in targets}) > 1 or len({t.weight.shape for t in bases}) > 1
-        if unlike or len(targets) not in (0, len(layers)) or len({t.bias is None for t in bases}) > 1:
+        targets = [t for t in layers if isinstance(t, Target) and not t.disable_adapters]
+        unlike = len({(t.lengths(), t.scale) for t in targets}) > 1 or len({t.weight.shape for t in layers}) > 1
+        if unlike or len(targets) not in (0, len(layers)) or len({t.bias is None for t in layers}) > 1:
             raise ValueError(f"layers: expected {len(layers)} alike, all targets or none, got {layers}")
-        self.weight, self.bias = stacked([t.weight for t in bases]), stacked([t.bias for t in bases])
+        self.weight, self.bias = stacked([t.weight for t in layers]), stacked([t.bias for t in layers])
         self.adapters = None
         if targets:
             a, b = stacked([t.a for t in targets]), stacked([t.b for t in targets])
-            table = stream_table(tuple(t.streams for t in targets), a.device)
+            table = stream_table(tuple(t.streams for t in targets), self.weight.device)
             self.adapters = Adapters(a, b, table, targets[0].scale)
 
     def after(self, keys: Perturbation, dtype: torch.dtype) -> Adapters | None:

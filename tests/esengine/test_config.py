@@ -229,7 +229,7 @@ def test_differences_name_what_may_not_change():
         (lambda: ESSettings(prompts_per_step=0), "es.prompts_per_step"),
         (lambda: ESSettings(repeats=0), "es.repeats"),
         (lambda: ESSettings(shaping="x"), "es.shaping"),
-        (lambda: LoraSettings(rank=0), "lora.rank"),
+        (lambda: LoraSettings(rank=-1), "lora.rank"),
         (lambda: LoraSettings(alpha=0.0), "lora.alpha"),
         (lambda: LoraSettings(alpha=float("nan")), "lora.alpha"),
         (lambda: LoraSettings(targets=()), "lora.targets"),

@@ -378,7 +378,7 @@ REFUSED = {
     "modules to save": (mlp_config(modules_to_save=["norm"]), ValueError, "config.modules_to_save"),
     "parameters": (mlp_config(target_parameters=["up.weight"]), ValueError, "config.target_parameters"),
     "initialisation": (mlp_config(init_lora_weights="pissa"), ValueError, "config.init_lora_weights"),
-    "no config": ({"r": 2}, TypeError, "config: expected peft.LoraConfig, got dict"),
+    "no config": ({"r": 2}, TypeError, "config: expected peft.LoraConfig or esengine.Direct, got dict"),
 }
 
 
@@ -413,7 +413,7 @@ def test_clashing_streams_are_an_error(monkeypatch):
     import esengine.population as module
 
     streams = module.linear_streams
-    monkeypatch.setattr(module, "linear_streams", lambda name: streams("up")._replace(b_u=len(name)))
+    monkeypatch.setattr(module, "linear_streams", lambda name, **form: streams("up")._replace(b_u=len(name)))
     mlp = fresh()
     before = snapshot(mlp)
     with pytest.raises(ValueError, match="stream ids: down and up clash"):

@@ -422,18 +422,23 @@ def test_without_a_gpu_there_are_none(fresh_model, texts):
         denoise(fresh_model, texts, population, 1, [0, 1, 2, 3], graphs="always")
 
 
-def test_an_update_moves_no_weights(fresh_model):
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+@pytest.mark.parametrize("config", [LoraConfig(r=2, target_modules=TARGETS), esengine.Direct(TARGETS)])
+def test_an_update_moves_no_weights(fresh_model, config):
     """So that what was captured before an ES step serves after it."""
-    config = LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
     for optimizer in ("sgd", "momentum", "adam"):
         rule = esengine.UpdateRule(optimizer=optimizer, max_step_norm=1e-3, max_norm=1.0)
         population = esengine.attach(fresh_model.transformer, config, rule=rule)
         fused_parts(fresh_model.transformer, None)
+        places = graphs.Places(fresh_model.transformer)
         before = {name: (p.data_ptr(), p.clone()) for name, p in population.parameters().items()}
         for step in range(2):
             population.update(step=step, fitness=torch.linspace(-1, 1, 8))
         population.load_state_dict(population.state_dict())
         after = population.parameters()
+        assert places.hold()
         assert all(after[name].data_ptr() == place for name, (place, _) in before.items())
         assert any(not torch.equal(after[name], value) for name, (_, value) in before.items())
         population.detach()

@@ -15,7 +15,11 @@ from esengine.models.sana_block import fused_parts, in_place_of
 pytestmark = pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1")
 
 
-def test_fused_blocks_replay_other_members_and_steps(recorded, monkeypatch):
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "linear_1", "linear_2", "proj_out", "linear"]
+
+
+@pytest.mark.parametrize("config", [LoraConfig(r=2, lora_alpha=8, target_modules=TARGETS), esengine.Direct(TARGETS)])
+def test_fused_blocks_replay_other_members_and_steps(recorded, monkeypatch, config):
     """The kernels themselves, launched again with the scalars they had: what changes must come by memory."""
     from triton.runtime.interpreter import InterpretedFunction
 
@@ -41,11 +45,8 @@ def test_fused_blocks_replay_other_members_and_steps(recorded, monkeypatch):
         sample_size=4, patch_size=1, guidance_embeds=True, qk_norm="rms_norm_across_heads",
     )  # fmt: skip
     transformer.eval().requires_grad_(False)
-    targets = ["to_q", "to_k", "to_v", "to_out.0", "linear_1", "linear_2", "proj_out", "linear"]
-    config = LoraConfig(r=2, lora_alpha=8, target_modules=targets)
     population = esengine.attach(transformer, config, esengine.Noise(sigma=3e-2, rank=1, seed=1), backend="triton")
-    for layer in population.layers.values():
-        layer.b.normal_()
+    population.update(step=0, fitness=torch.tensor([30.0, -30.0]))  # a LoRA's B starts at nought
     x, text = torch.randn(2, 4, 2, 3), torch.randn(2, 5, 24)
 
     @contextmanager
@@ -65,6 +66,8 @@ def test_fused_blocks_replay_other_members_and_steps(recorded, monkeypatch):
         with torch.no_grad(), session(x, step, now[1]) as compute:
             assert torch.equal(got, compute())
         seen.append(got)
+        if len(seen) == 2:
+            population.update(step=1, fitness=torch.tensor([3.0, -3.0]))  # in place: no capture anew
     assert len(recorded) == 1
     assert launches
     assert not torch.equal(seen[1], seen[2])

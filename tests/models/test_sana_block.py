@@ -90,6 +90,24 @@ def test_equals_diffusers(transformer, targets):
 
 
 @needs_triton
+@pytest.mark.parametrize("targets", [TARGETS, ["to_out.0", "attn2.to_q"]])
+def test_equals_diffusers_on_the_weights_themselves(transformer, targets):
+    noise = esengine.Noise(sigma=3e-3, rank=2, seed=1)
+    population = esengine.attach(transformer, esengine.Direct(targets), noise, rule=esengine.UpdateRule(lr_scale=1.0))
+    parts = parts_of(transformer, population)
+    first = both(transformer, population)
+    population.update(step=0, fitness=torch.tensor([3.0, -3.0], device=transformer.device))
+    second = both(transformer, population)
+    for plain, got in (first, second):
+        assert relative(got, plain) <= 1e-5
+    assert relative(second[0], first[0]) > 1e-3
+    # parts that were made before the update, as a captured graph's, compute with the weights of after it
+    weights = [part.qkv.weight for part in parts if isinstance(part, FusedBlock)]
+    block = transformer.transformer_blocks[0].attn1
+    assert torch.equal(weights[0], torch.cat([block.to_q.weight, block.to_k.weight, block.to_v.weight]))
+
+
+@needs_triton
 def test_members_differ(transformer):
     """So that the equality above is not one of two forwards without noise."""
     population = attach(transformer)
@@ -174,10 +192,12 @@ def test_no_text_mask(transformer):
 
 
 @needs_triton
-def test_bf16_leaves_shares_and_errs_no_more_than_diffusers(transformer):
+@pytest.mark.parametrize("direct", [False, True])
+def test_bf16_leaves_shares_and_errs_no_more_than_diffusers(transformer, direct):
     """Against fp32 of the same weights. In bf16 the attention and to_out leave shares instead of two shrinks."""
     transformer.to(torch.bfloat16).float()
-    population = attach(transformer)
+    noise = esengine.Noise(sigma=3e-3, rank=2, seed=1)
+    population = esengine.attach(transformer, esengine.Direct(TARGETS), noise) if direct else attach(transformer)
     exact = both(transformer, population)[0]
     transformer.to(torch.bfloat16)
     caption, block = parts_of(transformer, population)
