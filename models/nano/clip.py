@@ -3,9 +3,9 @@
     python -m esengine.models.nano.clip --out clip-nano --work nano-training
 
     contrastive   mean cross entropy of image to caption and caption to image, scale times cosine, over a batch
-    quality       binary cross entropy on whether an image is undamaged, of 100 (cos(image, FINE) - cos(image, POOR)) and
-                  of 10 cos(image, u) with a fixed u, along which images part first: both texts begin at nearly the
-                  same place, from where the first of the two hardly leads away
+    quality       binary cross entropy on whether an image is undamaged, twice: of 100 (cos(image, FINE) -
+                  cos(image, POOR)), and of 10 cos(image, u) with a fixed u. Along u images part first: both texts begin
+                  at nearly the same place, from where the first of the two hardly leads away
 
 Half of a batch are captions that differ from one of the other half in one fact, with images of their own, so that
 shapes, sizes and relations have to be seen. Half of the images are damaged: blurred, coarse, noisy, washed out or
