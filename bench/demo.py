@@ -1,4 +1,4 @@
-"""The demo's experiment on several seeds: does ES on the tiny SANA-Sprint raise the reward of prompts it never saw?
+"""The demo's experiment on several seeds: does ES on sana-sprint-nano raise the reward of captions it never saw?
 
     python bench/demo.py [--seeds 0 1 2] [--json bench/results/cpu_demo.json]
 
@@ -8,12 +8,12 @@ Each seed is `esengine train --seed S` with no other flag, in a folder that is r
 import argparse
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import record
 
-from esengine.config import TrainConfig, to_dict
+from esengine.config import load, to_dict
 from esengine.train import train
 
 
@@ -26,11 +26,11 @@ def main() -> None:
     for seed in options.seeds:
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            comparison = train(TrainConfig(seed=seed, run_dir=Path(folder) / "run")).comparison
+            comparison = train(replace(load("nano"), seed=seed, run_dir=Path(folder) / "run")).comparison
             runs[str(seed)] = {"seconds": time.perf_counter() - start, **asdict(comparison)}
         print(f"seed {seed}: {runs[str(seed)]['seconds']:.0f} s\n{comparison.table()}")
     if options.json:
-        config = to_dict(TrainConfig())
+        config = to_dict(load("nano"))
         record.write(options.json, {"what": "esengine train", "config": config, "runs": runs, **environment})
 
 

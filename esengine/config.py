@@ -19,7 +19,8 @@ import yaml
 from esengine.errors import ConfigError
 
 PACKAGED = Path(__file__).parent / "data"
-"""YAML files that `--config NAME` finds by name: `reference` holds the settings of the published run."""
+"""YAML files that `--config NAME` finds by name: `reference` holds the settings of the published run, `nano` those of
+the model of that name."""
 
 REFERENCE_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "linear_1", "linear_2", "proj_out", "linear")
 
@@ -145,8 +146,8 @@ class ImageSettings:
 class TrainConfig:
     """Post-train a frozen text-to-image model from black-box rewards by Evolution Strategies on a LoRA adapter.
 
-    Without flags this is the demo: sana-sprint-nano, a small trained model that draws coloured shapes, learns to please
-    a judge that it was not trained with.
+    Without flags this is the demo: sana-sprint-nano, a small trained model that draws coloured shapes, learns to draw
+    what captions say, with the settings of the packaged `nano.yaml`.
     """
 
     run_dir: Path | None = None
@@ -161,8 +162,8 @@ class TrainConfig:
     eval_prompts: Path | None = None
     """Prompts never trained on, to compare base and adapter at the end. By default a packaged list."""
     reward: str | None = None
-    """A reward, or several with weights: `a=1.0,my_module:score=0.5`. By default pickscore: for `nano` that of
-    clip-nano, pickscore(model=nano); for `tiny` jpeg_compressibility."""
+    """A reward, or several with weights: `a=1.0,my_module:score=0.5`. By default pickscore; for `nano` checker, for
+    `tiny` jpeg_compressibility."""
     steps: int = 40
     """ES steps."""
     population: int = 32
@@ -174,7 +175,8 @@ class TrainConfig:
     allow_change: bool = False
     """With --resume, go on although settings, model or prompts differ from the run's; what differs is told."""
     config: str | None = None
-    """YAML file below the flags, or the name of a packaged one: `reference`."""
+    """YAML file below the flags, or the name of a packaged one: `reference`, the published run's settings; `nano`,
+    which is taken by itself where neither this nor another --model is given."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU when there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -365,7 +367,7 @@ MAY_CHANGE = (
 
 
 def parse_train(args: list[str]) -> TrainConfig:
-    """Defaults, then the YAML of --config (or, with --resume, the run's own), then the flags.
+    """Defaults, then the YAML of --config (with --resume, the run's own; else, for its model, `nano`), then the flags.
 
     Raises:
         ConfigError: a file that cannot be read, an unknown or ill-typed setting, or a value out of range.
@@ -375,6 +377,7 @@ def parse_train(args: list[str]) -> TrainConfig:
     if below is None and "--resume" in args and (run_dir := _peek(args, "run-dir")):
         default = _saved(Path(run_dir))
     else:
+        below = below or ("nano" if _peek(args, "model") in (None, "nano") else None)
         default = load(below) if below else TrainConfig()
     return tyro.cli(TrainConfig, args=args, default=default, prog="esengine train")
 

@@ -50,8 +50,8 @@ _BY_NAME = {
     "nano": Defaults(
         DATA / "nano_train.txt",
         DATA / "nano_validation.txt",
-        "pickscore(model=nano)",
-        {name: f"{name}(model=nano)" for name in _CLIP} | {"checker": "checker"},
+        "checker",
+        {"checker": "checker"} | {name: f"{name}(model=nano)" for name in _CLIP},
         watches=True,
     ),
 }

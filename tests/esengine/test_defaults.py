@@ -16,7 +16,7 @@ def test_the_nano_prompts_are_the_worlds_and_of_three_splits():
     assert train == world.captions("train", len(train), 0)
     assert heldout == world.captions("validation", len(heldout), 0)
     assert list(test.prompts) == world.captions("test", len(test), 0)
-    assert (len(train), len(heldout), len(test)) == (1000, 256, 1000)
+    assert (len(train), len(heldout), len(test)) == (1000, 512, 1000)
     for caption, category, challenge in zip(test.prompts, test.categories, test.challenges, strict=True):
         spec = world.parse(caption)
         assert category == ("one object", "two objects")[len(spec.objects) - 1]
@@ -35,7 +35,7 @@ def test_a_model_has_its_own_prompts_and_reward():
 @pytest.mark.parametrize(
     ("model", "benchmark", "names"),
     [
-        ("nano", "nano", ["pickscore", "clip_text", "aesthetic", "no_artifacts", "checker"]),
+        ("nano", "nano", ["checker", "pickscore", "clip_text", "aesthetic", "no_artifacts"]),
         ("nano", "partiprompts", ["pickscore", "clip_text", "aesthetic", "no_artifacts"]),
         ("somebody/model", "partiprompts", ["pickscore", "clip_text", "aesthetic", "no_artifacts"]),
     ],
@@ -52,7 +52,7 @@ def test_a_benchmark_has_one_reward_of_weight_one(model, benchmark, names):
 def test_on_nano_every_judge_that_is_not_optimised_is_watched():
     watched = defaults("nano").watched
     names = lambda spec: [term.name for term in read(spec)]  # noqa: E731
-    assert names(watched({"pickscore"}, False)) == ["clip_text", "aesthetic", "no_artifacts", "checker"]
+    assert names(watched({"pickscore"}, False)) == ["checker", "clip_text", "aesthetic", "no_artifacts"]
     assert names(watched({"pickscore"}, True)) == ["clip_text", "aesthetic", "no_artifacts"]
     assert names(watched({"jpeg_compressibility"}, True)) == ["pickscore", "clip_text", "aesthetic", "no_artifacts"]
     everything = {"pickscore", "clip_text", "aesthetic", "no_artifacts", "checker"}
