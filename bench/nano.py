@@ -20,7 +20,7 @@ from esengine.models.nano import world
 from esengine.models.nano.autoencoder import encode
 from esengine.rewards import Weighted, parse
 
-CHUNK = 64
+CHUNK, SCALE = 64, 4.5
 
 
 def main() -> None:
@@ -31,6 +31,9 @@ def main() -> None:
     parser.add_argument("--split", choices=world.SPLITS, default="test")
     parser.add_argument("--seed", type=int, default=0, help="of captions, scenes and noise")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument(
+        "--scales", type=float, nargs="*", default=[2.0, 3.0, 6.0, 8.0], help="of guidance, first steps"
+    )
     parser.add_argument("--json", type=Path, help="store the record there")
     options = parser.parse_args()
     judges, environment = parse(defaults("nano").benchmark("nano")), record.environment()
@@ -46,11 +49,13 @@ def main() -> None:
         "drawn": torch.from_numpy(drawn).permute(0, 3, 1, 2),
         "decoded": model.decode(z_bchw, chunk=CHUNK),
     }
+    named = {f"{steps} step" + "s" * (steps > 1): (steps, SCALE) for steps in options.steps}
+    first = next(iter(named))
+    named |= {f"{first}, w = {scale:g}": (options.steps[0], scale) for scale in options.scales}
     rates = {}
-    for steps in options.steps:
+    for name, (steps, scale) in named.items():
         start = time.perf_counter()
-        name = f"{steps} step" + "s" * (steps > 1)
-        images[name] = render(model, texts, options, steps)
+        images[name] = render(model, texts, options, steps, scale)
         rates[name] = len(rows) / (time.perf_counter() - start)
     found = {}
     for name, each in images.items():
@@ -59,15 +64,14 @@ def main() -> None:
             judge: s.double().numpy().reshape(-1, options.repeats).mean(1) for judge, s in score(judges, each, rows)
         }
         found[name] = scored
-    first = found[f"{options.steps[0]} step" + "s" * (options.steps[0] > 1)]
     scores = {}
     for judge in judges.names:
         print(judge)
         for name, scored in found.items():
-            mean, above = summary(scored[judge]), summary(scored[judge] - first[judge])
+            mean, above = summary(scored[judge]), summary(scored[judge] - found[first][judge])
             scores.setdefault(judge, {})[name] = {**mean, "above_first": above}
-            print(f"  {name:8}  {mean['mean']:.4f} +- {mean['standard_error']:.4f}", end="   ")
-            print(f"above {options.steps[0]} step: {above['mean']:+.4f} +- {above['standard_error']:.4f}")
+            print(f"  {name:14}  {mean['mean']:.4f} +- {mean['standard_error']:.4f}", end="   ")
+            print(f"above {first}: {above['mean']:+.4f} +- {above['standard_error']:.4f}")
     if options.json:
         settings = {key: value for key, value in vars(options).items() if key not in ("json", "model")}
         what = {"what": "judges of sana-sprint-nano", "settings": settings, "model": model.identity()}
@@ -86,9 +90,10 @@ def score(judges: Weighted, images: torch.Tensor, captions: list[str]) -> list[t
     return [(judge, torch.cat([part[judge] for part in parts])) for judge in judges.names]
 
 
-def render(model: SanaSprint, texts, options: argparse.Namespace, steps: int) -> torch.Tensor:
+def render(model: SanaSprint, texts, options: argparse.Namespace, steps: int, scale: float) -> torch.Tensor:
     """uint8 [captions * repeats, 3, 64, 64]."""
-    settings = RenderSettings(num_steps=steps, intermediate_timesteps=1.3 if steps == 2 else None, decode_chunk=CHUNK)
+    between = 1.3 if steps == 2 else None
+    settings = RenderSettings(num_steps=steps, guidance_scale=scale, intermediate_timesteps=between, decode_chunk=CHUNK)
     prompts = torch.arange(options.count).repeat_interleave(options.repeats)
     repeats = torch.arange(options.repeats).repeat(options.count)
     length = texts.trimmed_length(prompts)
