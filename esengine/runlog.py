@@ -27,6 +27,7 @@ class RunLog:
             from the files atomically and from TensorBoard by its purge. None starts afresh.
         trackers: besides TensorBoard, see `esengine.trackers`.
         settings: of the run, for the trackers.
+        opening: said in the first line of fitness.jsonl that this process writes.
         note: told of a tracker that is dropped.
 
     Attributes:
@@ -41,10 +42,12 @@ class RunLog:
         *,
         trackers: Sequence[str] = (),
         settings: dict[str, Any] | None = None,
+        opening: dict[str, Any] | None = None,
         note: Callable[[str], None] = _log.warning,
     ):
         self.resume_step = resume_step or 0
         self._folder = folder
+        self._opening = opening or {}
         self._metrics = _Lines(folder.metrics, self.resume_step, keep=False)
         self._fitness = _Lines(folder.fitness, self.resume_step, keep=False)
         self._measures = _Lines(folder.path / "heldout.jsonl", self.resume_step)
@@ -66,7 +69,8 @@ class RunLog:
             fitness: float32 [N], for fitness.jsonl: every digit, so that the update can be made again.
         """
         if fitness is not None:
-            self._fitness.append({"step": step, "fitness": fitness.tolist()})
+            self._fitness.append({"step": step, **self._opening, "fitness": fitness.tolist()})
+            self._opening = {}
         self._metrics.append({"step": step, **{name: _plain(value) for name, value in metrics.items()}})
         self._trackers.log(step, {name: value for name, value in metrics.items() if not isinstance(value, str)})
 
