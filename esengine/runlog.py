@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from esengine.checkpoint import RunFolder
-from esengine.files import replace_file
+from esengine.files import naming, replace_file
 from esengine.pictures import draw_grid, draw_strip
 from esengine.trackers import open_trackers
 
@@ -149,8 +149,9 @@ class _Lines:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (held until close)
 
     def append(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
         if self._keep:
             self.records.append(record)
 
@@ -162,7 +163,8 @@ class _Lines:
         return kept
 
     def close(self) -> None:
-        self._file.close()
+        with naming(self.path):
+            self._file.close()
 
 
 def _keep_steps_before(path: Path, step: int) -> list[dict[str, Any]]:
