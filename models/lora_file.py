@@ -1,7 +1,6 @@
 """LoRA files that diffusers' own pipelines read, at the right strength."""
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -133,12 +132,19 @@ def _check_metadata(packed: str | None, most: int) -> None:
     for name, value in found.items():
         if value and name not in (*HONOURED, "lora_dropout") and value != getattr(default, name, None):
             raise ValueError(f"metadata: {name} is set, which plain A and B do not have")
+    for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        names = found.get(name) or []
+        names = [names] if isinstance(names, str) else names
+        if not all(isinstance(each, str) and NAME.fullmatch(each) for each in names):
+            raise ValueError(f"metadata: {name}: expected names of layers")
+    if found.get("init_lora_weights") not in (None, True, False, "gaussian"):
+        raise ValueError("metadata: init_lora_weights: expected one that leaves the model's weights as they are")
 
     def rank(value: object) -> bool:
         return type(value) is int and 1 <= value <= most
 
     def alpha(value: object) -> bool:
-        return type(value) in (int, float) and abs(value) < math.inf
+        return type(value) in (int, float) and abs(value) <= torch.finfo(torch.float32).max
 
     for one, pattern, fits in (("r", "rank_pattern", rank), ("lora_alpha", "alpha_pattern", alpha)):
         given = found.get(pattern) or {}
