@@ -256,7 +256,7 @@ def _go_on(
     try:
         engine.load_state_dict(_unflatten(saved, config))
     except ValueError as error:
-        stays = "lora.rank, lora.targets and update.optimizer stay what they were, --allow-change or not"
+        stays = "lora.rank, lora.targets and an optimizer with moments stay what they were, --allow-change or not"
         raise RunError(f"run folder {folder.path} cannot be gone on with: {error}; {stays}") from error
     if changed := differences(saved.meta.get("environment", {}), describe()):
         progress.note(f"warning: bits may differ from before, {'; '.join(changed)}")
