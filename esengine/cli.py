@@ -172,12 +172,18 @@ def _replay(args: list[str]) -> int:
     print(f"{found.steps} steps made again, adapter sha256 {found.sha256}")
     if config.out is not None:
         print(f"written to {config.out}")
-    if found.parted is None:
+    adapter = config.run_dir / "adapter"
+    if found.agreed is not None:
+        beyond = found.steps - found.agreed
+        if beyond:
+            print(f"{adapter} is what the first {found.agreed} make bit for bit; the log is {beyond} ahead of it,")
+            print("as it is while a run goes on, and where one was killed since its last checkpoint")
+        else:
+            print(f"it is {adapter} bit for bit")
+    elif found.parted is None:
         print(f"{config.run_dir} has no adapter to compare with")
-    elif found.parted:
-        return _fail(f"it differs from {config.run_dir / 'adapter'}, first in {found.parted[0]}", 1)
     else:
-        print(f"it is {config.run_dir / 'adapter'} bit for bit")
+        return _fail(f"it differs from {adapter}, first in {found.parted[0]}", 1)
     return 0
 
 

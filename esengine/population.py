@@ -12,6 +12,7 @@ weights themselves.
 """
 
 import copy
+import json
 import math
 import os
 from collections.abc import Iterator
@@ -317,12 +318,10 @@ class Population:
         tensors = {f"{PEFT_PREFIX}{name}": p.detach().cpu().contiguous() for name, p in self.lora().items()}
         config = copy.deepcopy(self.config)
         config._custom_modules, config.inference_mode = None, True
-        for name in ("target_modules", "exclude_modules"):  # sets have no order to repeat
-            if isinstance(getattr(config, name), set):
-                setattr(config, name, sorted(getattr(config, name)))
         config.base_model_name_or_path = getattr(self.module, "name_or_path", None) or None
+        facts = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
         replace_file(path / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
-        config.save_pretrained(path)
+        replace_file(path / "adapter_config.json", json.dumps(facts, indent=2, sort_keys=True).encode())
 
     def detach(self) -> nn.Module:
         """Take the adapter off and return the module as it was. The population is spent."""

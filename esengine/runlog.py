@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from esengine.checkpoint import RunFolder
-from esengine.files import replace_file
+from esengine.files import naming, replace_file
 from esengine.pictures import draw_grid, draw_strip
 from esengine.trackers import open_trackers
 
@@ -27,6 +27,7 @@ class RunLog:
             from the files atomically and from TensorBoard by its purge. None starts afresh.
         trackers: besides TensorBoard, see `esengine.trackers`.
         settings: of the run, for the trackers.
+        opening: said in the first line of fitness.jsonl that this process writes.
         note: told of a tracker that is dropped.
 
     Attributes:
@@ -41,10 +42,12 @@ class RunLog:
         *,
         trackers: Sequence[str] = (),
         settings: dict[str, Any] | None = None,
+        opening: dict[str, Any] | None = None,
         note: Callable[[str], None] = _log.warning,
     ):
         self.resume_step = resume_step or 0
         self._folder = folder
+        self._opening = opening or {}
         self._metrics = _Lines(folder.metrics, self.resume_step, keep=False)
         self._fitness = _Lines(folder.fitness, self.resume_step, keep=False)
         self._measures = _Lines(folder.path / "heldout.jsonl", self.resume_step)
@@ -66,7 +69,8 @@ class RunLog:
             fitness: float32 [N], for fitness.jsonl: every digit, so that the update can be made again.
         """
         if fitness is not None:
-            self._fitness.append({"step": step, "fitness": fitness.tolist()})
+            self._fitness.append({"step": step, **self._opening, "fitness": fitness.tolist()})
+            self._opening = {}
         self._metrics.append({"step": step, **{name: _plain(value) for name, value in metrics.items()}})
         self._trackers.log(step, {name: value for name, value in metrics.items() if not isinstance(value, str)})
 
@@ -145,8 +149,9 @@ class _Lines:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (held until close)
 
     def append(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
         if self._keep:
             self.records.append(record)
 
@@ -158,7 +163,8 @@ class _Lines:
         return kept
 
     def close(self) -> None:
-        self._file.close()
+        with naming(self.path):
+            self._file.close()
 
 
 def _keep_steps_before(path: Path, step: int) -> list[dict[str, Any]]:

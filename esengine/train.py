@@ -37,6 +37,9 @@ from esengine.setup import is_folder, load_model, pick_device, pick_dtype, rende
 from esengine.summary import Report
 from esengine.trackers import require_installed
 
+IN_THE_UPDATE = ("seed", "population", "lora", "es", "update")
+"""Settings that with the fitness make the update: fitness.jsonl says them at the step from which they hold."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -142,11 +145,14 @@ def _train(config: TrainConfig, progress: Progress, group: Group) -> Result | No
         if not group.leads:
             take_steps(run, engine, resumed=saved is not None)
             return None
+        said = {name: meta["config"][name] for name in IN_THE_UPDATE}
+        known = engine.step > 0 and said == {name: saved.meta["config"][name] for name in IN_THE_UPDATE}
         with RunLog(
             folder,
             engine.step if saved is not None else None,
             trackers=config.trackers,
             settings={**meta["config"], "identity": {key: each for key, each in meta.items() if key != "config"}},
+            opening=None if known else {"settings": said},
             note=progress.note,
         ) as log:
             guard = None
@@ -250,7 +256,8 @@ def _go_on(
     try:
         engine.load_state_dict(_unflatten(saved, config))
     except ValueError as error:
-        raise RunError(f"run folder {folder.path} cannot be gone on with: {error}") from error
+        stays = "lora.rank, lora.targets and an optimizer with moments stay what they were, --allow-change or not"
+        raise RunError(f"run folder {folder.path} cannot be gone on with: {error}; {stays}") from error
     if changed := differences(saved.meta.get("environment", {}), describe()):
         progress.note(f"warning: bits may differ from before, {'; '.join(changed)}")
     for path, why in saved.skipped:

@@ -9,11 +9,19 @@ from pathlib import Path
 import torch
 from diffusers import SanaSprintPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from peft import LoraConfig
+from safetensors import safe_open
 from safetensors.torch import save
 
 from esengine.files import replace_file
+from esengine.layers import HONOURED
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
+
+KEY = re.compile(rf"{SanaSprintPipeline.transformer_name}\.(.+)\.lora_[AB]\.weight")
+
+NAME = re.compile(r"\^?(\w|[.-]|\\[.-])+\$?")
+"""A pattern in an adapter's metadata that spells a layer's name: no other regular expression of a file is run."""
 
 
 def write_diffusers_lora(path: str | Path, state: Mapping[str, torch.Tensor], scaling: Mapping[str, float]) -> Path:
@@ -69,3 +77,78 @@ def write_diffusers_lora(path: str | Path, state: Mapping[str, torch.Tensor], sc
     file = Path(path) / WEIGHT_NAME
     replace_file(file, save(tensors, metadata={LORA_ADAPTER_METADATA_KEY: packed}))
     return file
+
+
+def check_diffusers_lora(file: Path, shapes: Mapping[str, torch.Size]) -> set[str]:
+    """Refuses a file that is not the A and B of layers that are there, whole and finite, and no more than that.
+
+    A loader leaves uninitialised what a file lacks, and passes over what it does not know.
+
+    Args:
+        file: A `pytorch_lora_weights.safetensors` of anyone's.
+        shapes: Of the weights of all layers of the transformer that a LoRA may be on.
+
+    Returns:
+        The names of its layers.
+
+    Raises:
+        ValueError: As above, or metadata that says more than rank and scale.
+        OSError, SafetensorError: It cannot be read.
+    """
+    with safe_open(file, framework="pt") as opened:
+        keys = set(opened.keys())
+        layers = {match[1] for match in map(KEY.fullmatch, keys) if match}
+        prefix = SanaSprintPipeline.transformer_name
+        expected = {f"{prefix}.{layer}.lora_{side}.weight" for layer in layers for side in "AB"}
+        if not layers or keys != expected:
+            wrong = min(keys ^ expected, default="no tensor at all")
+            what = "is missing" if wrong in expected else "is in it"
+            raise ValueError(f"expected pairs {prefix}.<layer>.lora_A.weight and lora_B.weight, but {wrong} {what}")
+        most = 0
+        for layer in sorted(layers):
+            if layer not in shapes:
+                raise ValueError(f"the model has no layer {layer}")
+            a, b = (opened.get_tensor(f"{prefix}.{layer}.lora_{side}.weight") for side in "AB")
+            out, *inner = shapes[layer]
+            if not len(a) or a.shape[1:] != (*inner,) or b.shape != (out, len(a), *[1] * (len(inner) - 1)):
+                got = f"A {[*a.shape]} and B {[*b.shape]}"
+                raise ValueError(f"{layer}: expected A and B of a weight {[*shapes[layer]]}, got {got}")
+            if not all(each.is_floating_point() and each.isfinite().all() for each in (a, b)):
+                raise ValueError(f"{layer}: expected finite floating-point numbers")
+            most = max(most, len(a))
+        _check_metadata((opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY), most)
+    return layers
+
+
+def _check_metadata(packed: str | None, most: int) -> None:
+    """Refuses what would make a loader do more than set each layer's rank, at most `most`, and its scale."""
+    if packed is None:
+        return
+    found, default = json.loads(packed), LoraConfig()
+    if not isinstance(found, dict):
+        raise ValueError(f"metadata: expected a mapping, got {type(found).__name__}")
+    prefix = f"{SanaSprintPipeline.transformer_name}."
+    found = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
+    for name, value in found.items():
+        if value and name not in (*HONOURED, "lora_dropout") and value != getattr(default, name, None):
+            raise ValueError(f"metadata: {name} is set, which plain A and B do not have")
+    for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        names = found.get(name) or []
+        names = [names] if isinstance(names, str) else names
+        if not all(isinstance(each, str) and NAME.fullmatch(each) for each in names):
+            raise ValueError(f"metadata: {name}: expected names of layers")
+    if found.get("init_lora_weights") not in (None, True, False, "gaussian"):
+        raise ValueError("metadata: init_lora_weights: expected one that leaves the model's weights as they are")
+
+    def rank(value: object) -> bool:
+        return type(value) is int and 1 <= value <= most
+
+    def alpha(value: object) -> bool:
+        return type(value) in (int, float) and abs(value) <= torch.finfo(torch.float32).max
+
+    for one, pattern, fits in (("r", "rank_pattern", rank), ("lora_alpha", "alpha_pattern", alpha)):
+        given = found.get(pattern) or {}
+        if not fits(found.get(one)):
+            raise ValueError(f"metadata: {one}: expected a rank up to {most} and a finite alpha")
+        if not isinstance(given, dict) or not all(NAME.fullmatch(k) and fits(v) for k, v in given.items()):
+            raise ValueError(f"metadata: {pattern}: expected numbers by the names of layers")

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from diffusers import SanaSprintPipeline
-from safetensors import safe_open
 
 from esengine.errors import ConfigError
 from esengine.kernels import key_words
@@ -26,7 +25,7 @@ from esengine.models.checks import Describe, FiniteChecks
 from esengine.models.decoder import Decoder
 from esengine.models.latents import latents
 from esengine.models.loading import READ_ERRORS, download, first_line, fits, load, load_vae, locate
-from esengine.models.lora_file import WEIGHT_NAME
+from esengine.models.lora_file import WEIGHT_NAME, check_diffusers_lora
 from esengine.models.sana_block import FusedBlock, fused_parts, in_place_of
 from esengine.models.settings import RenderSettings
 from esengine.models.text_cache import Progress, TextEmbeddings, embed_prompts, fingerprint
@@ -121,14 +120,15 @@ class SanaSprint:
         )
 
     def identity(self) -> str:
-        """What was loaded, for the record of a run: a hub id and its commit, or a fingerprint of a folder's weights.
+        """What was loaded, for the record of a run: a hub id and its commit, or fingerprints of a folder's weights.
 
-        A VAE other than the pipeline's own is named behind it in the same way.
+        Of a folder the text side has its own, behind; and so has a VAE other than the pipeline's.
         """
         if "commit" in self._identity:
             name = f"{self._identity['model']}@{self._identity['commit']}"
         else:
             name = fingerprint(self._source, ("transformer", "vae", "scheduler"))
+            name = f"{name} text {fingerprint(self._source)}"
         return name if self._vae_identity is None else f"{name} vae {self._vae_identity}"
 
     def encode(
@@ -429,23 +429,23 @@ class SanaSprint:
             path: Folder with `pytorch_lora_weights.safetensors`.
 
         Raises:
-            ConfigError: No such file, it cannot be read, or the loader took up only some of its layers.
+            ConfigError: No such file, it cannot be read, it is not whole, or the loader took up only some of it.
         """
         file = Path(path) / WEIGHT_NAME
         if not file.is_file():
             raise ConfigError(f"adapter: {file} does not exist")
         self.pipeline.unload_lora_weights()
+        kinds = torch.nn.Linear, torch.nn.Conv2d
+        shapes = {name: m.weight.shape for name, m in self.transformer.named_modules() if isinstance(m, kinds)}
         try:
-            with safe_open(file, framework="pt") as opened:
-                stored = {key for key in opened.keys() if key.endswith(".lora_A.weight")}  # noqa: SIM118
+            layers = check_diffusers_lora(file, shapes)
             self.pipeline.load_lora_weights(str(path), weight_name=WEIGHT_NAME, use_safetensors=True)
         except (*READ_ERRORS, RuntimeError) as error:
             raise ConfigError(f"adapter: cannot load {file}: {first_line(error)}") from error
-        layers = [name for name, module in self.transformer.named_modules() if len(getattr(module, "lora_A", ()))]
-        taken = stored & {f"transformer.{name}.lora_A.weight" for name in layers}
-        if not stored or taken != stored:
+        taken = {name for name, module in self.transformer.named_modules() if len(getattr(module, "lora_A", ()))}
+        if taken != layers:
             self.pipeline.unload_lora_weights()
-            raise ConfigError(f"adapter: {file}: the pipeline took {len(taken)} of its {len(stored)} LoRA layers")
+            raise ConfigError(f"adapter: {file}: the pipeline took {len(taken)} of its {len(layers)} LoRA layers")
         self.transformer.requires_grad_(False)
 
     def adapter_enabled(self, enabled: bool) -> None:

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from esengine.errors import ConfigError
-from esengine.files import write_atomic
+from esengine.files import replace_file
 from esengine.transfer import upload
 
 FORMAT = 1
@@ -187,9 +187,9 @@ class _Cache:
             prompt: {"shard": shard, "tensor": name, "sha256": _tensor_sha256(tensor)}
             for (prompt, tensor), name in zip(embeddings.items(), tensors, strict=True)
         }
-        write_atomic(self.folder / shard, lambda path: save_file(tensors, path))
+        replace_file(self.folder / shard, save(tensors))
         text = json.dumps({"key": self.key, "prompts": {**self._entries(), **new}}, indent=1)
-        write_atomic(self.index, lambda path: path.write_text(text, encoding="utf-8"))
+        replace_file(self.index, text.encode())
 
     def _entries(self) -> dict[str, dict[str, str]]:
         try:

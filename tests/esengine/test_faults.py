@@ -241,7 +241,7 @@ def test_other_settings_are_refused_or_allowed_and_told(small, tmp_path, notes):
     train(dataclasses.replace(other, allow_change=True), notes)
     assert [line for line in notes.said if "goes on with other settings (es.sigma: 0.01 -> 0.02)" in line]
     rank = dataclasses.replace(other, steps=4, allow_change=True, lora=dataclasses.replace(other.lora, rank=3))
-    with pytest.raises(RunError, match=r"cannot be gone on with: state: layers differ"):
+    with pytest.raises(RunError, match=r"layers differ.*; lora\.rank, .* stay what they were, --allow-change or not"):
         train(rank)
     adam = dataclasses.replace(other, steps=4, allow_change=True, update=UpdateRule(optimizer="adam"))
     assert [line["step"] for line in lines(tmp_path / "run")] == [0, 1, 2]
@@ -279,6 +279,20 @@ def test_on_a_full_disk_what_was_there_still_loads(small, tmp_path, monkeypatch,
     assert after.step >= before.step
     assert after.skipped == ()
     train(dataclasses.replace(config, steps=3, resume=True))
+
+
+def test_a_full_disk_is_told_with_the_file(small, esengine, workspace, monkeypatch, prompt_files):
+    train(small(workspace / "run", steps=1, heldout_every=0, strip_every=0))
+
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    code, _, err = esengine("train", "--run-dir", "run", "--resume", "--steps", "2")
+    assert code == 1
+    assert err.strip().splitlines()[-1] == (
+        "esengine: error: run/adapter/adapter_model.safetensors: No space left on device"
+    )
 
 
 class Full:

@@ -8,8 +8,11 @@ import threading
 import pytest
 import torch
 
+from esengine.config import ReplayConfig
 from esengine.errors import ConfigError
 from esengine.group import Group, place
+from esengine.progress import Progress
+from esengine.replay import replay
 
 REWARD = """
 import os
@@ -27,7 +30,7 @@ def score(images, prompts):
 def torchrun(workspace, prompt_files):
     """The command line in K processes: the finished process."""
 
-    def call(processes, run, *flags, **environment):
+    def call(processes, run, *flags, chunk=3, **environment):
         (workspace / "mine.py").write_text(REWARD)
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes, "--standalone"]
         command += ["-m", "esengine", "train", "--run-dir", run, *flags]
@@ -43,7 +46,7 @@ def torchrun(workspace, prompt_files):
                 4,
             ]
             command += ["--reward", "mine:score", "--lora.targets", "to_q", "--checkpoint-every", 2, "--steps", 4]
-            command += ["--es.prompts-per-step", 2, "--es.repeats", 1, "--image.chunk", 3, "--strip-every", 0]
+            command += ["--es.prompts-per-step", 2, "--es.repeats", 1, "--image.chunk", chunk, "--strip-every", 0]
         return subprocess.run(
             list(map(str, command)), cwd=workspace, env={**os.environ, **environment}, capture_output=True, text=True,
             timeout=240,
@@ -71,13 +74,17 @@ def test_the_place_of_a_process(monkeypatch, rank, size, expected):
     assert "\n" not in str(caught.value)
 
 
-def test_two_processes_make_the_run_of_one(torchrun, outcome, workspace):
-    for processes, run in ((1, "one"), (2, "two")):
-        done = torchrun(processes, run)
+@pytest.mark.parametrize(
+    ("flags", "chunks"), [((), (3, 3)), (("--deterministic",), (3, 2))], ids=["T1", "deterministic"]
+)
+def test_two_processes_make_the_run_of_one_and_it_is_replayed(torchrun, outcome, workspace, flags, chunks):
+    for processes, run, chunk in zip((1, 2), ("one", "two"), chunks, strict=True):
+        done = torchrun(processes, run, *flags, chunk=chunk)
         assert done.returncode == 0, done.stderr
     assert outcome(workspace / "two") == outcome(workspace / "one")
     assert "2 processes" in done.stderr
     assert done.stdout.count("base against adapter on 3 held-out prompts") == 1
+    assert replay(ReplayConfig(run_dir=workspace / "two"), Progress()).agreed == 4
 
 
 def test_a_rank_that_dies_ends_the_group_and_the_run_goes_on_with_another_number(torchrun, outcome, workspace):

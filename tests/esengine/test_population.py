@@ -1,6 +1,7 @@
 """attach, perturbed, update, save, load, detach: against PEFT with one member's weights set at a time."""
 
 import copy
+import errno
 import math
 
 import pytest
@@ -536,6 +537,26 @@ def test_peft_reads_the_saved_adapter(tmp_path, case):
         expected = outputs(population.module, kwargs)
         assert torch.equal(outputs(peft, kwargs), expected)
         assert relative(outputs(fresh(kind), kwargs), expected) > 1e-3
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_full_disk_leaves_every_file_of_the_folder_whole(tmp_path, monkeypatch, at):
+    trained(fresh(), mlp_config(), Noise()).save_pretrained(tmp_path)
+    names = ("adapter_model.safetensors", "adapter_config.json")
+    before, calls = {name: (tmp_path / name).read_bytes() for name in names}, []
+
+    def full(file):
+        calls.append(file)
+        if len(calls) > 2 * at:  # of a file, then of its folder
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        trained(fresh(), mlp_config(r=5), Noise()).save_pretrained(tmp_path)
+    assert caught.value.filename == str(tmp_path / names[at])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    assert (tmp_path / names[1]).read_bytes() == before[names[1]]
+    assert ((tmp_path / names[0]).read_bytes() == before[names[0]]) == (at == 0)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])

@@ -148,3 +148,13 @@ def test_histograms_and_settings_are_in_tensorboard(folder):
 def test_tensorboard_is_imported_only_when_a_log_is_opened():
     program = "import sys, esengine.runlog; sys.exit('torch.utils.tensorboard' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_a_full_disk_is_told_with_the_logs_name(folder):
+    log = RunLog(folder)
+    log._metrics.close()
+    log._metrics._file = open("/dev/full", "a")  # noqa: SIM115 (the log's to close)
+    for spend in (lambda: log.log(0, {"reward": 1.0}), log.close):
+        with pytest.raises(OSError, match="No space left") as caught:
+            spend()
+        assert caught.value.filename == str(folder.metrics)

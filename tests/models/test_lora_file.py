@@ -5,9 +5,10 @@ import torch
 from diffusers import SanaSprintPipeline
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from esengine.errors import ConfigError
-from esengine.models import WEIGHT_NAME, write_diffusers_lora
+from esengine.models import WEIGHT_NAME, SanaSprint, write_diffusers_lora
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "linear_1", "linear_2", "proj_out", "linear"]
 RANKS = {"proj_out": 3, "to_q": 1, "time_embed.linear": 5}
@@ -117,7 +118,7 @@ def test_adapters_that_do_not_load(fresh_model, adapter, tmp_path):
     with pytest.raises(ConfigError, match="cannot load"):
         fresh_model.load_adapter(tmp_path)
     transformer.save_lora_adapter(tmp_path, weight_name=WEIGHT_NAME)  # lacks the "transformer." prefix
-    with pytest.raises(ConfigError, match="the pipeline took 0 of its"):
+    with pytest.raises(ConfigError, match=r"expected pairs transformer\.<layer>\.lora_A\.weight and lora_B"):
         fresh_model.load_adapter(tmp_path)
     elsewhere = {"transformer_blocks.9.attn1.to_q": (2, 128, 128), "proj_out": (2, 128, 8)}
     state = {}
@@ -125,5 +126,109 @@ def test_adapters_that_do_not_load(fresh_model, adapter, tmp_path):
         state[f"{name}.lora_A.weight"] = torch.zeros(rank, wide)
         state[f"{name}.lora_B.weight"] = torch.zeros(high, rank)
     write_diffusers_lora(tmp_path, state, dict.fromkeys(elsewhere, 1.0))
-    with pytest.raises(ConfigError, match="the pipeline took 1 of its 2"):
+    with pytest.raises(ConfigError, match=r"the model has no layer transformer_blocks\.9\.attn1\.to_q"):
         fresh_model.load_adapter(tmp_path)
+
+
+Q = "transformer.transformer_blocks.0.attn1.to_q"
+
+
+@pytest.fixture(scope="module")
+def hostile_model(tiny_folder):
+    """One that refused adapters leave as it was."""
+    return SanaSprint.from_pretrained(tiny_folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({f"{Q}.lora_A.weight": None}, r"to_q\.lora_A\.weight is missing"),
+        ({f"{Q}.lora_B.weight": None}, r"to_q\.lora_B\.weight is missing"),
+        ({f"{Q}.lora_magnitude_vector": torch.ones(128)}, "lora_magnitude_vector is in it"),
+        ({f"{Q}.alpha": torch.ones(())}, r"to_q\.alpha is in it"),
+        (
+            {f"{Q}.lora_A.weight": torch.zeros(2, 127)},
+            r"to_q: expected A and B of a weight \[128, 128\], got A \[2, 127\]",
+        ),
+        ({f"{Q}.lora_B.weight": torch.zeros(128, 3)}, r"got A \[2, 128\] and B \[128, 3\]"),
+        ({f"{Q}.lora_A.weight": torch.zeros(0, 128), f"{Q}.lora_B.weight": torch.zeros(128, 0)}, r"got A \[0, 128\]"),
+        ({f"{Q}.lora_A.weight": torch.full((2, 128), torch.nan)}, "to_q: expected finite"),
+        ({f"{Q}.lora_B.weight": torch.zeros(128, 2, dtype=torch.int64)}, "to_q: expected finite"),
+        ({f"{Q}.lora_A.weight": None, f"{Q}.lora_B.weight": None}, "but no tensor at all is in it"),
+    ],
+)
+def test_an_adapter_that_is_not_whole_is_refused(hostile_model, tmp_path, change, words):
+    tensors = {f"{Q}.lora_A.weight": torch.zeros(2, 128), f"{Q}.lora_B.weight": torch.zeros(128, 2)} | change
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, tmp_path / WEIGHT_NAME)
+    with pytest.raises(ConfigError, match=words):
+        hostile_model.load_adapter(tmp_path)
+    assert not hasattr(hostile_model.transformer.transformer_blocks[0].attn1.to_q, "lora_A")
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"rank_pattern": {"(": 3}},
+        {"rank_pattern": {"(a+)+$": 2}},
+        {"rank_pattern": {"\\": 2}},
+        {"rank_pattern": {"to_q": 10**12}},
+        {"rank_pattern": {"to_q": 0}},
+        {"rank_pattern": [2]},
+        {"rank_pattern": 7},
+        {"alpha_pattern": {"to_q": "x"}},
+        {"alpha_pattern": {"to_q": float("nan")}},
+        {"r": 10**12},
+        {"r": "x"},
+        {"r": True},
+        {"r": None},
+        {"lora_alpha": float("inf")},
+        {"lora_alpha": 10**400},
+        {"alpha_pattern": {"to_q": -(10**400)}},
+        {"target_modules": "(a|a)*b"},
+        {"target_modules": [["to_q"]]},
+        {"exclude_modules": ["("]},
+        {"layers_pattern": "("},
+        {"init_lora_weights": "pissa"},
+        {"use_dora": True},
+        {"layer_replication": [[0, 2]]},
+        {"modules_to_save": ["proj_out"]},
+        {"__class__": "x"},
+    ],
+)
+def test_metadata_that_says_more_than_rank_and_scale_is_refused(hostile_model, tmp_path, metadata):
+    file = write_diffusers_lora(
+        tmp_path,
+        {f"{Q[12:]}.lora_A.weight": torch.zeros(2, 128), f"{Q[12:]}.lora_B.weight": torch.zeros(128, 2)},
+        {Q[12:]: 1.0},
+    )
+    fine = {"transformer.r": 2, "transformer.lora_alpha": 2}
+    given = fine | {f"transformer.{name}": value for name, value in metadata.items()}
+    tensors = load_file(file)
+    save_file(tensors, file, metadata={"lora_adapter_metadata": json.dumps(given)})
+    with pytest.raises(ConfigError, match=f"metadata: {next(iter(metadata))}"):
+        hostile_model.load_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("packed", ["{", "[]", "[" * 20000, '"x"', "{}"])
+def test_metadata_that_is_no_mapping_is_refused(hostile_model, tmp_path, packed):
+    tensors = {f"{Q}.lora_A.weight": torch.zeros(2, 128), f"{Q}.lora_B.weight": torch.zeros(128, 2)}
+    save_file(tensors, tmp_path / WEIGHT_NAME, metadata={"lora_adapter_metadata": packed})
+    with pytest.raises(ConfigError, match="adapter: cannot load"):
+        hostile_model.load_adapter(tmp_path)
+
+
+def test_adapters_of_others_are_loaded(hostile_model, adapter, tmp_path):
+    """As PEFT and diffusers write them: all of a LoraConfig in the metadata, or none."""
+    transformer, state, _ = adapter
+    tensors = {f"transformer.{name}": tensor.contiguous() for name, tensor in state.items()}
+    save_file(tensors, tmp_path / WEIGHT_NAME)
+    hostile_model.load_adapter(tmp_path)
+    SanaSprintPipeline.save_lora_weights(
+        tmp_path,
+        transformer_lora_layers=state,
+        transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
+    )
+    hostile_model.load_adapter(tmp_path)
+    scaling = {n: m.scaling["default_0"] for n, m in hostile_model.transformer.named_modules() if hasattr(m, "scaling")}
+    assert scaling == adapter[2]
+    hostile_model.pipeline.unload_lora_weights()

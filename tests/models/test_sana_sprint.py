@@ -245,3 +245,16 @@ def test_a_hub_id_is_keyed_by_its_commit(tiny_folder, tmp_path, monkeypatch):
     key = json.loads(next((tmp_path / "text").glob("*.json")).read_text())["key"]
     assert (key["model"], key["commit"]) == ("nobody/tiny", commit)
     assert "fingerprint" not in key
+
+
+def test_every_part_is_in_the_identity_of_a_folder(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    model, seen = SanaSprint.from_pretrained(tmp_path / "model"), set()
+    seen.add(model.identity())
+    parts = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")
+    for part in parts:
+        file = max((tmp_path / "model" / part).iterdir(), key=lambda file: file.stat().st_size)
+        data = file.read_bytes()
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        seen.add(model.identity())
+    assert len(seen) == len(parts) + 1
