@@ -59,8 +59,10 @@ def _check(saved: Checkpoint) -> None:
     limit = saved.meta.get("limit")
     if limit is not None and (type(limit) is not int or limit < 1):
         raise refuse("limit", "None or an integer of at least 1", limit)
-    for name, tensor in saved.tensors.items():
+    for name, tensor in sorted(saved.tensors.items()):
         if name.partition("/")[0] not in _PARTS:
             raise refuse(f"tensor {name}", f"a name that begins with {' or '.join(_PARTS)}", "another")
-        if tensor.dtype != torch.float32 or not tensor.isfinite().all():
-            raise refuse(f"tensor {name}", "finite float32", str(tensor.dtype).removeprefix("torch."))
+        if tensor.dtype != torch.float32:
+            raise refuse(f"tensor {name}", "float32", str(tensor.dtype).removeprefix("torch."))
+        if not tensor.isfinite().all():
+            raise refuse(f"tensor {name}", "finite numbers", "NaN or infinity")
