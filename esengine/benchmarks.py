@@ -18,6 +18,7 @@ from pathlib import Path
 
 from esengine.defaults import DATA
 from esengine.errors import ConfigError
+from esengine.files import read_regular
 from esengine.prompts import read_prompts
 
 COLUMNS = {"prompt": ("prompt", "prompts"), "category": ("category",), "challenge": ("challenge",)}
@@ -140,7 +141,7 @@ def _read_table(name: str, path: Path, needed: tuple[str, ...]) -> Benchmark:
 
 def _read_text(path: Path, where: str) -> str:
     try:
-        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        data = read_regular(path).removeprefix(codecs.BOM_UTF8)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{where}: {getattr(error, 'strerror', None) or error}") from error
     if b"\0" in data:

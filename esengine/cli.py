@@ -85,8 +85,11 @@ def _quiet() -> None:
 
 def _train(args: list[str]) -> int:
     from esengine.config import parse_train
+    from esengine.run_folder import RunFolder
 
     config = parse_train(args)
+    if config.run_dir is not None and os.environ.get("RANK", "0") == "0":  # of several processes, the first holds it
+        RunFolder.require_free(config.run_dir)  # before the seconds that the imports below take
     _quiet()
     from esengine.progress import Bar
     from esengine.train import train

@@ -3,12 +3,8 @@
 Everything here is plain Python, so that `--help` answers before torch is imported.
 """
 
-import contextlib
 import dataclasses
-import json
 import math
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +13,26 @@ import tyro
 import yaml
 
 from esengine.errors import ConfigError
+from esengine.settings_file import from_dict, read_yaml
 
 PACKAGED = Path(__file__).parent / "data"
 """YAML files that `--config NAME` finds by name: `reference` holds the settings of the published run, `nano` those of
 the model of that name."""
 
 REFERENCE_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "linear_1", "linear_2", "proj_out", "linear")
+
+
+MOST = 1 << 20
+"""Of a count that takes memory; far beyond any use."""
+MOST_STEPS = 1 << 31
+
+
+def _check_counts(config: Any, section: str, **ranges: tuple[int, int]) -> None:
+    for name, (least, most) in ranges.items():
+        value = getattr(config, name)
+        if value is not None and not least <= value <= most:
+            bound = f"at least {least}" if value < least else f"at most {most}"
+            raise ConfigError(f"{section}{name}: expected {bound}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -70,10 +80,9 @@ class LoraSettings:
     """Linear layers of the transformer."""
 
     def __post_init__(self):
-        if self.rank < 0:
-            raise ConfigError(f"lora.rank: expected at least 0, got {self.rank}")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ConfigError(f"lora.alpha: expected a positive number, got {self.alpha}")
+        _check_counts(self, "lora.", rank=(0, 1 << 14))
+        if not 0 < self.alpha <= MOST:
+            raise ConfigError(f"lora.alpha: expected a positive number of at most {MOST}, got {self.alpha}")
         if not self.targets:
             raise ConfigError("lora.targets: expected at least one layer name, got none")
 
@@ -96,9 +105,7 @@ class ESSettings:
     def __post_init__(self):
         if not (math.isfinite(self.sigma) and self.sigma > 0):
             raise ConfigError(f"es.sigma: expected a positive number, got {self.sigma}")
-        for name in ("noise_rank", "prompts_per_step", "repeats"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"es.{name}: expected at least 1, got {getattr(self, name)}")
+        _check_counts(self, "es.", noise_rank=(1, 1 << 14), prompts_per_step=(1, MOST), repeats=(1, MOST))
         if self.shaping not in ("zscore", "centered_rank", "none"):
             raise ConfigError(f"es.shaping: expected zscore, centered_rank or none, got {self.shaping}")
 
@@ -133,10 +140,8 @@ class ImageSettings:
     """Encode prompts behind the pipeline's own instruction to the text encoder."""
 
     def __post_init__(self):
-        for name in ("height", "width", "num_steps", "chunk", "decode_chunk"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"image.{name}: expected at least 1, got {value}")
+        pixels, count = (1, 1 << 14), (1, MOST)
+        _check_counts(self, "image.", height=pixels, width=pixels, num_steps=count, chunk=count, decode_chunk=count)
         for name, known in (("graphs", ("auto", "always", "never")), ("decode", ("eager", "compiled", "graphed"))):
             if getattr(self, name) not in known:
                 raise ConfigError(f"image.{name}: expected one of {', '.join(known)}, got {getattr(self, name)}")
@@ -208,17 +213,19 @@ class TrainConfig:
     def __post_init__(self):
         if self.population < 2 or self.population % 2:
             raise ConfigError(f"population: expected an even number of at least 2, got {self.population}")
-        counts = {"steps": 1, "checkpoint_every": 1, "strip_every": 0, "heldout_every": 0, "heldout_prompts": 1}
-        for name, least in counts.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        some, any_ = (1, MOST_STEPS), (0, MOST_STEPS)
+        _check_counts(self, "", steps=some, checkpoint_every=some, strip_every=any_, heldout_every=any_)
+        _check_counts(self, "", population=(2, MOST), heldout_prompts=(1, MOST))
+        if (images := self.population * self.es.prompts_per_step * self.es.repeats) > 1 << 24:
+            raise ConfigError(
+                f"population: expected at most 2^24 images a step, got {images} with es.prompts_per_step "
+                f"{self.es.prompts_per_step} and es.repeats {self.es.repeats}"
+            )
         for name in self.trackers:
             if name not in ("wandb", "trackio") or self.trackers.count(name) > 1:
                 raise ConfigError(f"trackers: expected wandb, trackio or both, got {' '.join(self.trackers)}")
         if not 0 <= self.seed < 1 << 64:
             raise ConfigError(f"seed: expected an integer in [0, 2^64), got {self.seed}")
-        if self.steps > 1 << 31:
-            raise ConfigError(f"steps: expected at most 2^31, got {self.steps}")
 
 
 @dataclass(frozen=True)
@@ -272,10 +279,7 @@ class EvalConfig:
 
     def __post_init__(self):
         _check_common(self)
-        for name in ("repeats", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}: expected at least 1, got {value}")
+        _check_counts(self, "", repeats=(1, MOST), limit=(1, MOST_STEPS))
         if self.shard is not None:
             k, slash, n = self.shard.partition("/")
             if not (k.isdecimal() and n.isdecimal() and slash and int(k) < int(n)):
@@ -314,8 +318,7 @@ class RenderConfig:
 
     def __post_init__(self):
         _check_common(self)
-        if self.limit < 1:
-            raise ConfigError(f"limit: expected at least 1, got {self.limit}")
+        _check_counts(self, "", limit=(1, MOST_STEPS))
         if self.gallery and (self.prompts or self.prompts_file):
             raise ConfigError("gallery: expected no prompts beside it, it has its own")
 
@@ -373,12 +376,11 @@ def parse_train(args: list[str]) -> TrainConfig:
         ConfigError: a file that cannot be read, an unknown or ill-typed setting, or a value out of range.
     """
     # a first look for the two flags that say what lies below the flags
-    below = _peek(args, "config")
-    if below is None and "--resume" in args and (run_dir := _peek(args, "run-dir")):
-        default = _saved(Path(run_dir))
-    else:
-        below = below or ("nano" if _peek(args, "model") in (None, "nano") else None)
-        default = load(below) if below else TrainConfig()
+    below, run_dir = _peek(args, "config"), _peek(args, "run-dir")
+    if below is None and run_dir and "--resume" in args and (Path(run_dir) / "config.yaml").is_file():
+        below = str(Path(run_dir) / "config.yaml")
+    below = below or ("nano" if _peek(args, "model") in (None, "nano") else None)
+    default = load(below) if below else TrainConfig()
     return tyro.cli(TrainConfig, args=args, default=default, prog="esengine train")
 
 
@@ -389,16 +391,6 @@ def parse(cls: type, args: list[str], prog: str) -> Any:
         run_dir = _peek(args, "run-dir")
         default = dataclasses.replace(default, image=load_run(Path(run_dir)).image if run_dir else ImageSettings())
     return tyro.cli(cls, args=args, default=default, prog=prog)
-
-
-def _saved(run_dir: Path) -> TrainConfig:
-    """The settings of a run to be resumed: its config.yaml, or its newest checkpoint's if it was killed before that."""
-    if (run_dir / "config.yaml").is_file():
-        return load(run_dir / "config.yaml")
-    for record in sorted(run_dir.glob("checkpoints/step_*/meta.json"), reverse=True):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged one is for its reader to tell
-            return from_dict(TrainConfig(), json.loads(record.read_bytes())["meta"]["config"], str(record))
-    return TrainConfig()
 
 
 def load_run(run_dir: Path) -> TrainConfig:
@@ -414,33 +406,8 @@ def load(source: str | Path) -> TrainConfig:
     packaged = PACKAGED / f"{source}.yaml"
     if not path.is_file() and packaged.is_file():
         path = packaged
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"config {path}: {reason}") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"config {path}{where}: {getattr(error, 'problem', None) or 'not YAML'}") from error
+    data = read_yaml(path)
     return from_dict(TrainConfig(), {} if data is None else data, str(path))
-
-
-def from_dict(base: Any, data: Any, where: str) -> Any:
-    """A dataclass with the settings of nested mappings; unknown names and wrong types are errors that name them."""
-    if not isinstance(data, dict):
-        raise ConfigError(f"config {where}: expected a mapping of settings, got {type(data).__name__}")
-    hints = typing.get_type_hints(type(base))
-    names = [f.name for f in dataclasses.fields(base)]
-    for name in data:
-        if name not in names:
-            raise ConfigError(f"config {where}: unknown setting '{name}'; known: {', '.join(names)}")
-    values = {}
-    for name, value in data.items():
-        below, current = f"{where}: {name}", getattr(base, name)
-        section = dataclasses.is_dataclass(current)
-        values[name] = from_dict(current, value, below) if section else _convert(hints[name], value, below)
-    return dataclasses.replace(base, **values)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -475,35 +442,6 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for name in dict.fromkeys([*old, *new])
         if name not in MAY_CHANGE and old.get(name) != new.get(name)
     ]
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in options:
-            return None
-        (hint,) = [option for option in options if option is not type(None)]
-        return _convert(hint, value, where)
-    if origin is Literal:
-        if value not in options:
-            raise ConfigError(f"config {where}: expected one of {', '.join(map(str, options))}, got {value!r}")
-        return value
-    if origin is tuple and isinstance(value, list):
-        return tuple(_convert(options[0], item, where) for item in value)
-    if hint is float and type(value) is int:
-        return float(value)
-    if hint is Path and isinstance(value, str):
-        return Path(value)
-    if type(value) is not hint:
-        # YAML 1.1 reads 1e-2 as text
-        if hint is float and isinstance(value, str):
-            try:
-                return float(value)
-            except ValueError:
-                pass
-        expected = getattr(hint, "__name__", str(hint))
-        raise ConfigError(f"config {where}: expected {expected}, got {value!r}")
-    return value
 
 
 def _peek(args: list[str], flag: str) -> str | None:

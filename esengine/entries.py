@@ -1,5 +1,6 @@
 """What an evaluation compares: the base model or an adapter, at a number of denoising steps."""
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ def _parse(spec: str, adapter: Path | None) -> Entry:
     name, equals, folder = what.partition("=")
     if not equals or not _NAME.fullmatch(name):
         name, folder = "", what
-    holder = _holder(Path(folder).expanduser(), spec)
+    holder = _holder(Path(os.path.expanduser(folder)), spec)
     if not name:
         own = holder.resolve()
         own = own.parent if own.name == ADAPTER else own

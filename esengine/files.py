@@ -1,6 +1,8 @@
 """Files that appear whole or not at all, and where they are cached."""
 
+import errno
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +17,17 @@ def naming(path: Path) -> Iterator[None]:
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
+
+
+def read_regular(path: str | Path, most: int | None = None) -> bytes:
+    """The bytes of a file, at most so many. Raises OSError, for a pipe or a device too, which may never end."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        facts = os.fstat(file.fileno())
+        if not stat.S_ISREG(facts.st_mode):
+            raise OSError(errno.EINVAL, "expected a regular file", str(path))
+        if most is not None and facts.st_size > most:
+            raise OSError(errno.EFBIG, f"expected at most {most} bytes, got {facts.st_size}", str(path))
+        return file.read()
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from esengine import checkpoint
+from esengine import checkpoint, run_state
 from esengine.config import TrainConfig, to_yaml
 from esengine.engine import Engine, Task
 from esengine.errors import RewardError, RunError, Stopped
@@ -19,6 +19,7 @@ from esengine.population import Population
 from esengine.progress import Progress
 from esengine.rewards import COMBINED, Weighted
 from esengine.rollout import Renderer, render_all, score_task
+from esengine.run_folder import RunFolder
 from esengine.runlog import RunLog
 from esengine.stop import Stop
 
@@ -38,7 +39,7 @@ class Record:
         guard: measures held-out rewards; None for none.
     """
 
-    folder: checkpoint.RunFolder
+    folder: RunFolder
     meta: dict
     log: RunLog
     guard: Guard | None
@@ -67,9 +68,9 @@ def take_steps(run: Run, engine: Engine, *, resumed: bool) -> None:
     config, record = run.config, run.record
     if resumed and record:
         save_adapter(engine.population, record.folder.adapter)
-    kept = engine.step if resumed else _keep(run, engine)  # before the config: a run that has one can be resumed
-    if record:
+    if record:  # before the first checkpoint: a run that has one can be resumed
         replace_file(record.folder.config, to_yaml(config).encode())
+    kept = engine.step if resumed else _keep(run, engine)
     per_step = engine.ask().images
     run.progress.start(config.steps * per_step, engine.step * per_step)
     settled = True  # the adapter, the step's number and its metrics agree
@@ -142,7 +143,8 @@ def _keep(run: Run, engine: Engine) -> int:
 def _save(run: Run, engine: Engine) -> None:
     record = run.record
     meta = record.meta | {"limit": run.render.limit, "adapter_sha256": adapter_sha256(engine.population)}
-    checkpoint.save(record.folder.checkpoints, engine.step, _flatten(engine), meta)
+    record.log.sync()  # a checkpoint is never ahead of its logs
+    checkpoint.save(record.folder.checkpoints, engine.step, run_state.tensors(engine), meta)
     save_adapter(engine.population, record.folder.adapter)
 
 
@@ -205,8 +207,3 @@ def _strip(run: Run, population: Population, task: Task, fitness: torch.Tensor) 
         rows = render_all(run.render, task.step, prompts, member, population)
         images[label] = torch.cat([drawn for drawn, _ in rows])
     run.record.log.strip(task.step, images, run.render.words(prompts))
-
-
-def _flatten(engine: Engine) -> dict[str, torch.Tensor]:
-    state = engine.state_dict()["population"]
-    return {f"{part}/{name}": t for part in ("adapter", "optimizer") for name, t in state[part].items()}

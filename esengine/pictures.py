@@ -81,7 +81,7 @@ def draw_grid(images: torch.Tensor, captions: Sequence[str], margin: int = 4) ->
 def _caption(text: str, width: int) -> Image.Image:
     """A cell that clips a text that is too wide."""
     cell = Image.new("RGB", (width, HEADER), color="white")
-    lines = textwrap.wrap(text, width=width // 5, max_lines=3, placeholder="...")
+    lines = textwrap.wrap(text[: 3 * width], width=width // 5, max_lines=3, placeholder="...")
     draw = ImageDraw.Draw(cell)
     draw.multiline_text((0, 0), "\n".join(lines), fill="black", font=ImageFont.load_default(), spacing=1)
     return cell

@@ -8,6 +8,7 @@ import torch
 
 from esengine.defaults import DATA
 from esengine.errors import ConfigError
+from esengine.files import read_regular
 
 GALLERY = DATA / "prompts_gallery.txt"
 
@@ -24,7 +25,7 @@ def read_prompts(path: str | Path) -> list[str]:
         ConfigError: the file cannot be read, holds no prompt, is not UTF-8, or holds a NUL byte; with the line number.
     """
     try:
-        data = Path(path).read_bytes()
+        data = read_regular(path)
     except (OSError, ValueError) as e:
         raise ConfigError(f"prompts file {path}: {getattr(e, 'strerror', None) or e}") from e
     prompts = []

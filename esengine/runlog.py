@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,31 @@ from typing import Any
 import torch
 from PIL import Image
 
-from esengine.checkpoint import RunFolder
+from esengine.errors import RunError
 from esengine.files import naming, replace_file
 from esengine.pictures import draw_grid, draw_strip
+from esengine.run_folder import RunFolder
 from esengine.trackers import open_trackers
 
 _log = logging.getLogger(__name__)
+
+
+def require_steps(folder: RunFolder, count: int) -> None:
+    """What a run that goes on from step `count` stands on: metrics and fitness of each step before, and of no other.
+
+    Raises:
+        RunError: a step is missing, out of its place or unreadable; with the line.
+    """
+    for path in (folder.metrics, folder.fitness):
+        lines = path.read_bytes().splitlines() if count and path.exists() else []
+        for step in range(count):
+            record = _record(lines[step]) if step < len(lines) else {"step": "the file's end"}
+            got = "no record of a step" if record is None else record["step"]
+            if got != step:
+                raise RunError(
+                    f"{path}, line {step + 1}: expected step {step}, got {got}: without it the run, now at step "
+                    f"{count}, could not be replayed; restore the file, or choose another --run-dir"
+                )
 
 
 class RunLog:
@@ -116,6 +136,11 @@ class RunLog:
         """Begin heldout.jsonl anew; what it held is kept as heldout.<resume step>.jsonl, whose path is returned."""
         return self._measures.set_aside(f"heldout.{self.resume_step}.jsonl")
 
+    def sync(self) -> None:
+        """Wait until the steps that were logged are on the disk."""
+        self._metrics.sync()
+        self._fitness.sync()
+
     def close(self) -> None:
         self._metrics.close()
         self._fitness.close()
@@ -155,6 +180,10 @@ class _Lines:
         if self._keep:
             self.records.append(record)
 
+    def sync(self) -> None:
+        with naming(self.path):
+            os.fsync(self._file.fileno())
+
     def set_aside(self, name: str) -> Path:
         self._file.close()
         kept = self.path.rename(self.path.with_name(name))
@@ -184,9 +213,9 @@ def _keep_steps_before(path: Path, step: int) -> list[dict[str, Any]]:
 def _record(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    return record if isinstance(record, dict) and type(record.get("step")) is int else None
 
 
 def _plain(value: float | int | str) -> float | int | str | None:

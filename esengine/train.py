@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-import torch
 from peft import LoraConfig
 
-from esengine import checkpoint
-from esengine.config import ImageSettings, TrainConfig, differences, to_dict
+from esengine import run_state
+from esengine.checkpoint import Checkpoint
+from esengine.config import ImageSettings, TrainConfig, differences, load, to_dict
 from esengine.defaults import defaults
 from esengine.direct import Direct
 from esengine.engine import Engine
@@ -31,7 +31,8 @@ from esengine.prompts import PromptSampler, read_prompts
 from esengine.rewards.base import reason
 from esengine.rewards.spec import read as read_rewards
 from esengine.rollout import Renderer
-from esengine.runlog import RunLog
+from esengine.run_folder import RunFolder
+from esengine.runlog import RunLog, require_steps
 from esengine.scoring import Plan, compare_entries
 from esengine.setup import is_folder, load_model, pick_device, pick_dtype, render_settings, settled
 from esengine.summary import Report
@@ -92,9 +93,11 @@ def _train(config: TrainConfig, progress: Progress, group: Group) -> Result | No
     run_dir = config.run_dir or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 
     with _folder(run_dir, config.resume, group) as folder:
-        saved = checkpoint.load_latest(folder.checkpoints) if config.resume else None
-        if saved is not None:
-            config = _as_before(config, saved.meta["config"])
+        saved = run_state.latest(folder.checkpoints) if config.resume else None
+        if saved is not None and folder.config.is_file():
+            config = _as_before(config, load(folder.config))
+        if saved is not None and group.leads:
+            require_steps(folder, saved.step)
         device = pick_device(config.device)
         dtype = pick_dtype(config.dtype, device)
         watched = config.heldout_reward if config.heldout_every else "none"
@@ -220,13 +223,13 @@ def _page(folder: Path, progress: Progress) -> Path | None:
 
 
 @contextmanager
-def _folder(path: Path, resume: bool, group: Group) -> Iterator[checkpoint.RunFolder]:
+def _folder(path: Path, resume: bool, group: Group) -> Iterator[RunFolder]:
     """The run folder, held by the leading process; the others may look into it once it is."""
     if not group.leads:
         group.wait()
-        yield checkpoint.RunFolder(path, None)
+        yield RunFolder(path, None)
         return
-    with checkpoint.RunFolder.open(path, resume=resume) as folder:
+    with RunFolder.open(path, resume=resume) as folder:
         group.wait()
         yield folder
 
@@ -249,16 +252,14 @@ def _resolved(config: TrainConfig, model: SanaSprint) -> TrainConfig:
     )
 
 
-def _go_on(
-    engine: Engine, saved: checkpoint.Checkpoint, config: TrainConfig, folder: checkpoint.RunFolder, progress: Progress
-) -> None:
+def _go_on(engine: Engine, saved: Checkpoint, config: TrainConfig, folder: RunFolder, progress: Progress) -> None:
     """Bring the engine to where the checkpoint is."""
     try:
-        engine.load_state_dict(_unflatten(saved, config))
+        engine.load_state_dict(run_state.engine_state(saved, config))
     except ValueError as error:
         stays = "lora.rank, lora.targets and an optimizer with moments stay what they were, --allow-change or not"
         raise RunError(f"run folder {folder.path} cannot be gone on with: {error}; {stays}") from error
-    if changed := differences(saved.meta.get("environment", {}), describe()):
+    if changed := differences(saved.meta["environment"], describe()):
         progress.note(f"warning: bits may differ from before, {'; '.join(changed)}")
     for path, why in saved.skipped:
         progress.note(f"skipped {path}: {why}")
@@ -269,20 +270,20 @@ def _go_on(
     progress.note(f"resuming {folder.path} after step {engine.step} of {config.steps}")
 
 
-def _as_before(config: TrainConfig, saved: dict) -> TrainConfig:
-    """What the flags leave to be chosen stays as it was chosen when the run began."""
-    chunk = saved["image"]["chunk"] if config.image.chunk is None else config.image.chunk
-    watched = saved["heldout_reward"] if config.reward == saved["reward"] else "auto"
+def _as_before(config: TrainConfig, was: TrainConfig) -> TrainConfig:
+    """What the flags leave to be chosen stays as the run's own config.yaml has it: no setting is a checkpoint's."""
+    chunk = was.image.chunk if config.image.chunk is None else config.image.chunk
+    watched = was.heldout_reward if config.reward == was.reward else "auto"
     return dataclasses.replace(
         config,
         heldout_reward=watched if config.heldout_reward == "auto" else config.heldout_reward,
-        device=saved["device"] if config.device == "auto" else config.device,
-        dtype=saved["dtype"] if config.dtype == "auto" else config.dtype,
+        device=was.device if config.device == "auto" else config.device,
+        dtype=was.dtype if config.dtype == "auto" else config.dtype,
         image=dataclasses.replace(config.image, chunk=chunk),
     )
 
 
-def _check_same_run(folder: checkpoint.RunFolder, saved: dict, now: dict, allowed: bool, progress: Progress) -> None:
+def _check_same_run(folder: RunFolder, saved: dict, now: dict, allowed: bool, progress: Progress) -> None:
     if saved["contract"] != now["contract"]:
         raise RunError(f"run folder {folder.path}: noise contract: {saved['contract']} -> {now['contract']}")
     changed = differences(saved["config"], now["config"])
@@ -293,17 +294,8 @@ def _check_same_run(folder: checkpoint.RunFolder, saved: dict, now: dict, allowe
     if changed and allowed:
         progress.note(f"warning: goes on with other settings ({'; '.join(changed)})")
     elif changed:
+        again = "resume without these flags" if folder.config.is_file() else "its config.yaml is gone, give them again"
         raise RunError(
             f"run folder {folder.path} was trained with other settings ({'; '.join(changed)}): "
-            "resume without these flags, choose another --run-dir, or add --allow-change"
+            f"{again}, choose another --run-dir, or add --allow-change"
         )
-
-
-def _unflatten(saved: checkpoint.Checkpoint, config: TrainConfig) -> dict:
-    parts: dict[str, dict[str, torch.Tensor]] = {"adapter": {}, "optimizer": {}}
-    for key, tensor in saved.tensors.items():
-        part, _, name = key.partition("/")
-        parts[part][name] = tensor
-    noise = {"contract": saved.meta["contract"], "sigma": config.es.sigma}
-    noise |= {"rank": config.es.noise_rank, "seed": config.seed}
-    return {"step": saved.step, "population": {**parts, "noise": noise}}

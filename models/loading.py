@@ -1,6 +1,7 @@
 """Pipelines from disk and from the hub, with one clear line when there is none."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +38,7 @@ def locate(model: str, revision: str | None, local_files_only: bool) -> tuple[Pa
         from esengine.models import nano, tiny  # tiny imports from here
 
         return nano.PIPELINE if model == "nano" else tiny.tiny_model(), {}
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))
     if folder.is_dir():
         return folder, {}
     if folder.is_absolute() or model.startswith(("~", ".")) or model.count("/") != 1:
@@ -88,7 +89,7 @@ def load_vae(vae: str, pipeline: Path, dtype: torch.dtype, local_files_only: boo
     Raises:
         ConfigError: There is none, it cannot be read, or its latents are of other channels, scale or compression.
     """
-    folder, identity = Path(vae).expanduser(), None
+    folder, identity = Path(os.path.expanduser(vae)), None
     if not folder.is_dir():
         name, _, revision = vae.partition("@")
         if folder.is_absolute() or vae.startswith(("~", ".")) or name.count("/") != 1:

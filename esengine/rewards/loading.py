@@ -40,7 +40,7 @@ def locate(model: str | os.PathLike[str], revision: str | None) -> str:
 
         folder = CLIP
     else:
-        folder = Path(model).expanduser()
+        folder = Path(os.path.expanduser(model))
     if folder.is_dir():
         if revision is not None:
             raise ConfigError(f"revision: {model} is a folder and has none, got {revision}")

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from esengine import checkpoint, files
-from esengine.checkpoint import RunFolder
 from esengine.errors import RunError
+from esengine.run_folder import RunFolder, checkpoint_folders
 
 META = {"noise": 1, "lr": 0.1, "name": "é", "history": [1.5, None, True], "nested": {"b": 2, "a": 1}}
 
@@ -75,7 +75,7 @@ def test_prunes_to_the_newest(tmp_path):
     for step in (1, 2, 3, 100_000_000):
         checkpoint.save(tmp_path, step, tensors(), {})
     assert names(tmp_path) == ["step_00000003", "step_100000000"]
-    assert checkpoint.latest(tmp_path).name == "step_100000000"
+    assert checkpoint_folders(tmp_path)[0].name == "step_100000000"
     (tmp_path / "notes").mkdir()
     checkpoint.save(tmp_path, 100_000_001, tensors(), {}, keep=1)
     assert names(tmp_path) == ["notes", "step_100000001"]
@@ -117,7 +117,7 @@ def test_a_crash_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch, 
             checkpoint.save(tmp_path, 2, tensors(2.0), META)
     assert any(name.startswith(".tmp-") for name in names(tmp_path))
     assert checkpoint.load_latest(tmp_path).step == 1
-    assert checkpoint.latest(tmp_path).name == "step_00000001"
+    assert checkpoint_folders(tmp_path)[0].name == "step_00000001"
     checkpoint.save(tmp_path, 2, tensors(2.0), META)
     assert names(tmp_path) == ["step_00000001", "step_00000002"]
     assert checkpoint.load_latest(tmp_path).tensors["b.weight"][0, 0] == 2.0
@@ -228,7 +228,7 @@ def test_a_bad_one_is_skipped_logged_and_returned(tmp_path, caplog):
 
 def test_no_checkpoint(tmp_path):
     for root in (tmp_path, tmp_path / "missing"):
-        assert checkpoint.latest(root) is None
+        assert checkpoint_folders(root) == []
         with pytest.raises(RunError, match="no checkpoint under"):
             checkpoint.load_latest(root)
     with pytest.raises(RunError, match="No such file"):
@@ -272,7 +272,7 @@ def test_run_folder_paths(tmp_path):
 
 def test_run_folder_in_use_names_the_process(tmp_path):
     program = (
-        "import sys; from esengine.checkpoint import RunFolder\n"
+        "import sys; from esengine.run_folder import RunFolder\n"
         "with RunFolder.open(sys.argv[1]):\n"
         "    print('locked', flush=True)\n"
         "    sys.stdin.readline()\n"

@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from esengine.checkpoint import RunFolder
 from esengine.defaults import defaults
 from esengine.errors import ConfigError, RewardError
 from esengine.guard import CLIP_FAMILY, Guard, Rewards, load_rewards, part_ways
@@ -17,6 +16,7 @@ from esengine.models import SanaSprint, tiny_model
 from esengine.prompts import read_prompts
 from esengine.rewards import BUILTIN, Weighted
 from esengine.rollout import Renderer, render_all
+from esengine.run_folder import RunFolder
 from esengine.runlog import RunLog
 from esengine.scoring import EVAL_STEP
 from esengine.setup import render_settings

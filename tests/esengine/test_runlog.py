@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from esengine.checkpoint import RunFolder
+from esengine.run_folder import RunFolder
 from esengine.runlog import RunLog
 
 

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from esengine import trackers
-from esengine.checkpoint import RunFolder
 from esengine.errors import ConfigError
+from esengine.run_folder import RunFolder
 from esengine.runlog import RunLog
 from esengine.train import train
 

@@ -94,7 +94,7 @@ os.fsync = fsync
 # five steps of three chunks; held-out measures are calls 0, 7, 14 and 18, the comparison 19 and 20
 KILLS = [("reward", at, rule) for at, rule in zip((0, 1, 5, 9, 7, 12, 17, 20), 4 * list(RULES), strict=True)]
 KILLS += [("reward", at, rule) for at, rule in ((3, "adam"), (11, "momentum"), (14, "adam"), (18, "momentum"))]
-# syncs: 0 and 1 of the configuration, 2 to 5 of the first checkpoint, which is there from 5 on
+# syncs: 0 and 1 of the configuration, 2 and 3 of the logs, 4 to 8 of the first checkpoint, which is there from 8 on
 KILLS += [("fsync", at, "adam") for at in range(9)] + [("fsync", at, "momentum") for at in (12, 15, 18, 22, 27)]
 KILLS += [("reward", at, rule) for at, rule in ((2, "adam"), (8, "momentum"), (10, "adam"), (16, "momentum"))]
 DRAWN = random.Random(0)
