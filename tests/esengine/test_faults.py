@@ -16,6 +16,7 @@ from esengine.config import ESSettings, ImageSettings, UpdateRule
 from esengine.engine import Engine
 from esengine.errors import OutOfMemory, RewardError, RunError
 from esengine.models import SanaSprint
+from esengine.run_folder import path_step
 from esengine.train import train
 
 PAIRED = ESSettings(prompts_per_step=2, repeats=2)
@@ -324,7 +325,7 @@ def test_a_hundred_times_the_disk_is_full_at_any_call(tmp_path, monkeypatch):
                 failed += 1
         found = checkpoint.load_latest(tmp_path)
         assert found.skipped == ()
-        assert found.step >= checkpoint.path_step(path)
+        assert found.step >= path_step(path)
     assert failed > 50
 
 
