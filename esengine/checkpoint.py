@@ -10,7 +10,6 @@ and meta give the same bytes.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -27,6 +26,7 @@ from safetensors import SafetensorError
 
 from esengine.errors import RunError
 from esengine.files import sync_folder, write_synced
+from esengine.lock import hold
 
 FORMAT = 1
 _STATE, _META = "state.safetensors", "meta.json"
@@ -262,14 +262,7 @@ class RunFolder:
         self.close()
 
     def _acquire(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            owner = os.pread(self._lock, 300, 0).decode(errors="replace").split()
-            who = f"process {owner[0]} on {owner[1]}" if len(owner) == 2 else "another process"
-            raise RunError(f"run folder {self.path} is in use by {who}") from e
-        except OSError as e:
-            raise RunError(f"run folder {self.path}: cannot be locked: {e.strerror or e}") from e
+        hold(self._lock, self.path)
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
 

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 
 from esengine.errors import EsengineError, Stopped
+from esengine.lock import refuse_if_held
 
 USAGE = """usage: esengine COMMAND [flags]
 
@@ -87,6 +88,8 @@ def _train(args: list[str]) -> int:
     from esengine.config import parse_train
 
     config = parse_train(args)
+    if config.run_dir is not None and os.environ.get("RANK", "0") == "0":
+        refuse_if_held(config.run_dir)
     _quiet()
     from esengine.progress import Bar
     from esengine.train import train
