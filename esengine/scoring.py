@@ -149,7 +149,9 @@ def compare_entries(
     settings = provenance(model, plan, reward) if settings is None else settings
     work = [(entry, rows) for entry in plan.entries for rows in plan.chunks()]
     total, records = sum(len(rows) for _, rows in work), []
-    for batch in draw(model, texts, Bearing(reward, total, least=1) if bear else reward, plan, work):
+    if bear:
+        reward = Bearing(reward, total, least=len(plan.entries) * plan.repeats)  # a prompt's
+    for batch in draw(model, texts, reward, plan, work):
         records += batch_records(batch)
         if progress is not None:
             progress(len(records), total)

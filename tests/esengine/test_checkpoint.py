@@ -12,6 +12,7 @@ import torch
 from esengine import checkpoint, files
 from esengine.checkpoint import RunFolder
 from esengine.errors import RunError
+from esengine.lock import refuse_if_held
 
 META = {"noise": 1, "lr": 0.1, "name": "é", "history": [1.5, None, True], "nested": {"b": 2, "a": 1}}
 
@@ -289,6 +290,35 @@ def test_run_folder_in_use_names_the_process(tmp_path):
         holder.kill()
         holder.wait()
     RunFolder.open(tmp_path).close()  # the lock died with its process
+
+
+def test_a_second_command_leaves_before_torch_is_loaded(tmp_path):
+    program = "import sys\nfrom esengine.cli import main\nprint(main(sys.argv[1:]), 'torch' in sys.modules)"
+    command = [sys.executable, "-c", program, "train", "--run-dir", str(tmp_path), "--model", "tiny"]
+    with RunFolder.open(tmp_path):
+        held = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        other = {**os.environ, "RANK": "1", "WORLD_SIZE": "x"}
+        rank = subprocess.run(command, capture_output=True, text=True, timeout=60, env=other)
+    assert held.stdout == "1 False\n"
+    assert f"error: run folder {tmp_path} is in use by process {os.getpid()} on " in held.stderr
+    assert rank.stdout == "1 True\n"  # the leading process holds the folder for all
+    assert "WORLD_SIZE" in rank.stderr
+
+
+def test_looking_for_a_lock_changes_nothing(tmp_path):
+    refuse_if_held(tmp_path / "missing")
+    assert names(tmp_path) == []
+    with RunFolder.open(tmp_path / "a") as run:
+        before = (run.path / ".lock").read_bytes()
+        with pytest.raises(RunError, match="in use"):
+            refuse_if_held(run.path)
+    refuse_if_held(tmp_path / "a")
+    RunFolder.open(tmp_path / "a").close()
+    (tmp_path / "victim").write_bytes(before)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / ".lock").symlink_to("../victim")
+    refuse_if_held(tmp_path / "b")
+    assert (tmp_path / "victim").read_bytes() == before
 
 
 def test_run_folder_is_locked_within_one_process_and_released(tmp_path):
