@@ -19,6 +19,9 @@ PACKAGED = Path(__file__).parent / "data"
 """YAML files that `--config NAME` finds by name: `reference` holds the settings of the published run, `nano` those of
 the model of that name."""
 
+MOST_RATE = 1e6
+"""Learning rate above which float32 is left in a step or two."""
+
 REFERENCE_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "linear_1", "linear_2", "proj_out", "linear")
 
 
@@ -224,6 +227,8 @@ class TrainConfig:
         for name in self.trackers:
             if name not in ("wandb", "trackio") or self.trackers.count(name) > 1:
                 raise ConfigError(f"trackers: expected wandb, trackio or both, got {' '.join(self.trackers)}")
+        if (rate := self.update.lr_scale * self.es.sigma) > MOST_RATE:
+            raise ConfigError(f"update.lr_scale times es.sigma: expected at most {MOST_RATE:g}, got {rate:g}")
         if not 0 <= self.seed < 1 << 64:
             raise ConfigError(f"seed: expected an integer in [0, 2^64), got {self.seed}")
 

@@ -18,7 +18,11 @@ class RenderError(EsengineError):
 
 
 class OutOfMemory(RenderError):
-    """So many images do not fit into memory at once."""
+    """So many images, or an update, do not fit into memory at once."""
+
+
+class UpdateError(EsengineError):
+    """An update would make the adapter not finite; it was not made."""
 
 
 class Stopped(EsengineError):

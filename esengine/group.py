@@ -4,6 +4,7 @@ Every process makes the same update from the same scores, so none has to send we
 """
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -31,6 +32,10 @@ def place() -> tuple[int, int]:
         if rank < size:
             return rank, size
     raise ConfigError(f"RANK, WORLD_SIZE: expected both as torchrun sets them, with RANK < WORLD_SIZE, got {found}")
+
+
+LONGEST_PAUSE = 0.02
+"""Seconds between looks whether the others are there."""
 
 
 class Group:
@@ -71,8 +76,7 @@ class Group:
 
     def wait(self) -> None:
         """Go on when every process is here."""
-        if self.size > 1:
-            torch.distributed.barrier()
+        self._all_gather(torch.zeros(1))
 
     @contextmanager
     def first(self) -> Iterator[None]:
@@ -88,16 +92,36 @@ class Group:
 
         Args:
             tensor: [L] or [L, ...]; all but L alike on every process.
+
+        Raises:
+            RunError: another process has ended.
         """
         if self.size == 1:
             return [tensor]
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        torch.distributed.all_gather(lengths, torch.tensor([len(tensor)]))
+        lengths = self._all_gather(torch.tensor([len(tensor)]))
         longest = max(int(each) for each in lengths)
-        padded = torch.cat((tensor, tensor.new_zeros(longest - len(tensor), *tensor.shape[1:])))
-        found = [torch.empty_like(padded) for _ in range(self.size)]
-        torch.distributed.all_gather(found, padded)
+        found = self._all_gather(torch.cat((tensor, tensor.new_zeros(longest - len(tensor), *tensor.shape[1:]))))
         return [each[: int(length)] for each, length in zip(found, lengths, strict=True)]
+
+    def _all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Every process's tensor, all of one shape. Waits in short sleeps, between which signals are heard."""
+        if self.size == 1:
+            return [tensor]
+        found = [torch.empty_like(tensor) for _ in range(self.size)]
+        try:
+            work = torch.distributed.all_gather(found, tensor, async_op=True)
+            pause = 1e-4
+            while not work.is_completed():
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+            work.wait()
+        except RuntimeError as error:
+            said = (str(error).strip().splitlines() or [""])[0][:200]
+            raise RunError(
+                f"process {self.rank} of {self.size}: another process of the group has ended or is out of reach; the "
+                f"first to fail says why ({said})"
+            ) from error
+        return found
 
     def any(self, flag: bool) -> bool:
         """Whether it is true of any process."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from esengine.bearing import Bearing
 from esengine.errors import ConfigError
 from esengine.rewards import Weighted, parse
 from esengine.rewards.spec import read
@@ -101,7 +102,7 @@ def load_rewards(reward: str, held_out: str, *, device: str, note: Callable[[str
             watched.remove(missing[0])
     count = len(terms) - len(optimised)
     zeroed = [(name, each, 0.0) for name, each, _ in terms[:count]]
-    return Rewards(Weighted(terms[count:]), Weighted([*terms[count:], *zeroed]))
+    return Rewards(Weighted(terms[count:], note), Weighted([*terms[count:], *zeroed], note))
 
 
 def reward_names(spec: str) -> set[str]:
@@ -122,12 +123,22 @@ class Guard:
         log: the run's; measures from before the step that it resumes at are gone on with if they are of the same
             prompts and rewards, else set aside.
         note: told of a warning, once for each held-out reward.
+        bear: leave out images that a reward fails on, and say so, up to one or a tenth. Otherwise that is an error.
     """
 
     def __init__(
-        self, rewards: Rewards, render: Renderer, *, prompts: int, every: int, log: RunLog, note: Callable[[str], None]
+        self,
+        rewards: Rewards,
+        render: Renderer,
+        *,
+        prompts: int,
+        every: int,
+        log: RunLog,
+        note: Callable[[str], None],
+        bear: bool = False,
     ):
         self.rewards, self.render, self.every, self.log, self.note = rewards, render, every, log, note
+        self.bear = bear
         total = len(render.texts)
         count = min(prompts, total)
         self.prompts = torch.arange(count) * total // count
@@ -149,10 +160,14 @@ class Guard:
         Raises:
             RewardError, RenderError: see `Weighted.score` and `SanaSprint.render`.
         """
-        images, parts = [], []
+        images, parts, reward = [], [], self.rewards.everything
+        if self.bear:
+            reward = Bearing(reward, len(self.prompts), least=1)
         for drawn, words in render_all(self.render, EVAL_STEP, self.prompts):
-            parts.append(self.rewards.everything.score(drawn, words, step=step))
+            parts.append(reward.score(drawn, words, step=step))
             images.append(drawn)
+        if self.bear and reward.bad:
+            self.note(f"warning: held out, {reward.bad} of {reward.images} images are left out: {reward.first}")
         names = list(dict.fromkeys([self.rewards.objective, *self.rewards.everything.names]))
         scores = {name: torch.cat([part[name] for part in parts]).tolist() for name in names}
         first = self.log.held_out[0]["scores"] if self.log.held_out else None
@@ -196,11 +211,21 @@ def part_ways(changes: dict[str, dict[str, Any]], objective: str, held_out: Sequ
     return [name for name in held_out if sure(name, -1)] if sure(objective, 1) else []
 
 
-def _against(now: list[float], first: list[float]) -> dict[str, Any]:
-    """Mean score and its change, paired by prompt, with no standard error for one prompt."""
-    d = torch.tensor(now, dtype=torch.float64) - torch.tensor(first, dtype=torch.float64)
-    error = float(d.std()) / math.sqrt(len(d)) if len(d) > 1 else None
-    return {"mean": sum(now) / len(now), "change": float(d.mean()), "standard_error": error, "each": now}
+def _against(now: list[float], first: list[float | None]) -> dict[str, Any]:
+    """Mean score and its change, paired by prompt, with no standard error for one prompt.
+
+    A score that is not there is NaN in `now` and None in what is returned, and so in `first`.
+    """
+    each = [score if math.isfinite(score) else None for score in now]
+    there = [score for score in each if score is not None]
+    pairs = [(a, b) for a, b in zip(each, first, strict=True) if None not in (a, b) and math.isfinite(b)]
+    d = torch.tensor([a - b for a, b in pairs], dtype=torch.float64)
+    return {
+        "mean": sum(there) / len(there) if there else None,
+        "change": float(d.mean()) if pairs else None,
+        "standard_error": float(d.std()) / math.sqrt(len(d)) if len(pairs) > 1 else None,
+        "each": each,
+    }
 
 
 def _amount(score: dict[str, Any]) -> str:

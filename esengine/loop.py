@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from esengine import checkpoint, run_state
+from esengine.bearing import MOST_BAD, Bearing, too_many
 from esengine.config import TrainConfig, to_yaml
 from esengine.engine import Engine, Task
-from esengine.errors import RewardError, RunError, Stopped
+from esengine.errors import OutOfMemory, RewardError, RunError, UpdateError
 from esengine.files import replace_file
 from esengine.group import Group
 from esengine.guard import Guard
@@ -24,8 +25,6 @@ from esengine.runlog import RunLog
 from esengine.stop import Stop
 
 STRIP_PROMPTS = 8
-MOST_BAD = 0.1
-"""Share of a step's images without a score that a run with `on_bad_reward: drop-pair` bears."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +56,14 @@ class Run:
     record: Record | None
 
 
-def take_steps(run: Run, engine: Engine, *, resumed: bool) -> None:
+def take_steps(run: Run, engine: Engine, stop: Stop, *, resumed: bool) -> None:
     """Go on to the last step. On SIGTERM or SIGINT the chunk is finished and a checkpoint written.
 
     Raises:
         Stopped: after such a signal.
-        RewardError, RenderError: a step failed; the adapter is as before it, and a checkpoint of that is written.
-        RunError: the processes of the group have come to differ.
+        RewardError, RenderError, UpdateError: a step failed; the adapter is as before it, and a checkpoint of that is
+            written.
+        RunError: the processes of the group have come to differ, or one has ended.
     """
     config, record = run.config, run.record
     if resumed and record:
@@ -75,7 +75,7 @@ def take_steps(run: Run, engine: Engine, *, resumed: bool) -> None:
     run.progress.start(config.steps * per_step, engine.step * per_step)
     settled = True  # the adapter, the step's number and its metrics agree
     try:
-        with Stop() as stop:
+        with stop.gently():
             while True:
                 if record and record.guard and record.guard.due(engine.step, config.steps):
                     record.guard.measure(engine.step)
@@ -91,7 +91,11 @@ def take_steps(run: Run, engine: Engine, *, resumed: bool) -> None:
                         means = score.mean(dim=(1, 2))
                         record.log.histogram(task.step, f"members/{name}", means[means.isfinite()])
                 start, settled = time.perf_counter(), False
-                norms = engine.tell(task, scores[COMBINED])
+                try:
+                    norms = engine.tell(task, scores[COMBINED])
+                except (UpdateError, OutOfMemory):
+                    settled = True  # nothing has changed
+                    raise
                 seconds["seconds_update"] = time.perf_counter() - start
                 seconds["seconds"] += seconds["seconds_update"]
                 metrics = _metrics(run, task, scores) | norms
@@ -102,10 +106,6 @@ def take_steps(run: Run, engine: Engine, *, resumed: bool) -> None:
                 run.progress.step(engine.step, config.steps, metrics)
                 if engine.step % config.checkpoint_every == 0 or engine.step == config.steps:
                     kept = _keep(run, engine)
-    except Stopped as error:
-        where = f" after step {engine.step} of {config.steps}"
-        again = f"; it goes on with: esengine train --run-dir {record.folder.path} --resume" if record else ""
-        raise Stopped(f"stopped{where}{again}") from error
     finally:
         run.progress.stop()
         if record and settled and engine.step > kept:
@@ -150,26 +150,31 @@ def _save(run: Run, engine: Engine) -> None:
 
 def _score(run: Run, engine: Engine, task: Task, stop: Stop) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """The step's scores by name; NaN where a reward failed, if such pairs may be dropped."""
-    failures: list[RewardError] = []
+    reward = Bearing(run.reward, task.images) if engine.drop_pairs else run.reward
     scores, seconds = score_task(
         run.render,
-        run.reward,
+        reward,
         engine.population,
         task,
         run.progress.images,
-        failed=failures.append if engine.drop_pairs else None,
         stopped=lambda: stop.requested,
         group=run.group,
     )
     bad = ~scores[COMBINED].isfinite()
     if bad.any():
-        if failures:
-            run.progress.note(f"warning: {failures[0]}")
-        count, members = int(bad.sum()), bad.any(2).any(1).nonzero().flatten().tolist()
-        what = f"step {task.step}: {count} of {task.images} images have no score (members {_some(members)})"
-        if count > MOST_BAD * task.images:
-            raise RewardError(f"{what}, more than {MOST_BAD:.0%}: the run stops") from (failures or [None])[0]
-        run.progress.note(f"warning: {what}; they and their antithetic halves have no part in the update")
+        first = reward.first if engine.drop_pairs else None
+        if first:
+            run.progress.note(f"warning: {first}")
+        count, members = int(bad.sum()), bad.any(2).any(1)
+        if count > MOST_BAD * task.images:  # of all processes together
+            raise RewardError(f"step {task.step}: {too_many(count, task.images)}") from first
+        if members.view(-1, 2).any(1).all():
+            raise RewardError(f"step {task.step}: every antithetic pair has an image without a score") from first
+        which = _some(members.nonzero().flatten().tolist())
+        run.progress.note(
+            f"warning: step {task.step}: {count} of {task.images} images have no score (members {which}); "
+            "they and their antithetic halves have no part in the update"
+        )
     return scores, seconds
 
 

@@ -47,6 +47,7 @@ from esengine.kernels import (
     uses_triton,
 )
 from esengine.layers import ADAPTER, Chunk, PopulationLinear, Scope, Target, Theta, check_config, make_layer, strip
+from esengine.memory import fits
 from esengine.transfer import upload
 from esengine.update import Updater, UpdateRule, UpdateStats
 
@@ -258,9 +259,10 @@ class Population:
 
         Raises:
             ValueError: `fitness` is of another dtype or shape, of odd length, or not finite; nothing has changed then.
+            UpdateError, OutOfMemory: the adapter would not be finite, or there is no room; nothing has changed then.
         """
-        gradient = self.gradient(step=step, fitness=fitness)
-        stats = self._updater.step(gradient)
+        with fits("the numbers of an update", "stop what else uses this device"):
+            stats = self._updater.step(self.gradient(step=step, fitness=fitness))
         self._refresh()
         return stats
 

@@ -1,6 +1,5 @@
 """A step's images: rendered and scored chunk by chunk, without waiting where nothing has to wait."""
 
-import gc
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -9,9 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
+from esengine.bearing import Bearing
 from esengine.engine import Task
-from esengine.errors import OutOfMemory, RewardError, Stopped
+from esengine.errors import OutOfMemory, Stopped
 from esengine.group import ALONE, Group
+from esengine.memory import fits, give_back
 from esengine.models import RenderSettings, SanaSprint, TextEmbeddings
 from esengine.models.sana_sprint import Rows
 from esengine.population import Population
@@ -53,16 +54,22 @@ class Renderer:
         """
         keys = dict(seed=self.seed, step=step, population=population, settings=self.settings, text_length=length)
         todo = [tuple(chunk) for chunk in rows]
-        while todo:
+        while True:
             parts = [self._parts(chunk) for chunk in todo]
             drawn = self.model.render_chunks(self.texts, (part for each in parts for part in each), **keys)
             try:
                 for each in parts:
-                    images = [next(drawn) for _ in each]
-                    yield images[0] if len(images) == 1 else torch.cat(images)
+                    with fits(f"{len(each[0][0])} images in one forward", "give a smaller chunk"):
+                        images = [next(drawn) for _ in each]
+                        images = images[0] if len(images) == 1 else torch.cat(images)
+                    yield images
                     todo.pop(0)
+                return
             except OutOfMemory as error:
                 self._halve(max(len(each[0]) for each in parts[0]), error)
+            del drawn  # with the error, all that holds tensors of the failed forward
+            self.model.release_graphs()
+            give_back(self.model.device)
 
     def _parts(self, chunk: Rows) -> list[Rows]:
         """A chunk in as many forwards as it takes."""
@@ -75,10 +82,6 @@ class Renderer:
             raise error
         self.limit = images // 2
         self.note(f"warning: {error}; from here on {self.limit} in one forward")
-        self.model.release_graphs()
-        gc.collect()
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def words(self, prompts: torch.Tensor) -> list[str]:
         return [self.texts.prompts[index] for index in prompts.tolist()]
@@ -86,12 +89,11 @@ class Renderer:
 
 def score_task(
     render: Renderer,
-    reward: Weighted,
+    reward: Weighted | Bearing,
     population: Population,
     task: Task,
     heard: Callable[[int], None],
     *,
-    failed: Callable[[RewardError], None] | None = None,
     stopped: Callable[[], bool] = lambda: False,
     group: Group = ALONE,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
@@ -105,8 +107,6 @@ def score_task(
 
     Args:
         heard: called with so many images that are rendered and scored, or on their way to be scored.
-        failed: told of each image that a reward fails on or gives no finite number. Its scores are NaN then, and those
-            of its chunk are asked for image by image. None: such an image is an error.
         stopped: asked after each chunk.
         group: the processes that share the step.
 
@@ -127,10 +127,7 @@ def score_task(
 
     def score(images: torch.Tensor, prompts: torch.Tensor, members: torch.Tensor) -> dict[str, torch.Tensor]:
         with scoring:
-            asked = dict(step=task.step, members=members.tolist())
-            if failed is None:
-                return reward.score(images, render.words(prompts), **asked)
-            return _score_each(reward, images, render.words(prompts), failed, **asked)
+            return reward.score(images, render.words(prompts), step=task.step, members=members.tolist())
 
     chunks = list(zip(*(column.split(render.chunk) for column in task.rows()), strict=True))
     mine = chunks[group.rank :: group.size]
@@ -159,24 +156,6 @@ def score_task(
     scores = {name: column.reshape(task.shape) for name, column in zip(names, table.unbind(1), strict=True)}
     seconds = {"seconds": time.perf_counter() - began}
     return scores, seconds | {"seconds_render": rendering.total(), "seconds_score": scoring.total()}
-
-
-def _score_each(
-    reward: Weighted, images: torch.Tensor, prompts: list[str], failed: Callable[[RewardError], None], *, step, members
-) -> dict[str, torch.Tensor]:
-    """`Weighted.score`; if that fails, image by image, with NaN for those that fail."""
-    try:
-        return reward.score(images, prompts, step=step, members=members)
-    except RewardError:
-        parts = []
-    for i in range(len(images)):
-        try:
-            one = reward.score(images[i : i + 1], prompts[i : i + 1], step=step, members=members[i : i + 1])
-        except RewardError as error:
-            failed(error)
-            one = dict.fromkeys([*reward.names, COMBINED], torch.full((1,), torch.nan, device=images.device))
-        parts.append(one)
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 class _AtOnce(Executor):

@@ -118,7 +118,7 @@ class RunLog:
         """Append a measure to heldout.jsonl, write heldout/step_00000010.png, and show both.
 
         Args:
-            record: with the keys step and scores, where scores are {name: {"mean", "change", ...}}.
+            record: with the keys step and scores, where scores are {name: {"mean", "change", ...}}. None is not shown.
             images: uint8 [K, 3, H, W] on any device.
             captions: K texts.
 
@@ -128,8 +128,9 @@ class RunLog:
         step, scores = record["step"], record["scores"].items()
         path = self._picture("heldout", step, draw_grid(images, captions))
         self._measures.append(record)
-        self._trackers.log(step, {f"heldout/{name}": score["mean"] for name, score in scores})
-        self._trackers.log(step, {f"heldout_change/{name}": score["change"] for name, score in scores})
+        for kind, key in (("heldout", "mean"), ("heldout_change", "change")):
+            there = {f"{kind}/{name}": score[key] for name, score in scores if score[key] is not None}
+            self._trackers.log(step, there)
         return path
 
     def set_held_out_aside(self) -> Path:

@@ -2,15 +2,18 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
+from esengine.bearing import Bearing
 from esengine.benchmarks import Benchmark
 from esengine.entries import Entry
 from esengine.env import PACKAGES, describe
+from esengine.errors import RewardError
 from esengine.kernels import CONTRACT
 from esengine.models import RenderSettings, SanaSprint, TextEmbeddings
 from esengine.models.lora_file import WEIGHT_NAME
@@ -125,6 +128,7 @@ def compare_entries(
     benchmark: Benchmark | None = None,
     settings: dict[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    bear: bool = False,
 ) -> Report:
     """The whole plan at once, keeping no image.
 
@@ -136,6 +140,8 @@ def compare_entries(
         benchmark: name and groups of the prompts. None: they have no groups.
         settings: how the images are made, for the report. None: `provenance`.
         progress: called with (images done, images in all).
+        bear: leave out prompts of which an image has no score, and count them in the settings as `prompts_left_out`;
+            see `Bearing`. Otherwise that is an error.
     """
     if benchmark is None:
         nothing = (None,) * len(texts)
@@ -143,12 +149,28 @@ def compare_entries(
     settings = provenance(model, plan, reward) if settings is None else settings
     work = [(entry, rows) for entry in plan.entries for rows in plan.chunks()]
     total, records = sum(len(rows) for _, rows in work), []
+    if bear:
+        reward = Bearing(reward, total, least=len(plan.entries) * plan.repeats)  # a prompt's
     for batch in draw(model, texts, reward, plan, work):
         records += batch_records(batch)
         if progress is not None:
             progress(len(records), total)
     model.pipeline.unload_lora_weights()
+    if bad := {each["index"] for each in records if not all(map(math.isfinite, each["scores"].values()))}:
+        settings["prompts_left_out"] = len(bad)
+        benchmark, records = _without(benchmark, records, bad)
     return summarise(benchmark, [entry.label for entry in plan.entries], reported(reward), records, settings)
+
+
+def _without(benchmark: Benchmark, records: list[dict], bad: set[int]) -> tuple[Benchmark, list[dict]]:
+    """The other prompts and their records, counted anew."""
+    good = [index for index in range(len(benchmark)) if index not in bad]
+    if not good:
+        raise RewardError("comparison: of every prompt an image has no score")
+    place = {index: at for at, index in enumerate(good)}
+    columns = ([column[i] for i in good] for column in (benchmark.prompts, benchmark.categories, benchmark.challenges))
+    kept = [{**each, "index": place[each["index"]]} for each in records if each["index"] in place]
+    return Benchmark(benchmark.name, *map(tuple, columns)), kept
 
 
 def provenance(model: SanaSprint, plan: Plan, reward: Weighted) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from esengine.direct import Direct
 from esengine.engine import Engine
 from esengine.entries import default_entries
 from esengine.env import describe
-from esengine.errors import ConfigError, RunError
+from esengine.errors import ConfigError, RunError, Stopped
 from esengine.files import cache_root, replace_file
 from esengine.group import Group
 from esengine.guard import Guard, load_rewards, reward_names
@@ -31,10 +31,11 @@ from esengine.prompts import PromptSampler, read_prompts
 from esengine.rewards.base import reason
 from esengine.rewards.spec import read as read_rewards
 from esengine.rollout import Renderer
-from esengine.run_folder import RunFolder
+from esengine.run_folder import RunFolder, checkpoint_folders, path_step
 from esengine.runlog import RunLog, require_steps
 from esengine.scoring import Plan, compare_entries
 from esengine.setup import is_folder, load_model, pick_device, pick_dtype, render_settings, settled
+from esengine.stop import Stop
 from esengine.summary import Report
 from esengine.trackers import require_installed
 
@@ -68,16 +69,21 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Result | Non
         ConfigError: a setting, file or reward that cannot be used; the run folder is untouched.
         RunError: the run folder is in use, holds another run, or has nothing to resume.
         RewardError, RenderError: a step failed; the adapter is as before it, and a checkpoint of that is written.
-        Stopped: by SIGTERM or SIGINT between its first and last step, with a checkpoint.
+        Stopped: by SIGTERM or SIGINT, with a line on how to go on; between the steps, with a checkpoint.
     """
     group = Group.join()
     try:
-        return _train(config, progress if progress and group.leads else Progress(), group)
+        with Stop() as stop:
+            return _train(config, progress if progress and group.leads else Progress(), group, stop)
+    except Stopped:
+        if group.leads:
+            raise
+        return None  # one of them tells
     finally:
         group.leave()
 
 
-def _train(config: TrainConfig, progress: Progress, group: Group) -> Result | None:
+def _train(config: TrainConfig, progress: Progress, group: Group, stop: Stop) -> Result | None:
     silent = defaults(config.model)
     prompts = read_prompts(config.prompts or silent.train)
     eval_prompts = read_prompts(config.eval_prompts or silent.heldout)
@@ -92,7 +98,7 @@ def _train(config: TrainConfig, progress: Progress, group: Group) -> Result | No
         raise ConfigError("resume: which run? give its folder with --run-dir")
     run_dir = config.run_dir or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 
-    with _folder(run_dir, config.resume, group) as folder:
+    with _told(run_dir, config.steps, stop), _folder(run_dir, config.resume, group) as folder:
         saved = run_state.latest(folder.checkpoints) if config.resume else None
         if saved is not None and folder.config.is_file():
             config = _as_before(config, load(folder.config))
@@ -146,7 +152,7 @@ def _train(config: TrainConfig, progress: Progress, group: Group) -> Result | No
         drawn = dict(settings=settings, seed=config.seed, chunk=config.image.chunk, limit=limit, note=progress.note)
         run = Run(config, rewards.optimised, Renderer(model, texts, **drawn), progress, group, None)
         if not group.leads:
-            take_steps(run, engine, resumed=saved is not None)
+            take_steps(run, engine, stop, resumed=saved is not None)
             return None
         said = {name: meta["config"][name] for name in IN_THE_UPDATE}
         known = engine.step > 0 and said == {name: saved.meta["config"][name] for name in IN_THE_UPDATE}
@@ -161,9 +167,9 @@ def _train(config: TrainConfig, progress: Progress, group: Group) -> Result | No
             guard = None
             if config.heldout_every:
                 watching = dict(prompts=config.heldout_prompts, every=config.heldout_every, log=log, note=progress.note)
-                guard = Guard(rewards, Renderer(model, held_out, **drawn), **watching)
+                guard = Guard(rewards, Renderer(model, held_out, **drawn), **watching, bear=engine.drop_pairs)
             run = dataclasses.replace(run, record=Record(folder, meta, log, guard))
-            take_steps(run, engine, resumed=saved is not None)
+            take_steps(run, engine, stop, resumed=saved is not None)
         population.detach()
 
         progress.note(f"comparing base and adapter on {len(eval_prompts)} held-out prompts")
@@ -180,12 +186,30 @@ def _train(config: TrainConfig, progress: Progress, group: Group) -> Result | No
                 chunk=run.render.limit or config.image.chunk,
             ),
             progress=lambda done, total: progress.count("images", done, total),
+            bear=engine.drop_pairs,
         )
+        if left_out := comparison.settings.get("prompts_left_out"):
+            progress.note(f"warning: {left_out} prompts have an image without a score and are not compared")
         replace_file(Path(folder.path) / "eval.json", comparison.to_json().encode())
         parted = guard.parted() if guard else {}
         for name in parted:
             progress.note(f"warning: {guard.warning(name)}")
         return Result(Path(folder.path), comparison, parted, _page(folder.path, progress))
+
+
+@contextmanager
+def _told(run_dir: Path, steps: int, stop: Stop) -> Iterator[None]:
+    """What a signal ends in here ends with a line that says how to go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, Stopped) as error:
+        if isinstance(error, KeyboardInterrupt) and not stop.requested:
+            raise
+        kept = checkpoint_folders(run_dir / "checkpoints")
+        if not kept:
+            raise Stopped("stopped before the first step: there is nothing to go on with") from error
+        again = f"it goes on with: esengine train --run-dir {run_dir} --resume"
+        raise Stopped(f"stopped after step {path_step(kept[0])} of {steps}; {again}") from error
 
 
 def attach_population(model: SanaSprint, config: TrainConfig) -> Population:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from esengine.config import UpdateRule
+from esengine.errors import UpdateError
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,40 @@ class Updater:
         """Move every tensor up its gradient, of the same name, shape and dtype.
 
         Raises:
-            ValueError: the gradient is not finite; nothing has changed.
+            UpdateError: the gradient, the step, the adapter or a moment would not be finite. After this and any other
+                error, nothing has changed.
         """
         gradient_norm = _norm(gradient.values())
         if not math.isfinite(gradient_norm):
-            raise ValueError(f"gradient: expected a finite norm, got {gradient_norm}")
+            raise UpdateError(f"gradient: expected a finite norm, got {gradient_norm}")
         for parameter, state in self.optimizer.state.items():  # follows a module that has moved
             state |= {key: value.to(parameter.device) for key, value in state.items() if _moves(key, value)}
-        before = {name: parameter.clone() for name, parameter in self.parameters.items()}
+        before, moments = {name: parameter.clone() for name, parameter in self.parameters.items()}, self.state_dict()
+        try:
+            stats = self._move(gradient, gradient_norm, before)
+            kept = [v for state in self.optimizer.state.values() for key, v in state.items() if _moves(key, v)]
+            norms = {"step": stats.step_norm, "adapter": stats.adapter_norm, "moments": _norm(kept)}
+            if not all(map(math.isfinite, norms.values())):
+                found = ", ".join(f"{name} {norm:.3g}" for name, norm in norms.items())
+                raise UpdateError(
+                    f"update: expected finite norms, got {found} from a gradient of {gradient_norm:.3g}: "
+                    "lower lr_scale or sigma"
+                )
+        except BaseException:
+            for name, parameter in self.parameters.items():
+                parameter.copy_(before[name])
+            self.load_state_dict(moments)
+            raise
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+        return stats
+
+    def _move(
+        self, gradient: dict[str, torch.Tensor], gradient_norm: float, before: dict[str, torch.Tensor]
+    ) -> UpdateStats:
         for name, parameter in self.parameters.items():
             parameter.grad = -gradient[name]
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         step_norm = _norm(parameter - before[name] for name, parameter in self.parameters.items())
         if self.rule.max_step_norm is not None and step_norm > self.rule.max_step_norm:
             for name, parameter in self.parameters.items():
@@ -102,4 +125,5 @@ def _moves(key: str, value: torch.Tensor | None) -> bool:
 
 
 def _norm(tensors: Iterable[torch.Tensor]) -> float:
-    return float(torch.stack([tensor.double().square().sum() for tensor in tensors]).sum().sqrt())
+    squares = [tensor.double().square().sum() for tensor in tensors]
+    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0

@@ -11,8 +11,8 @@ import torch
 from diffusers import AutoencoderDC
 
 from esengine.errors import ConfigError
+from esengine.memory import fits
 from esengine.models import graphs
-from esengine.models.loading import fits
 
 
 class Decoder:
@@ -52,7 +52,7 @@ class Decoder:
         scaled = x0_bchw.to(self.vae.dtype) / self.vae.config.scaling_factor
         images, finite = None, torch.empty(len(scaled), dtype=torch.bool, device=scaled.device)
         for first, z in zip(range(0, max(1, len(scaled)), chunk), scaled.split(chunk), strict=True):
-            with fits(len(z), "VAE call", "decode chunk"):
+            with fits(f"{len(z)} images in one VAE call", "give a smaller decode chunk"):
                 pixels, good = decode(z)
             if images is None:
                 images = torch.empty(len(scaled), *pixels.shape[1:], dtype=torch.uint8, device=scaled.device)

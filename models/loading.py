@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from esengine.errors import ConfigError, OutOfMemory
+from esengine.errors import ConfigError
 from esengine.models.text_cache import fingerprint
 
 LATENT_FACTS = {
@@ -124,17 +124,6 @@ def load_vae(vae: str, pipeline: Path, dtype: torch.dtype, local_files_only: boo
 def first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-@contextmanager
-def fits(images: int, what: str, setting: str) -> Iterator[None]:
-    """Out of memory inside becomes an `OutOfMemory` that names the setting to lower."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        raise OutOfMemory(f"{images} images in one {what} do not fit into memory: give a smaller {setting}") from error
 
 
 @contextmanager

@@ -20,11 +20,12 @@ from diffusers import SanaSprintPipeline
 
 from esengine.errors import ConfigError
 from esengine.kernels import key_words
+from esengine.memory import fits
 from esengine.models import graphs
 from esengine.models.checks import Describe, FiniteChecks
 from esengine.models.decoder import Decoder
 from esengine.models.latents import latents
-from esengine.models.loading import READ_ERRORS, download, first_line, fits, load, load_vae, locate
+from esengine.models.loading import READ_ERRORS, download, first_line, load, load_vae, locate
 from esengine.models.lora_file import WEIGHT_NAME, check_diffusers_lora
 from esengine.models.sana_block import FusedBlock, fused_parts, in_place_of
 from esengine.models.settings import RenderSettings
@@ -331,7 +332,7 @@ class SanaSprint:
             inside = self.perturbed(population, step=step, members=members)
         with inside:
             for i, (s, t) in enumerate(pairwise(angles)):
-                with fits(batch, "transformer forward", "chunk"):
+                with fits(f"{batch} images in one transformer forward", "give a smaller chunk"):
                     v_bchw = velocity(x_bchw, s, *inputs)
                 if settings.x0_angle is not None:
                     s = torch.full_like(s, settings.x0_angle)

@@ -56,7 +56,10 @@ def plain(what: object) -> str:
 
 def reason(error: BaseException) -> str:
     """An exception as one short line: its type, unless it is ours, and the beginning of its message."""
-    message = plain(error)[:300]
+    try:
+        message = plain(error)[:300]
+    except Exception:  # its own __str__ raises
+        message = ""
     if isinstance(error, EsengineError) and message:
         return message
     return f"{type(error).__name__}: {message}" if message else type(error).__name__

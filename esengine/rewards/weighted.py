@@ -1,17 +1,21 @@
 """Several rewards as one: each output checked, then their weighted sum."""
 
 import functools
+import logging
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from esengine.errors import ConfigError, RewardError
+from esengine.errors import ConfigError, OutOfMemory, RewardError
+from esengine.memory import fits, give_back
 from esengine.rewards.base import Encoder, FeatureReward, Reward, reason, settings_of
 
 COMBINED = "combined"
+
+_log = logging.getLogger(__name__)
 
 
 class Weighted:
@@ -20,12 +24,15 @@ class Weighted:
     Args:
         terms: (name, reward, weight) for each reward.
 
+        note: told when memory runs out and a batch is scored in smaller parts from then on.
+
     Raises:
         ConfigError: no terms, a name used twice or reserved, a weight that is not finite, or no weight but 0.
     """
 
-    def __init__(self, terms: Sequence[tuple[str, Reward, float]]):
-        self.terms = tuple(terms)
+    def __init__(self, terms: Sequence[tuple[str, Reward, float]], note: Callable[[str], None] = _log.warning):
+        self.terms, self.note = tuple(terms), note
+        self.limit: int | None = None
         self.check([(name, weight) for name, _, weight in self.terms])
 
     @staticmethod
@@ -69,8 +76,28 @@ class Weighted:
 
         Raises:
             RewardError: see `checked`; also when the sum itself overflows float32.
+            OutOfMemory: not even one image fits.
             ValueError: images, prompts or members do not fit each other.
         """
+        if self.limit is None or len(images) <= self.limit:
+            try:
+                return self._score(images, prompts, step, members)
+            except OutOfMemory as error:
+                if len(images) <= 1:
+                    raise
+                self.limit = len(images) // 2
+                self.note(f"warning: {error}; from here on {self.limit} are scored together")
+            give_back(images.device)  # not while the error lives, which holds tensors
+        parts = [slice(start, start + self.limit) for start in range(0, len(images), self.limit)]
+        found = [
+            self.score(images[part], prompts[part], step=step, members=None if members is None else members[part])
+            for part in parts
+        ]
+        return {name: torch.cat([each[name] for each in found]) for name in found[0]}
+
+    def _score(
+        self, images: torch.Tensor, prompts: list[str], step: int | None, members: Sequence[int] | None
+    ) -> dict[str, torch.Tensor]:
         passes: dict[Encoder, torch.Tensor] = {}
         scores = {
             name: checked(name, _shared(reward, passes), images, prompts, step=step, members=members)
@@ -126,6 +153,7 @@ def checked(
     Raises:
         RewardError: the reward raised (chained as the cause), or did not return finite float32 [B]. The text names
             the reward, the step, the members of the offending images and their prompt.
+        OutOfMemory: torch said so inside the reward.
         ValueError: images, prompts or members do not fit each other.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
@@ -133,21 +161,27 @@ def checked(
     for argument, values in (("prompts", prompts), ("members", members)):
         if values is not None and len(values) != len(images):
             raise ValueError(f"{argument}: expected {len(images)}, one for each image, got {len(values)}")
-    everything = range(len(images))
     try:
-        with torch.no_grad():
-            score = reward(images if getattr(reward, "reads_only", False) is True else images.clone(), list(prompts))
-    except (Exception, SystemExit) as e:
+        with fits(f"{len(images)} images and reward {name}", "give it a smaller model, or a device of its own"):
+            score = _asked(reward, images, prompts)
+    except (KeyboardInterrupt, OutOfMemory):
+        raise
+    except BaseException as e:  # somebody else's code may raise anything
         said = reason(e) if isinstance(e, RewardError) else f"raised {reason(e)}"
-        raise RewardError(f"{_where(name, everything, prompts, step, members)}: {said}") from e
-    if not isinstance(score, torch.Tensor) or score.dtype != torch.float32 or score.shape != (len(images),):
-        raise RewardError(
-            f"{_where(name, everything, prompts, step, members)}: "
-            f"returned {_describe(score)}; expected a tensor float32 [{len(images)}]"
-        )
-    score = score.detach().to(images.device, copy=True)
+        raise RewardError(f"{_where(name, range(len(images)), prompts, step, members)}: {said}") from e
     _require_finite(name, score, prompts, step, members)
     return score
+
+
+def _asked(reward: Reward, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    """A copy of what the reward returns, float32 [B] on the images' device, or an error of any kind."""
+    with torch.no_grad():
+        score = reward(images if getattr(reward, "reads_only", False) is True else images.clone(), list(prompts))
+        if not isinstance(score, torch.Tensor) or score.dtype != torch.float32 or score.shape != (len(images),):
+            raise RewardError(f"returned {_describe(score)}; expected a tensor float32 [{len(images)}]")
+        if score.layout != torch.strided:
+            raise RewardError(f"returned a tensor of layout {score.layout}; expected a dense one")
+        return score.detach().to(images.device, copy=True)
 
 
 def _require_finite(name, score, prompts, step, members) -> None:

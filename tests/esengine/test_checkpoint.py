@@ -291,6 +291,35 @@ def test_run_folder_in_use_names_the_process(tmp_path):
     RunFolder.open(tmp_path).close()  # the lock died with its process
 
 
+def test_a_second_command_leaves_before_torch_is_loaded(tmp_path):
+    program = "import sys\nfrom esengine.cli import main\nprint(main(sys.argv[1:]), 'torch' in sys.modules)"
+    command = [sys.executable, "-c", program, "train", "--run-dir", str(tmp_path), "--model", "tiny"]
+    with RunFolder.open(tmp_path):
+        held = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        other = {**os.environ, "RANK": "1", "WORLD_SIZE": "x"}
+        rank = subprocess.run(command, capture_output=True, text=True, timeout=60, env=other)
+    assert held.stdout == "1 False\n"
+    assert f"error: run folder {tmp_path} is in use by process {os.getpid()} on " in held.stderr
+    assert rank.stdout == "1 True\n"  # the leading process holds the folder for all
+    assert "WORLD_SIZE" in rank.stderr
+
+
+def test_looking_for_a_lock_changes_nothing(tmp_path):
+    RunFolder.require_free(tmp_path / "missing")
+    assert names(tmp_path) == []
+    with RunFolder.open(tmp_path / "a") as run:
+        before = (run.path / ".lock").read_bytes()
+        with pytest.raises(RunError, match="in use"):
+            RunFolder.require_free(run.path)
+    RunFolder.require_free(tmp_path / "a")
+    RunFolder.open(tmp_path / "a").close()
+    (tmp_path / "victim").write_bytes(before)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / ".lock").symlink_to("../victim")
+    RunFolder.require_free(tmp_path / "b")
+    assert (tmp_path / "victim").read_bytes() == before
+
+
 def test_run_folder_is_locked_within_one_process_and_released(tmp_path):
     with RunFolder.open(tmp_path) as run, pytest.raises(RunError, match=f"in use by process {os.getpid()} "):
         RunFolder.open(tmp_path)

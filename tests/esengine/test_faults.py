@@ -6,7 +6,9 @@ import functools
 import json
 import os
 import pickle
+import pkgutil
 import random
+import types
 
 import pytest
 import torch
@@ -14,10 +16,11 @@ import torch
 from esengine import checkpoint
 from esengine.config import ESSettings, ImageSettings, UpdateRule
 from esengine.engine import Engine
-from esengine.errors import OutOfMemory, RewardError, RunError
+from esengine.errors import ConfigError, OutOfMemory, RenderError, RewardError, RunError, UpdateError
 from esengine.models import SanaSprint
 from esengine.run_folder import path_step
 from esengine.train import train
+from esengine.update import Updater
 
 PAIRED = ESSettings(prompts_per_step=2, repeats=2)
 
@@ -121,6 +124,91 @@ def test_where_not_one_image_fits_the_error_has_the_numbers(small, tmp_path, roo
         train(small(tmp_path / "run", heldout_every=0))
 
 
+PLACES = {
+    "latents": ("esengine.models.sana_sprint", "latents", lambda args, keys: len(keys["prompts"])),
+    "noise": ("esengine.population.Population", "_chunk", lambda args, keys: len(args[2])),
+    "texts": ("esengine.models.TextEmbeddings", "batch", lambda args, keys: len(args[1])),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_memory_may_run_out_outside_the_transformer(small, tmp_path, monkeypatch, notes, place):
+    owner, name, rows = PLACES[place]
+    owner = pkgutil.resolve_name(owner)
+    function = getattr(owner, name)
+
+    def narrow(*args, **keys):
+        if rows(args, keys) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return function(*args, **keys)
+
+    monkeypatch.setattr(owner, name, narrow)
+    train(small(tmp_path / "run", es=PAIRED, image=ImageSettings(chunk=8), heldout_every=0, steps=1), notes)
+    said = [line.rsplit("from here on ", 1)[1] for line in notes.said if "do not fit into memory" in line]
+    assert said[:2] == ["4 in one forward", "2 in one forward"]
+    assert len(lines(tmp_path / "run")) == 1
+
+
+def test_memory_that_runs_out_in_the_update_leaves_the_step_before(small, outcome, tmp_path, monkeypatch):
+    train(small(tmp_path / "whole", heldout_every=0, steps=3))
+    config, step = small(tmp_path / "run", heldout_every=0, steps=3, checkpoint_every=3), Updater.step
+
+    def full(self, gradient):
+        if (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. 3.50 MiB is free.")
+        return step(self, gradient)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Updater, "step", full)
+        with pytest.raises(OutOfMemory, match=r"update .*asked for 20.00 MiB, free 3.50 MiB"):
+            train(config)
+    assert checkpoint.load_latest(tmp_path / "run" / "checkpoints").step == 1
+    train(dataclasses.replace(config, resume=True))
+    assert outcome(tmp_path / "run")["adapter"] == outcome(tmp_path / "whole")["adapter"]
+
+
+def test_memory_that_runs_out_in_scoring_halves_what_is_scored(small, tmp_path, notes, reward):
+    def narrow(images, prompts):
+        if len(images) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return brightness(images, prompts)
+
+    config = small(tmp_path / "run", es=PAIRED, image=ImageSettings(chunk=8), heldout_every=0, steps=2)
+    train(dataclasses.replace(config, reward=reward(narrow)), notes)
+    said = [line for line in notes.said if "scored together" in line]
+    assert said[0] == (
+        "warning: 8 images and reward own:score do not fit into memory: give it a smaller model, or a device of its "
+        "own; from here on 4 are scored together"
+    )
+    assert len(said) == 2  # the comparison scores six images
+    assert [line["step"] for line in lines(tmp_path / "run")] == [0, 1]
+
+
+# ---- updates
+
+
+RATES = {
+    "no cap": UpdateRule(lr_scale=3e39, max_norm=None),
+    "the default": UpdateRule(lr_scale=3e39),
+    "a cap on the step": UpdateRule(lr_scale=3e39, max_step_norm=1.0),
+    "momentum": UpdateRule(optimizer="momentum", lr_scale=3e39),
+}
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_the_adapter_is_never_not_finite(small, tmp_path, monkeypatch, rate):
+    with pytest.raises(ConfigError, match=r"update.lr_scale times es.sigma: expected at most 1e\+06, got 3e\+37"):
+        small(tmp_path / "run", update=RATES[rate])
+    monkeypatch.setattr("esengine.config.MOST_RATE", 1e40)
+    patched = dataclasses.replace(RATES[rate], lr_scale=1e39 * 30)
+    config = small(tmp_path / "run", update=patched, heldout_every=0, strip_every=0, steps=9)
+    with pytest.raises((UpdateError, RenderError)):
+        train(config)
+    kept = checkpoint.load_latest(tmp_path / "run" / "checkpoints")
+    assert all(tensor.isfinite().all() for tensor in kept.tensors.values())
+    assert len(lines(tmp_path / "run")) == kept.step
+
+
 # ---- rewards
 
 
@@ -183,6 +271,8 @@ def test_bad_pairs_are_dropped(small, tmp_path, notes, reward, fail):
 
 
 class _Empty:
+    settings = types.MappingProxyType({})
+
     def to_json(self):
         return "{}"
 
@@ -210,8 +300,64 @@ def test_too_many_bad_images_stop_the_run_in_any_case(small, tmp_path, reward):
         tmp_path / "run", reward=reward(lambda images, prompts: torch.full((len(images),), torch.nan)),
         on_bad_reward="drop-pair", heldout_every=0,
     )  # fmt: skip
-    with pytest.raises(RewardError, match=r"step 0: 8 of 8 images have no score .*more than 10%"):
+    with pytest.raises(RewardError, match=r"step 0: 1 of 8 images have no score, more than 10%; the first: reward own"):
         train(config)
+
+
+def test_a_dead_reward_is_not_asked_for_every_image(small, tmp_path, reward):
+    asked = []
+
+    def dead(images, prompts):
+        asked.append(len(images))
+        raise RuntimeError("down")
+
+    config = small(
+        tmp_path / "run", population=16, es=ESSettings(prompts_per_step=3, repeats=4), image=ImageSettings(chunk=8),
+        reward=reward(dead), on_bad_reward="drop-pair", heldout_every=0,
+    )  # fmt: skip
+    with pytest.raises(RewardError, match=r"step 0: 20 of 192 images have no score"):
+        train(config)
+    assert asked == ([8] + [1] * 8) * 2 + [8] + [1] * 4
+
+
+def test_where_no_pair_is_whole_the_run_stops(small, tmp_path, reward):
+    """Four bad images of 48 are few enough, but each member has one."""
+    fresh = True
+
+    def first_of_each(images, prompts):
+        nonlocal fresh
+        if len(images) > 1:
+            fresh = True
+            raise RuntimeError("not together")
+        bad, fresh = fresh, False
+        return brightness(images, prompts) * (torch.nan if bad else 1)
+
+    config = small(
+        tmp_path / "run", es=ESSettings(prompts_per_step=3, repeats=4), image=ImageSettings(chunk=12), strip_every=1,
+        reward=reward(first_of_each), on_bad_reward="drop-pair", heldout_every=0,
+    )  # fmt: skip
+    with pytest.raises(RewardError, match="step 0: every antithetic pair has an image without a score"):
+        train(config)
+    assert checkpoint.load_latest(tmp_path / "run" / "checkpoints").step == 0
+    assert lines(tmp_path / "run") == []
+
+
+def test_held_out_and_compared_images_without_a_score_are_left_out_and_said(small, tmp_path, notes, reward):
+    def no_owls(images, prompts):
+        return brightness(images, prompts) / torch.tensor([prompt != "an owl" for prompt in prompts])
+
+    config = small(tmp_path / "run", reward=reward(no_owls), on_bad_reward="drop-pair", steps=2)
+    found = train(config, notes).comparison
+    assert (found.prompts, found.settings["prompts_left_out"]) == (2, 1)
+    measures = [json.loads(line) for line in (tmp_path / "run" / "heldout.jsonl").read_text().splitlines()]
+    for measure in measures:
+        scores = measure["scores"]["own:score"]
+        assert [score is None for score in scores["each"]] == [True, False, False]
+        assert scores["mean"] == pytest.approx(sum(scores["each"][1:]) / 2)
+    assert len(measures) == 2
+    assert len([line for line in notes.said if "held out, 1 of 3 images are left out: reward own:score" in line]) == 2
+    assert [line for line in notes.said if "1 prompts have an image without a score" in line]
+    assert len(lines(tmp_path / "run")) == 2
 
 
 def test_the_fitness_of_the_others_is_as_if_there_were_no_others():

@@ -1,18 +1,22 @@
 """Several processes make the run that one makes, bit for bit, and end together."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
+import torch.multiprocessing as processes
 
 from esengine.config import ReplayConfig
-from esengine.errors import ConfigError
+from esengine.errors import ConfigError, RunError
 from esengine.group import Group, place
 from esengine.progress import Progress
 from esengine.replay import replay
+from esengine.stop import Stop
 
 REWARD = """
 import os
@@ -30,9 +34,9 @@ def score(images, prompts):
 def torchrun(workspace, prompt_files):
     """The command line in K processes: the finished process."""
 
-    def call(processes, run, *flags, chunk=3, **environment):
+    def call(count, run, *flags, chunk=3, **environment):
         (workspace / "mine.py").write_text(REWARD)
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes, "--standalone"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", count, "--standalone"]
         command += ["-m", "esengine", "train", "--run-dir", run, *flags]
         if "--resume" not in flags:
             command += [
@@ -78,8 +82,8 @@ def test_the_place_of_a_process(monkeypatch, rank, size, expected):
     ("flags", "chunks"), [((), (3, 3)), (("--deterministic",), (3, 2))], ids=["T1", "deterministic"]
 )
 def test_two_processes_make_the_run_of_one_and_it_is_replayed(torchrun, outcome, workspace, flags, chunks):
-    for processes, run, chunk in zip((1, 2), ("one", "two"), chunks, strict=True):
-        done = torchrun(processes, run, *flags, chunk=chunk)
+    for count, run, chunk in zip((1, 2), ("one", "two"), chunks, strict=True):
+        done = torchrun(count, run, *flags, chunk=chunk)
         assert done.returncode == 0, done.stderr
     assert outcome(workspace / "two") == outcome(workspace / "one")
     assert "2 processes" in done.stderr
@@ -98,18 +102,19 @@ def test_a_rank_that_dies_ends_the_group_and_the_run_goes_on_with_another_number
     assert outcome(workspace / "run")["metrics"] == outcome(workspace / "whole")["metrics"]
 
 
+def joined(rank, size, port):
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    return Group.join()
+
+
 def meet(function, size=3):
     """What `function(group)` gives in `size` processes."""
-    import torch.multiprocessing as processes
-
-    context = processes.get_context("fork")
+    context, port = processes.get_context("fork"), 20000 + os.getpid() % 20000
     queue = context.SimpleQueue()
-    port = 20000 + os.getpid() % 20000
 
     def work(rank):
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        torch.set_num_threads(1)
-        group = Group.join()
+        group = joined(rank, size, port)
         queue.put((rank, function(group)))
         group.leave()
 
@@ -129,6 +134,46 @@ def test_gathered_parts_are_in_the_order_of_ranks_and_of_any_length():
 
     expected = [[], [[1.0, 2.0]], [[2.0, 3.0], [4.0, 5.0]]]
     assert meet(gather) == [(expected, True, False)] * 3
+
+
+def test_a_process_that_ends_is_an_error_of_one_line_for_the_others():
+    def gather(group):
+        if group.rank == 1:
+            return "left"
+        with pytest.raises(RunError, match=r"process \d of 3: another process of the group has ended .*\)$") as caught:
+            [group.gather(torch.ones(2)) for _ in range(9)]
+        return "\n" in str(caught.value)
+
+    assert meet(gather) == [False, "left", False]
+
+
+def test_a_second_signal_ends_a_process_that_waits_for_the_others():
+    context, port = processes.get_context("fork"), 20000 + os.getpid() % 20000
+    ready = context.Event()
+
+    def work(rank):
+        group = joined(rank, 2, port)
+        if rank == 0:
+            time.sleep(60)
+        with Stop() as stop, stop.gently():
+            ready.set()
+            group.wait()
+
+    started = [context.Process(target=work, args=(rank,)) for rank in range(2)]
+    try:
+        for each in started:
+            each.start()
+        assert ready.wait(60)
+        time.sleep(0.3)
+        started[1].terminate()
+        time.sleep(0.5)
+        assert started[1].is_alive()
+        started[1].terminate()
+        started[1].join(20)
+        assert started[1].exitcode == -signal.SIGTERM
+    finally:
+        for each in started:
+            each.kill()
 
 
 def test_alone_nothing_is_exchanged():

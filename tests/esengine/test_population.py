@@ -13,6 +13,7 @@ from transformers import BertConfig, BertModel, Gemma2Config, Gemma2ForCausalLM
 
 import esengine
 from esengine import Noise, UpdateRule
+from esengine.errors import UpdateError
 from esengine.kernels import factor, signed_sigma
 from esengine.layers import PopulationLinear
 
@@ -733,7 +734,7 @@ def test_a_gradient_that_overflows_changes_nothing():
     population = trained(fresh(), mlp_config(), Noise(sigma=0.05), rule=UpdateRule(optimizer="adam"))
     population.update(step=0, fitness=torch.tensor([1.0, -1.0]))
     before = population.state_dict()
-    with pytest.raises(ValueError, match="gradient: expected a finite norm"):
+    with pytest.raises(UpdateError, match="gradient: expected a finite norm"):
         population.update(step=1, fitness=torch.tensor([3e38, -3e38]))
     after = population.state_dict()
     for part in ("adapter", "optimizer"):

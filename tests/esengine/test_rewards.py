@@ -1,3 +1,4 @@
+import asyncio
 import io
 import sys
 
@@ -7,7 +8,7 @@ import torch
 from PIL import Image
 
 from esengine import rewards
-from esengine.errors import ConfigError, RewardError
+from esengine.errors import ConfigError, OutOfMemory, RewardError
 
 PROMPTS = ["a cat", "a dog", "a fox", "an owl"]
 
@@ -302,3 +303,71 @@ def test_a_batch_that_does_not_fit(images, prompts, members, message):
 
 def test_an_empty_batch():
     assert rewards.parse("jpeg_compressibility").score(noise_images(0), [])["combined"].shape == (0,)
+
+
+class Mute(Exception):
+    def __str__(self):
+        raise ValueError("no")
+
+
+def throw(error):
+    raise error
+
+
+ESCAPES = {
+    "cancelled": (lambda images, prompts: throw(asyncio.CancelledError()), "raised CancelledError"),
+    "generator exit": (lambda images, prompts: throw(GeneratorExit()), "raised GeneratorExit"),
+    "stop iteration": (lambda images, prompts: throw(StopIteration()), "raised StopIteration"),
+    "mute": (lambda images, prompts: throw(Mute()), "raised Mute"),
+    "mute runtime error": (lambda images, prompts: throw(type("Odd", (Mute, RuntimeError), {})()), "raised "),
+    "meta": (lambda images, prompts: torch.empty(len(images), device="meta"), "raised NotImplementedError"),
+    "nested": (lambda images, prompts: torch.nested.nested_tensor([torch.ones(4)]), "raised RuntimeError"),
+    "sparse": (lambda images, prompts: torch.ones(4).to_sparse(), "returned a tensor of layout torch.sparse_coo"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("escape", ESCAPES)
+def test_nothing_that_a_reward_does_escapes_as_a_traceback(escape):
+    reward, words = ESCAPES[escape]
+    with pytest.raises(RewardError, match=words):
+        rewards.checked("own", reward, noise_images(), ["p"] * 4)
+
+
+# ---- memory
+
+
+def narrow(room, asked):
+    """A reward for `room` images at once."""
+
+    def score(images, prompts):
+        asked.append(len(images))
+        if len(images) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB, of which 1.50 GiB is free.")
+        return images.float().mean(dim=(1, 2, 3))
+
+    return score
+
+
+def test_where_memory_runs_out_smaller_parts_are_scored_and_it_stays_so():
+    asked, notes, images = [], [], noise_images(7)
+    reward = rewards.Weighted([("own", narrow(2, asked), 1.0)], notes.append)
+    expected = images.float().mean(dim=(1, 2, 3))
+    for _ in range(2):
+        assert torch.equal(reward(images, [f"p{i}" for i in range(7)]), expected)
+    assert asked == [7, 3, 1, 1, 1, 1, 1, 1, 1] + [1] * 7
+    assert [note.rpartition("; ")[2] for note in notes] == [
+        "from here on 3 are scored together",
+        "from here on 1 are scored together",
+    ]
+
+
+def test_where_not_one_image_fits_the_error_has_the_bytes():
+    with pytest.raises(OutOfMemory, match=r"1 images and reward own .* \(asked for 2.00 GiB, free 1.50 GiB\)"):
+        weighted(narrow(0, []), name="own").score(noise_images(), ["p"] * 4)
+
+
+def test_members_stay_with_their_images_in_smaller_parts():
+    reward = weighted(lambda images, prompts: narrow(1, [])(images, prompts) / (prompts[0] != "p2"), name="own")
+    with pytest.raises(RewardError, match=r"reward own, step 3, member 12 \(prompt 'p2'\): returned inf"):
+        reward.score(noise_images(), [f"p{i}" for i in range(4)], step=3, members=[10, 11, 12, 13])

@@ -1,6 +1,9 @@
 """SIGTERM and SIGINT: the first ends a run with a checkpoint, the second at once."""
 
+import dataclasses
+import json
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -30,11 +33,68 @@ def score(images, prompts):
 
 def test_the_first_signal_asks_and_handlers_come_back():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    with Stop() as stop:
-        assert not stop.requested
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.requested
+    seen = []
+
+    def gentle(stop):
+        with stop.gently():
+            seen.append(stop.requested)
+            os.kill(os.getpid(), signal.SIGINT)
+            seen.append(stop.requested)
+
+    with Stop() as stop, pytest.raises(Stopped):
+        gentle(stop)
+    assert seen == [False, True]
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_outside_the_steps_the_first_signal_interrupts():
+    with Stop() as stop, pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.requested
+
+
+PLACES = {
+    "the model loads": ("esengine.train.load_model", 1, None),
+    "prompts are encoded": ("esengine.train.encode", 1, None),
+    "the log opens": ("esengine.train.RunLog", 1, None),
+    "the first checkpoint": ("esengine.checkpoint.save", 1, None),
+    "a held-out measure": ("esengine.guard.Guard.measure", 2, 1),
+    "the last checkpoint": ("esengine.checkpoint.save", 3, 2),
+    "the last held-out measure": ("esengine.guard.Guard.measure", 3, 2),
+    "the comparison": ("esengine.train.compare_entries", 1, 2),
+    "the page": ("esengine.train._page", 1, 2),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_signal_at_any_stage_ends_the_run_and_it_goes_on(small, tmp_path, monkeypatch, place):
+    target, at, step = PLACES[place]
+    owner, _, name = target.rpartition(".")
+    owner = pkgutil.resolve_name(owner)
+    function, calls = getattr(owner, name), 0
+
+    def signalled(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*args, **kwargs)
+
+    config = small(tmp_path / "run", steps=2, checkpoint_every=1, heldout_every=1, heldout_prompts=1, strip_every=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, signalled)
+        with pytest.raises(Stopped) as caught:
+            train(config)
+    if step is None:
+        assert str(caught.value) == "stopped before the first step: there is nothing to go on with"
+        train(config)
+    else:
+        again = f"it goes on with: esengine train --run-dir {config.run_dir} --resume"
+        assert str(caught.value) == f"stopped after step {step} of 2; {again}"
+        train(dataclasses.replace(config, resume=True))
+    lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1]
+    assert (config.run_dir / "eval.json").is_file()
 
 
 def test_in_another_thread_signals_stay_as_they_are():

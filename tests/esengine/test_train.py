@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import esengine.train
-from esengine.config import ESSettings, ImageSettings, LoraSettings, TrainConfig, load
+from esengine.config import ESSettings, ImageSettings, LoraSettings, TrainConfig, UpdateRule, load
 from esengine.errors import ConfigError, EsengineError
 from esengine.loop import save_adapter
 from esengine.models import SanaSprint, tiny_model
@@ -179,7 +179,7 @@ def test_the_adapters_configuration_is_the_same_bytes_in_any_process(tmp_path):
 def test_a_member_that_diverges_stops_the_run(small, tmp_path):
     es = ESSettings(sigma=1e30, prompts_per_step=2, repeats=1)
     with pytest.raises(EsengineError, match=r"finite"):
-        train(small(tmp_path / "run", steps=1, strip_every=0, es=es))
+        train(small(tmp_path / "run", steps=1, strip_every=0, es=es, update=UpdateRule(lr_scale=1e-30)))
 
 
 def test_no_forward_is_larger_than_the_chunk(small, tmp_path, monkeypatch):

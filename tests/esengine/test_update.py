@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from esengine.errors import ConfigError
+from esengine.errors import ConfigError, UpdateError
 from esengine.update import Updater, UpdateRule
 
 
@@ -141,6 +141,61 @@ def test_the_gradient_is_not_written_to_and_not_kept(optimizer):
     updater.step(gradients(2)[1])
     assert all(torch.equal(g[name], value) for name, value in before.items())
     assert all(p.grad is None for p in parameters.values())
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        dict(),
+        dict(max_norm=40.0),
+        dict(max_step_norm=1.0),
+        dict(optimizer="momentum", max_norm=40.0),
+    ],
+)
+def test_a_step_out_of_float32_is_taken_back(rule):
+    """So are the moments: the next step is as if there had been no such one."""
+    (parameters, updater), (twins, twin) = setup(**rule), setup(**rule)
+    for each in (updater, twin):
+        each.optimizer.param_groups[0]["lr"] = 1e-3
+        each.step(gradients(1)[0])
+    before, moments = values(parameters), updater.state_dict()
+    updater.optimizer.param_groups[0]["lr"] = 3e38
+    with pytest.raises(UpdateError, match=r"update: expected finite norms, got step .*: lower lr_scale or sigma"):
+        updater.step({name: 10 * g for name, g in gradients(2)[1].items()})
+    assert all(torch.equal(parameters[name], before[name]) for name in before)
+    after = updater.state_dict()
+    assert after.keys() == moments.keys()
+    assert all(torch.equal(after[name], moments[name]) for name in moments)
+    updater.optimizer.param_groups[0]["lr"] = 1e-3
+    for each in (updater, twin):
+        each.step(gradients(3)[2])
+    assert all(torch.equal(parameters[name], twins[name]) for name in twins)
+
+
+def test_moments_out_of_float32_are_taken_back():
+    parameters, updater = setup(optimizer="adam", max_norm=40.0)
+    before = values(parameters)
+    with pytest.raises(UpdateError, match="moments inf"):
+        updater.step({name: 1e25 * g for name, g in gradients(1)[0].items()})
+    assert all(torch.equal(parameters[name], before[name]) for name in before)
+    assert updater.state_dict() == {}
+
+
+def test_an_error_in_the_middle_of_a_step_changes_nothing():
+    parameters, updater = setup(optimizer="momentum", max_step_norm=1e-3)
+    updater.step(gradients(1)[0])
+    before, moments = values(parameters), updater.state_dict()
+    step = updater.optimizer.step
+
+    def half():
+        step()
+        raise torch.OutOfMemoryError("too much")
+
+    updater.optimizer.step = half
+    with pytest.raises(torch.OutOfMemoryError):
+        updater.step(gradients(2)[1])
+    assert all(torch.equal(parameters[name], before[name]) for name in before)
+    assert all(torch.equal(value, moments[name]) for name, value in updater.state_dict().items())
 
 
 @pytest.mark.parametrize(
