@@ -23,9 +23,11 @@ from typing import Any
 
 import record
 import torch
+from PIL import Image
 
 from esengine.config import REFERENCE_TARGETS, EvalConfig, TrainConfig, from_dict, load, to_dict
 from esengine.evaluate import evaluate
+from esengine.models.nano import world
 from esengine.progress import Progress
 from esengine.train import train
 
@@ -176,12 +178,27 @@ def headline(options: argparse.Namespace) -> None:
     found = evaluate(EvalConfig(benchmark="nano", entries=entries, out=options.work / "evaluation"), Progress())
     print(found.report.table())
     print(f"report  {found.folder / 'report.html'}")
+    if options.gallery:
+        gallery(found.folder / "images", found.report.entries, options.gallery)
     if options.json:
         what = {"what": "bench/nano_es.py headline", "config": merged(CENTRE, {"steps": options.steps})}
         record.write(
             options.json,
             {**what, "seconds": seconds, "report": json.loads(found.report.to_json()), **record.environment()},
         )
+
+
+def gallery(images: Path, entries: list[str], path: Path, columns: int = 24) -> None:
+    """The first captions' images, a column each, a row an entry."""
+    drawn = [sorted((images / entry).iterdir())[:columns] for entry in entries]
+    side, gap = world.SIDE, 2
+    sheet = Image.new("RGB", (columns * (side + gap), len(entries) * (side + gap)), "white")
+    for row, files in enumerate(drawn):
+        for column, file in enumerate(files):
+            with Image.open(file) as image:
+                sheet.paste(image, (column * (side + gap), row * (side + gap)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, optimize=True)
 
 
 def _seed(seed: int, folder: Path, steps: int) -> float | None:
@@ -203,6 +220,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="of trials 0, of the headline 0 1 2")
     parser.add_argument("--steps", type=int, default=120, help="of a headline run")
     parser.add_argument("--work", type=Path, default=Path("runs/nano-headline"), help="folder of the headline's runs")
+    parser.add_argument("--gallery", type=Path, help="a picture of the headline's first captions, one row an entry")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="trials at a time")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -42,6 +42,7 @@ def small(cache, prompt_files):
     """A run of about a second: population 4, two prompts a step, three chunks a step."""
     config = TrainConfig(
         model="tiny",
+        reward="jpeg_compressibility",
         prompts=prompt_files[0],
         eval_prompts=prompt_files[1],
         steps=4,

@@ -44,7 +44,8 @@ def test_defaults_then_yaml_then_flags(yaml_file):
     assert (config.es.sigma, config.es.repeats, config.es.noise_rank) == (0.5, 2, ESSettings().noise_rank)
     assert config.image == dataclasses.replace(TrainConfig().image, chunk=5)
     assert parse_train([f"--config={path}"]).steps == 7
-    assert parse_train([]) == TrainConfig()
+    assert parse_train([]) == parse_train(["--model", "nano"]) == load("nano")
+    assert parse_train(["--model", "tiny"]) == TrainConfig(model="tiny")
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,10 @@ def test_a_section_of_the_yaml_leaves_its_other_settings_at_the_runs_defaults(ya
     config = parse_train(["--config", yaml_file(f"{section}: {{{name}: {value}}}\n")])
     expected = dataclasses.replace(getattr(TrainConfig(), section), **{name: value})
     assert getattr(config, section) == expected
-    assert getattr(parse_train([f"--{section}.{name.replace('_', '-')}", str(value)]), section) == expected
+    flags = [f"--{section}.{name.replace('_', '-')}", str(value)]
+    assert getattr(parse_train(["--model", "tiny", *flags]), section) == expected
+    expected = dataclasses.replace(getattr(load("nano"), section), **{name: value})
+    assert getattr(parse_train(flags), section) == expected
 
 
 def test_flags_of_every_kind():
@@ -88,7 +92,7 @@ def test_flags_of_every_kind():
 
 def test_the_packaged_file_is_found_by_name_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert [path.stem for path in PACKAGED.glob("*.yaml")] == ["reference"]
+    assert sorted(path.stem for path in PACKAGED.glob("*.yaml")) == ["nano", "reference"]
     config = parse_train(["--config", "reference", "--steps", "2"])
     assert (config.population, config.steps, config.es.sigma, config.update.lr_scale) == (128, 2, 1e-2, 0.1)
     assert (config.image.x0_angle, config.es.prompts_per_step, config.es.repeats) == (1.3, 4, 4)
@@ -102,7 +106,7 @@ def test_resume_takes_the_runs_own_settings_below_the_flags(tmp_path):
     for flags in (["--run-dir", str(tmp_path)], [f"--run-dir={tmp_path}"], ["--run_dir", str(tmp_path)]):
         config = parse_train([*flags, "--resume", "--steps", "9"])
         assert (config.steps, config.population, config.es.sigma) == (9, 6, 0.5)
-    assert parse_train(["--run-dir", str(tmp_path)]).population == TrainConfig().population
+    assert parse_train(["--run-dir", str(tmp_path)]).population == load("nano").population
 
 
 @pytest.mark.parametrize(
