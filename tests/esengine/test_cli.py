@@ -48,8 +48,8 @@ def one_line(err: str) -> str:
 
 def flags(*more):
     return [
-        "train", "--model", "tiny", "--run-dir", "new", "--prompts", "p.txt", "--eval-prompts", "p.txt",
-        "--population", "4",
+        "train", "--run-dir", "new", "--model", "tiny", "--reward", "jpeg_compressibility", "--population", "4",
+        "--prompts", "p.txt", "--eval-prompts", "p.txt",
         "--es.repeats", "1", "--es.prompts-per-step", "2", "--steps", "1", *more,
     ]  # fmt: skip
 
