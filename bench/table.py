@@ -32,7 +32,7 @@ def rows() -> list[str]:
     demo = _read(file)
     runs, seeds = demo["runs"].values(), ", ".join(demo["runs"])
     prompts = demo["runs"]["0"]["prompts"]
-    for judge in ("pickscore", "checker"):
+    for judge in ("checker", "pickscore"):
         overall = [run["groups"][0]["rows"] for run in runs]
         paired = [adapter["against_first"][judge] for _, adapter in overall]
         gains = ", ".join(f"{p['difference']:+.3f} ± {p['standard_error']:.3f}" for p in paired)
@@ -70,10 +70,10 @@ def rows() -> list[str]:
     headline = _read(file)
     report = headline["report"]
     (rows,) = (group["rows"] for group in report["groups"] if group["by"] == "overall")
-    for judge in ("pickscore", "checker"):
+    for judge in ("checker", "pickscore"):  # the first was optimised
         for row in rows:
             figure, paired = f"{row['mean'][judge]:.4f}", (row["against_first"] or {}).get(judge)
-            share = report["gap_closed"][judge]["share"].get(row["entry"])
+            share = report["gap_closed"][judge]["share"].get(row["entry"]) if judge == "checker" else None
             if paired:
                 figure += f" ({paired['difference']:+.4f} ± {paired['standard_error']:.4f}"
                 figure += ")" if share is None else f", {share:.0%} of the gap)"

@@ -130,7 +130,7 @@ def test_what_is_wrong_is_named_with_its_line(table, content, words):
 
 
 def test_what_is_not_a_benchmark(table, tmp_path):
-    with pytest.raises(ConfigError, match="partiprompts, drawbench or a file, got 'nosuch'"):
+    with pytest.raises(ConfigError, match="partiprompts, drawbench, nano or a file, got 'nosuch'"):
         read_benchmark("nosuch")
     with pytest.raises(ConfigError, match="No such file"):
         read_benchmark("partiprompts", tmp_path / "nosuch.tsv")

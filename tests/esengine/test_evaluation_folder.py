@@ -304,8 +304,9 @@ def test_a_shard_draws_its_own_damaged_image_again(copy, small_evaluation):
 def test_processes_under_torchrun_share_the_work(small_evaluation, tmp_path):
     config = small_evaluation
     command = [
-        sys.executable, "-m", "esengine", "eval", "--adapter", config.adapter, "--prompts", config.prompts, "--repeats",
-        "1", "--reward", "jpeg_compressibility", "--image.chunk", "2", "--out", tmp_path / "out",
+        sys.executable, "-m", "esengine", "eval", "--adapter", config.adapter, "--prompts", config.prompts,
+        "--model", "tiny", "--repeats", "1", "--reward", "jpeg_compressibility", "--image.chunk", "2",
+        "--out", tmp_path / "out",
     ]  # fmt: skip
     ranks = [os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"} for rank in range(2)]
     pipes = dict(cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

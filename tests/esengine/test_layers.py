@@ -85,7 +85,7 @@ def test_adapters_switched_off_inside_perturbed_are_off():
 
 def test_a_layer_without_a_population_is_pefts():
     linear = nn.Linear(3, 4)
-    layer = make_layer(linear, ADAPTER, config=LoraConfig(r=2, lora_alpha=4), r=2, lora_alpha=4)
+    layer = make_layer(PopulationLinear, linear, ADAPTER, config=LoraConfig(r=2, lora_alpha=4), r=2, lora_alpha=4)
     assert isinstance(layer, PopulationLinear)
     assert layer.base_layer is linear
     x = torch.ones(2, 3)
@@ -115,19 +115,21 @@ class Plain(nn.Linear):
 )
 def test_other_layers_are_refused_by_name(target, kind):
     with pytest.raises(TypeError, match=rf"target_modules: expected a dense torch.nn.Linear at 'x.y', got {kind}"):
-        make_layer(target, ADAPTER, target_name="x.y")
+        make_layer(PopulationLinear, target, ADAPTER, target_name="x.y")
 
 
 def test_quantised_weights_are_refused():
     linear = nn.Linear(2, 2)
     linear.weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)
     with pytest.raises(TypeError, match="expected a dense"):
-        make_layer(linear, ADAPTER, target_name="x")
+        make_layer(PopulationLinear, linear, ADAPTER, target_name="x")
 
 
 def test_a_subclass_with_the_same_forward_is_taken():
     config = LoraConfig(r=2)
-    assert isinstance(make_layer(Plain(2, 2), ADAPTER, config=config, r=2, lora_alpha=2), PopulationLinear)
+    assert isinstance(
+        make_layer(PopulationLinear, Plain(2, 2), ADAPTER, config=config, r=2, lora_alpha=2), PopulationLinear
+    )
 
 
 def test_strip_puts_the_same_objects_back():
