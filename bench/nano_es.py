@@ -136,6 +136,7 @@ def compare_plan(options: argparse.Namespace) -> list[tuple[str, dict[str, Any],
         "direct, k = 1, longer steps": ({"lora": {"rank": 0}, "es": {"sigma": 0.005}}, 20 * USUAL["direct"]),
         "centred ranks": (setting("es.shaping", "centered_rank"), 3.5),
         "scores as they are": (setting("es.shaping", "none"), USUAL["none"]),
+        "scores as they are, shorter steps": (setting("es.shaping", "none"), 0.1 * USUAL["none"]),
         "population 8": (setting("population", 8), 0.5),
         "population 128": (setting("population", 128), 2.0),
     }
