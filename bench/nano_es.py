@@ -167,6 +167,17 @@ def trials(plan: list[tuple[str, dict[str, Any], int]], options: argparse.Namesp
             if options.json:
                 what = {"what": f"bench/nano_es.py {options.command}", "images": options.images, "centre": CENTRE}
                 record.write(options.json, {**what, "trials": found, **record.environment()})
+    print("\n".join(table(found)))
+
+
+def table(trials: dict[str, Any]) -> list[str]:
+    """Markdown rows of a record's trials: gains on validation captions, paired, with standard errors."""
+    rows = ["| trial | images | checker | pickscore | aesthetic |", "|---|---|---|---|---|"]
+    for name, found in trials.items():
+        judged = (found["gain"][judge] for judge in ("checker", "pickscore", "aesthetic"))
+        gains = [f"{gain['difference']:+.4f} ± {gain['standard_error']:.4f}" for gain in judged]
+        rows.append(f"| {' | '.join([name, str(found['images']), *gains])} |")
+    return rows
 
 
 def headline(options: argparse.Namespace) -> None:

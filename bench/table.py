@@ -40,7 +40,12 @@ def rows() -> list[str]:
         what = f"demo: gain in {judge} on {prompts} held-out captions, base {bases}, seeds {seeds}"
         add(what, gains, demo["device"], file)
     seconds = ", ".join(f"{run['seconds']:.0f}" for run in runs)
-    add("demo: seconds of `esengine train`", seconds, demo["device"], file)
+    add(
+        "demo: seconds of `esengine train`, other programs beside, most of all beside the last",
+        seconds,
+        demo["device"],
+        file,
+    )
 
     file = "cpu_forward.json"
     forward = _read(file)
