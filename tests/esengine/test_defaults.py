@@ -33,15 +33,15 @@ def test_a_model_has_its_own_prompts_and_reward():
 
 
 @pytest.mark.parametrize(
-    ("model", "benchmark", "names"),
+    ("model", "of", "names"),
     [
         ("nano", "nano", ["checker", "pickscore", "clip_text", "aesthetic", "no_artifacts"]),
         ("nano", "partiprompts", ["pickscore", "clip_text", "aesthetic", "no_artifacts"]),
         ("somebody/model", "partiprompts", ["pickscore", "clip_text", "aesthetic", "no_artifacts"]),
     ],
 )
-def test_a_benchmark_has_one_reward_of_weight_one(model, benchmark, names):
-    terms = read(defaults(model).benchmark(benchmark))
+def test_a_benchmark_has_one_reward_of_weight_one(model, of, names):
+    terms = read(defaults(model).benchmark(of))
     assert [term.name for term in terms] == names
     assert [term.weight for term in terms] == [1.0] + [0.0] * (len(names) - 1)
     assert {term.options.get("model") for term in terms if term.name != "checker"} == (
