@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="store the record there; trials that it holds are not run again")
     parser.add_argument("--images", type=int, default=16384, help="of a trial's training")
     parser.add_argument("--seeds", type=int, nargs="+", help="of trials 0, of the headline 0 1 2")
-    parser.add_argument("--steps", type=int, default=120, help="of a headline run")
+    parser.add_argument("--steps", type=int, default=160, help="of a headline run")
     parser.add_argument("--work", type=Path, default=Path("runs/nano-headline"), help="folder of the headline's runs")
     parser.add_argument("--gallery", type=Path, help="a picture of the headline's first captions, one row an entry")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="trials at a time")
