@@ -32,58 +32,14 @@ def train_autoencoder(folder: Path, *, steps: int, seed: int, report: Report | N
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = autoencoder()
-    return _train("autoencoder", folder, vae, vae, steps=steps, seed=seed, peak=PEAK, report=report)
-
-
-def refine_decoder(folder: Path, *, steps: int, seed: int, report: Report | None = None) -> AutoencoderDC:
-    """Trains the decoder alone further, on what `train_autoencoder` left: the latents stay what they are.
-
-    Returns and raises: as `read_autoencoder`.
-    """
-    vae = _read(folder, "autoencoder")
-    return _train("decoder", folder, vae, vae.decoder, steps=steps, seed=seed + 1, peak=PEAK / 2, report=report)
-
-
-def read_autoencoder(folder: Path) -> AutoencoderDC:
-    """The averaged weights of the checkpoints, finished or not, with the refined decoder if there is one.
-
-    Raises:
-        FileNotFoundError: There is none.
-    """
-    vae = _read(folder, "autoencoder")
-    if (folder / "decoder.safetensors").is_file():
-        vae = _read(folder, "decoder")
-    scale(vae)
-    return vae
-
-
-def _read(folder: Path, stage: str) -> AutoencoderDC:
-    vae = autoencoder()
-    if not load(folder / f"{stage}.safetensors", {"mean": vae}):
-        raise FileNotFoundError(f"folder: expected {stage}.safetensors, got none in {folder}")
-    return vae.to(memory_format=torch.channels_last).requires_grad_(False)
-
-
-def _train(
-    stage: str,
-    folder: Path,
-    vae: AutoencoderDC,
-    part: torch.nn.Module,
-    *,
-    steps: int,
-    seed: int,
-    peak: float,
-    report: Report | None,
-) -> AutoencoderDC:
-    """Trains the weights of `part`, the VAE or its decoder."""
     vae = vae.to(memory_format=torch.channels_last)
     mean = copy.deepcopy(vae).requires_grad_(False)
-    learned = list(part.requires_grad_(True).parameters())
-    optimizer = torch.optim.AdamW(learned, lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    learned = list(vae.parameters())
+    optimizer = torch.optim.AdamW(learned, lr=PEAK, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
 
     def step(i: int) -> dict[str, torch.Tensor]:
         y_bchw = share(pixels(world.batch("train", BATCH, seed * _SEED_STRIDE + i)[1]))
-        set_rate(optimizer, rate(i, steps, peak=peak, warmup=200))
+        set_rate(optimizer, rate(i, steps, peak=PEAK, warmup=200))
         with torch.autocast("cpu", torch.bfloat16):
             z_bchw = vae.encode(y_bchw).latent.float()
             decoded = vae.decode(z_bchw + NOISE * share(torch.randn(BATCH, *LATENT))).sample.float()
@@ -101,9 +57,23 @@ def _train(
         return {"loss": loss.detach(), "mse": error.detach().square().mean(), "spread": spread.detach()}
 
     state = {"vae": vae, "mean": mean, "optimizer": optimizer}
-    train(stage, folder, step, steps=steps, state=state, seed=seed, report=report)
+    train("autoencoder", folder, step, steps=steps, state=state, seed=seed, report=report)
     scale(mean)
     return mean
+
+
+def read_autoencoder(folder: Path) -> AutoencoderDC:
+    """The averaged weights of the checkpoint, finished or not.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    vae = autoencoder()
+    if not load(folder / "autoencoder.safetensors", {"mean": vae}):
+        raise FileNotFoundError(f"folder: expected autoencoder.safetensors, got none in {folder}")
+    vae = vae.to(memory_format=torch.channels_last).requires_grad_(False)
+    scale(vae)
+    return vae
 
 
 def pixels(images: np.ndarray) -> torch.Tensor:

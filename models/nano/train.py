@@ -7,6 +7,7 @@ its text encoder; the student; the folder. `--stage` runs one of them alone, on 
 """
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -18,7 +19,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
-STAGES = ("autoencoder", "decoder", "latents", "teacher", "student", "save")
+STAGES = ("autoencoder", "latents", "teacher", "student", "save")
 
 
 @dataclass(frozen=True)
@@ -29,21 +30,19 @@ class TrainConfig:
     """The pipeline folder to write."""
     work: Path = Path("nano-training")
     """Checkpoints, curves and latents. A run that was stopped goes on from there."""
-    stage: Literal["all", "autoencoder", "decoder", "latents", "teacher", "student", "save"] = "all"
+    stage: Literal["all", "autoencoder", "latents", "teacher", "student", "save"] = "all"
     """One stage alone, or all in order."""
     seed: int = 0
     """Of weights, images, batches and noise."""
     processes: int = 2
     """They share each batch. Their number changes the order of sums, and the autoencoder's m and d are of a share."""
-    autoencoder_steps: int = 6000
+    autoencoder_steps: int = 3200
     """Of 32 images."""
-    decoder_steps: int = 1000
-    """Of 32 images, with the encoder as it is."""
     images: int = 98304
     """Drawn and encoded for the teacher and the student."""
-    teacher_steps: int = 6000
+    teacher_steps: int = 5000
     """Of 128 images."""
-    student_steps: int = 2000
+    student_steps: int = 1200
     """Of 128 images."""
 
 
@@ -54,6 +53,9 @@ def main(args: Sequence[str] | None = None) -> int:
     if config.processes == 1:
         _run(0, config, "")
     else:
+        # glibc gives large blocks back at once and asks for them again in every step; read when a process starts
+        os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2 << 30))
+        os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(8 << 30))
         with tempfile.TemporaryDirectory() as folder:
             torch.multiprocessing.spawn(_run, (config, f"file://{folder}/meet"), config.processes)
     return 0
@@ -79,10 +81,7 @@ def _stages(rank: int, config: TrainConfig) -> None:
     if "autoencoder" in stages:
         autoencoder.train_autoencoder(config.work, steps=config.autoencoder_steps, seed=config.seed, report=_show)
         _meet()
-    if "decoder" in stages:
-        autoencoder.refine_decoder(config.work, steps=config.decoder_steps, seed=config.seed, report=_show)
-        _meet()
-    if config.stage in ("autoencoder", "decoder"):
+    if config.stage == "autoencoder":
         return
     vae = autoencoder.read_autoencoder(config.work)
     if rank == 0:
@@ -112,16 +111,12 @@ def _record(config: TrainConfig) -> dict[str, Any]:
 
     batches = {
         "autoencoder": autoencoder.BATCH,
-        "decoder": autoencoder.BATCH,
         "teacher": teacher.BATCH,
         "student": distill.BATCH,
     }
     record: dict[str, Any] = {"seed": config.seed, "images": config.images, "torch": torch.__version__}
     for stage, batch in batches.items():
-        curve = config.work / f"{stage}.jsonl"
-        if not curve.is_file():  # the decoder may be left as it is
-            continue
-        rows = [json.loads(line) for line in curve.read_text().splitlines()]
+        rows = [json.loads(line) for line in (config.work / f"{stage}.jsonl").read_text().splitlines()]
         last = {name: value for name, value in rows[-1].items() if name not in ("step", "seconds")}
         seconds = round(sum(each["seconds"] for each in rows))
         record[stage] = {"steps": rows[-1]["step"], "images": batch, "seconds": seconds, "last": last}
