@@ -1,12 +1,14 @@
 """How well does sana-sprint-nano draw? Five judges on held-out captions: steps of sampling against ground truth.
 
-    python bench/nano.py [--model models/nano/sana-sprint-nano] [--count 500] [--json bench/results/nano_base.json]
+    python bench/nano.py --count 1000 --json bench/results/nano_base.json
+    python bench/nano.py --count 1000 --model sana-sprint-nano --json bench/results/nano_again.json   # trained again
 
 "drawn" is another picture of the same caption by the world itself, "decoded" that picture through the autoencoder.
 All models draw from the same noise; differences are paired by caption.
 """
 
 import argparse
+import json
 import time
 from pathlib import Path
 
@@ -37,6 +39,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="store the record there")
     options = parser.parse_args()
     judges, environment = parse(defaults("nano").benchmark("nano")), record.environment()
+    training = json.loads((options.model / "training.json").read_text())
     captions = world.captions(options.split, options.count, options.seed)
     rows = [caption for caption in captions for _ in range(options.repeats)]
     model = SanaSprint.from_pretrained(options.model)
@@ -73,12 +76,14 @@ def main() -> None:
             print(f"  {name:14}  {mean['mean']:.4f} +- {mean['standard_error']:.4f}", end="   ")
             print(f"above {first}: {above['mean']:+.4f} +- {above['standard_error']:.4f}")
     if options.json:
-        settings = {key: value for key, value in vars(options).items() if key not in ("json", "model")}
-        what = {"what": "judges of sana-sprint-nano", "settings": settings, "model": model.identity()}
-        rewards = judges.settings()
-        record.write(
-            options.json, {**what, "rewards": rewards, "scores": scores, "images_per_second": rates, **environment}
-        )
+        what = {
+            "what": "judges of sana-sprint-nano",
+            "model": model.identity(),
+            "training": training,
+            "settings": {key: value for key, value in vars(options).items() if key not in ("json", "model")},
+            "rewards": judges.settings(),
+        }
+        record.write(options.json, {**what, "scores": scores, "images_per_second": rates, **environment})
 
 
 def score(judges: Weighted, images: torch.Tensor, captions: list[str]) -> list[tuple[str, torch.Tensor]]:
