@@ -11,7 +11,6 @@ import argparse
 import statistics
 import time
 from collections import defaultdict
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +42,7 @@ def main() -> None:
     wrong = [
         (row, kind, caption)
         for row, scene in enumerate(scenes)
-        for kind, caption in wrong_captions(captions[row], scene, rng).items()
+        for kind, caption in world.wrong_captions(captions[row], scene, rng).items()
     ]
     start = time.perf_counter()
     judge(drawn, captions)
@@ -61,38 +60,6 @@ def main() -> None:
         settings = {"count": options.count, "split": options.split, "seed": options.seed, **judges.settings()[name]}
         found = {"settings": settings, "conditions": conditions, "images_per_second": speed}
         record.write(options.json, {"what": f"{name} on the nano world", **found, **environment})
-
-
-def wrong_captions(caption: str, scene: world.Scene, rng: np.random.Generator) -> dict[str, str]:
-    """For each kind of fact that the caption names, a caption that is wrong in one such fact."""
-    spec, used = world.parse(caption), {scene.background, *(thing.colour for thing in scene.objects)}
-    unused = [colour for colour in world.COLOURS if colour not in used]
-
-    def other(options, than=None):
-        return str(rng.choice([each for each in options if each != than]))
-
-    def changed(at: int, **fields) -> world.Spec:
-        return replace(spec, objects=tuple(replace(o, **fields) if i == at else o for i, o in enumerate(spec.objects)))
-
-    at = int(rng.integers(len(spec.objects)))
-    sized = [i for i, each in enumerate(spec.objects) if each.size]
-    found = {
-        "colour": changed(at, colour=other(unused)),
-        "shape": changed(at, shape=other(world.SHAPES, spec.objects[at].shape)),
-    }
-    if sized:
-        at = int(rng.choice(sized))
-        found["size"] = changed(at, size=other(world.SIZES, spec.objects[at].size))
-    if spec.place:
-        found["place"] = replace(spec, place=other(world.PLACES, spec.place))
-    if spec.background:
-        found["background"] = replace(spec, background=other(unused))
-    if spec.relation:
-        found["relation"] = replace(spec, relation=other(world.RELATIONS, spec.relation))
-        first, second = spec.objects
-        exchanged = replace(first, colour=second.colour), replace(second, colour=first.colour)
-        found["binding"] = replace(spec, objects=exchanged)
-    return {kind: wrong.caption() for kind, wrong in found.items()}
 
 
 def views(images: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:

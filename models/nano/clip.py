@@ -2,14 +2,18 @@
 
     python -m esengine.models.nano.clip --out clip-nano --work nano-training
 
-    contrastive   mean cross entropy of image to caption and caption to image, scale times cosine, over a batch
-    quality       binary cross entropy on whether an image is undamaged, twice: of 100 (cos(image, FINE) -
-                  cos(image, POOR)), and of 10 cos(image, u) with a fixed u. Along u images part first: both texts begin
-                  at nearly the same place, from where the first of the two hardly leads away
+    contrastive   mean cross entropy of image to caption and caption to image, scale times cosine, over a batch. Each
+                  scene is there as drawn and damaged; a caption's right image is the one that is drawn
+    quality       binary cross entropy on whether an image is as drawn, three times: of SCALE (cos(image, FINE) - t), of
+                  -SCALE (cos(image, POOR) - t') with learned thresholds t and t', and of APART cos(image, u) with a
+                  fixed u, along which images part first: both texts begin at nearly the same place, from where the
+                  other two hardly lead away
+    facts         what a linear probe reads off the pooled image of each colour: is an object of it there, where, how
+                  large, of which shape; and the background. In training alone: without it a few thousand steps see
+                  colours and no places
 
-Half of a batch are captions that differ from one of the other half in one fact, with images of their own, so that
-shapes, sizes and relations have to be seen. Half of the images are damaged: blurred, coarse, noisy, washed out or
-oversaturated. FINE and POOR are the texts of the rewards `aesthetic` and `no_artifacts`.
+Half of the captions differ from one of the other half in one fact, of any kind, with a scene of their own. FINE and
+POOR are the texts of the rewards `aesthetic` and `no_artifacts`.
 """
 
 import copy
@@ -24,18 +28,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from tokenizers import pre_tokenizers
 from transformers import CLIPConfig, CLIPModel
 
 from esengine.models.nano import world
-from esengine.models.nano.loop import Report, average, load, mean_gradients, rate, set_rate, share, train
+from esengine.models.nano.loop import Report, average, descend, last_values, load, rate, train
+from esengine.models.nano.muon import optimizers
 
 FINE = "a high quality, professional, beautiful, aesthetically pleasing image"
 POOR = "blurry, low resolution, noisy, pixelated, washed out colors, oversaturated "
 """As the rewards write them; a test holds them together."""
 LENGTH = 77
-BATCH, PEAK = 128, 1e-3
-SCALE, APART = 100.0, 10.0
+BATCH, WIDTH, PATCH = 128, 128, 8
+SCALE, APART, FACTS = 100.0, 10.0, 0.5
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 _SEED_STRIDE = 1 << 24
 _BEGIN, _END = "<|startoftext|>", "<|endoftext|>"
@@ -94,13 +100,54 @@ def load_tokenize(folder: Path):
 
 
 def clip(folder: Path) -> CLIPModel:
-    """The untrained model for the processor in a folder."""
+    """The untrained model for the processor in a folder; with sin-cos positions it sees places sooner."""
     ids = json.loads((folder / "vocab.json").read_text())
-    common = dict(hidden_size=128, intermediate_size=384, num_attention_heads=4, hidden_act="gelu")
+    common = dict(hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_attention_heads=4, hidden_act="gelu")
     special = dict(bos_token_id=ids[_BEGIN], eos_token_id=ids[_END], pad_token_id=ids[_END])
     text = dict(vocab_size=len(ids), max_position_embeddings=LENGTH, num_hidden_layers=3, **common, **special)
-    vision = dict(image_size=world.SIDE, patch_size=8, num_hidden_layers=4, **common)
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
+    vision = dict(image_size=world.SIDE, patch_size=PATCH, num_hidden_layers=4, **common)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
+    positions = get_2d_sincos_pos_embed(WIDTH, world.SIDE // PATCH, output_type="pt")
+    with torch.no_grad():
+        model.vision_model.embeddings.position_embedding.weight[1:] = 0.2 * positions.float()
+    return model
+
+
+class Probe(torch.nn.Module):
+    """What training alone has: the facts of a scene as a linear function of the pooled image, and thresholds t, t'."""
+
+    def __init__(self):
+        super().__init__()
+        self.read = torch.nn.Linear(WIDTH, len(world.COLOURS) * (5 + len(world.SHAPES)))
+        self.thresholds = torch.nn.Parameter(torch.zeros(2))
+
+    def loss(self, pooled_bd: torch.Tensor, scenes: Sequence[world.Scene]) -> torch.Tensor:
+        """How wrong the facts are that are read off pooled images [B, D] of these scenes."""
+        there, where, shape, background = facts(scenes)
+        found = self.read(pooled_bd).unflatten(1, (len(world.COLOURS), -1))
+        return (
+            4 * F.binary_cross_entropy_with_logits(found[..., 0], there.float())
+            + F.mse_loss(found[..., 1:4][there], where[there])
+            + F.cross_entropy(found[..., 5:][there], shape[there])
+            + F.cross_entropy(found[..., 4], background)
+        )
+
+
+def facts(scenes: Sequence[world.Scene]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """By scene and colour: whether an object has it, bool [B, C]; its x, y and radius, each about -1 to 1, float32
+    [B, C, 3]; its shape, int64 [B, C]; and by scene the colour of the background, int64 [B]."""
+    colours, size = list(world.COLOURS), (len(scenes), len(world.COLOURS))
+    there, where, shape = (
+        torch.zeros(size, dtype=torch.bool),
+        torch.zeros(*size, 3),
+        torch.zeros(size, dtype=torch.long),
+    )
+    for row, scene in enumerate(scenes):
+        for each in scene.objects:
+            at = row, colours.index(each.colour)
+            there[at], shape[at] = True, world.SHAPES.index(each.shape)
+            where[at] = torch.tensor([(each.x - 32) / 16, (each.y - 32) / 16, (each.radius - 10) / 3])
+    return there, where, shape, torch.tensor([colours.index(scene.background) for scene in scenes])
 
 
 def damaged(images_bchw: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -111,67 +158,65 @@ def damaged(images_bchw: torch.Tensor, generator: torch.Generator) -> torch.Tens
     out = []
     for image, kind, amount, grain in zip(images_bchw, kinds.tolist(), strength.tolist(), noise, strict=True):
         if kind == 0:  # blurry
-            taps = torch.exp(-torch.arange(-6.0, 7).square() / (2 * (1.5 + 2 * amount) ** 2))
+            taps = torch.exp(-torch.arange(-9.0, 10).square() / (2 * (0.7 + 2.8 * amount) ** 2))
             taps = (taps / taps.sum()).expand(3, 1, -1)
-            padded = F.pad(image[None], (6, 6, 6, 6), mode="replicate")
+            padded = F.pad(image[None], (9, 9, 9, 9), mode="replicate")
             fault = F.conv2d(F.conv2d(padded, taps[:, :, None], groups=3), taps[..., None], groups=3)[0]
         elif kind == 1:  # low resolution, pixelated
-            side = world.SIDE // (4 if amount < 0.5 else 8)
+            side = world.SIDE // (2, 4, 8)[int(3 * amount)]
             fault = F.interpolate(F.adaptive_avg_pool2d(image, side)[None], size=image.shape[-2:])[0]
         elif kind == 2:  # noisy
-            fault = image + (0.1 + 0.2 * amount) * grain
+            fault = image + (0.04 + 0.26 * amount) * grain
         elif kind == 3:  # washed out
-            fault = 0.5 + (image - 0.5) * (0.5 - 0.3 * amount)
+            fault = 0.5 + (image - 0.5) * (0.8 - 0.6 * amount)
         else:  # oversaturated
-            fault = image.mean(0) + (image - image.mean(0)) * (2 + 2 * amount)
+            fault = image.mean(0) + (image - image.mean(0)) * (1.4 + 2.6 * amount)
         out.append(fault.clamp(0, 1))
     return torch.stack(out)
 
 
-def neighbour(caption: str, rng: np.random.Generator) -> str:
-    """A caption of the training split that differs in one word, or the caption itself where none was found."""
-    groups = [world.COLOURS, world.SHAPES, world.SIZES]
-    words = caption.split()
-    for _ in range(8):
-        places = [(i, group) for i, word in enumerate(words) for group in groups if word in group]
-        i, group = places[rng.integers(len(places))]
-        changed = " ".join([*words[:i], str(rng.choice([each for each in group if each != words[i]])), *words[i + 1 :]])
-        try:
-            if world.parse(changed).split == "train":
-                return changed
-        except ValueError:  # two things of one colour, say
-            continue
-    return caption
+def neighbour(caption: str, scene: world.Scene, rng: np.random.Generator) -> str:
+    """A caption of the training split that is wrong in one fact of the scene, or the caption where there is none."""
+    wrong = [each for each in world.wrong_captions(caption, scene, rng).values() if world.parse(each).split == "train"]
+    return str(rng.choice(wrong)) if wrong else caption
 
 
-def batch(seed: int) -> tuple[list[str], torch.Tensor, torch.Tensor]:
-    """Captions, images float [B, 3, H, W] from 0 to 1, and bool [B] of those undamaged."""
+def batch(seed: int) -> tuple[list[str], list[world.Scene], torch.Tensor]:
+    """Captions [B/2], a scene of each, and images float [B, 3, H, W] from 0 to 1: all as drawn, then all damaged."""
     rng = np.random.default_rng(seed)
-    captions = [world.sample_caption(rng, "train") for _ in range(BATCH // 2)]
-    captions += [neighbour(caption, rng) for caption in captions]
+    captions = [world.sample_caption(rng, "train") for _ in range(BATCH // 4)]
     scenes = [world.sample_scene(caption, rng) for caption in captions]
-    images = torch.from_numpy(world.draw_all(scenes)).permute(0, 3, 1, 2).float() / 255
-    generator = torch.Generator().manual_seed(seed)
-    whole = torch.rand(BATCH, generator=generator) < 0.5
-    images[~whole] = damaged(images[~whole], generator)
-    return captions, images, whole
+    others = [neighbour(caption, scene, rng) for caption, scene in zip(captions, scenes, strict=True)]
+    captions, scenes = captions + others, scenes + [world.sample_scene(other, rng) for other in others]
+    drawn = torch.from_numpy(world.draw_all(scenes)).permute(0, 3, 1, 2).float() / 255
+    return captions, scenes, torch.cat([drawn, damaged(drawn, torch.Generator().manual_seed(seed))])
 
 
-def losses(model: CLIPModel, tokenize, captions: list[str], images: torch.Tensor, whole: torch.Tensor) -> dict:
-    """Both losses and how often the right caption of the batch is the nearest."""
+def losses(
+    model: CLIPModel, probe: Probe, tokenize, captions: list[str], scenes: list[world.Scene], images: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """All losses; how often a drawn image's own caption is the nearest, and is nearer to it than to its twin."""
     ids, mask = tokenize([*captions, FINE, POOR])
     texts = _features(model.get_text_features(input_ids=ids, attention_mask=mask))
-    shown = _features(model.get_image_features(pixel_values=(images - MEAN[0]) / STD[0]))
-    scale = model.logit_scale.exp().clamp(max=100)
-    logits = scale * shown @ texts[:-2].T
-    same = torch.tensor([[a == b for b in captions] for a in captions])
-    targets = same / same.sum(1, keepdim=True)  # a caption that comes twice has two right images
-    contrastive = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
-    u = F.normalize(1.0 - 2.0 * (torch.arange(shown.shape[1]) % 2), dim=0)
-    logits_of_quality = SCALE * shown @ (texts[-2] - texts[-1]), APART * shown @ u
-    quality = sum(F.binary_cross_entropy_with_logits(each, whole.float()) for each in logits_of_quality)
-    right = same[torch.arange(len(captions)), logits.argmax(1)].float().mean()
-    return {"loss": contrastive + quality, "contrastive": contrastive, "quality": quality, "right": right}
+    pooled = model.vision_model(pixel_values=(images - MEAN[0]) / STD[0]).pooler_output
+    shown, half = F.normalize(model.visual_projection(pooled), dim=-1), len(captions)
+    logits = model.logit_scale.exp().clamp(max=100) * shown @ texts[:-2].T
+    same = torch.tensor([[a == b for b in captions] for a in captions]).float()
+    same = same / same.sum(1, keepdim=True)  # a caption that comes twice has two right images
+    own, twins = logits[:half], logits[half:]
+    images_to_captions = F.cross_entropy(logits, torch.cat([same, same]))
+    captions_to_images = F.cross_entropy(logits.T, torch.cat([same, torch.zeros_like(same)], 1))
+    found = {"contrastive": (images_to_captions + captions_to_images) / 2}
+    u = F.normalize(1.0 - 2.0 * (torch.arange(WIDTH) % 2), dim=0)
+    fine, poor = (shown @ texts[-2:].T - probe.thresholds).unbind(1)
+    whole = (torch.arange(len(images)) < half).float()
+    of_quality = SCALE * fine, -SCALE * poor, APART * shown @ u
+    found["quality"] = sum(F.binary_cross_entropy_with_logits(each, whole) for each in of_quality) / 3
+    found["facts"] = probe.loss(pooled, [*scenes, *scenes])
+    found["loss"] = found["contrastive"] + found["quality"] + FACTS * found["facts"]
+    found["right"] = (same[torch.arange(half), own.argmax(1)] > 0).float().mean()
+    found["before"] = (own.diagonal() > twins.diagonal()).float().mean()
+    return found
 
 
 def train_clip(folder: Path, *, steps: int, seed: int, report: Report | None = None) -> CLIPModel:
@@ -180,26 +225,17 @@ def train_clip(folder: Path, *, steps: int, seed: int, report: Report | None = N
     save_processor(processor)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = clip(processor)
-    mean, tokenize = clip(processor).requires_grad_(False), load_tokenize(processor)
-    mean.load_state_dict(model.state_dict())
-    learned = list(model.parameters())
-    optimizer = torch.optim.AdamW(learned, lr=PEAK, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+        model, probe = clip(processor), Probe()
+    mean, tokenize = copy.deepcopy(model).requires_grad_(False), load_tokenize(processor)
+    muon, adamw = optimizers(model, probe)
 
     def step(i: int) -> dict[str, torch.Tensor]:
-        captions, images, whole = batch(seed * _SEED_STRIDE + i)
-        rows = share(torch.arange(len(captions)))
-        set_rate(optimizer, rate(i, steps, peak=PEAK))
-        found = losses(model, tokenize, [captions[row] for row in rows], images[rows], whole[rows])
-        optimizer.zero_grad()
-        found["loss"].backward()
-        mean_gradients(learned)
-        torch.nn.utils.clip_grad_norm_(learned, 1.0)
-        optimizer.step()
+        found = losses(model, probe, tokenize, *batch(seed * _SEED_STRIDE + i))
+        descend((muon, adamw), found["loss"], rate(i, steps))
         average(mean, model, i, half_life=100)
         return {name: value.detach() for name, value in found.items()}
 
-    state = {"model": model, "mean": mean, "optimizer": optimizer}
+    state = {"model": model, "probe": probe, "mean": mean, "muon": muon, "adamw": adamw}
     train("clip", folder, step, steps=steps, state=state, seed=seed, report=report)
     return mean
 
@@ -247,6 +283,12 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"{stage} {done}/{steps}  {values}", flush=True)  # noqa: T201
 
     save_clip(config.out, train_clip(config.work, steps=config.steps, seed=config.seed, report=show))
+    record = {
+        "seed": config.seed,
+        "torch": torch.__version__,
+        "clip": {"images": BATCH, **last_values(config.work, "clip")},
+    }
+    (config.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -76,6 +77,13 @@ def train(
         if time.monotonic() - saved > save_seconds or i + 1 == steps:
             save(folder / f"{stage}.safetensors", state, i + 1)
             saved = time.monotonic()
+
+
+def last_values(folder: Path, stage: str) -> dict[str, Any]:
+    """Of a stage's curve: steps, seconds on the clock, and the last means."""
+    rows = [json.loads(line) for line in (folder / f"{stage}.jsonl").read_text().splitlines()]
+    last = {name: value for name, value in rows[-1].items() if name not in ("step", "seconds")}
+    return {"steps": rows[-1]["step"], "seconds": round(sum(each["seconds"] for each in rows)), "last": last}
 
 
 def save(path: Path, state: Mapping[str, Stateful], done: int) -> None:

@@ -108,19 +108,11 @@ def _stages(rank: int, config: TrainConfig) -> None:
 def _record(config: TrainConfig) -> dict[str, Any]:
     """What was trained, from the curves: steps, images in each, seconds on the clock, and the last values."""
     from esengine.models.nano import autoencoder, distill, teacher
+    from esengine.models.nano.loop import last_values
 
-    batches = {
-        "autoencoder": autoencoder.BATCH,
-        "teacher": teacher.BATCH,
-        "student": distill.BATCH,
-    }
-    record: dict[str, Any] = {"seed": config.seed, "images": config.images, "torch": torch.__version__}
-    for stage, batch in batches.items():
-        rows = [json.loads(line) for line in (config.work / f"{stage}.jsonl").read_text().splitlines()]
-        last = {name: value for name, value in rows[-1].items() if name not in ("step", "seconds")}
-        seconds = round(sum(each["seconds"] for each in rows))
-        record[stage] = {"steps": rows[-1]["step"], "images": batch, "seconds": seconds, "last": last}
-    return record
+    batches = {"autoencoder": autoencoder.BATCH, "teacher": teacher.BATCH, "student": distill.BATCH}
+    stages = {stage: {"images": images, **last_values(config.work, stage)} for stage, images in batches.items()}
+    return {"seed": config.seed, "images": config.images, "torch": torch.__version__, **stages}
 
 
 def _meet() -> None:

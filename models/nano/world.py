@@ -18,7 +18,7 @@ Lengths are pixels of a 64 px image, x to the right and y down, from its top lef
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -211,6 +211,42 @@ def captions(split: str, count: int, seed: int = 0) -> list[str]:
             raise ValueError(f"count: expected at most about {len(found)} captions of split {split}, got {count}")
         found.setdefault(spec.combination(), spec.caption())
     return list(found.values())
+
+
+def wrong_captions(caption: str, scene: Scene, rng: np.random.Generator) -> dict[str, str]:
+    """For each kind of fact that a caption of the scene names, a caption that is wrong in one such fact.
+
+    Kinds are colour, shape, size, place, relation, background, and "binding": two objects' colours exchanged. A wrong
+    caption may be of any split.
+    """
+    spec, used = parse(caption), {scene.background, *(thing.colour for thing in scene.objects)}
+    unused = [colour for colour in COLOURS if colour not in used]
+
+    def other(options, than=None):
+        return str(rng.choice([each for each in options if each != than]))
+
+    def changed(at: int, **fields) -> Spec:
+        return replace(spec, objects=tuple(replace(o, **fields) if i == at else o for i, o in enumerate(spec.objects)))
+
+    at = int(rng.integers(len(spec.objects)))
+    sized = [i for i, each in enumerate(spec.objects) if each.size]
+    found = {
+        "colour": changed(at, colour=other(unused)),
+        "shape": changed(at, shape=other(SHAPES, spec.objects[at].shape)),
+    }
+    if sized:
+        at = int(rng.choice(sized))
+        found["size"] = changed(at, size=other(SIZES, spec.objects[at].size))
+    if spec.place:
+        found["place"] = replace(spec, place=other(PLACES, spec.place))
+    if spec.background:
+        found["background"] = replace(spec, background=other(unused))
+    if spec.relation:
+        found["relation"] = replace(spec, relation=other(RELATIONS, spec.relation))
+        first, second = spec.objects
+        exchanged = replace(first, colour=second.colour), replace(second, colour=first.colour)
+        found["binding"] = replace(spec, objects=exchanged)
+    return {kind: wrong.caption() for kind, wrong in found.items()}
 
 
 def batch(split: str, count: int, seed: int) -> tuple[list[str], np.ndarray]:

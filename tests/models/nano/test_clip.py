@@ -48,22 +48,49 @@ def test_the_texts_of_quality_are_those_of_the_rewards():
     assert NoArtifacts.text == clip.POOR
 
 
-def test_half_a_batch_differs_in_one_word(monkeypatch):
-    monkeypatch.setattr(clip, "BATCH", 64)
-    captions, images, whole = clip.batch(3)
-    assert images.shape == (64, 3, 64, 64)
+def facts_of(caption):
+    """The caption's facts, those of the second object apart."""
+    spec = world.parse(caption)
+    return [(each.colour, each.shape, each.size) for each in spec.objects], spec.place, spec.relation, spec.background
+
+
+def test_half_a_batch_is_wrong_in_one_fact_and_each_scene_comes_twice(monkeypatch):
+    monkeypatch.setattr(clip, "BATCH", 256)
+    captions, scenes, images = clip.batch(3)
+    assert images.shape == (256, 3, 64, 64)
     assert 0 <= images.min() <= images.max() <= 1
-    assert 16 < int(whole.sum()) < 48
-    differing = [
-        sum(a != b for a, b in zip(first.split(), second.split(), strict=True))
-        for first, second in zip(captions[:32], captions[32:], strict=True)
-    ]
-    assert set(differing) <= {0, 1}
-    assert sum(differing) > 24
+    drawn, bad = images.split(128)
+    assert torch.equal(drawn, torch.from_numpy(world.draw_all(scenes)).permute(0, 3, 1, 2).float() / 255)
+    assert ((bad - drawn).abs().flatten(1).mean(1) > 1e-4).float().mean() > 0.9
+    kinds = {"place": 0, "relation": 0, "background": 0, "objects": 0}
+    for first, second in zip(captions[:64], captions[64:], strict=True):
+        one, other = facts_of(first), facts_of(second)
+        names = ("objects", "place", "relation", "background")
+        differing = [name for name, a, b in zip(names, one, other, strict=True) if a != b]
+        assert len(differing) <= 1, (first, second)
+        for name in differing:
+            kinds[name] += 1
+    assert min(kinds.values()) >= 3, kinds
     assert all(world.parse(caption).split == "train" for caption in captions)
     again = clip.batch(3)
     assert again[0] == captions
-    assert torch.equal(again[1], images)
+    assert torch.equal(again[2], images)
+
+
+def test_facts_are_those_of_the_scene():
+    red, blue = (world.Thing("small", colour, shape, x, 40.0, 7.0) for colour, shape, x in
+                 (("red", "cross", 16.0), ("blue", "square", 48.0)))  # fmt: skip
+    there, where, shape, background = clip.facts([world.Scene((red, blue), "white"), world.Scene((blue,), "black")])
+    colours = list(world.COLOURS)
+    assert there.nonzero().tolist() == [
+        [0, colours.index("red")],
+        [0, colours.index("blue")],
+        [1, colours.index("blue")],
+    ]
+    assert where[0, colours.index("red")].tolist() == [-1.0, 0.5, -1.0]
+    assert where[1, colours.index("blue")].tolist() == [1.0, 0.5, -1.0]
+    assert [world.SHAPES[i] for i in shape[there]] == ["cross", "square", "square"]
+    assert [colours[i] for i in background] == ["white", "black"]
 
 
 def test_faults_change_images():
