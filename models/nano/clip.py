@@ -8,9 +8,9 @@
                   -SCALE (cos(image, POOR) - t') with learned thresholds t and t', and of APART cos(image, u) with a
                   fixed u, along which images part first: both texts begin at nearly the same place, from where the
                   other two hardly lead away
-    facts         what a linear probe reads off the pooled image of each colour: is an object of it there, where, how
-                  large, of which shape; and the background. In training alone: without it a few thousand steps see
-                  colours and no places
+    facts         what a linear probe reads off an image's and, the same one, off a caption's features, of each colour: is
+                  an object of it there, where, how large, of which shape; and the background. In training alone:
+                  without it a few thousand steps see colours and no places
 
 Half of the captions differ from one of the other half in one fact, of any kind, with a scene of their own. FINE and
 POOR are the texts of the rewards `aesthetic` and `no_artifacts`.
@@ -41,7 +41,7 @@ POOR = "blurry, low resolution, noisy, pixelated, washed out colors, oversaturat
 """As the rewards write them; a test holds them together."""
 LENGTH = 77
 BATCH, WIDTH, PATCH = 128, 128, 8
-SCALE, APART, FACTS = 100.0, 10.0, 0.5
+SCALE, APART, FACTS = 100.0, 10.0, 1.0
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 _SEED_STRIDE = 1 << 24
 _BEGIN, _END = "<|startoftext|>", "<|endoftext|>"
@@ -114,17 +114,17 @@ def clip(folder: Path) -> CLIPModel:
 
 
 class Probe(torch.nn.Module):
-    """What training alone has: the facts of a scene as a linear function of the pooled image, and thresholds t, t'."""
+    """What training alone has: a scene's facts as a linear function of features, and the thresholds t and t'."""
 
     def __init__(self):
         super().__init__()
         self.read = torch.nn.Linear(WIDTH, len(world.COLOURS) * (5 + len(world.SHAPES)))
         self.thresholds = torch.nn.Parameter(torch.zeros(2))
 
-    def loss(self, pooled_bd: torch.Tensor, scenes: Sequence[world.Scene]) -> torch.Tensor:
-        """How wrong the facts are that are read off pooled images [B, D] of these scenes."""
+    def loss(self, features_bd: torch.Tensor, scenes: Sequence[world.Scene]) -> torch.Tensor:
+        """How wrong the facts are that are read off features [B, D] of these scenes or of their captions."""
         there, where, shape, background = facts(scenes)
-        found = self.read(pooled_bd).unflatten(1, (len(world.COLOURS), -1))
+        found = self.read(features_bd).unflatten(1, (len(world.COLOURS), -1))
         return (
             4 * F.binary_cross_entropy_with_logits(found[..., 0], there.float())
             + F.mse_loss(found[..., 1:4][there], where[there])
@@ -197,9 +197,9 @@ def losses(
 ) -> dict[str, torch.Tensor]:
     """All losses; how often a drawn image's own caption is the nearest, and is nearer to it than to its twin."""
     ids, mask = tokenize([*captions, FINE, POOR])
-    texts = _features(model.get_text_features(input_ids=ids, attention_mask=mask))
-    pooled = model.vision_model(pixel_values=(images - MEAN[0]) / STD[0]).pooler_output
-    shown, half = F.normalize(model.visual_projection(pooled), dim=-1), len(captions)
+    read = _features(model.get_text_features(input_ids=ids, attention_mask=mask))
+    seen = _features(model.get_image_features(pixel_values=(images - MEAN[0]) / STD[0]))
+    texts, shown, half = F.normalize(read, dim=-1), F.normalize(seen, dim=-1), len(captions)
     logits = model.logit_scale.exp().clamp(max=100) * shown @ texts[:-2].T
     same = torch.tensor([[a == b for b in captions] for a in captions]).float()
     same = same / same.sum(1, keepdim=True)  # a caption that comes twice has two right images
@@ -212,7 +212,7 @@ def losses(
     whole = (torch.arange(len(images)) < half).float()
     of_quality = SCALE * fine, -SCALE * poor, APART * shown @ u
     found["quality"] = sum(F.binary_cross_entropy_with_logits(each, whole) for each in of_quality) / 3
-    found["facts"] = probe.loss(pooled, [*scenes, *scenes])
+    found["facts"] = (probe.loss(seen, [*scenes, *scenes]) + probe.loss(read[:-2], scenes)) / 2
     found["loss"] = found["contrastive"] + found["quality"] + FACTS * found["facts"]
     found["right"] = (same[torch.arange(half), own.argmax(1)] > 0).float().mean()
     found["before"] = (own.diagonal() > twins.diagonal()).float().mean()
@@ -227,7 +227,7 @@ def train_clip(folder: Path, *, steps: int, seed: int, report: Report | None = N
         torch.manual_seed(seed)
         model, probe = clip(processor), Probe()
     mean, tokenize = copy.deepcopy(model).requires_grad_(False), load_tokenize(processor)
-    muon, adamw = optimizers(model, probe)
+    muon, adamw = optimizers(model, probe, lr=1e-3)
 
     def step(i: int) -> dict[str, torch.Tensor]:
         found = losses(model, probe, tokenize, *batch(seed * _SEED_STRIDE + i))
@@ -255,8 +255,8 @@ def read_clip(folder: Path) -> CLIPModel:
 
 
 def _features(found) -> torch.Tensor:
-    """Unit rows; transformers 5 gives an output where 4 gave a tensor."""
-    return F.normalize(found if isinstance(found, torch.Tensor) else found.pooler_output, dim=-1)
+    """Rows; transformers 5 gives an output where 4 gave a tensor."""
+    return found if isinstance(found, torch.Tensor) else found.pooler_output
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ class ClipTrainConfig:
     """The folder to write."""
     work: Path = Path("nano-training")
     """Checkpoint and curve. A run that was stopped goes on from there."""
-    steps: int = 2000
+    steps: int = 3000
     """Of 128 images."""
     seed: int = 0
     """Of weights, images and batches."""

@@ -45,8 +45,8 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(same, steps, alpha=-group["lr"] * scale)
 
 
-def optimizers(*models: torch.nn.Module) -> tuple[Muon, torch.optim.AdamW]:
-    """Muon for the matrices of a transformer's blocks, AdamW for all else that is trained."""
+def optimizers(*models: torch.nn.Module, lr: float = 2e-3) -> tuple[Muon, torch.optim.AdamW]:
+    """Muon for the matrices of a transformer's blocks, AdamW of this `lr` for all else that is trained."""
     matrices, others = [], []
     for model in models:
         for name, parameter in model.named_parameters():
@@ -54,7 +54,7 @@ def optimizers(*models: torch.nn.Module) -> tuple[Muon, torch.optim.AdamW]:
                 inner = "blocks." in name or "layers." in name or "caption_projection." in name
                 matrix = parameter.dim() == 2 or parameter.shape[2:] == (1, 1)
                 (matrices if inner and matrix and name.endswith("weight") else others).append(parameter)
-    return Muon(matrices), torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    return Muon(matrices), torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
 
 
 def orthogonal(u_nrc: torch.Tensor) -> torch.Tensor:
