@@ -14,6 +14,7 @@ from pathlib import Path
 import record
 
 from esengine.config import load, to_dict
+from esengine.models import SanaSprint
 from esengine.train import train
 
 
@@ -31,7 +32,8 @@ def main() -> None:
         print(f"seed {seed}: {runs[str(seed)]['seconds']:.0f} s\n{comparison.table()}")
     if options.json:
         config = to_dict(load("nano"))
-        record.write(options.json, {"what": "esengine train", "config": config, "runs": runs, **environment})
+        what = {"what": "esengine train", "model": SanaSprint.from_pretrained("nano").identity(), "config": config}
+        record.write(options.json, {**what, "runs": runs, **environment})
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
     python bench/nano_es.py search    --json bench/results/nano_search.json      # one setting at a time
     python bench/nano_es.py compare   --json bench/results/nano_compare.json     # rivals at equal images
-    python bench/nano_es.py headline  --json bench/results/nano_headline.json    # three seeds, 1000 test captions
+    python bench/nano_es.py headline  --json bench/results/nano_headline.json --pictures bench/results
 
 Every trial is `esengine train` on packaged training captions; `search` and `compare` judge by the packaged validation
 captions, `headline` by `esengine eval --benchmark nano`, captions that nothing was chosen by. A file that is there is
-gone on with: trials that it holds are not run again. Two trials run at a time, with a thread each.
+gone on with: trials that it holds are not run again. Two trials run at a time, with a thread each. The headline is of
+three seeds and writes two pictures, nano_headline.png and nano_curves.png.
 """
 
 import argparse
@@ -26,9 +27,13 @@ import torch
 from PIL import Image
 
 from esengine.config import REFERENCE_TARGETS, EvalConfig, TrainConfig, from_dict, load, to_dict
+from esengine.defaults import defaults
 from esengine.evaluate import evaluate
+from esengine.models import SanaSprint
 from esengine.models.nano import world
 from esengine.progress import Progress
+from esengine.report.curves import read_held
+from esengine.rewards import parse
 from esengine.train import train
 
 QUIET = {"heldout_every": 1 << 20, "checkpoint_every": 1 << 20, "strip_every": 0}
@@ -40,9 +45,10 @@ CENTRE: dict[str, Any] = to_dict(load("nano"))
 RATES = (0.4, 1.6)
 """Learning rates, in units of sigma, that each rival is tried at; of what is scaled otherwise, times its `USUAL`."""
 
-USUAL = {"none": 80.0, "adam": 0.2, "momentum": 0.1, "direct": 0.1}
-"""How much larger the learning rate is, in units of sigma, for steps of the centre's length. Found on paper: raw scores
-of members differ by about 1 / 80; a step of adam is 1, of sgd 1 / sqrt(N) of it; a momentum of 0.9 adds up to 10."""
+USUAL = {"none": 2.8, "centred": 3.5, "adam": 0.2, "momentum": 0.1, "direct": 2.0}
+"""How much larger the learning rate is, in units of sigma, for steps of the centre's length. On paper: without shaping
+members differ by 1 / sqrt(P R), ranks by 1 / sqrt(12); a step of adam is 1, of sgd 1 / sqrt(N) of it; a momentum of 0.9
+adds up to 10. That of direct mode was found by trying."""
 
 
 def setting(path: str, value: Any) -> dict[str, Any]:
@@ -132,11 +138,9 @@ def compare_plan(options: argparse.Namespace) -> list[tuple[str, dict[str, Any],
     rivals = {
         "LoRA, k = 1": ({}, 1.0),
         "LoRA, k = 4": (setting("es.noise_rank", 4), 1.0),
-        "direct, k = 1": ({"lora": {"rank": 0}, "es": {"sigma": 0.002}}, USUAL["direct"]),
-        "direct, k = 1, longer steps": ({"lora": {"rank": 0}, "es": {"sigma": 0.005}}, 20 * USUAL["direct"]),
-        "centred ranks": (setting("es.shaping", "centered_rank"), 3.5),
-        "scores as they are": (setting("es.shaping", "none"), USUAL["none"]),
-        "scores as they are, shorter steps": (setting("es.shaping", "none"), 0.1 * USUAL["none"]),
+        "direct, k = 1": ({"lora": {"rank": 0}, "es": {"sigma": 0.005}}, USUAL["direct"]),
+        "centred ranks": (setting("es.shaping", "centered_rank"), USUAL["centred"]),
+        "no shaping": (setting("es.shaping", "none"), USUAL["none"]),
         "population 8": (setting("population", 8), 0.5),
         "population 128": (setting("population", 128), 2.0),
     }
@@ -148,9 +152,12 @@ def compare_plan(options: argparse.Namespace) -> list[tuple[str, dict[str, Any],
 
 def trials(plan: list[tuple[str, dict[str, Any], int]], options: argparse.Namespace) -> None:
     """Run what the file lacks of a plan, two at a time, writing the file after each."""
-    found: dict[str, Any] = {}
+    found, of = {}, made_of()
     if options.json and options.json.is_file():
-        found = json.loads(options.json.read_text(encoding="utf-8"))["trials"]
+        stored = json.loads(options.json.read_text(encoding="utf-8"))
+        if {name: stored.get(name) for name in of} != of:
+            raise SystemExit(f"{options.json}: expected trials of this model, judges and centre, got others; remove it")
+        found = stored["trials"]
     todo = [(f"{name}, seed {seed}", change, seed) for name, change, seed in plan]
     todo = [each for each in todo if each[0] not in found]
     spawn = multiprocessing.get_context("spawn")
@@ -165,9 +172,18 @@ def trials(plan: list[tuple[str, dict[str, Any], int]], options: argparse.Namesp
             )
             print(f"{len(found)}/{len(plan)}  {name}: {found[name]['seconds']:.0f} s, {gains}", flush=True)
             if options.json:
-                what = {"what": f"bench/nano_es.py {options.command}", "images": options.images, "centre": CENTRE}
+                what = {"what": f"bench/nano_es.py {options.command}", "images": options.images, **of}
                 record.write(options.json, {**what, "trials": found, **record.environment()})
     print("\n".join(table(found)))
+
+
+def made_of() -> dict[str, Any]:
+    """What every trial has in common: the model's and the judges' identities, and the centre."""
+    return {
+        "model": SanaSprint.from_pretrained("nano").identity(),
+        "rewards": parse(defaults("nano").benchmark("nano")).settings(),
+        "centre": CENTRE,
+    }
 
 
 def table(trials: dict[str, Any]) -> list[str]:
@@ -191,14 +207,45 @@ def headline(options: argparse.Namespace) -> None:
     found = evaluate(EvalConfig(benchmark="nano", entries=entries, out=options.work / "evaluation"), Progress())
     print(found.report.table())
     print(f"report  {found.folder / 'report.html'}")
-    if options.gallery:
-        gallery(found.folder / "images", found.report.entries, options.gallery)
+    if options.pictures:
+        gallery(found.folder / "images", found.report.entries, options.pictures / "nano_headline.png")
+        curves(folders, options.pictures / "nano_curves.png")
     if options.json:
         what = {"what": "bench/nano_es.py headline", "config": merged(CENTRE, {"steps": options.steps})}
-        record.write(
-            options.json,
-            {**what, "seconds": seconds, "report": json.loads(found.report.to_json()), **record.environment()},
-        )
+        what |= {"seconds": seconds, "report": json.loads(found.report.to_json()), "scores": scores(found.folder)}
+        record.write(options.json, {**what, **record.environment()})
+
+
+def scores(evaluation: Path) -> dict[str, dict[str, list[float]]]:
+    """Of each entry and judge, the scores of all captions in their order, to six digits."""
+    lines = [json.loads(line) for line in (evaluation / "scores.jsonl").read_text(encoding="utf-8").splitlines()]
+    found: dict[str, dict[str, list[float]]] = {}
+    for line in sorted(lines, key=lambda line: line["index"]):
+        for judge, score in line["scores"].items():
+            found.setdefault(line["entry"], {}).setdefault(judge, []).append(float(f"{score:.6g}"))
+    return found
+
+
+def curves(runs: dict[str, Path], path: Path) -> None:
+    """Held-out scores of the runs over their steps: how far each is above the base, and its standard error."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    measures = {name: read_held(run / "heldout.jsonl") for name, run in runs.items()}
+    judges = list(next(iter(measures.values()))[0].change)
+    figure, axes = plt.subplots(1, len(judges), figsize=(3 * len(judges), 2.6), layout="constrained")
+    for axis, judge in zip(axes, judges, strict=True):
+        for name, found in measures.items():
+            steps = [each.step for each in found]
+            change, error = zip(*(each.change[judge] for each in found), strict=True)
+            axis.errorbar(steps, change, error, label=name, capsize=2)
+        axis.axhline(0, color="grey", linewidth=0.5)
+        axis.set(title=judge, xlabel="step")
+    axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
 
 
 def gallery(images: Path, entries: list[str], path: Path, columns: int = 24) -> None:
@@ -233,7 +280,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="of trials 0, of the headline 0 1 2")
     parser.add_argument("--steps", type=int, default=160, help="of a headline run")
     parser.add_argument("--work", type=Path, default=Path("runs/nano-headline"), help="folder of the headline's runs")
-    parser.add_argument("--gallery", type=Path, help="a picture of the headline's first captions, one row an entry")
+    parser.add_argument("--pictures", type=Path, help="folder for the headline's gallery and curves")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="trials at a time")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")

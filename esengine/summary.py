@@ -35,8 +35,9 @@ class Report:
             {score: {"difference": mean of d_p, "standard_error": std(d_p) / sqrt(count), None for one prompt,
             "win_rate": share of d_p > 0, where 0 counts half}}}.
         gap_closed: {score: {"from": "base@1", "to": "base@2", "gap": mean(base@2) - mean(base@1), "share": {label of
-            each one-step adapter: (mean - mean(base@1)) / gap, None where two steps are no better than one}}}. Empty
-            unless both are among the entries.
+            each one-step adapter: (mean - mean(base@1)) / gap, None where two steps are no better than one},
+            "standard_error": {label: that of the share, a ratio of means over the same prompts, by the delta method}}}.
+            Empty unless both are among the entries.
     """
 
     benchmark: str
@@ -92,7 +93,9 @@ class Report:
             parts += [f"## {by.capitalize()}" if by == "overall" else f"## By {by}", _markdown_table(head, rows)]
             if by == "overall" and self.gap_closed:
                 closed = self.gap_closed.items()
-                gaps = [[score, f"{g['gap']:+.4f}", *map(_share, g["share"].values())] for score, g in closed]
+                gaps = [
+                    [score, f"{g['gap']:+.4f}", *(_share(g, adapter) for adapter in g["share"])] for score, g in closed
+                ]
                 adapters = self.gap_closed[self.scores[0]]["share"]
                 parts += [
                     f"## Share of the gap from {GAP[0]} to {GAP[1]} that is closed",
@@ -117,8 +120,8 @@ class Report:
                     line += [f"{paired['difference']:+.4f}", "-" if error is None else f"{error:.4f}"]
                     line += [f"{paired['win_rate']:.0%}"]
                 if self.gap_closed:
-                    shares = self.gap_closed[score]["share"]
-                    line.append(_share(shares[row["entry"]]) if row["entry"] in shares else "")
+                    closed = self.gap_closed[score]
+                    line.append(_share(closed, row["entry"]) if row["entry"] in closed["share"] else "")
                 lines.append(line)
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         lines = [[f"{c:{side}{n}}" for c, side, n in zip(line, "<<>>>>>", widths, strict=False)] for line in lines]
@@ -155,7 +158,7 @@ def summarise(
         for name in dict.fromkeys(label for label in labels if label is not None):
             members = np.array([index for index, label in enumerate(labels) if label == name])
             groups.append({"by": by, "name": name, "rows": _rows(means, members, entries, scores)})
-    gap = _gap_closed(groups[0]["rows"], scores)
+    gap = _gap_closed(means, entries, scores)
     return Report(benchmark.name, len(benchmark), repeats, list(entries), list(scores), settings, groups, gap)
 
 
@@ -183,22 +186,30 @@ def _paired(d: np.ndarray) -> dict[str, float | None]:
     return {"difference": float(d.mean()), "standard_error": error, "win_rate": won}
 
 
-def _gap_closed(rows: list[dict], scores: Sequence[str]) -> dict[str, dict]:
-    mean = {row["entry"]: row["mean"] for row in rows}
-    if not set(GAP) <= mean.keys():
+def _gap_closed(means: np.ndarray, entries: Sequence[str], scores: Sequence[str]) -> dict[str, dict]:
+    """Of scores by prompt, means [E, S, P]."""
+    if not set(GAP) <= set(entries):
         return {}
-    one, two = (mean[label] for label in GAP)
-    adapters = [label for label in mean if label.endswith("@1") and label not in GAP]
+    of = dict(zip(entries, means, strict=True))
+    adapters = [label for label in entries if label.endswith("@1") and label not in GAP]
     closed = {}
-    for name in scores:
-        gap = two[name] - one[name]
-        share = {label: (mean[label][name] - one[name]) / gap if gap > 0 else None for label in adapters}
-        closed[name] = {"from": GAP[0], "to": GAP[1], "gap": gap, "share": share}
+    for at, name in enumerate(scores):
+        one, two = (of[label][at] for label in GAP)
+        gap = float((two - one).mean())
+        share, error = dict.fromkeys(adapters), dict.fromkeys(adapters)
+        for label in adapters if gap > 0 else []:
+            gained = of[label][at] - one
+            share[label] = float(gained.mean()) / gap
+            error[label] = _paired(gained - share[label] * (two - one))["standard_error"]
+            if error[label] is not None:
+                error[label] /= gap
+        closed[name] = {"from": GAP[0], "to": GAP[1], "gap": gap, "share": share, "standard_error": error}
     return closed
 
 
-def _share(share: float | None) -> str:
-    return "-" if share is None else f"{share:.0%}"
+def _share(closed: dict[str, Any], label: str) -> str:
+    share, error = closed["share"][label], closed["standard_error"][label]
+    return "-" if share is None else f"{share:.0%}" if error is None else f"{share:.0%} ± {error:.0%}"
 
 
 def _cell(row: dict, score: str) -> str:

@@ -158,15 +158,16 @@ def _closed(score: str, found: dict[str, Any]) -> list[str]:
     between = f"the gap between {first} and {last} in {score}, which is {gap:.4f}"
     lines = []
     for entry, value in found["share"].items():
-        share = number(value)
+        share, error = number(value), number((found.get("standard_error") or {}).get(entry))
         if not math.isfinite(share):
             continue
+        within = f" (± {error:.0%})" if math.isfinite(error) else ""
         if share < 0:
-            lines.append(f"{entry} closes none of {between}: it lies {-share:.0%} of it below {first}.")
+            lines.append(f"{entry} closes none of {between}: it lies {-share:.0%}{within} of it below {first}.")
         elif share > 1:
-            lines.append(f"{entry} closes all of {between}, and goes beyond {last} by {share - 1:.0%} of it.")
+            lines.append(f"{entry} closes all of {between}, and goes beyond {last} by {share - 1:.0%}{within} of it.")
         else:
-            lines.append(f"{entry} closes {share:.0%} of {between}.")
+            lines.append(f"{entry} closes {share:.0%}{within} of {between}.")
     return lines
 
 

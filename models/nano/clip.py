@@ -8,8 +8,8 @@
                   -SCALE (cos(image, POOR) - t') with learned thresholds t and t', and of APART cos(image, u) with a
                   fixed u, along which images part first: both texts begin at nearly the same place, from where the
                   other two hardly lead away
-    facts         what a linear probe reads off an image's and, the same one, off a caption's features, of each colour: is
-                  an object of it there, where, how large, of which shape; and the background. In training alone:
+    facts         what one linear probe reads of each colour off the features of an image, and off those of a caption:
+                  is an object of it there, where, how large, of which shape; and the background. In training alone:
                   without it a few thousand steps see colours and no places
 
 Half of the captions differ from one of the other half in one fact, of any kind, with a scene of their own. FINE and

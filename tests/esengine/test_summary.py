@@ -78,11 +78,31 @@ def test_the_gap_that_is_closed():
         value = record["index"] + lift[record["entry"]]
         record["scores"] = {"sharp": value, "soft": -value}
     gap = summarise(benchmark, ENTRIES, SCORES, records, {}).gap_closed
-    assert gap["sharp"] == {"from": "base@1", "to": "base@2", "gap": 2.0, "share": {"mine@1": 0.125}}
-    assert gap["soft"] == {"from": "base@1", "to": "base@2", "gap": -2.0, "share": {"mine@1": None}}
+    between, none = {"from": "base@1", "to": "base@2"}, {"mine@1": None}
+    assert gap["sharp"] == {**between, "gap": 2.0, "share": {"mine@1": 0.125}, "standard_error": {"mine@1": 0.0}}
+    assert gap["soft"] == {**between, "gap": -2.0, "share": none, "standard_error": none}
     assert summarise(benchmark, ENTRIES[::-1], SCORES, records, {}).gap_closed == gap
     some = [record for record in records if record["entry"] != "base@2"]
     assert summarise(benchmark, ["base@1", "mine@1", "mine@2"], SCORES, some, {}).gap_closed == {}
+
+
+def test_the_error_of_the_share_is_that_of_leaving_prompts_out():
+    rng, entries = np.random.default_rng(0), ["base@1", "mine@1", "base@2"]
+    one = rng.normal(size=80)
+    values = one, one + rng.normal(0.3, 0.2, 80), one + rng.normal(0.6, 0.3, 80)
+    records = [
+        {"entry": entry, "index": i, "repeat": 0, "scores": {"sharp": value}}
+        for entry, each in zip(entries, values, strict=True)
+        for i, value in enumerate(each)
+    ]
+    found = summarise(Benchmark("b", ("p",) * 80, (None,) * 80, (None,) * 80), entries, ["sharp"], records, {})
+    error = found.gap_closed["sharp"]["standard_error"]["mine@1"]
+    gained, gap = values[1] - one, values[2] - one
+    without = [np.delete(gained, i).mean() / np.delete(gap, i).mean() for i in range(80)]
+    assert error == pytest.approx(math.sqrt(79 * np.var(without)), rel=0.02)
+    share = found.gap_closed["sharp"]["share"]["mine@1"]
+    assert f"{share:.0%} ± {error:.0%}" in found.table()
+    assert f"{share:.0%} ± {error:.0%}" in found.to_markdown()
 
 
 def test_the_order_of_the_records_changes_no_byte():

@@ -144,6 +144,12 @@ def test_an_image_without_a_line_leaves_a_place(folder):
     assert "base@2, prompt 11: not scored" in words(page(folder))
 
 
+def test_the_share_has_its_error(folder):
+    error = {"standard_error": {"adapter@1": 0.09}}
+    change(folder / "report.json", lambda report: report["gap_closed"]["pickscore"].update(error))
+    assert "closes 37% (± 9%) of the gap" in words(page(folder))
+
+
 @pytest.mark.parametrize(
     ("share", "said"),
     [
