@@ -56,7 +56,7 @@ class RenderSettings:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not abs(self.guidance_scale) <= MOST_GUIDANCE:  # nor NaN
-            raise ConfigError(f"guidance_scale: expected at most {MOST_GUIDANCE:g}, got {self.guidance_scale}")
+            raise ConfigError(f"guidance_scale: expected at most ±{MOST_GUIDANCE:g}, got {self.guidance_scale}")
         if not 0 < self.max_timesteps <= 1.5708:
             raise ConfigError(f"max_timesteps: expected an angle in (0, 1.5708], got {self.max_timesteps}")
         middle = self.intermediate_timesteps
