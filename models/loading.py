@@ -28,9 +28,7 @@ LATENT_FACTS = {
 NAMED = ("nano", "tiny")
 """Models that have a name: the trained small one of this package, and an untrained one that is built in the cache."""
 
-READ_ERRORS = (
-    *(OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ArithmeticError, SafetensorError),
-)
+READ_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ArithmeticError, SafetensorError)
 """What a file that is not what it should be makes the libraries raise."""
 
 WEIGHTS = {"transformer": SanaTransformer2DModel, "vae": AutoencoderDC, "text_encoder": Gemma2Model}
@@ -84,7 +82,7 @@ def load(
         kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
         if kind != SanaSprintPipeline.__name__:
             raise ValueError(f"expected a SanaSprintPipeline, got {kind}")
-        own = {name: _whole(kind, folder / name, dtype) for name, kind in WEIGHTS.items() if name not in parts}
+        own = {name: _whole(cls, folder / name, dtype) for name, cls in WEIGHTS.items() if name not in parts}
         pipeline = SanaSprintPipeline.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, **own, **parts
         )
