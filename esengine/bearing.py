@@ -9,10 +9,15 @@ MOST_BAD = 0.1
 """Share of the images without a score that a run with `on_bad_reward: drop-pair` bears."""
 
 
+MOST_IN_A_ROW = 8
+"""Images that a reward may fail on one after the other before the others of their batch are not asked for."""
+
+
 class Bearing:
     """Scores like `Weighted`, but for NaN where a reward raises or gives no finite number.
 
-    A batch that a reward fails on is asked for image by image, until too many are bad.
+    A batch that a reward fails on is asked for image by image, until too many are bad. After `MOST_IN_A_ROW` failures
+    the others of the batch count as bad, unasked: a service that is down may take its time limit to say so.
 
     Args:
         reward: whose scores.
@@ -40,18 +45,22 @@ class Bearing:
         except RewardError as error:
             if len(images) == 1:
                 return self._nothing(error, images, step)
-        ones = []
+        parts, row = [], 0
         for i in range(len(images)):
-            one = slice(i, i + 1)
-            ones.append(self.score(images[one], prompts[one], step=step, members=members and members[one]))
-        return {name: torch.cat([one[name] for one in ones]) for name in ones[0]}
+            if row == MOST_IN_A_ROW:
+                parts.append(self._nothing(self.first, images[i:], step))
+                break
+            before, one = self.bad, slice(i, i + 1)
+            parts.append(self.score(images[one], prompts[one], step=step, members=members and members[one]))
+            row = row + 1 if self.bad > before else 0
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _nothing(self, error: RewardError, images: torch.Tensor, step: int | None) -> dict[str, torch.Tensor]:
-        self.bad, self.first = self.bad + 1, self.first or error
+        self.bad, self.first = self.bad + len(images), self.first or error
         if self.bad > self.most:
             when = "" if step is None else f"step {step}: "
             raise RewardError(f"{when}{too_many(self.bad, self.images)}; the first: {self.first}") from self.first
-        return dict.fromkeys([*self.names, COMBINED], torch.full((1,), torch.nan, device=images.device))
+        return dict.fromkeys([*self.names, COMBINED], torch.full((len(images),), torch.nan, device=images.device))
 
 
 def too_many(bad: int, images: int) -> str:

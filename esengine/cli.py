@@ -49,6 +49,9 @@ def main(args: list[str] | None = None) -> int:
         "".join(args).encode()
     except UnicodeEncodeError:
         return _fail("expected arguments in UTF-8, got bytes that are not", 2)
+    for flag, value in zip(args, [*args[1:], None], strict=True):
+        if flag.startswith("--") and (value == "" or flag.endswith("=")):
+            return _fail(f"{flag.rstrip('=')}: expected a value, got an empty one", 2)
     try:
         return commands[args[0]](args[1:])
     except Stopped as stopped:

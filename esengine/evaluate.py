@@ -17,6 +17,7 @@ from esengine.files import cache_root
 from esengine.group import place
 from esengine.models import SanaSprint, TextEmbeddings
 from esengine.rewards import Weighted, parse
+from esengine.run_folder import refuse_links
 from esengine.scoring import Plan, compare_entries, draw, load_entry, provenance, reported
 from esengine.setup import is_folder, load_model, pick_chunk, pick_device, pick_dtype, render_settings
 from esengine.summary import Report, summarise
@@ -153,7 +154,10 @@ def _entries(config: EvalConfig, steps: int, adapter: Path | None) -> tuple[Entr
 def _folder(config: EvalConfig, benchmark: Benchmark) -> Path | None:
     if config.out is not None or config.benchmark is None:
         return config.out
-    return (config.run_dir or Path()) / "evaluations" / benchmark.name
+    run = config.run_dir or Path()
+    folder = run / "evaluations" / benchmark.name
+    refuse_links(f"run folder {run}", [folder.parent, folder])
+    return folder
 
 
 def _shard(config: EvalConfig, folder: Path | None) -> tuple[int, int]:

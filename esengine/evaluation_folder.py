@@ -28,7 +28,8 @@ from PIL import Image
 from esengine.benchmarks import Benchmark
 from esengine.entries import Entry
 from esengine.errors import RunError
-from esengine.files import replace_file
+from esengine.files import naming, replace_file
+from esengine.run_folder import refuse_links
 from esengine.scoring import Batch, Plan, Rows, batch_records
 from esengine.summary import Report, flatten
 
@@ -62,7 +63,8 @@ class EvaluationFolder:
         """Make or reopen a folder, and hold this shard of it.
 
         Raises:
-            RunError: the folder cannot be made, holds something else, or another process draws this shard.
+            RunError: the folder cannot be made, holds something else or a symbolic link, or another process draws this
+                shard.
         """
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -73,6 +75,7 @@ class EvaluationFolder:
             raise RunError(f"out {path}: {error.strerror or error}") from error
         if others and "evaluation.json" not in others:
             raise RunError(f"out {path}: expected a new folder or one of an evaluation, it holds {sorted(others)[0]}")
+        refuse_links(f"out {path}", [*path.iterdir(), *path.glob("images/*")])
         folder = cls(path, shard)
         in_use = f"out {path}: another process draws it" + (f", shard {shard[0]}/{shard[1]}" if shard[1] > 1 else "")
         with _lock(path / f".lock.{folder._name}", in_use):
@@ -226,8 +229,9 @@ class EvaluationFolder:
         for _, saved in waiting:
             saved.result()
         if waiting:
-            lines.write(b"".join(_line(record) for record, _ in waiting))
-            lines.flush()
+            with naming(self.scores):
+                lines.write(b"".join(_line(record) for record, _ in waiting))
+                lines.flush()
 
     def _save(self, record: dict, pixels: np.ndarray) -> None:
         """Write an image, and its name into its record."""
@@ -235,7 +239,8 @@ class EvaluationFolder:
         folder = self.path / "images" / record["entry"]
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f"{_TEMPORARY}{self._name}-{record['repeat']}-{name}"
-        Image.fromarray(pixels).save(temporary, format="PNG")
+        with naming(folder / name):
+            Image.fromarray(pixels).save(temporary, format="PNG")
         os.replace(temporary, folder / name)
         record["image"] = f"images/{record['entry']}/{name}"
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from esengine.bearing import Bearing
-from esengine.errors import ConfigError
+from esengine.errors import ConfigError, RunError
 from esengine.rewards import Weighted, parse
 from esengine.rewards.spec import read
 from esengine.rewards.weighted import COMBINED
@@ -124,6 +124,9 @@ class Guard:
             prompts and rewards, else set aside.
         note: told of a warning, once for each held-out reward.
         bear: leave out images that a reward fails on, and say so, up to one or a tenth. Otherwise that is an error.
+
+    Raises:
+        RunError: a measure from before is not as this writes it; with its line.
     """
 
     def __init__(
@@ -149,6 +152,11 @@ class Guard:
                 "held-out prompts or rewards are others than before: changes are against step "
                 f"{log.resume_step}, those before are in {kept.name}"
             )
+        for number, record in enumerate(log.held_out, start=1):
+            try:
+                self._require_written(record)
+            except (KeyError, TypeError, ValueError) as error:
+                raise RunError(f"{log.held_out_file}, line {number}: not as esengine writes it: {error!r}") from error
 
     def due(self, step: int, last: int) -> bool:
         """Whether to measure after so many steps: at first, every so many, and at the last."""
@@ -168,8 +176,7 @@ class Guard:
             images.append(drawn)
         if self.bear and reward.bad:
             self.note(f"warning: held out, {reward.bad} of {reward.images} images are left out: {reward.first}")
-        names = list(dict.fromkeys([self.rewards.objective, *self.rewards.everything.names]))
-        scores = {name: torch.cat([part[name] for part in parts]).tolist() for name in names}
+        scores = {name: torch.cat([part[name] for part in parts]).tolist() for name in self._names}
         first = self.log.held_out[0]["scores"] if self.log.held_out else None
         changes = {name: _against(each, first[name]["each"] if first else each) for name, each in scores.items()}
         parted = part_ways(changes, self.rewards.objective, self.rewards.held_out)
@@ -181,6 +188,22 @@ class Guard:
         for name in parted:
             if name not in before:
                 self.note(f"warning: {self.warning(name)}")
+
+    @property
+    def _names(self) -> list[str]:
+        return list(dict.fromkeys([self.rewards.objective, *self.rewards.everything.names]))
+
+    def _require_written(self, record: dict[str, Any]) -> None:
+        """Raises KeyError, TypeError or ValueError for what `measure` does not write."""
+        for name in self._names:
+            score = record["scores"][name]
+            numbers = [score["mean"], score["change"], score["standard_error"], *score["each"]]
+            if len(score["each"]) != len(self.prompts) or {type(each) for each in numbers} - {float, type(None)}:
+                raise ValueError(f"{name}: expected numbers, and one for each of {len(self.prompts)} prompts")
+        objective = self.rewards.objective
+        parted = part_ways(record["scores"], objective, self.rewards.held_out)
+        if (record["optimised"], record["parted"]) != (objective, parted):
+            raise ValueError(f"expected {objective} as optimised and {parted} as parted, as the scores say")
 
     def parted(self) -> dict[str, int]:
         """The step at which each held-out reward, if it did, parted ways with the optimised one."""

@@ -10,9 +10,11 @@ import re
 import socket
 import stat
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 
 from esengine.errors import RunError
+from esengine.files import naming
 
 TEMPORARY = ".tmp-"
 LOCK = ".lock"
@@ -34,6 +36,13 @@ def checkpoint_folders(root: Path) -> list[Path]:
 def path_step(path: Path) -> int:
     """The step in a checkpoint folder's name."""
     return int(path.name.removeprefix("step_"))
+
+
+def refuse_links(where: str, paths: Iterable[Path]) -> None:
+    """Raises RunError, which begins with `where`, if one of some paths is a symbolic link."""
+    for path in paths:
+        if path.is_symlink():
+            raise RunError(f"{where}: {path} is a symbolic link, a run writes to none: remove it")
 
 
 class RunFolder:
@@ -149,13 +158,11 @@ class RunFolder:
         for folder in (self.checkpoints, self.adapter, self.tensorboard, self.strips, self.held_out):
             if folder.is_dir() and not folder.is_symlink():
                 written += folder.iterdir()
-        for path in written:
-            if path.is_symlink():
-                raise RunError(f"run folder {self.path}: {path} is a symbolic link, a run writes to none: remove it")
+        refuse_links(f"run folder {self.path}", written)
 
     def _remove_torn_files(self) -> None:
         """What a killed process left half written."""
-        for place in (self.path, self.adapter):
+        for place in (self.path, self.adapter, self.strips, self.held_out):
             for torn in place.glob(f"{TEMPORARY}*"):
                 with contextlib.suppress(IsADirectoryError):  # none of ours
                     torn.unlink()
@@ -190,8 +197,9 @@ def _locked(path: Path) -> int:
                 raise RunError(f"run folder {path}: expected {LOCK} to be a file with one name")
             _flock(lock, fcntl.LOCK_EX, path)
             if os.fstat(lock).st_nlink:  # else its last holder left nothing, and took it away
-                os.ftruncate(lock, 0)
-                os.pwrite(lock, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+                with naming(path / LOCK):
+                    os.ftruncate(lock, 0)
+                    os.pwrite(lock, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
                 return lock
         except BaseException:
             os.close(lock)

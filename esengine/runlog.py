@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from esengine.errors import RunError
-from esengine.files import naming, replace_file
+from esengine.files import naming, replace_file, write_atomic
 from esengine.pictures import draw_grid, draw_strip
 from esengine.run_folder import RunFolder
 from esengine.trackers import open_trackers
@@ -77,6 +77,10 @@ class RunLog:
     @property
     def held_out(self) -> list[dict[str, Any]]:
         return self._measures.records
+
+    @property
+    def held_out_file(self) -> Path:
+        return self._measures.path
 
     def log(self, step: int, metrics: dict[str, float | int | str], fitness: torch.Tensor | None = None) -> None:
         """Append one line {"step": step, **metrics}, flushed, and show the numbers.
@@ -156,8 +160,7 @@ class RunLog:
 
     def _picture(self, kind: str, step: int, picture: Image.Image) -> Path:
         path = self._folder.path / kind / f"step_{step:08d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        write_atomic(path, picture.save)
         self._trackers.image(step, kind, picture)
         return path
 

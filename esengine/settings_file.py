@@ -8,6 +8,7 @@ import dataclasses
 import reprlib
 import types
 import typing
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,8 +65,8 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             if isinstance(node, yaml.MappingNode):
-                keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-                if twice := [key for key in keys if keys.count(key) > 1]:
+                times = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+                if twice := [key for key, count in times.items() if count > 1]:
                     raise ValueError(f"'{twice[0]}' is given twice")
             number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
             if number and (":" in node.value or len(node.value) > _DIGITS):
@@ -110,7 +111,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return tuple(_convert(options[0], item, where) for item in value)
     if hint is float and type(value) is int:
         return float(value)
-    if hint is Path and isinstance(value, str):
+    if hint is Path and isinstance(value, str) and value:
         return Path(value)
     if type(value) is not hint:
         # YAML 1.1 reads 1e-2 as text

@@ -198,7 +198,8 @@ class Record:
         self.path = path
         self._data: dict[str, Any] = {"identity": uuid.uuid4().hex[:12], "failed": {}}
         if resume:
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none, or damaged: a new place
+            # none, or damaged: a new place
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
                 self._data["identity"] = str(json.loads(path.read_bytes())["identity"])
 
     @property

@@ -7,13 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderDC, SanaSprintPipeline
+from diffusers import AutoencoderDC, ModelMixin, SanaSprintPipeline, SanaTransformer2DModel
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
+from transformers import Gemma2Model, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from esengine.errors import ConfigError
+from esengine.memory import fits
 from esengine.models.text_cache import fingerprint
 
 LATENT_FACTS = {
@@ -26,7 +28,11 @@ LATENT_FACTS = {
 NAMED = ("nano", "tiny")
 """Models that have a name: the trained small one of this package, and an untrained one that is built in the cache."""
 
-READ_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError)
+READ_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ArithmeticError, SafetensorError)
+"""What a file that is not what it should be makes the libraries raise."""
+
+WEIGHTS = {"transformer": SanaTransformer2DModel, "vae": AutoencoderDC, "text_encoder": Gemma2Model}
+"""The pipeline's components that have weights."""
 
 
 def locate(model: str, revision: str | None, local_files_only: bool) -> tuple[Path, dict[str, str]]:
@@ -55,26 +61,42 @@ def download(model: str, revision: str | None, local_files_only: bool, **without
                 model, revision=revision, local_files_only=local_files_only, use_safetensors=True, **without
             )
         )
-    except (*READ_ERRORS, RuntimeError) as error:
+    except READ_ERRORS as error:
         raise ConfigError(
             f"model: {model} is not a folder, and no complete copy of a hub model of that name was found or fetched "
             "(offline, misspelt, private, or not a pipeline)"
         ) from error
 
 
-def load(folder: Path, dtype: torch.dtype, **parts: torch.nn.Module | None) -> SanaSprintPipeline:
-    """The pipeline in a local folder, with `parts` in place of its own; None leaves a component out."""
+def load(
+    folder: Path, dtype: torch.dtype, device: torch.device | str, **parts: torch.nn.Module | None
+) -> SanaSprintPipeline:
+    """The pipeline in a local folder, with `parts` in place of its own; None leaves a component out.
+
+    Raises:
+        ConfigError: It cannot be read, or a weight is missing or of another shape; with its name.
+        OutOfMemory: It does not fit.
+    """
     index = folder / "model_index.json"
-    try:
+    with _reading(f"model: cannot load {folder}"):
         kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
         if kind != SanaSprintPipeline.__name__:
             raise ValueError(f"expected a SanaSprintPipeline, got {kind}")
-        with no_progress_bars():
-            return SanaSprintPipeline.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, local_files_only=True, **parts
-            )
-    except READ_ERRORS as error:
-        raise ConfigError(f"model: cannot load {folder}: {first_line(error)}") from error
+        own = {name: _whole(cls, folder / name, dtype) for name, cls in WEIGHTS.items() if name not in parts}
+        pipeline = SanaSprintPipeline.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, **own, **parts
+        )
+        return pipeline.to(device)
+
+
+def _whole(kind: type[ModelMixin | PreTrainedModel], folder: Path, dtype: torch.dtype) -> ModelMixin | PreTrainedModel:
+    """A component with every weight from its files: transformers makes up those that are missing."""
+    files = dict(use_safetensors=True, local_files_only=True)
+    name = "dtype" if issubclass(kind, PreTrainedModel) else "torch_dtype"
+    component, found = kind.from_pretrained(folder, **{name: dtype}, **files, output_loading_info=True)
+    if absent := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
+        raise ValueError(f"{folder.name} lacks {len(absent)} of its weights, such as {absent[0]}")
+    return component
 
 
 def load_vae(vae: str, pipeline: Path, dtype: torch.dtype, local_files_only: bool) -> tuple[AutoencoderDC, str]:
@@ -100,10 +122,10 @@ def load_vae(vae: str, pipeline: Path, dtype: torch.dtype, local_files_only: boo
             folder = Path(
                 snapshot_download(name, revision=revision or None, local_files_only=local_files_only, **files)
             )
-        except (*READ_ERRORS, RuntimeError) as error:
+        except READ_ERRORS as error:
             raise ConfigError(f"vae: {vae} is not a folder, and no hub model of that name was found") from error
         identity = f"{name}@{folder.name}"
-    try:
+    with _reading(f"vae: cannot use {vae}"):
         own, given = (
             json.loads((each / "config.json").read_text(encoding="utf-8")) for each in (pipeline / "vae", folder)
         )
@@ -112,18 +134,23 @@ def load_vae(vae: str, pipeline: Path, dtype: torch.dtype, local_files_only: boo
         for what, fact in LATENT_FACTS.items():
             if fact(own) != fact(given):
                 raise ValueError(f"expected {what} {fact(own)}, as the model's own, got {fact(given)}")
-        with no_progress_bars():
-            loaded = AutoencoderDC.from_pretrained(
-                folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
-            )
-    except READ_ERRORS as error:
-        raise ConfigError(f"vae: cannot use {vae}: {first_line(error)}") from error
+        loaded = _whole(AutoencoderDC, folder, dtype)
     return loaded, identity or fingerprint(folder, ("",))
 
 
 def first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def _reading(cannot: str) -> Iterator[None]:
+    """What goes wrong inside is told in one line that begins with `cannot`; memory that runs out, by its own."""
+    try:
+        with no_progress_bars(), fits("the model's weights", "take a smaller model or --dtype bfloat16"):
+            yield
+    except READ_ERRORS as error:
+        raise ConfigError(f"{cannot}: {first_line(error)}") from error
 
 
 @contextmanager

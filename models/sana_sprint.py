@@ -104,16 +104,17 @@ class SanaSprint:
                 with a revision behind an @. Its latents must be the same, its decoder may be another.
 
         Raises:
-            ConfigError: There is no such model, or it is not a SANA-Sprint pipeline that can be read, or the VAE is of
-                other latents.
+            ConfigError: There is no such model, or it is not a SANA-Sprint pipeline that can be read, a weight is
+                missing, or the VAE is of other latents.
+            OutOfMemory: It does not fit.
         """
         source, identity = locate(str(model), revision, local_files_only)
         parts, vae_identity = {}, None
         if vae is not None:
             parts["vae"], vae_identity = load_vae(str(vae), source, dtype, local_files_only)
-        pipeline = load(source, dtype, text_encoder=None, tokenizer=None, **parts)
+        pipeline = load(source, dtype, device, text_encoder=None, tokenizer=None, **parts)
         return cls(
-            pipeline.to(device),
+            pipeline,
             source=source,
             identity=identity,
             local_files_only=local_files_only,
@@ -128,9 +129,16 @@ class SanaSprint:
         if "commit" in self._identity:
             name = f"{self._identity['model']}@{self._identity['commit']}"
         else:
-            name = fingerprint(self._source, ("transformer", "vae", "scheduler"))
-            name = f"{name} text {fingerprint(self._source)}"
+            name = f"{self._fingerprint} text {self._text_fingerprint}"
         return name if self._vae_identity is None else f"{name} vae {self._vae_identity}"
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self._source, ("transformer", "vae", "scheduler"))
+
+    @cached_property
+    def _text_fingerprint(self) -> str:
+        return fingerprint(self._source)
 
     def encode(
         self,
@@ -167,7 +175,7 @@ class SanaSprint:
             "dtype": str(dtype).removeprefix("torch."),
         }
         if "commit" not in key:
-            key["fingerprint"] = fingerprint(self._source)
+            key["fingerprint"] = self._text_fingerprint
 
         def encoder(missing: list[str]) -> Iterator[torch.Tensor]:
             return self._encode(missing, words, max_sequence_length, dtype)
@@ -441,7 +449,7 @@ class SanaSprint:
         try:
             layers = check_diffusers_lora(file, shapes)
             self.pipeline.load_lora_weights(str(path), weight_name=WEIGHT_NAME, use_safetensors=True)
-        except (*READ_ERRORS, RuntimeError) as error:
+        except READ_ERRORS as error:
             raise ConfigError(f"adapter: cannot load {file}: {first_line(error)}") from error
         taken = {name for name, module in self.transformer.named_modules() if len(getattr(module, "lora_A", ()))}
         if taken != layers:
@@ -510,11 +518,11 @@ class SanaSprint:
             source = download(
                 self._identity["model"], self._identity["commit"], self._local_files_only, transformer=None, vae=None
             )
-        pipeline = load(source, dtype, transformer=None, vae=None, scheduler=None)
+        pipeline = load(source, dtype, self.device, transformer=None, vae=None, scheduler=None)
         try:
-            pipeline.text_encoder.eval().requires_grad_(False).to(self.device)
+            pipeline.text_encoder.eval().requires_grad_(False)
             for prompt in prompts:
-                with torch.no_grad():
+                with torch.no_grad(), fits("a prompt's tokens", "take a smaller model or --dtype bfloat16"):
                     embeds, mask = pipeline.encode_prompt(
                         prompt,
                         device=self.device,

@@ -1,12 +1,14 @@
 """How an image is sampled and decoded."""
 
-import math
 from dataclasses import dataclass
 
 from esengine.errors import ConfigError
 
 PIPELINE_MULTIPLE = 32
 """`SanaSprintPipeline.check_inputs` takes no other height or width."""
+
+MOST_GUIDANCE = 1e4
+"""Far beyond any use, and finite in half precision."""
 
 GRAPHS = ("auto", "always", "never")
 DECODES = ("eager", "compiled", "graphed")
@@ -53,8 +55,8 @@ class RenderSettings:
         for name in ("num_steps", "decode_chunk"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not math.isfinite(self.guidance_scale):
-            raise ConfigError(f"guidance_scale: expected a finite number, got {self.guidance_scale}")
+        if not abs(self.guidance_scale) <= MOST_GUIDANCE:  # nor NaN
+            raise ConfigError(f"guidance_scale: expected at most ±{MOST_GUIDANCE:g}, got {self.guidance_scale}")
         if not 0 < self.max_timesteps <= 1.5708:
             raise ConfigError(f"max_timesteps: expected an angle in (0, 1.5708], got {self.max_timesteps}")
         middle = self.intermediate_timesteps

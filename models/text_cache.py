@@ -9,8 +9,10 @@ whenever it is read.
 
 import hashlib
 import json
+import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -23,8 +25,8 @@ from esengine.transfer import upload
 
 FORMAT = 1
 SHARD_PROMPTS = 1024
-WHOLE_FILE_LIMIT = 64 << 20
-EDGE = 1 << 20
+BLOCK = 1 << 22
+HASHERS = min(8, os.cpu_count() or 1)
 
 Progress = Callable[[int, int], None]
 """Called with (prompts encoded so far, prompts to encode)."""
@@ -106,22 +108,24 @@ class TextEmbeddings:
 def fingerprint(folder: Path, parts: Sequence[str] = ("tokenizer", "text_encoder")) -> str:
     """Identity of a local model's text side: a sha256 over the names, sizes and contents of the files in its parts.
 
-    A file of at most 64 MiB counts in full. A larger one counts by its size and its first and last MiB: weights that
-    differ only in between are taken for the same, which is the price of not reading gigabytes at every start.
+    Every byte is read, several files at once, which takes as long as the disk does: a thread hashes 1.8 GB a second on
+    a processor with instructions for SHA-256.
     """
+    files = [file for part in parts for file in sorted((folder / part).rglob("*")) if file.is_file()]
     total = hashlib.sha256()
-    for part in parts:
-        for file in sorted((folder / part).rglob("*")):
-            if not file.is_file():
-                continue
-            size = file.stat().st_size
-            with open(file, "rb") as stream:
-                digest = hashlib.sha256(stream.read(EDGE if size > WHOLE_FILE_LIMIT else -1))
-                if size > WHOLE_FILE_LIMIT:
-                    stream.seek(-EDGE, 2)
-                    digest.update(stream.read())
-            total.update(f"{file.relative_to(folder).as_posix()}\0{size}\0{digest.hexdigest()}\n".encode())
+    with ThreadPoolExecutor(HASHERS) as pool:  # hashlib lets go of the interpreter while it hashes
+        for file, (size, digest) in zip(files, pool.map(_size_and_digest, files), strict=True):
+            total.update(f"{file.relative_to(folder).as_posix()}\0{size}\0{digest}\n".encode())
     return f"sha256:{total.hexdigest()}"
+
+
+def _size_and_digest(file: Path) -> tuple[int, str]:
+    digest, size = hashlib.sha256(), 0
+    with open(file, "rb") as stream:
+        while block := stream.read(BLOCK):
+            digest.update(block)
+            size += len(block)
+    return size, digest.hexdigest()
 
 
 def embed_prompts(
@@ -202,7 +206,7 @@ class _Cache:
             return content["prompts"]
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise _damaged(self.index, error) from error
 
     def _shard(self, shard: str, prompts: list[str], entries: dict) -> Iterator[tuple[str, torch.Tensor]]:

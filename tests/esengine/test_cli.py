@@ -84,6 +84,7 @@ def flags(*more):
         (["--model", "nosuch"], ["model", "nosuch"]),
         (["--model", "/nosuch"], ["model", "/nosuch"]),
         (["--model", "no/such"], ["model", "no/such", "offline"]),
+        (["--image.guidance-scale", "1e39"], ["guidance_scale: expected at most ±10000, got 1e+39"]),
         (["--model", "torn"], ["model", "torn"]),
         (["--model", "other"], ["model", "FluxPipeline"]),
     ],
@@ -105,6 +106,9 @@ def test_what_is_wrong_is_one_line_and_nothing_is_left(files, esengine, workspac
         (["--trackers", "aim"], "--trackers"),
         (["--stepz", "3"], "--stepz"),
         (["extra"], "extra"),
+        (["--run-dir", ""], "--run-dir: expected a value"),
+        (["--run-dir="], "--run-dir: expected a value"),
+        (["--prompts", "", "--steps", "1"], "--prompts: expected a value"),
     ],
 )
 def test_a_flag_that_is_not_one_is_explained(files, esengine, workspace, more, word):

@@ -224,6 +224,31 @@ def test_a_folder_of_something_else_is_left_alone(small_evaluation, tmp_path):
         evaluate(replace(small_evaluation, out=tmp_path / "diary.txt"), Progress())
 
 
+@pytest.mark.parametrize("name", [".lock", "scores.jsonl", "report.html", "images", "images/base@1"])
+def test_a_link_out_of_the_folder_is_refused_and_what_it_leads_to_is_untouched(copy, tmp_path, name):
+    away, link = tmp_path / "away", copy.out / name
+    if link.exists():
+        link.rename(away)
+    link.symlink_to(away)
+    before = contents(tmp_path)
+    with pytest.raises(RunError, match=rf"{name} is a symbolic link"):
+        evaluate(copy, Progress())
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["evaluations", "evaluations/prompts"])
+def test_a_link_in_a_run_is_not_evaluated_into(trained, tmp_path, name):
+    run, away = tmp_path / "run", tmp_path / "away"
+    shutil.copytree(trained[0].run_dir, run)
+    (tmp_path / "prompts.txt").write_text("a fox\n")
+    away.mkdir()
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).symlink_to(away)
+    with pytest.raises(RunError, match=rf"run folder .*{name} is a symbolic link"):
+        evaluate(EvalConfig(run_dir=run, benchmark=str(tmp_path / "prompts.txt")), Progress())
+    assert list(away.iterdir()) == []
+
+
 def test_a_folder_in_use_is_left_alone(copy):
     before = contents(copy.out)
     with open(copy.out / ".lock.0-of-1", "a") as lock:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from esengine.defaults import defaults
-from esengine.errors import ConfigError, RewardError
+from esengine.errors import ConfigError, RewardError, RunError
 from esengine.guard import CLIP_FAMILY, Guard, Rewards, load_rewards, part_ways
 from esengine.models import SanaSprint, tiny_model
 from esengine.prompts import read_prompts
@@ -116,6 +116,43 @@ def test_the_step_at_which_they_part_is_told_once(make, tmp_path, notes):
     for words in ("step 20", "up +1.2", "down -1", "5 prompts", "heldout/step_00000020.png"):
         assert words in line
     assert "\n" not in line
+
+
+SPOILED = {
+    "no scores": lambda record: record.pop("scores"),
+    "no reward": lambda record: record["scores"].pop("down"),
+    "a score that is none": lambda record: record["scores"].update(up=5),
+    "a prompt too few": lambda record: record["scores"]["up"]["each"].pop(),
+    "text": lambda record: record["scores"]["up"]["each"].__setitem__(0, "x"),
+    "a number without end": lambda record: record["scores"]["up"].update(change=10**400),
+    "no verdict": lambda record: record.pop("parted"),
+    "a verdict that is none": lambda record: record.update(parted=5),
+    "another verdict": lambda record: record.update(parted=["down"]),
+    "nobody parted": lambda record: record.update(parted=["evil"]),
+    "another objective": lambda record: record.update(optimised="down"),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILED)
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_measure_that_is_not_what_was_written_is_refused_with_its_line(make, tmp_path, spoil, at):
+    guard, scores = make({"up": 1.0, "down": 0.0})
+    for step in (0, 10):
+        scores["up"].now = [step + 0.5] * 5
+        guard.measure(step)
+    found = records(tmp_path / "run")
+    (tmp_path / "again").mkdir()
+    again = dict(rewards=guard.rewards, render=guard.render, prompts=5, every=10, note=pytest.fail)
+    for spoiled in (False, True):
+        if spoiled:
+            SPOILED[spoil](found[at])
+        (tmp_path / "again" / "heldout.jsonl").write_text("".join(json.dumps(each) + "\n" for each in found))
+        with RunFolder.open(tmp_path / "again") as folder, RunLog(folder, 20) as log:
+            if not spoiled:
+                assert Guard(log=log, **again).parted() == {}
+                continue
+            with pytest.raises(RunError, match=rf"again/heldout\.jsonl, line {at + 1}: not as esengine writes it"):
+                Guard(log=log, **again)
 
 
 UP, DOWN, FLAT = (dict(change=c, standard_error=0.1) for c in (0.3, -0.3, 0.0))

@@ -1,5 +1,6 @@
 """What may lie in a run folder, and who may hold it. See also test_checkpoint.py."""
 
+import errno
 import fcntl
 import os
 import subprocess
@@ -50,6 +51,25 @@ def test_a_lock_that_is_another_file_too_is_refused_and_not_written_to(tmp_path)
     os.mkfifo(tmp_path / ".lock")
     with pytest.raises(RunError, match=r"expected \.lock to be a file with one name"):
         RunFolder.open(tmp_path)
+
+
+def test_a_full_disk_is_told_with_the_locks_name(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        RunFolder.open(tmp_path)
+    assert caught.value.filename == str(tmp_path / ".lock")
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+    torn = [tmp_path / place / ".tmp-step_00000001.png-ab" for place in ("", "adapter", "strips", "heldout")]
+    for path in torn:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("half")
+    with RunFolder.open(tmp_path):
+        assert not [path for path in torn if path.exists()]
 
 
 def test_a_refused_process_leaves_the_holders_lock_as_it_is(tmp_path):

@@ -1,3 +1,4 @@
+import errno
 import json
 import subprocess
 import sys
@@ -158,3 +159,15 @@ def test_a_full_disk_is_told_with_the_logs_name(folder):
         with pytest.raises(OSError, match="No space left") as caught:
             spend()
         assert caught.value.filename == str(folder.metrics)
+
+
+def test_a_full_disk_is_told_with_the_pictures_name_and_leaves_no_half_of_it(folder, monkeypatch):
+    def full(self, path):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with RunLog(folder) as log, pytest.raises(OSError, match="No space left") as caught:
+        log.strip(0, {"best": noise(1)})
+    assert caught.value.filename == str(folder.strips / "step_00000000.png")
+    assert list(folder.strips.iterdir()) == []

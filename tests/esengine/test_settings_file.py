@@ -1,11 +1,13 @@
 import os
 
 import pytest
+import yaml
 
 from esengine.config import ESSettings, ImageSettings, LoraSettings, TrainConfig, load
 from esengine.errors import ConfigError
 from esengine.models import SanaSprint
 from esengine.prompts import read_prompts
+from esengine.settings_file import _Loader
 
 TEN = ",".join("x" * 10)
 BOMB = f"reward:\n- &a0 [{TEN}]\n" + "".join(f"- &a{i} [{','.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10))
@@ -35,6 +37,7 @@ BOMB = f"reward:\n- &a0 [{TEN}]\n" + "".join(f"- &a{i} [{','.join([f'*a{i - 1}']
         ("<<: 5\n", "line 1: expected a mapping"),
         ("? [a, b]\n: 3\n", "line 1: found unhashable key"),
         ("steps: " + "x" * 100_000, "steps: expected int"),
+        ("run_dir: ''", "run_dir: expected Path, got ''"),
         ("# " + "x" * (1 << 20), "expected at most 1048576 bytes"),
     ],
 )
@@ -43,6 +46,22 @@ def test_a_hostile_file_is_refused_in_one_short_line(tmp_path, text, words):
     with pytest.raises(ConfigError, match=rf"c\.yaml(, |: ){words}") as caught:
         load(tmp_path / "c.yaml")
     assert len(str(caught.value)) < 400 + len(str(tmp_path))
+
+
+class Counted(str):
+    compared = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other):
+        Counted.compared += 1
+        return str.__eq__(self, other)
+
+
+def test_keys_are_not_each_compared_with_each():
+    keys = [yaml.ScalarNode("tag:yaml.org,2002:str", Counted(f"key {i}")) for i in range(1000)]
+    node = yaml.MappingNode("tag:yaml.org,2002:map", [(key, key) for key in keys])
+    assert len(_Loader("").construct_document(node)) == 1000
+    assert Counted.compared < 10_000
 
 
 def test_what_may_never_end_is_not_read(tmp_path):

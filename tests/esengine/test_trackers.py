@@ -145,7 +145,7 @@ def test_a_resumed_run_goes_on_in_the_same_place(small, tmp_path, fakes):
     assert first == again != other
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"identity": "', "\0"])
+@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"identity": "', "\0", "[" * 100_000])
 def test_a_damaged_record_is_a_new_place(tmp_path, fakes, damage):
     (tmp_path / "trackers.json").write_text(damage)
     opened = trackers.open_trackers(tmp_path, tmp_path / "tb", ("wandb",), 3, pytest.fail)

@@ -39,6 +39,8 @@ def fork(config, kind, at):
         try:
             killer.arm(kind, at)
             train(config)
+            if kind == "count":
+                Path("calls.json").write_text(json.dumps(killer.calls))
             os._exit(0)
         except RunError as error:
             os._exit(2 if "nothing to resume" in str(error) else 3)
@@ -49,11 +51,14 @@ def fork(config, kind, at):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-found = {}
+found, calls = {}, {}
 for case in json.loads(Path(sys.argv[1]).read_text()):
     config = from_dict(TrainConfig(), case["config"], "case")
-    codes = [fork(config, *case["kill"])]
-    if codes[0] != 0:
+    kind, share, rule = case["kill"]
+    codes = [fork(config, kind, int(share * calls[rule][kind]) if kind != "count" else 0)]
+    if kind == "count":
+        calls[rule] = json.loads(Path("calls.json").read_text())
+    elif codes[0] != 0:
         codes.append(fork(dataclasses.replace(config, resume=True), None, 0))
         if codes[1] == 2:
             codes.append(fork(config, None, 0))
@@ -62,25 +67,39 @@ Path(sys.argv[2]).write_text(json.dumps(found))
 '''
 
 KILLER = """
-import os, signal
-armed, calls = (None, 0), {"reward": 0, "fsync": 0}
-sync = os.fsync
+import functools, os, pathlib, signal
+from esengine.runlog import _Lines
+
+SYSTEM = ("fsync", "rename", "replace", "unlink", "mkdir")
+armed, calls = (None, 0), dict.fromkeys(("reward", "append", *SYSTEM), 0)
 
 
 def arm(kind, at):
     global armed
     armed = kind, at
+    calls.update(dict.fromkeys(calls, 0))
 
 
-def reach(kind):
+def reach(kind, last_words=lambda: None):
     if armed == (kind, calls[kind]):
+        last_words()
         os.kill(os.getpid(), signal.SIGKILL)
     calls[kind] += 1
 
 
-def fsync(file):
-    reach("fsync")
-    sync(file)
+def system(kind, call, *args, **keys):
+    reach(kind)
+    return call(*args, **keys)
+
+
+def torn(lines):
+    lines._file.write('{"step": 1')
+    lines._file.flush()
+
+
+def append(lines, record, whole=_Lines.append):
+    reach("append", lambda: torn(lines))
+    whole(lines, record)
 
 
 def score(images, prompts):
@@ -88,18 +107,25 @@ def score(images, prompts):
     return images.float().mean(dim=(1, 2, 3)) / 255
 
 
-os.fsync = fsync
+_Lines.append = append
+for name in SYSTEM:
+    wrapped = functools.partial(system, name, getattr(os, name))
+    setattr(os, name, wrapped)
+    if hasattr(pathlib, "_NormalAccessor") and name != "fsync":  # Python 3.10 keeps its own
+        setattr(pathlib._NormalAccessor, name, wrapped)
 """
 
-# five steps of three chunks; held-out measures are calls 0, 7, 14 and 18, the comparison 19 and 20
-KILLS = [("reward", at, rule) for at, rule in zip((0, 1, 5, 9, 7, 12, 17, 20), 4 * list(RULES), strict=True)]
-KILLS += [("reward", at, rule) for at, rule in ((3, "adam"), (11, "momentum"), (14, "adam"), (18, "momentum"))]
-# syncs: 0 and 1 of the configuration, 2 and 3 of the logs, 4 to 8 of the first checkpoint, which is there from 8 on
-KILLS += [("fsync", at, "adam") for at in range(9)] + [("fsync", at, "momentum") for at in (12, 15, 18, 22, 27)]
-KILLS += [("reward", at, rule) for at, rule in ((2, "adam"), (8, "momentum"), (10, "adam"), (16, "momentum"))]
-DRAWN = random.Random(0)
-MANY = [("reward", DRAWN.randrange(21), DRAWN.choice(list(RULES))) for _ in range(140)]
-MANY += [("fsync", DRAWN.randrange(30), "momentum") for _ in range(60)]
+KINDS = ("reward", "append", "fsync", "rename", "replace", "unlink", "mkdir")
+"""What a run does when it is killed: before a call, or with half a line of a log written."""
+
+
+def drawn(count, seed):
+    """(kind, where among its calls as a share of them, update rule), of each kind as often as of the next."""
+    draw = random.Random(seed)
+    return [(KINDS[number % len(KINDS)], round(draw.random(), 3), draw.choice(list(RULES))) for number in range(count)]
+
+
+KILLS, MANY = drawn(30, seed=0), drawn(200, seed=1)
 EVERY = {"momentum": 1, "adam": 3}
 
 
@@ -109,12 +135,12 @@ def run_all(kills, small, root):
     (root / "driver.py").write_text(DRIVER)
     tiny_model()
     cases = []
-    for number, (kind, at, rule) in enumerate([*kills, *((None, 0, rule) for rule in RULES)]):
-        name = f"{kind}-{at}-{rule}" if kind is None else f"{number}-{kind}-{at}-{rule}"
+    for number, (kind, share, rule) in enumerate([*(("count", 0, rule) for rule in RULES), *kills], -len(RULES)):
+        name = f"{kind}-{rule}" if kind == "count" else f"{number}-{kind}-{share}-{rule}"
         config = small(
-            root / name, steps=5, reward="killer:score", update=RULES[rule], checkpoint_every=EVERY[rule], strip_every=0
+            root / name, steps=5, reward="killer:score", update=RULES[rule], checkpoint_every=EVERY[rule], strip_every=2
         )
-        cases.append({"name": name, "kill": [kind, at], "config": to_dict(config)})
+        cases.append({"name": name, "kill": [kind, share, rule], "config": to_dict(config)})
     (root / "cases.json").write_text(json.dumps(cases))
     command = [sys.executable, "driver.py", "cases.json", "codes.json"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=3000)
@@ -122,14 +148,14 @@ def run_all(kills, small, root):
     return root, json.loads((root / "codes.json").read_text()), done.stderr
 
 
-def check(killed, outcome, number, kind, at, rule):
+def check(killed, outcome, number, kind, share, rule):
     root, codes, errors = killed
-    name, whole = f"{number}-{kind}-{at}-{rule}", f"None-0-{rule}"
+    name, whole = f"{number}-{kind}-{share}-{rule}", f"count-{rule}"
     assert codes[whole] == [0]
     assert codes[name][0] == -9, f"it was not killed: {codes[name]}"
     # resumed; or, killed before the first checkpoint, begun again
     assert codes[name][1:] in ([0], [2, 0]), f"{codes[name]} {errors}"
-    assert codes[name][1:] == [0] or kind == "fsync"
+    assert codes[name][1:] == [0] or kind != "reward"
     assert outcome(root / name) == outcome(root / whole)
     assert not list((root / name).rglob(".tmp-*"))
 
@@ -153,11 +179,11 @@ def test_killed_two_hundred_times(small, outcome, tmp_path):
 
 def test_the_command_line_killed_and_resumed(killed, outcome, tmp_path):
     root, _, _ = killed
-    config = load(root / "None-0-momentum" / "config.yaml")
+    config = load(root / "count-momentum" / "config.yaml")
     (tmp_path / "killer.py").write_text(KILLER + "\narm('reward', int(os.environ.get('KILL', -1)))\n")
     flags = [
         "--prompts", config.prompts, "--eval-prompts", config.eval_prompts, "--reward", config.reward,
-        "--steps", config.steps, "--population", config.population, "--checkpoint-every", 1, "--strip-every", 0,
+        "--steps", config.steps, "--population", config.population, "--checkpoint-every", 1, "--strip-every", 2,
         "--heldout-every", 2, "--model", "tiny",
         "--lora.targets", *config.lora.targets, "--es.prompts-per-step", 2, "--es.repeats", 1, "--image.chunk", 3,
         "--update.optimizer", "momentum", "--update.lr-scale", 0.5,
@@ -172,4 +198,4 @@ def test_the_command_line_killed_and_resumed(killed, outcome, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "resuming run after step 2 of 5" in done.stderr
     assert "base against adapter on 3 held-out prompts" in done.stdout
-    assert outcome(tmp_path / "run") == outcome(root / "None-0-momentum")
+    assert outcome(tmp_path / "run") == outcome(root / "count-momentum")

@@ -77,6 +77,10 @@ def empty(file):
     file.write_bytes(b"")
 
 
+def deep(file):
+    file.write_text("[" * 100_000)
+
+
 def other_key(file):
     content = json.loads(file.read_text())
     content["key"]["model"] = "n"
@@ -103,6 +107,7 @@ def swap_shard_for_a_path(file):
         ("*.safetensors", empty, "*.safetensors"),
         ("*.json", truncate, "*.json"),
         ("*.json", empty, "*.json"),
+        ("*.json", deep, "*.json"),
         ("*.json", other_key, "*.json"),
         ("*.json", other_checksum, "*.safetensors"),
         ("*.json", swap_shard_for_a_path, "*.json"),
@@ -163,20 +168,18 @@ def test_fingerprint_follows_contents_and_names(tmp_path):
     assert len({first, second, fingerprint(tmp_path)}) == 3
 
 
-def test_fingerprint_of_a_large_file_reads_its_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr("esengine.models.text_cache.WHOLE_FILE_LIMIT", 100)
-    monkeypatch.setattr("esengine.models.text_cache.EDGE", 10)
+def test_fingerprint_reads_every_byte_of_a_large_file(tmp_path):
     (tmp_path / "text_encoder").mkdir()
     file = tmp_path / "text_encoder" / "weights"
-    seen = []
-    for at in (None, 0, 199, 100):
-        content = bytearray(200)
-        if at is not None:
-            content[at] = 1
-        file.write_bytes(content)
-        seen.append(fingerprint(tmp_path))
-    assert len(set(seen[:3])) == 3
-    assert seen[3] == seen[0]
+    with open(file, "wb") as stream:
+        stream.truncate(66 << 20)
+    seen = {fingerprint(tmp_path)}
+    for at in (0, 33 << 20, (66 << 20) - 1):
+        with open(file, "r+b") as stream:
+            stream.seek(at)
+            stream.write(b"\1")
+        seen.add(fingerprint(tmp_path))
+    assert len(seen) == 4
 
 
 def test_batches_are_padded_and_masked():
