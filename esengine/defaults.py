@@ -30,6 +30,15 @@ class Defaults:
         judges = [judge for judge in self.judges.values() if judge != "checker" or name == "nano"]
         return ",".join(f"{judge}=0" if i else judge for i, judge in enumerate(judges))
 
+    def scored(self, reward: str, optimised: Set[str], prompts_given: bool) -> str:
+        """What an evaluation without a benchmark is scored with: a run's reward, and with weight 0 what it watched.
+
+        Args: `reward` as `--reward` takes it, the others as of `watched`.
+        """
+        watched = self.watched(optimised, prompts_given)
+        others = [] if watched in ("auto", "none") else [f"{judge}=0" for judge in watched.split(",")]
+        return ",".join([reward, *others])
+
     def watched(self, optimised: Set[str], prompts_given: bool) -> str:
         """What `--heldout-reward auto` stands for; `auto` again where the rewards alone decide.
 

@@ -9,12 +9,13 @@ import torch
 
 from esengine.benchmarks import Benchmark, read_benchmark
 from esengine.config import EvalConfig, ImageSettings, TrainConfig, load_run
-from esengine.defaults import defaults
+from esengine.defaults import Defaults, defaults
 from esengine.entries import Entry, default_entries, parse_entries
 from esengine.errors import ConfigError, RunError
 from esengine.evaluation_folder import EvaluationFolder
 from esengine.files import cache_root
 from esengine.group import place
+from esengine.guard import reward_names
 from esengine.models import SanaSprint, TextEmbeddings
 from esengine.rewards import Weighted, parse
 from esengine.run_folder import refuse_links
@@ -60,10 +61,7 @@ def evaluate(config: EvalConfig, progress: "Progress") -> Evaluated:
     device = _device(config)
     dtype = pick_dtype(run.dtype if config.dtype == "auto" else config.dtype, device)
     settings = render_settings(image)
-    reward = parse(
-        config.reward or (silent.benchmark(config.benchmark) if config.benchmark else run.reward or silent.reward),
-        device=str(device),
-    )
+    reward = parse(_scored(config, run, silent), device=str(device))
 
     labels = ", ".join(entry.label for entry in entries)
     progress.note(f"model {name} on {device} in {str(dtype).removeprefix('torch.')}: {labels}")
@@ -81,6 +79,14 @@ def evaluate(config: EvalConfig, progress: "Progress") -> Evaluated:
     )
     job = _Job(model, reward, benchmark, plan, image, _record(name, model, benchmark, plan, reward, image), progress)
     return Evaluated(job.at_once(), None) if folder is None else Evaluated(job.in_folder(folder, shard), folder)
+
+
+def _scored(config: EvalConfig, run: TrainConfig, silent: Defaults) -> str:
+    """The rewards of an evaluation: what the flags say, a benchmark's, or the run's with those that it watched."""
+    if config.reward or config.benchmark:
+        return config.reward or silent.benchmark(config.benchmark)
+    reward = run.reward or silent.reward
+    return silent.scored(reward, reward_names(reward), bool(config.prompts or run.eval_prompts))
 
 
 @dataclass(frozen=True)

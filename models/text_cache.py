@@ -108,8 +108,7 @@ class TextEmbeddings:
 def fingerprint(folder: Path, parts: Sequence[str] = ("tokenizer", "text_encoder")) -> str:
     """Identity of a local model's text side: a sha256 over the names, sizes and contents of the files in its parts.
 
-    Every byte is read, several files at once, which takes as long as the disk does: a thread hashes 1.8 GB a second on
-    a processor with instructions for SHA-256.
+    Every byte is read, several files at once.
     """
     files = [file for part in parts for file in sorted((folder / part).rglob("*")) if file.is_file()]
     total = hashlib.sha256()

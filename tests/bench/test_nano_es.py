@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 
 import nano_es
@@ -11,6 +12,15 @@ from esengine.config import TrainConfig, from_dict, load, to_dict
 
 RESULTS = Path(nano_es.__file__).parent / "results"
 NOTES = (Path(nano_es.__file__).parent / "NANO.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def made_of():
+    return json.loads(json.dumps(nano_es.made_of()))
+
+
+def read(file):
+    return json.loads((RESULTS / file).read_text(encoding="utf-8"))
 
 
 def test_a_change_reaches_its_setting_and_no_other():
@@ -29,20 +39,64 @@ def test_every_trial_of_a_plan_is_a_run_of_its_own(plan):
 
 
 @pytest.mark.parametrize("file", ["nano_search.json", "nano_compare.json"])
-def test_the_notes_have_the_stored_trials(file):
-    record = json.loads((RESULTS / file).read_text(encoding="utf-8"))
-    assert record["centre"] == nano_es.CENTRE
+def test_the_notes_have_the_stored_trials(file, made_of):
+    record = read(file)
+    assert {name: record[name] for name in made_of} == made_of  # the packaged model and judges, and today's centre
     rows = nano_es.table(record["trials"])
     assert len(rows) > 10
     assert [row for row in rows if row not in NOTES.splitlines()] == []
 
 
-def test_every_seed_of_the_headline_gains_three_standard_errors_and_half_the_gap():
-    report = json.loads((RESULTS / "nano_headline.json").read_text(encoding="utf-8"))["report"]
+def test_trials_of_another_model_are_not_gone_on_with(tmp_path, monkeypatch, made_of):
+    stored = tmp_path / "trials.json"
+    stored.write_text(json.dumps({**made_of, "model": "another", "trials": {"centre, seed 0": {}}}))
+    monkeypatch.setattr(nano_es, "made_of", lambda: made_of)
+    options = argparse.Namespace(json=stored, command="search", images=1, processes=1)
+    with pytest.raises(SystemExit, match=r"expected trials of this model"):
+        nano_es.trials([("centre", {}, 0)], options)
+
+
+def above(row, judge):
+    """By how many standard errors an entry is above the first."""
+    return row["against_first"][judge]["difference"] / row["against_first"][judge]["standard_error"]
+
+
+def test_every_seed_of_the_headline_gains_three_standard_errors_and_half_the_gap(made_of):
+    record = read("nano_headline.json")
+    report = record["report"]
+    assert made_of["model"] in json.dumps(report["settings"])
     (rows,) = (group["rows"] for group in report["groups"] if group["by"] == "overall")
     seeds = [row for row in rows if row["entry"].startswith("seed")]
     assert len(seeds) == 3
     for row in seeds:
-        paired = row["against_first"]["checker"]
-        assert paired["difference"] > 3 * paired["standard_error"]
+        assert above(row, "checker") > 3
         assert report["gap_closed"]["checker"]["share"][row["entry"]] > 0.5
+    for row in rows:  # the stored scores are what the means are of
+        for judge, mean in row["mean"].items():
+            assert statistics.mean(record["scores"][row["entry"]][judge]) == pytest.approx(mean, rel=1e-5)
+
+
+def test_two_steps_are_three_standard_errors_above_one_and_the_truth_above_both(made_of):
+    record = read("nano_base.json")
+    assert record["model"] == made_of["model"]
+    for judge in ("checker", "pickscore"):
+        found = record["scores"][judge]
+        gap = found["2 steps"]["above_first"]
+        assert gap["mean"] > 3 * gap["standard_error"]
+        assert found["drawn"]["mean"] > found["2 steps"]["mean"]
+    aesthetic, clean = (record["scores"][judge] for judge in ("aesthetic", "no_artifacts"))
+    assert aesthetic["drawn"]["mean"] > aesthetic["1 step"]["mean"]
+    assert clean["drawn"]["mean"] > clean["1 step"]["mean"]
+
+
+def test_the_demo_gains_three_standard_errors_on_every_seed(made_of):
+    record = read("cpu_demo.json")
+    assert record["model"] == made_of["model"]
+    assert len(record["runs"]) == 3
+    for run in record["runs"].values():
+        assert above(run["groups"][0]["rows"][1], "checker") > 3
+
+
+def test_the_checker_does_not_fall_where_another_judge_is_optimised():
+    gain = read("nano_search.json")["trials"]["reward pickscore(model=nano), seed 0"]["gain"]["checker"]
+    assert gain["difference"] > -2 * gain["standard_error"]

@@ -64,3 +64,11 @@ def test_the_judges_of_nano_load_from_the_package():
     judges = parse(defaults("nano").benchmark("nano"))
     assert judges.settings()["pickscore"]["model"] == "nano"
     assert judges.settings()["pickscore"]["fingerprint"].startswith("sha256:")
+
+
+def test_an_evaluation_of_a_nano_run_has_the_judges_that_were_watched():
+    scored = defaults("nano").scored("checker", {"checker"}, True)
+    terms = read(scored)
+    assert [term.name for term in terms] == ["checker", "pickscore", "clip_text", "aesthetic", "no_artifacts"]
+    assert [term.weight for term in terms] == [1.0, 0.0, 0.0, 0.0, 0.0]
+    assert defaults("tiny").scored("pickscore", {"pickscore"}, False) == "pickscore"
