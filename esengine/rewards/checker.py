@@ -215,7 +215,7 @@ def _read(prompt: str) -> Spec:
     try:
         return world.parse(prompt)
     except ValueError as e:
-        raise RewardError(f"expected a caption of the nano world: {e}") from None
+        raise RewardError(f"expected a caption of the nano world: {e}; other prompts need another reward") from None
 
 
 def _pixels(images: torch.Tensor) -> np.ndarray:
