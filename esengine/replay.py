@@ -15,7 +15,7 @@ from esengine.loop import adapter_sha256, save_adapter
 from esengine.models import SanaSprint
 from esengine.population import PEFT_PREFIX, Population
 from esengine.progress import Progress
-from esengine.setup import load_model, pick_device, pick_dtype
+from esengine.setup import load_model, pick_dtype, take_device
 from esengine.train import IN_THE_UPDATE, attach_population
 
 
@@ -57,7 +57,7 @@ def replay(config: ReplayConfig, progress: Progress) -> Replayed:
     run = load_run(config.run_dir)
     logged = read_fitness(config.run_dir / "fitness.jsonl", run)
     stored = _read_adapter(config.run_dir / "adapter" / "adapter_model.safetensors")
-    device = pick_device(run.device if config.device == "auto" else config.device)
+    device = take_device(run.device if config.device == "auto" else config.device)
     progress.note(f"model {run.model} on {device}, for the shapes of its layers")
     model = load_model(config.model or run.model, run.revision, device, pick_dtype(run.dtype, device))
     now = logged[0].config

@@ -34,7 +34,7 @@ from esengine.rollout import Renderer
 from esengine.run_folder import RunFolder, checkpoint_folders, path_step
 from esengine.runlog import RunLog, require_steps
 from esengine.scoring import Plan, compare_entries
-from esengine.setup import is_folder, load_model, pick_device, pick_dtype, render_settings, settled
+from esengine.setup import is_folder, load_model, pick_device, pick_dtype, render_settings, settled, take_device
 from esengine.stop import Stop
 from esengine.summary import Report
 from esengine.trackers import require_installed
@@ -104,7 +104,7 @@ def _train(config: TrainConfig, progress: Progress, group: Group, stop: Stop) ->
             config = _as_before(config, load(folder.config))
         if saved is not None and group.leads:
             require_steps(folder, saved.step)
-        device = pick_device(config.device)
+        device = take_device(config.device)
         dtype = pick_dtype(config.dtype, device)
         watched = config.heldout_reward if config.heldout_every else "none"
         if watched == "auto":
@@ -270,7 +270,7 @@ def _resolved(config: TrainConfig, model: SanaSprint) -> TrainConfig:
         model=str(Path(config.model).resolve()) if is_folder(config.model) else config.model,
         prompts=config.prompts and config.prompts.resolve(),
         eval_prompts=config.eval_prompts and config.eval_prompts.resolve(),
-        device=str(model.device),
+        device=model.device.type,  # its number is of this call
         dtype=str(model.dtype).removeprefix("torch."),
         image=dataclasses.replace(image, chunk=1, decode_chunk=1) if config.deterministic else image,
     )
