@@ -56,6 +56,7 @@ RECORDS = {
     "environment": (lambda r: r["meta"].update(environment=5), "environment: expected dict, got int"),
     "limit in words": (lambda r: r["meta"].update(limit="x"), "limit: expected None or an integer"),
     "negative limit": (lambda r: r["meta"].update(limit=-3), "limit: expected None or an integer"),
+    "half a scoring limit": (lambda r: r["meta"].update(scoring_limit=0.5), "scoring_limit: expected None or an"),
 }
 TENSORS = {
     "NaN": (nan, "expected finite numbers"),
