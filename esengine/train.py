@@ -41,8 +41,8 @@ from esengine.stop import Stop
 from esengine.summary import Report
 from esengine.trackers import require_installed
 
-IN_THE_UPDATE = ("seed", "population", "lora", "es", "update")
-"""Settings that with the fitness make the update: fitness.jsonl says them at the step from which they hold."""
+IN_THE_UPDATE = ("seed", "dtype", "population", "lora", "es", "update")
+"""Settings that with the fitness make the adapter: fitness.jsonl says them at the step from which they hold."""
 
 OF_A_PROCESS = tuple(name for name in MAY_CHANGE if name not in ("steps", "checkpoint_every", "on_bad_reward"))
 """Settings in which the processes of a run may differ: names, and what the leading one alone goes by."""
