@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,6 +163,12 @@ def load_latest(root: str | Path, check: Callable[[Checkpoint], None] | None = N
     if skipped:
         raise RunError(f"no checkpoint under {root} can be read; the newest: {skipped[0][1]}")
     raise RunError(f"no checkpoint under {root}")
+
+
+def set_aside(damaged: Iterable[Path]) -> None:
+    """Make checkpoints that were passed over count as none; the next `save` removes them."""
+    for path in damaged:
+        path.rename(path.with_name(f"{TEMPORARY}damaged-{path.name}"))
 
 
 def _name(step: int) -> str:

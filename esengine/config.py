@@ -5,6 +5,7 @@ Everything here is plain Python, so that `--help` answers before torch is import
 
 import dataclasses
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -432,8 +433,8 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
-def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Settings that differ between two resolved configurations and may not, as `es.sigma: 0.01 -> 0.02`."""
+def differences(saved: dict[str, Any], now: dict[str, Any], free: Collection[str] = MAY_CHANGE) -> list[str]:
+    """Settings that differ between two resolved configurations, as `es.sigma: 0.01 -> 0.02`; those in `free` may."""
 
     def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         out = {}
@@ -445,7 +446,7 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [
         f"{name}: {old.get(name)} -> {new.get(name)}"
         for name in dict.fromkeys([*old, *new])
-        if name not in MAY_CHANGE and old.get(name) != new.get(name)
+        if name not in free and old.get(name) != new.get(name)
     ]
 
 

@@ -1,11 +1,8 @@
 """`esengine eval`: base and adapters on the same prompts and latents, as a table or as a folder with every image."""
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from esengine.benchmarks import Benchmark, read_benchmark
 from esengine.config import EvalConfig, ImageSettings, TrainConfig, load_run
@@ -20,7 +17,7 @@ from esengine.models import SanaSprint, TextEmbeddings
 from esengine.rewards import Weighted, parse
 from esengine.run_folder import refuse_links
 from esengine.scoring import Plan, compare_entries, draw, load_entry, provenance, reported
-from esengine.setup import is_folder, load_model, pick_chunk, pick_device, pick_dtype, render_settings
+from esengine.setup import is_folder, load_model, pick_chunk, pick_dtype, render_settings, take_device
 from esengine.summary import Report, summarise
 
 if TYPE_CHECKING:
@@ -58,7 +55,7 @@ def evaluate(config: EvalConfig, progress: "Progress") -> Evaluated:
     entries = _entries(config, image.num_steps, adapter)
     folder = _folder(config, benchmark)
     shard = _shard(config, folder)
-    device = _device(config)
+    device = take_device(config.device)
     dtype = pick_dtype(run.dtype if config.dtype == "auto" else config.dtype, device)
     settings = render_settings(image)
     reward = parse(_scored(config, run, silent), device=str(device))
@@ -172,14 +169,6 @@ def _shard(config: EvalConfig, folder: Path | None) -> tuple[int, int]:
     if folder is None and n > 1:
         raise ConfigError(f"shard: {n} processes meet in a folder, give it with --out")
     return k, n
-
-
-def _device(config: EvalConfig) -> torch.device:
-    """As `pick_device`; under torchrun, auto is the GPU of this process."""
-    device = pick_device(config.device)
-    if config.device == "auto" and device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        return pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-    return device
 
 
 def _record(

@@ -16,7 +16,7 @@ from esengine.progress import Progress
 from esengine.prompts import GALLERY, read_prompts
 from esengine.runlog import draw_strip
 from esengine.scoring import EVAL_STEP
-from esengine.setup import load_model, pick_chunk, pick_device, pick_dtype, render_settings
+from esengine.setup import load_model, pick_chunk, pick_dtype, render_settings, take_device
 from esengine.train import encode
 
 
@@ -88,7 +88,7 @@ def _model_with_adapter(config: RenderConfig, run: TrainConfig, vae: str | None,
     adapter = config.adapter or (config.run_dir / "adapter" if config.run_dir else None)
     if adapter is None:
         raise ConfigError("adapter: expected --run-dir or --adapter, got neither")
-    device = pick_device(config.device)
+    device = take_device(config.device)
     dtype = pick_dtype(run.dtype if config.dtype == "auto" else config.dtype, device)
     name = config.model or run.model
     progress.note(f"model {name} on {device} in {str(dtype).removeprefix('torch.')}, adapter {adapter}")

@@ -11,7 +11,7 @@ from esengine import checkpoint, run_state
 from esengine.bearing import MOST_BAD, Bearing, too_many
 from esengine.config import TrainConfig, to_yaml
 from esengine.engine import Engine, Task
-from esengine.errors import OutOfMemory, RewardError, RunError, UpdateError
+from esengine.errors import OutOfMemory, RewardError, RunError, Stopped, UpdateError
 from esengine.files import replace_file
 from esengine.group import Group
 from esengine.guard import Guard
@@ -69,11 +69,12 @@ def take_steps(run: Run, engine: Engine, stop: Stop, *, resumed: bool) -> None:
     if resumed and record:
         save_adapter(engine.population, record.folder.adapter)
     if record:  # before the first checkpoint: a run that has one can be resumed
-        replace_file(record.folder.config, to_yaml(config).encode())
-    kept = engine.step if resumed else _keep(run, engine)
+        replace_file(record.folder.config, (to_yaml(config) + run_state.signature(record.meta)).encode())
+    _compare(run, engine)
+    kept = engine.step if resumed else _save(run, engine)
     per_step = engine.ask().images
     run.progress.start(config.steps * per_step, engine.step * per_step)
-    settled = True  # the adapter, the step's number and its metrics agree
+    settled = True  # the adapter, the step's number and its metrics agree, and so do the processes
     try:
         with stop.gently():
             while True:
@@ -105,10 +106,19 @@ def take_steps(run: Run, engine: Engine, stop: Stop, *, resumed: bool) -> None:
                 settled = True
                 run.progress.step(engine.step, config.steps, metrics)
                 if engine.step % config.checkpoint_every == 0 or engine.step == config.steps:
-                    kept = _keep(run, engine)
+                    settled = False
+                    _compare(run, engine)
+                    settled = True
+                    kept = _save(run, engine)
+    except Stopped:  # in every process, after the same step
+        if engine.step > kept:
+            settled = False
+            _compare(run, engine)
+            settled = True
+        raise
     finally:
         run.progress.stop()
-        if record and settled and engine.step > kept:
+        if settled and engine.step > kept:
             _save(run, engine)
 
 
@@ -128,24 +138,35 @@ def adapter_sha256(population: Population) -> str:
     return found.hexdigest()
 
 
-def _keep(run: Run, engine: Engine) -> int:
-    """Check that every process has come to the same adapter, and write it down. Returns the step."""
+def _compare(run: Run, engine: Engine) -> None:
+    """Raises RunError unless every process has come to the same adapter."""
     own = torch.frombuffer(bytearray.fromhex(adapter_sha256(engine.population)), dtype=torch.uint8)
     hashes = [bytes(each.tolist()).hex() for each in run.group.gather(own)]
     for rank, each in enumerate(hashes):
         if each != hashes[0]:
             raise RunError(f"process {rank}: its adapter differs from that of process 0 after step {engine.step}")
-    if run.record:
-        _save(run, engine)
+
+
+def _save(run: Run, engine: Engine) -> int:
+    """Write a checkpoint, in the process that does. Returns the step."""
+    if record := run.record:
+        limits = {"limit": run.render.limit, "scoring_limit": run.reward.limit}
+        meta = record.meta | limits | {"adapter_sha256": adapter_sha256(engine.population)}
+        record.log.sync()  # a checkpoint is never ahead of its logs
+        checkpoint.save(record.folder.checkpoints, engine.step, run_state.tensors(engine), meta)
+        save_adapter(engine.population, record.folder.adapter)
     return engine.step
 
 
-def _save(run: Run, engine: Engine) -> None:
-    record = run.record
-    meta = record.meta | {"limit": run.render.limit, "adapter_sha256": adapter_sha256(engine.population)}
-    record.log.sync()  # a checkpoint is never ahead of its logs
-    checkpoint.save(record.folder.checkpoints, engine.step, run_state.tensors(engine), meta)
-    save_adapter(engine.population, record.folder.adapter)
+def _share_limits(run: Run) -> None:
+    """Where memory ran out in one process, all go on in parts as small, as they do where the run is resumed."""
+    for part, what in ((run.render, "in one forward"), (run.reward, "scored together")):
+        limits = [int(each) for each in run.group.gather(torch.tensor([part.limit or 0]))]
+        least = min(filter(None, limits), default=None)
+        if least != part.limit:
+            process = limits.index(least)
+            run.progress.note(f"warning: memory ran out in process {process}: from here on {least} {what} at most")
+            part.limit = least
 
 
 def _score(run: Run, engine: Engine, task: Task, stop: Stop) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
@@ -160,6 +181,7 @@ def _score(run: Run, engine: Engine, task: Task, stop: Stop) -> tuple[dict[str, 
         stopped=lambda: stop.requested,
         group=run.group,
     )
+    _share_limits(run)
     bad = ~scores[COMBINED].isfinite()
     if bad.any():
         first = reward.first if engine.drop_pairs else None

@@ -15,7 +15,8 @@ from esengine.loop import adapter_sha256, save_adapter
 from esengine.models import SanaSprint
 from esengine.population import PEFT_PREFIX, Population
 from esengine.progress import Progress
-from esengine.setup import load_model, pick_device, pick_dtype
+from esengine.run_folder import checkpoint_folders, path_step
+from esengine.setup import load_model, pick_dtype, take_device
 from esengine.train import IN_THE_UPDATE, attach_population
 
 
@@ -52,15 +53,17 @@ def replay(config: ReplayConfig, progress: Progress) -> Replayed:
 
     Raises:
         ConfigError: no run there, or a model that cannot be loaded.
-        RunError: the fitness log is missing, empty, damaged, or not of this population; the adapter cannot be read.
+        RunError: the fitness log is missing, empty, damaged, of another population, or too short for the adapter; the
+            adapter cannot be read.
     """
     run = load_run(config.run_dir)
+    kept = max(map(path_step, checkpoint_folders(config.run_dir / "checkpoints")), default=0)
     logged = read_fitness(config.run_dir / "fitness.jsonl", run)
     stored = _read_adapter(config.run_dir / "adapter" / "adapter_model.safetensors")
-    device = pick_device(run.device if config.device == "auto" else config.device)
+    device = take_device(run.device if config.device == "auto" else config.device)
     progress.note(f"model {run.model} on {device}, for the shapes of its layers")
-    model = load_model(config.model or run.model, run.revision, device, pick_dtype(run.dtype, device))
     now = logged[0].config
+    model = load_model(config.model or run.model, run.revision, device, pick_dtype(now.dtype, device))
     population, agreed = attach_population(model, now), None
     for step, each in enumerate(logged):
         if stored is not None and next(_parted(population, stored), None) is None:
@@ -74,6 +77,11 @@ def replay(config: ReplayConfig, progress: Progress) -> Replayed:
         agreed = len(logged)
     if config.out is not None:
         save_adapter(population, config.out)
+    if agreed is None and parted is not None and kept > len(logged):
+        raise RunError(
+            f"{config.run_dir / 'fitness.jsonl'}: lines are missing: it ends after step {len(logged)}, and there is a "
+            f"checkpoint of step {kept}; what is logged does not make the run's adapter"
+        )
     return Replayed(len(logged), adapter_sha256(population), agreed, parted if agreed is None else [])
 
 

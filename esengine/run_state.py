@@ -1,11 +1,14 @@
 """What a run's checkpoint holds: the adapter and the optimizer's moments as tensors, and what they belong to."""
 
+import hashlib
+import json
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 
 from esengine.checkpoint import Checkpoint, load_latest
-from esengine.config import TrainConfig
+from esengine.config import MAY_CHANGE, TrainConfig, differences
 from esengine.engine import Engine
 from esengine.errors import RunError
 
@@ -19,6 +22,8 @@ _META = {
     "environment": dict,
     "adapter_sha256": str,
 }
+LIMITS = ("limit", "scoring_limit")
+"""Images in one forward and images scored together, where memory ran out; else None."""
 
 
 def tensors(engine: Engine) -> dict[str, torch.Tensor]:
@@ -47,6 +52,23 @@ def engine_state(saved: Checkpoint, config: TrainConfig) -> dict:
     return {"step": saved.step, "population": {**parts, "noise": noise}}
 
 
+def changes(saved: dict, now: dict, free: Collection[str] = MAY_CHANGE) -> list[str]:
+    """What differs between the meta of two checkpoints or processes, in words; settings in `free` may."""
+    found = differences(saved["config"], now["config"], free)
+    found += differences({"reward": saved["rewards"]}, {"reward": now["rewards"]}, free)
+    for name, what in (("model", "model: its weights"), ("prompts_sha256", "prompts: the file's contents")):
+        if saved[name] != now[name]:
+            found.append(what)
+    return found
+
+
+def signature(meta: dict) -> str:
+    """A comment for config.yaml, of all that `changes` compares: what the run was last begun or gone on with."""
+    config = {name: value for name, value in meta["config"].items() if name not in MAY_CHANGE}
+    compared = json.dumps([config, meta["rewards"], meta["model"], meta["prompts_sha256"]], sort_keys=True)
+    return f"# with the prompts, model and rewards: sha256 {hashlib.sha256(compared.encode()).hexdigest()}\n"
+
+
 def _check(saved: Checkpoint) -> None:
     """Raises RunError for what no run writes, such as another type or a number that is not finite."""
 
@@ -56,9 +78,10 @@ def _check(saved: Checkpoint) -> None:
     for name, kind in _META.items():
         if type(saved.meta.get(name)) is not kind:
             raise refuse(name, kind.__name__, type(saved.meta.get(name)).__name__)
-    limit = saved.meta.get("limit")
-    if limit is not None and (type(limit) is not int or limit < 1):
-        raise refuse("limit", "None or an integer of at least 1", limit)
+    for name in LIMITS:
+        limit = saved.meta.get(name)
+        if limit is not None and (type(limit) is not int or limit < 1):
+            raise refuse(name, "None or an integer of at least 1", limit)
     for name, tensor in sorted(saved.tensors.items()):
         if name.partition("/")[0] not in _PARTS:
             raise refuse(f"tensor {name}", f"a name that begins with {' or '.join(_PARTS)}", "another")

@@ -31,6 +31,8 @@ def require_steps(folder: RunFolder, count: int) -> None:
         for step in range(count):
             record = _record(lines[step]) if step < len(lines) else {"step": "the file's end"}
             got = "no record of a step" if record is None else record["step"]
+            if got == step and path == folder.fitness and not _finite(record.get("fitness")):
+                got = "it without a fitness of finite numbers"
             if got != step:
                 raise RunError(
                     f"{path}, line {step + 1}: expected step {step}, got {got}: without it the run, now at step "
@@ -220,6 +222,10 @@ def _record(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and type(record.get("step")) is int else None
+
+
+def _finite(fitness: Any) -> bool:
+    return isinstance(fitness, list) and all(type(each) in (int, float) and math.isfinite(each) for each in fitness)
 
 
 def _plain(value: float | int | str) -> float | int | str | None:

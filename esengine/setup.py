@@ -1,6 +1,7 @@
 """From names in a configuration to things that compute: device, dtype, model, image settings, chunk size."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import torch
@@ -13,9 +14,11 @@ CPU_CHUNK = 64
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` takes a GPU when there is one."""
+    """`auto` takes a GPU when there is one; under torchrun a GPU without a number is that of this process."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda") or not (index.isdecimal() or name == kind):
         raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got '{name}'")
@@ -24,6 +27,14 @@ def pick_device(name: str) -> torch.device:
             f"device: '{name}' is not there; torch {torch.__version__} sees {torch.cuda.device_count()} GPUs"
         )
     return torch.device(name)
+
+
+def take_device(name: str) -> torch.device:
+    """As `pick_device`; a GPU with a number becomes the one that kernels are launched on."""
+    device = pick_device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -2,17 +2,19 @@
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+import torch
 from peft import LoraConfig
 
 from esengine import run_state
-from esengine.checkpoint import Checkpoint
-from esengine.config import ImageSettings, TrainConfig, differences, load, to_dict
+from esengine.checkpoint import Checkpoint, set_aside
+from esengine.config import MAY_CHANGE, ImageSettings, TrainConfig, differences, load, to_dict
 from esengine.defaults import defaults
 from esengine.direct import Direct
 from esengine.engine import Engine
@@ -34,13 +36,16 @@ from esengine.rollout import Renderer
 from esengine.run_folder import RunFolder, checkpoint_folders, path_step
 from esengine.runlog import RunLog, require_steps
 from esengine.scoring import Plan, compare_entries
-from esengine.setup import is_folder, load_model, pick_device, pick_dtype, render_settings, settled
+from esengine.setup import is_folder, load_model, pick_device, pick_dtype, render_settings, settled, take_device
 from esengine.stop import Stop
 from esengine.summary import Report
 from esengine.trackers import require_installed
 
-IN_THE_UPDATE = ("seed", "population", "lora", "es", "update")
-"""Settings that with the fitness make the update: fitness.jsonl says them at the step from which they hold."""
+IN_THE_UPDATE = ("seed", "dtype", "population", "lora", "es", "update")
+"""Settings that with the fitness make the adapter: fitness.jsonl says them at the step from which they hold."""
+
+OF_A_PROCESS = tuple(name for name in MAY_CHANGE if name not in ("steps", "checkpoint_every", "on_bad_reward"))
+"""Settings in which the processes of a run may differ: names, and what the leading one alone goes by."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ def _train(config: TrainConfig, progress: Progress, group: Group, stop: Stop) ->
             config = _as_before(config, load(folder.config))
         if saved is not None and group.leads:
             require_steps(folder, saved.step)
-        device = pick_device(config.device)
+        device = take_device(config.device)
         dtype = pick_dtype(config.dtype, device)
         watched = config.heldout_reward if config.heldout_every else "none"
         if watched == "auto":
@@ -126,6 +131,7 @@ def _train(config: TrainConfig, progress: Progress, group: Group, stop: Stop) ->
             "contract": CONTRACT,
             "environment": describe(),
         }
+        _require_alike(group, meta)
         if saved is not None and group.leads:
             _check_same_run(folder, saved.meta, meta, allowed, progress)
         population = attach_population(model, config)
@@ -142,13 +148,15 @@ def _train(config: TrainConfig, progress: Progress, group: Group, stop: Stop) ->
         )
         if saved is not None:
             _go_on(engine, saved, config, folder, progress)
+            if group.leads:
+                set_aside(path for path, _ in saved.skipped)
 
         progress.note(f"encoding {len(prompts)} prompts to train on and {len(eval_prompts)} held out")
         if shared := set(prompts) & set(eval_prompts):
             progress.note(f"warning: {len(shared)} of the held-out prompts are trained on too")
         with group.first():
             texts, held_out = encode(model, (prompts, eval_prompts), config.image, progress)
-        limit = saved.meta.get("limit") if saved is not None else None
+        limit, rewards.optimised.limit = (saved.meta.get(name) if saved else None for name in run_state.LIMITS)
         drawn = dict(settings=settings, seed=config.seed, chunk=config.image.chunk, limit=limit, note=progress.note)
         run = Run(config, rewards.optimised, Renderer(model, texts, **drawn), progress, group, None)
         if not group.leads:
@@ -270,7 +278,7 @@ def _resolved(config: TrainConfig, model: SanaSprint) -> TrainConfig:
         model=str(Path(config.model).resolve()) if is_folder(config.model) else config.model,
         prompts=config.prompts and config.prompts.resolve(),
         eval_prompts=config.eval_prompts and config.eval_prompts.resolve(),
-        device=str(model.device),
+        device=model.device.type,  # its number is of this call
         dtype=str(model.dtype).removeprefix("torch."),
         image=dataclasses.replace(image, chunk=1, decode_chunk=1) if config.deterministic else image,
     )
@@ -307,15 +315,23 @@ def _as_before(config: TrainConfig, was: TrainConfig) -> TrainConfig:
     )
 
 
+def _require_alike(group: Group, meta: dict) -> None:
+    """Raises RunError unless every process was given the same run: each reads files of its own."""
+    facts = {name: value for name, value in meta.items() if name != "environment"}
+    own = torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
+    found = [json.loads(bytes(each.tolist())) for each in group.gather(own)]
+    for rank, each in enumerate(found):
+        if changed := run_state.changes(found[0], each, OF_A_PROCESS):
+            raise RunError(f"process {rank}: it was given another run than process 0 ({'; '.join(changed)})")
+
+
 def _check_same_run(folder: RunFolder, saved: dict, now: dict, allowed: bool, progress: Progress) -> None:
     if saved["contract"] != now["contract"]:
         raise RunError(f"run folder {folder.path}: noise contract: {saved['contract']} -> {now['contract']}")
-    changed = differences(saved["config"], now["config"])
-    changed += differences({"reward": saved["rewards"]}, {"reward": now["rewards"]})
-    for name, what in (("model", "model: its weights"), ("prompts_sha256", "prompts: the file's contents")):
-        if saved[name] != now[name]:
-            changed.append(what)
-    if changed and allowed:
+    changed = run_state.changes(saved, now)
+    # and then it was killed before a checkpoint said so, or the checkpoint that does is damaged
+    before = folder.config.is_file() and run_state.signature(now) in folder.config.read_text(encoding="utf-8")
+    if changed and (allowed or before):
         progress.note(f"warning: goes on with other settings ({'; '.join(changed)})")
     elif changed:
         again = "resume without these flags" if folder.config.is_file() else "its config.yaml is gone, give them again"

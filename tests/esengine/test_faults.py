@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import functools
+import io
 import json
 import os
 import pickle
@@ -13,12 +14,12 @@ import types
 import pytest
 import torch
 
-from esengine import checkpoint
+from esengine import checkpoint, files
 from esengine.config import ESSettings, ImageSettings, UpdateRule
 from esengine.engine import Engine
 from esengine.errors import ConfigError, OutOfMemory, RenderError, RewardError, RunError, UpdateError
 from esengine.models import SanaSprint
-from esengine.run_folder import path_step
+from esengine.run_folder import checkpoint_folders, path_step
 from esengine.train import train
 from esengine.update import Updater
 
@@ -462,28 +463,43 @@ def test_a_full_disk_is_told_with_the_file(small, esengine, workspace, monkeypat
 
 
 class Full:
-    """Calls of the system that fail after so many."""
+    """Calls of the system that fail after so many; a write is made by half before it does."""
 
     def __init__(self, patch, left):
-        self.left = left
-        for name in ("fsync", "rename", "mkdir", "open"):
+        self.left, self.calls = left, 0
+        for name in ("fsync", "rename", "mkdir", "open", "unlink", "rmdir"):
             patch.setattr(os, name, functools.partial(self.call, getattr(os, name)))
+        patch.setattr(files, "open", functools.partial(Half, self), raising=False)
 
     def call(self, function, *args, **kwargs):
-        self.left -= 1
-        if self.left < 0:
+        self.calls += 1
+        if self.calls > self.left:
             raise OSError(errno.ENOSPC, "No space left on device")
         return function(*args, **kwargs)
 
 
+class Half(io.FileIO):
+    def __init__(self, full, *args):
+        super().__init__(*args)
+        self.full = full
+
+    def write(self, data):
+        super().write(data[: len(data) // 2])
+        return self.full.call(super().write, data[len(data) // 2 :])
+
+
 def test_a_hundred_times_the_disk_is_full_at_any_call(tmp_path, monkeypatch):
-    """Of saving a checkpoint: whatever fails, an older one loads, and the next save works."""
-    draw, failed = random.Random(0), 0
-    tensors = {"w": torch.arange(1000.0)}
-    path = checkpoint.save(tmp_path, 0, tensors, {})
-    for step in range(1, 101):
+    """Of saving a checkpoint and pruning: whatever fails, two that are whole are there, and the next save works."""
+    draw, failed, tensors = random.Random(0), 0, {"w": torch.arange(1000.0)}
+    for step in (0, 1):
+        checkpoint.save(tmp_path, step, tensors, {})
+    with monkeypatch.context() as patch:
+        all_calls = Full(patch, 10**6)
+        path = checkpoint.save(tmp_path, 2, tensors, {})
+    assert all_calls.calls > 12
+    for step in range(3, 103):
         with monkeypatch.context() as patch:
-            Full(patch, draw.randrange(8))
+            Full(patch, draw.randrange(all_calls.calls))
             try:
                 path = checkpoint.save(tmp_path, step, tensors | {"step": torch.tensor(step)}, {})
             except OSError:
@@ -491,7 +507,29 @@ def test_a_hundred_times_the_disk_is_full_at_any_call(tmp_path, monkeypatch):
         found = checkpoint.load_latest(tmp_path)
         assert found.skipped == ()
         assert found.step >= path_step(path)
-    assert failed > 50
+        assert checkpoint.load(checkpoint_folders(tmp_path)[1]).step < found.step
+    assert failed > 90
+    checkpoint.save(tmp_path, 103, tensors, {})
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced, sync, rename = [], os.fsync, os.rename
+
+    def fsync(descriptor):
+        synced.append(os.fstat(descriptor).st_ino)
+        sync(descriptor)
+
+    def named(source, target):
+        for path in (source, *source.iterdir()):
+            assert path.stat().st_ino in synced
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", named)
+    path = checkpoint.save(tmp_path, 1, {"w": torch.arange(9.0)}, {})
+    assert len(list(path.iterdir())) == 2
+    assert synced[-1] == tmp_path.stat().st_ino
 
 
 # ---- hostile files

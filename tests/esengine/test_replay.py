@@ -139,6 +139,23 @@ def test_settings_that_changed_on_the_way_are_replayed(small, tmp_path):
         replay(ReplayConfig(run_dir=tmp_path / "run"), Progress())
 
 
+def test_another_precision_on_the_way_is_replayed_from_the_first(small, tmp_path):
+    """Where an adapter begins depends on the model's precision."""
+    config = small(tmp_path / "run", steps=1, heldout_every=0, strip_every=0)
+    train(config)
+    train(dataclasses.replace(config, resume=True, allow_change=True, dtype="bfloat16", steps=2))
+    assert replay(ReplayConfig(run_dir=tmp_path / "run"), Progress()).agreed == 2
+
+
+def test_a_log_with_its_end_missing_is_said_to_be_that(trained, esengine, workspace):
+    shutil.copytree(trained[1].folder, workspace / "run")
+    lines = (workspace / "run" / "fitness.jsonl").read_text().splitlines(keepends=True)
+    (workspace / "run" / "fitness.jsonl").write_text("".join(lines[:3]))
+    code, _, err = esengine("replay", "run")
+    assert code == 1
+    assert "run/fitness.jsonl: lines are missing: it ends after step 3, and there is a checkpoint of step 4" in err
+
+
 def test_an_adapter_that_cannot_be_read_is_one_line(trained, esengine, workspace):
     shutil.copytree(trained[1].folder, workspace / "run")
     file = workspace / "run" / "adapter" / "adapter_model.safetensors"

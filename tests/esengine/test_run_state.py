@@ -56,6 +56,7 @@ RECORDS = {
     "environment": (lambda r: r["meta"].update(environment=5), "environment: expected dict, got int"),
     "limit in words": (lambda r: r["meta"].update(limit="x"), "limit: expected None or an integer"),
     "negative limit": (lambda r: r["meta"].update(limit=-3), "limit: expected None or an integer"),
+    "half a scoring limit": (lambda r: r["meta"].update(scoring_limit=0.5), "scoring_limit: expected None or an"),
 }
 TENSORS = {
     "NaN": (nan, "expected finite numbers"),
@@ -141,6 +142,14 @@ def test_logs_with_a_gap_or_a_step_twice_are_refused_and_left_alone(run, name, c
     with pytest.raises(RunError, match=f"{name}, {why}"):
         require_steps(Folder(run), 4)
     assert (run / name).exists() is (changed is not None)
+
+
+@pytest.mark.parametrize("fitness", [None, {}, [1.0, None], [float("nan")], ["1"], [True]])
+def test_a_step_without_its_fitness_is_refused(run, fitness):
+    lines = (run / "fitness.jsonl").read_text().splitlines(keepends=True)
+    (run / "fitness.jsonl").write_text("".join([*lines[:3], json.dumps({"step": 3, "fitness": fitness}) + "\n"]))
+    with pytest.raises(RunError, match=r"fitness\.jsonl, line 4: expected step 3, got it without a fitness of finite"):
+        require_steps(Folder(run), 4)
 
 
 def test_a_run_with_a_gap_in_its_logs_is_not_gone_on_with(trained, run):

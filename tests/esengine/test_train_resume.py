@@ -6,12 +6,13 @@ import shutil
 import pytest
 
 from esengine import checkpoint
-from esengine.config import ESSettings, ImageSettings, LoraSettings, UpdateRule, load, load_run
+from esengine.config import ESSettings, ImageSettings, LoraSettings, ReplayConfig, UpdateRule, load, load_run
 from esengine.env import describe
 from esengine.errors import RunError
 from esengine.guard import Guard
 from esengine.models import SanaSprint, build_tiny
 from esengine.progress import Progress
+from esengine.replay import replay
 from esengine.runlog import RunLog
 from esengine.train import train
 from esengine.update import Updater
@@ -122,6 +123,63 @@ def test_a_damaged_newest_checkpoint_is_passed_over(small, whole, outcome, tmp_p
     assert any("step_00000004" in line and "SHA-256" in line for line in notes.said), notes.said
     assert any("after step 3 of 4" in line for line in notes.said)
     assert outcome(tmp_path / "run") == outcome(whole)
+
+
+def test_a_damaged_checkpoint_is_none_of_the_two_that_are_kept(small, tmp_path):
+    config = small(tmp_path / "run", heldout_every=0, strip_every=0)
+    train(config)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "step_00000004" / "state.safetensors").write_bytes(b"")
+    train(dataclasses.replace(config, resume=True, steps=5, checkpoint_every=5))
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000002", "step_00000005"]
+
+
+CHANGES = {
+    "a setting": lambda folder: {"es": ESSettings(sigma=0.02, prompts_per_step=2, repeats=1)},
+    "the prompts": lambda folder: {"prompts": folder / "other.txt"},
+    "the reward": lambda folder: {"reward": "jpeg_incompressibility"},
+}
+
+
+@pytest.fixture(params=CHANGES)
+def changed(request, small, tmp_path):
+    """A run of four steps, and settings for it to go on with to step six that need --allow-change."""
+    (tmp_path / "other.txt").write_text("one\ntwo\nthree\nfour\n")
+    config = small(tmp_path / "run", heldout_every=0, strip_every=0)
+    train(config)
+    return dataclasses.replace(config, resume=True, allow_change=True, steps=6, **CHANGES[request.param](tmp_path))
+
+
+def goes_on(run, notes):
+    """By `--resume` alone, to step seven, and is replayed."""
+    train(dataclasses.replace(load_run(run), run_dir=run, resume=True, steps=7), notes)
+    assert [line for line in notes.said if "goes on with other settings" in line]
+    assert replay(ReplayConfig(run_dir=run), Progress()).agreed == 7
+
+
+def test_a_change_that_was_allowed_stays_so_where_the_run_is_killed_before_a_checkpoint(changed, monkeypatch, notes):
+    def save(root, step, *rest):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            train(changed)
+    goes_on(changed.run_dir, notes)
+
+
+def test_a_change_that_was_allowed_stays_so_where_the_checkpoint_that_says_so_is_damaged(changed, notes):
+    train(changed)
+    (changed.run_dir / "checkpoints" / "step_00000006" / "state.safetensors").write_bytes(b"")
+    goes_on(changed.run_dir, notes)
+
+
+def test_a_change_by_hand_in_the_runs_own_settings_is_refused(small, tmp_path):
+    train(small(tmp_path / "run", steps=1))
+    file = tmp_path / "run" / "config.yaml"
+    file.write_text(file.read_text().replace("sigma: 0.01\n", "sigma: 0.02\n"))
+    with pytest.raises(RunError, match=r"es\.sigma: 0\.01 -> 0\.02"):
+        train(dataclasses.replace(load_run(tmp_path / "run"), run_dir=tmp_path / "run", resume=True, steps=2))
 
 
 def test_a_chunk_left_to_the_device_stays_as_it_was_chosen(small, tmp_path, monkeypatch):
