@@ -111,7 +111,7 @@ def _train(config: TrainConfig, progress: Progress, group: Group, stop: Stop) ->
             require_steps(folder, saved.step)
         device = take_device(config.device)
         dtype = pick_dtype(config.dtype, device)
-        watched = config.heldout_reward if config.heldout_every else "none"
+        watched = config.heldout_reward if config.heldout_every or silent.watches else "none"
         if watched == "auto":
             watched = silent.watched(reward_names(config.reward), bool(config.prompts or config.eval_prompts))
         rewards = load_rewards(config.reward, watched, device=str(device), note=progress.note)

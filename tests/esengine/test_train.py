@@ -284,3 +284,15 @@ def test_the_adapters_configuration_is_pefts(trained):
     loaded = LoraConfig.from_pretrained(str(result.folder / "adapter"))
     assert set(loaded.target_modules) == set(config.lora.targets)
     assert loaded.inference_mode
+
+
+def test_judges_that_have_no_say_are_compared_where_nothing_is_measured_on_the_way(tmp_path):
+    few = tmp_path / "few.txt"
+    few.write_text("a small red circle\na large blue square on a white background\n")
+    config = dataclasses.replace(
+        load("nano"), run_dir=tmp_path / "run", eval_prompts=few, steps=1, population=2, heldout_every=0, strip_every=0
+    )
+    config = dataclasses.replace(config, es=dataclasses.replace(config.es, prompts_per_step=1))
+    report = train(config).comparison
+    assert report.scores == ["checker", "pickscore", "clip_text", "aesthetic", "no_artifacts"]
+    assert (tmp_path / "run" / "heldout.jsonl").read_text() == ""
