@@ -29,9 +29,9 @@ from PIL import Image
 from esengine.config import REFERENCE_TARGETS, EvalConfig, TrainConfig, from_dict, load, to_dict
 from esengine.defaults import defaults
 from esengine.evaluate import evaluate
+from esengine.guard import reward_names
 from esengine.models import SanaSprint
 from esengine.models.nano import world
-from esengine.guard import reward_names
 from esengine.progress import Progress
 from esengine.report.curves import read_held
 from esengine.rewards import parse
