@@ -32,7 +32,7 @@ def rows() -> list[str]:
     demo = _read(file)
     runs, seeds = demo["runs"].values(), ", ".join(demo["runs"])
     prompts = demo["runs"]["0"]["prompts"]
-    for judge in ("checker", "pickscore"):
+    for judge in ("combined", "checker", "pickscore"):
         overall = [run["groups"][0]["rows"] for run in runs]
         paired = [adapter["against_first"][judge] for _, adapter in overall]
         gains = ", ".join(f"{p['difference']:+.3f} ± {p['standard_error']:.3f}" for p in paired)
@@ -77,18 +77,20 @@ def rows() -> list[str]:
         cells = (f"{paired['difference']:+.4f} ± {paired['standard_error']:.4f}" for paired in above)
         return ", ".join([f"{rows[0]['mean'][judge]:.4f}", *cells])
 
-    which = "base in one step, then above it: seeds 0, 1, 2, base in two steps"
+    optimised, which = headline["config"]["reward"], "base in one step, then above it: seeds 0, 1, 2, base in two steps"
     for judge in report["scores"]:
-        what = (
-            f"nano headline, {report['prompts']} test captions, {judge}{' (optimised)' * (judge == 'checker')}: {which}"
-        )
+        shown = f"`{optimised}`, which was optimised" if judge == "combined" else judge
+        what = f"nano headline, {report['prompts']} test captions, {shown}: {which}"
         add(what, gains(judge, groups["all"]), headline["device"], file)
     for name in (name for name in groups if "object" in name):
         what = f"nano headline, checker, the {groups[name][0]['count']} captions of {name}"
         add(what, gains("checker", groups[name]), headline["device"], file)
-    closed = report["gap_closed"]["checker"]
-    shares = ", ".join(f"{share:.0%} ± {closed['standard_error'][name]:.0%}" for name, share in closed["share"].items())
-    add("nano headline, checker: share of the gap to two steps that is closed", shares, headline["device"], file)
+    for judge in ("combined", "checker", "pickscore"):
+        closed = report["gap_closed"][judge]
+        errors = closed["standard_error"]
+        shares = ", ".join(f"{share:.0%} ± {errors[name]:.0%}" for name, share in closed["share"].items())
+        what = f"nano headline, {judge}: share of the gap to two steps that is closed"
+        add(what, shares, headline["device"], file)
 
     for version in ("3.9", "3.6"):
         file = f"aot_sm90_triton-{version}.json"

@@ -69,8 +69,8 @@ def test_every_seed_of_the_headline_gains_three_standard_errors_and_half_the_gap
     seeds = [row for row in rows if row["entry"].startswith("seed")]
     assert len(seeds) == 3
     for row in seeds:
-        assert above(row, "checker") > 3
-        assert report["gap_closed"]["checker"]["share"][row["entry"]] > 0.5
+        assert above(row, "combined") > 3
+        assert report["gap_closed"]["combined"]["share"][row["entry"]] > 0.5
     for row in rows:  # the stored scores are what the means are of
         for judge, mean in row["mean"].items():
             assert statistics.mean(record["scores"][row["entry"]][judge]) == pytest.approx(mean, rel=1e-5)
@@ -94,7 +94,7 @@ def test_the_demo_gains_three_standard_errors_on_every_seed(made_of):
     assert record["model"] == made_of["model"]
     assert len(record["runs"]) == 3
     for run in record["runs"].values():
-        assert above(run["groups"][0]["rows"][1], "checker") > 3
+        assert above(run["groups"][0]["rows"][1], "combined") > 3
 
 
 def test_the_checker_does_not_fall_where_another_judge_is_optimised():
