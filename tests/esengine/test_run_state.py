@@ -14,6 +14,7 @@ import torch
 from esengine import checkpoint
 from esengine.cli import main
 from esengine.errors import RunError
+from esengine.progress import Progress
 from esengine.run_state import latest
 from esengine.runlog import require_steps
 from esengine.train import train
@@ -85,14 +86,20 @@ def test_a_checkpoint_that_no_run_writes_is_passed_over_and_named(run, changes, 
 
 
 @pytest.mark.parametrize("part", ["image", "es", "lora", "dtype", "model", "heldout_reward"])
-def test_settings_of_a_checkpoint_are_compared_with_and_never_used(trained, run, part):
+def test_settings_of_a_checkpoint_are_compared_with_and_never_used(trained, run, part, monkeypatch):
     rewrite(run / "checkpoints" / "step_00000004", lambda r: r["meta"]["config"].update({part: "zzz"}))
+    settings = (run / "config.yaml").read_text()
     config = dataclasses.replace(trained[0], run_dir=run, resume=True, steps=5)
-    if part in ("model", "heldout_reward"):  # names: what a model holds is compared by hash
-        train(config)
-    else:
+    if part not in ("model", "heldout_reward"):  # names: what a model holds is compared by hash
+        (run / "config.yaml").unlink()
         with pytest.raises(RunError, match=f"was trained with other settings .*{part}"):
             train(config)
+        (run / "config.yaml").write_text(settings)
+    notes = []
+    monkeypatch.setattr(Progress, "note", lambda self, text: notes.append(text))
+    train(config)  # the run's own config.yaml has these settings: it was changed, and killed before a checkpoint
+    warned = [note for note in notes if "other settings" in note and part in note]
+    assert len(warned) == (part not in ("model", "heldout_reward"))
 
 
 @pytest.mark.parametrize("signed", [True, False])
