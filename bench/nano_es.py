@@ -43,7 +43,7 @@ QUIET = {"heldout_every": 1 << 20, "checkpoint_every": 1 << 20, "strip_every": 0
 CENTRE: dict[str, Any] = to_dict(load("nano"))
 """Trials change a setting or two of `esengine train` without flags."""
 
-RATES = (0.3, 1.2)
+RATES = (0.2, 0.8)
 """Learning rates, in units of sigma, that each rival is tried at; of what is scaled otherwise, times its `USUAL`."""
 
 USUAL = {"none": 2.8, "centred": 3.5, "adam": 0.2, "momentum": 0.1, "direct": 2.0}
@@ -112,23 +112,29 @@ REFERENCE = {
 """The published run's, but for its sampler's angle."""
 
 TARGETS = {
+    "all of the published run": list(REFERENCE_TARGETS),
     "attention": ["to_q", "to_k", "to_v", "to_out.0"],
     "guidance_embedder.linear_1": ["guidance_embedder.linear_1"],
     "time_embed.linear": ["time_embed.linear"],
+    "caption_projection": ["caption_projection.linear_1", "caption_projection.linear_2"],
+    "timestep_embedder.linear_1": ["timestep_embedder.linear_1"],
     "proj_out": ["proj_out"],
 }
 AROUND: dict[str, tuple] = {
-    "es.sigma": (0.01, 0.04),
-    "update.lr_scale": (0.3, 1.2),
+    "es.sigma": (0.002, 0.008),
+    "update.lr_scale": (0.2, 0.8),
     "population": (8, 128),
     "es.prompts_per_step": (2, 32),
-    "lora.rank": (1, 4),
     "es.noise_rank": (4,),
     "reward": ("pickscore(model=nano)", "checker"),
 }
 TOGETHER: dict[str, dict[str, Any]] = {
-    f"update.optimizer {name}": {"update": {"optimizer": name, "lr_scale": 0.6 * USUAL[name]}}
-    for name in ("momentum", "adam")
+    "lora.alpha 8, es.sigma 0.04": {"lora": {"alpha": 8.0}, "es": {"sigma": 0.04}},
+    **{f"lora.rank {rank}, alpha {40 * rank}": {"lora": {"rank": rank, "alpha": 40.0 * rank}} for rank in (1, 4)},
+    **{
+        f"update.optimizer {name}": {"update": {"optimizer": name, "lr_scale": 0.4 * USUAL[name]}}
+        for name in ("momentum", "adam")
+    },
 }
 """Settings that only make sense together."""
 
@@ -281,7 +287,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="store the record there; trials that it holds are not run again")
     parser.add_argument("--images", type=int, default=16384, help="of a trial's training")
     parser.add_argument("--seeds", type=int, nargs="+", help="of trials 0, of the headline 0 1 2")
-    parser.add_argument("--steps", type=int, default=320, help="of a headline run")
+    parser.add_argument("--steps", type=int, default=480, help="of a headline run")
     parser.add_argument("--work", type=Path, default=Path("runs/nano-headline"), help="folder of the headline's runs")
     parser.add_argument("--pictures", type=Path, help="folder for the headline's gallery and curves")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="trials at a time")

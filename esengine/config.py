@@ -43,17 +43,14 @@ def _check_counts(config: Any, section: str, **ranges: tuple[int, int]) -> None:
 class UpdateRule:
     """How the adapter theta moves along g = mean_i(f_i E_i).
 
-    With `sgd`, theta + rate * g, with the rate of step t = 0, 1, ... lr_scale * lr_decay^t * sigma; as in the reference
-    run, without a decay. Momentum and Adam are torch.optim's, with that learning rate. Afterwards the step, then the
-    adapter, are scaled down to their norm caps.
+    With `sgd`, theta + lr_scale * sigma * g, as in the reference run. Momentum and Adam are torch.optim's, with
+    learning rate lr_scale * sigma. Afterwards the step, then the adapter, are scaled down to their norm caps.
     """
 
     optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
     """sgd is the reference update; momentum and adam are torch.optim's."""
     lr_scale: float = 0.1
     """Learning rate in units of sigma."""
-    lr_decay: float = 1.0
-    """What the learning rate is multiplied by from step to step."""
     momentum: float = 0.9
     """Of momentum, and beta1 of adam."""
     beta2: float = 0.999
@@ -70,8 +67,6 @@ class UpdateRule:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name}: expected a positive number, got {value}")
-        if not 0 < self.lr_decay <= 1:
-            raise ConfigError(f"lr_decay: expected a number above 0 and at most 1, got {self.lr_decay}")
         for name in ("momentum", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")

@@ -262,7 +262,7 @@ class Population:
             UpdateError, OutOfMemory: the adapter would not be finite, or there is no room; nothing has changed then.
         """
         with fits("the numbers of an update", "stop what else uses this device"):
-            stats = self._updater.step(self.gradient(step=step, fitness=fitness), step)
+            stats = self._updater.step(self.gradient(step=step, fitness=fitness))
         self._refresh()
         return stats
 

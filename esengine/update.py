@@ -29,17 +29,17 @@ class Updater:
     """
 
     def __init__(self, rule: UpdateRule, parameters: dict[str, torch.nn.Parameter], sigma: float):
-        self.rule, self.parameters, self.rate = rule, parameters, rule.lr_scale * sigma
-        tensors = list(parameters.values())
+        self.rule, self.parameters = rule, parameters
+        tensors, rate = list(parameters.values()), rule.lr_scale * sigma
         if rule.optimizer == "adam":
-            self.optimizer = torch.optim.Adam(tensors, lr=self.rate, betas=(rule.momentum, rule.beta2))
+            self.optimizer = torch.optim.Adam(tensors, lr=rate, betas=(rule.momentum, rule.beta2))
         else:
             momentum = rule.momentum if rule.optimizer == "momentum" else 0.0
-            self.optimizer = torch.optim.SGD(tensors, lr=self.rate, momentum=momentum)
+            self.optimizer = torch.optim.SGD(tensors, lr=rate, momentum=momentum)
 
     @torch.no_grad()
-    def step(self, gradient: dict[str, torch.Tensor], index: int = 0) -> UpdateStats:
-        """Move every tensor up its gradient, of the same name, shape and dtype, at the rate of step `index`.
+    def step(self, gradient: dict[str, torch.Tensor]) -> UpdateStats:
+        """Move every tensor up its gradient, of the same name, shape and dtype.
 
         Raises:
             UpdateError: the gradient, the step, the adapter or a moment would not be finite. After this and any other
@@ -50,7 +50,6 @@ class Updater:
             raise UpdateError(f"gradient: expected a finite norm, got {gradient_norm}")
         for parameter, state in self.optimizer.state.items():  # follows a module that has moved
             state |= {key: value.to(parameter.device) for key, value in state.items() if _moves(key, value)}
-        self.optimizer.param_groups[0]["lr"] = self.rate * self.rule.lr_decay**index
         before, moments = {name: parameter.clone() for name, parameter in self.parameters.items()}, self.state_dict()
         try:
             stats = self._move(gradient, gradient_norm, before)
