@@ -194,10 +194,11 @@ def made_of() -> dict[str, Any]:
 
 def table(trials: dict[str, Any]) -> list[str]:
     """Markdown rows of a record's trials: gains on validation captions, paired, with standard errors."""
-    rows = ["| trial | images | checker | pickscore | aesthetic |", "|---|---|---|---|---|"]
+    judges = ("combined", "checker", "pickscore", "aesthetic")
+    rows = [f"| {' | '.join(['trial', 'images', *judges])} |", "|---" * (2 + len(judges)) + "|"]
     for name, found in trials.items():
-        judged = (found["gain"][judge] for judge in ("checker", "pickscore", "aesthetic"))
-        gains = [f"{gain['difference']:+.4f} ± {gain['standard_error']:.4f}" for gain in judged]
+        judged = (found["gain"].get(judge) for judge in judges)  # of a single reward nothing is combined
+        gains = [f"{gain['difference']:+.4f} ± {gain['standard_error']:.4f}" if gain else "" for gain in judged]
         rows.append(f"| {' | '.join([name, str(found['images']), *gains])} |")
     return rows
 

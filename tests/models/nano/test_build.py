@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import tyro
 from diffusers import SanaSprintPipeline
 from safetensors import safe_open
 
 from esengine.models import RenderSettings, SanaSprint, latents
-from esengine.models.nano import autoencoder, build, dataset, distill, loop, muon, teacher, world
+from esengine.models.nano import autoencoder, build, clip, dataset, distill, loop, muon, teacher, train, world
 from esengine.models.nano.text import Captions
 from esengine.rewards import load
 
@@ -156,6 +157,26 @@ def test_the_packaged_folder_is_whole_and_its_scores_are_its_own():
         both = found, stored["scores"]["pickscore"][name]
         cells = [f"{each['mean']:.4f} ± {each['standard_error']:.4f}" for each in both]
         assert f"| {name} | {' | '.join(cells)} |" in card
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "stages"),
+    [
+        ("sana-sprint-nano", train.TrainConfig, ("autoencoder", "teacher", "student")),
+        ("clip-nano", clip.ClipTrainConfig, ("clip",)),
+    ],
+)
+def test_the_command_of_a_card_is_the_training_that_was(name, config, stages):
+    folder = PACKAGED.parent / name
+    (line,) = (line for line in (folder / "README.md").read_text().splitlines() if line.startswith("    python -m "))
+    _, _, module, *args = line.split()
+    assert module == config.__module__
+    asked, was = tyro.cli(config, args=args), json.loads((folder / "training.json").read_text())
+    assert asked == config(out=Path(name))
+    assert (asked.seed, getattr(asked, "images", None)) == (was["seed"], was.get("images"))
+    for stage in stages:
+        steps = asked.steps if stage == "clip" else getattr(asked, f"{stage}_steps")
+        assert steps == was[stage]["steps"]
 
 
 ALONE = """
