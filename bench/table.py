@@ -58,6 +58,17 @@ def rows() -> list[str]:
     figure = f"{memory['forward']:.0f} B forward, {memory['update']:.0f} B update"
     add("memory for each further member at a fixed chunk, N 16384 to 65536", figure, device, file)
 
+    file = "cpu_scaling.json"
+    scaling = _read(file)
+    one, *more = scaling["runs"].items()
+    for count, run in more:
+        what = (
+            f"images/s of steps with {count} processes over {count} times those of {one[0]}, tiny SANA, a thread each"
+        )
+        add(what, f"{run['efficiency']:.2f}", scaling["device"], file)
+    modelled = ", ".join(f"{share:.2f} with {count}" for count, share in scaling["modelled_efficiency"].items())
+    add("the same as modelled from one process's step", modelled, scaling["device"], file)
+
     file = "nano_base.json"
     nano = _read(file)
     captions = nano["settings"]["count"]

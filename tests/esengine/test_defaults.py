@@ -16,7 +16,7 @@ def test_the_nano_prompts_are_the_worlds_and_of_three_splits():
     assert train == world.captions("train", len(train), 0)
     assert heldout == world.captions("validation", len(heldout), 0)
     assert list(test.prompts) == world.captions("test", len(test), 0)
-    assert (len(train), len(heldout), len(test)) == (1000, 512, 1000)
+    assert (len(train), len(heldout), len(test)) == (1000, 1024, 1000)
     for caption, category, challenge in zip(test.prompts, test.categories, test.challenges, strict=True):
         spec = world.parse(caption)
         assert category == ("one object", "two objects")[len(spec.objects) - 1]
