@@ -286,7 +286,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("search", "compare", "headline"))
     parser.add_argument("--json", type=Path, help="store the record there; trials that it holds are not run again")
-    parser.add_argument("--images", type=int, default=16384, help="of a trial's training")
+    parser.add_argument("--images", type=int, default=8192, help="of a trial's training")
     parser.add_argument("--seeds", type=int, nargs="+", help="of trials 0, of the headline 0 1 2")
     parser.add_argument("--steps", type=int, default=480, help="of a headline run")
     parser.add_argument("--work", type=Path, default=Path("runs/nano-headline"), help="folder of the headline's runs")
