@@ -128,7 +128,7 @@ def load(path: str | Path) -> Checkpoint:
         raise RunError(f"checkpoint {path / _META}: expected format {FORMAT}, got {version!r}")
     for name, data, expected in ((_META, signed, sums[0]), (_STATE, state, sums[1])):
         if _sha256(data) != expected:
-            raise RunError(f"checkpoint {path / name}: corrupt, its SHA-256 is not the one recorded")
+            raise RunError(f"checkpoint {path / name}: corrupt, its SHA-256 is not the one in {path / _META}")
     step = record["step"]
     if type(step) is not int or path.name != _name(step):
         raise RunError(f"checkpoint {path / _META}: expected the step of its folder, got {step!r}")
