@@ -124,6 +124,8 @@ def take_steps(run: Run, engine: Engine, stop: Stop, *, resumed: bool) -> None:
         run.progress.stop()
         if settled and engine.step > kept:
             _save(run, engine)
+    if record:  # where no step was left to take, nothing was saved
+        checkpoint.remove_temporaries(record.folder.checkpoints)
 
 
 def save_adapter(population: Population, path: Path) -> None:
@@ -229,9 +231,7 @@ def _mean(scores: torch.Tensor) -> float:
     return float(scores[scores.isfinite()].mean())
 
 
-def _strip(
-    run: Run, population: Population, task: Task, fitness: torch.Tensor, stop: Stop
-) -> dict[str, torch.Tensor]:
+def _strip(run: Run, population: Population, task: Task, fitness: torch.Tensor, stop: Stop) -> dict[str, torch.Tensor]:
     """The best, median and worst member of this step, rendered again: images are never kept. Less if stopped."""
     order = fitness.argsort(descending=True).tolist()
     prompts = task.prompts[:STRIP_PROMPTS]

@@ -153,7 +153,9 @@ def test_a_strip_breaks_off_between_chunks_and_the_step_is_made_anew(small, outc
     assert [path.name for path in (tmp_path / "run" / "strips").iterdir()] == ["step_00000000.png"]
     train(dataclasses.replace(config, resume=True))
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
-    pictures = [{path.name: path.read_bytes() for path in (tmp_path / run / "strips").iterdir()} for run in ("run", "whole")]
+    pictures = [
+        {path.name: path.read_bytes() for path in (tmp_path / run / "strips").iterdir()} for run in ("run", "whole")
+    ]
     assert pictures[0] == pictures[1]
     assert len(pictures[0]) == 2
 
