@@ -67,6 +67,15 @@ def test_any_number_of_processes_makes_the_run_of_one(small, outcome, trained, t
     assert outcome(tmp_path / "run") == outcome(trained[1].folder)
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_one_image_at_a_time_no_bit_depends_on_the_number_of_processes(small, outcome, tmp_path, size):
+    settings = dict(deterministic=True, steps=2, image=ImageSettings(chunk=3))
+    train(small(tmp_path / "one", **settings))
+    found = world(size, lambda rank: small(tmp_path / "run", **settings))
+    assert [error for _, error in found] == [""] * size
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "one")
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_processes_that_come_to_differ_end_and_leave_no_checkpoint_of_it(small, tmp_path, rank):
     config = small(tmp_path / "run", steps=6, heldout_every=0, strip_every=0)
