@@ -121,6 +121,26 @@ def test_processes_that_differ_leave_no_checkpoint_where_they_are_stopped(small,
     assert steps(tmp_path / "run") == [0]
 
 
+@pytest.mark.parametrize(("at", "step"), [(9, 1), (16, 2)])
+def test_a_signal_in_a_measure_which_the_first_process_makes_alone_stops_all(small, tmp_path, reward, at, step):
+    """A measure is three chunks, its share of a step four: in the second measure, and in the last."""
+    calls = 0
+
+    def signalling(images, prompts):
+        nonlocal calls
+        calls += 1
+        if calls == at and os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return images.float().mean(dim=(1, 2, 3))
+
+    settings = dict(steps=2, checkpoint_every=1, heldout_every=1, image=ImageSettings(chunk=1), strip_every=0)
+    found = world(2, lambda rank: small(tmp_path / "run", reward=reward(signalling), **settings))
+    assert found[0][1].startswith(f"Stopped: stopped after step {step} of 2; it goes on with")
+    assert found[1][1] == ""
+    assert len((tmp_path / "run" / "heldout.jsonl").read_text().splitlines()) == step
+    assert steps(tmp_path / "run")[-1] == step
+
+
 def test_memory_that_runs_out_in_one_process_is_told_by_the_first_and_kept_by_all(small, tmp_path, reward):
     config = small(tmp_path / "run", steps=2, image=ImageSettings(chunk=4), heldout_every=0, strip_every=0)
     config = dataclasses.replace(config, reward=reward(lambda images, prompts: images.float().mean(dim=(1, 2, 3))))
