@@ -85,7 +85,7 @@ def save(root: str | Path, step: int, tensors: dict[str, torch.Tensor], meta: di
     if not root.exists():
         root.mkdir(parents=True)
         sync_folder(root.parent)
-    _remove_temporaries(root)
+    remove_temporaries(root)
     if not all((target / name).is_file() and (target / name).read_bytes() == data for name, data in files.items()):
         temporary = root / f"{TEMPORARY}{target.name}"
         temporary.mkdir()
@@ -96,7 +96,7 @@ def save(root: str | Path, step: int, tensors: dict[str, torch.Tensor], meta: di
             target.rename(root / f"{TEMPORARY}replaced-{target.name}")
         temporary.rename(target)
         sync_folder(root)
-        _remove_temporaries(root)
+        remove_temporaries(root)
     kept = [path for path in checkpoint_folders(root) if path_step(path) <= step][:keep]
     for path in checkpoint_folders(root):
         if path not in kept:
@@ -128,7 +128,7 @@ def load(path: str | Path) -> Checkpoint:
         raise RunError(f"checkpoint {path / _META}: expected format {FORMAT}, got {version!r}")
     for name, data, expected in ((_META, signed, sums[0]), (_STATE, state, sums[1])):
         if _sha256(data) != expected:
-            raise RunError(f"checkpoint {path / name}: corrupt, its SHA-256 is not the one recorded")
+            raise RunError(f"checkpoint {path / name}: corrupt, its SHA-256 is not the one in {path / _META}")
     step = record["step"]
     if type(step) is not int or path.name != _name(step):
         raise RunError(f"checkpoint {path / _META}: expected the step of its folder, got {step!r}")
@@ -166,18 +166,19 @@ def load_latest(root: str | Path, check: Callable[[Checkpoint], None] | None = N
 
 
 def set_aside(damaged: Iterable[Path]) -> None:
-    """Make checkpoints that were passed over count as none; the next `save` removes them."""
+    """Make checkpoints that were passed over count as none; `remove_temporaries` removes them."""
     for path in damaged:
         path.rename(path.with_name(f"{TEMPORARY}damaged-{path.name}"))
 
 
-def _name(step: int) -> str:
-    return f"step_{step:08d}"
-
-
-def _remove_temporaries(root: Path) -> None:
+def remove_temporaries(root: Path) -> None:
+    """Remove what is half written or set aside. Only the owner of the run folder may call this."""
     for path in root.glob(f"{TEMPORARY}*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
 
 
 def _json(value: object) -> bytes:

@@ -162,8 +162,11 @@ class Guard:
         """Whether to measure after so many steps: at first, every so many, and at the last."""
         return not self.log.held_out or step % self.every == 0 or step == last
 
-    def measure(self, step: int) -> None:
+    def measure(self, step: int, stopped: Callable[[], bool] = lambda: False) -> None:
         """Draw and score the held-out prompts with the adapter as it stands after `step` steps.
+
+        Args:
+            stopped: asked before each chunk. Where it says so, nothing is written: a resumed run measures anew.
 
         Raises:
             RewardError, RenderError: see `Weighted.score` and `SanaSprint.render`.
@@ -171,9 +174,11 @@ class Guard:
         images, parts, reward = [], [], self.rewards.everything
         if self.bear:
             reward = Bearing(reward, len(self.prompts), least=1)
-        for drawn, words in render_all(self.render, EVAL_STEP, self.prompts):
+        for drawn, words in render_all(self.render, EVAL_STEP, self.prompts, stopped=stopped):
             parts.append(reward.score(drawn, words, step=step))
             images.append(drawn)
+        if sum(map(len, images)) < len(self.prompts):
+            return
         if self.bear and reward.bad:
             self.note(f"warning: held out, {reward.bad} of {reward.images} images are left out: {reward.first}")
         scores = {name: torch.cat([part[name] for part in parts]).tolist() for name in self._names}

@@ -79,18 +79,22 @@ def take_steps(run: Run, engine: Engine, stop: Stop, *, resumed: bool) -> None:
         with stop.gently():
             while True:
                 if record and record.guard and record.guard.due(engine.step, config.steps):
-                    record.guard.measure(engine.step)
+                    record.guard.measure(engine.step, lambda: stop.requested)
                 if engine.step == config.steps:
                     break
                 task = engine.ask()
                 scores, seconds = _score(run, engine, task, stop)
                 fitness = engine.fitness(task, scores[COMBINED])
                 shown = config.strip_every and (task.step % config.strip_every == 0 or task.step == config.steps - 1)
-                if record and shown:
-                    _strip(run, engine.population, task, fitness)
-                    for name, score in scores.items():
-                        means = score.mean(dim=(1, 2))
-                        record.log.histogram(task.step, f"members/{name}", means[means.isfinite()])
+                if shown:
+                    strip = _strip(run, engine.population, task, fitness, stop) if record else {}
+                    if run.group.any(stop.requested):  # before anything is written: a resumed run makes the step anew
+                        raise Stopped(f"stopped in step {task.step}")
+                    if record:
+                        record.log.strip(task.step, strip, run.render.words(task.prompts[:STRIP_PROMPTS]))
+                        for name, score in scores.items():
+                            means = score.mean(dim=(1, 2))
+                            record.log.histogram(task.step, f"members/{name}", means[means.isfinite()])
                 start, settled = time.perf_counter(), False
                 try:
                     norms = engine.tell(task, scores[COMBINED])
@@ -120,6 +124,8 @@ def take_steps(run: Run, engine: Engine, stop: Stop, *, resumed: bool) -> None:
         run.progress.stop()
         if settled and engine.step > kept:
             _save(run, engine)
+    if record:  # where no step was left to take, nothing was saved
+        checkpoint.remove_temporaries(record.folder.checkpoints)
 
 
 def save_adapter(population: Population, path: Path) -> None:
@@ -225,12 +231,13 @@ def _mean(scores: torch.Tensor) -> float:
     return float(scores[scores.isfinite()].mean())
 
 
-def _strip(run: Run, population: Population, task: Task, fitness: torch.Tensor) -> None:
-    """The best, median and worst member of this step, rendered again: images are never kept."""
+def _strip(run: Run, population: Population, task: Task, fitness: torch.Tensor, stop: Stop) -> dict[str, torch.Tensor]:
+    """The best, median and worst member of this step, rendered again: images are never kept. Less if stopped."""
     order = fitness.argsort(descending=True).tolist()
     prompts = task.prompts[:STRIP_PROMPTS]
     images = {}
     for label, member in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
-        rows = render_all(run.render, task.step, prompts, member, population)
-        images[label] = torch.cat([drawn for drawn, _ in rows])
-    run.record.log.strip(task.step, images, run.render.words(prompts))
+        rows = render_all(run.render, task.step, prompts, member, population, stopped=lambda: stop.requested)
+        if parts := [drawn for drawn, _ in rows]:
+            images[label] = torch.cat(parts)
+    return images

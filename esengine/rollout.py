@@ -107,7 +107,7 @@ def score_task(
 
     Args:
         heard: called with so many images that are rendered and scored, or on their way to be scored.
-        stopped: asked after each chunk.
+        stopped: asked before each chunk.
         group: the processes that share the step.
 
     Returns:
@@ -135,14 +135,14 @@ def score_task(
     parts: list[Future] = []
     with ThreadPoolExecutor(1) if overlapped else _AtOnce() as worker, render.model.deferred_checks():
         for members, prompts, _ in mine:
+            if stopped():
+                break
             with rendering:
                 images = next(drawn)
             if parts:
                 parts[-1].result()
             parts.append(worker.submit(score, images, prompts, members))
             heard(len(members))
-            if stopped():
-                break
         done = [part.result() for part in parts]
     if group.any(stopped()):
         raise Stopped(f"stopped in step {task.step}")
@@ -195,7 +195,13 @@ class _Stopwatch:
 
 
 def render_all(
-    render: Renderer, step: int, prompts: torch.Tensor, member: int | None = None, population: Population | None = None
+    render: Renderer,
+    step: int,
+    prompts: torch.Tensor,
+    member: int | None = None,
+    population: Population | None = None,
+    *,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[torch.Tensor, list[str]]]:
     """The first repeat of each of some prompts, chunk by chunk.
 
@@ -203,11 +209,15 @@ def render_all(
         prompts: int64 [K].
         member: of the population. None: the adapter as it stands.
         population: the member's.
+        stopped: asked before each chunk; the others are left out.
 
     Yields:
         uint8 [B, 3, H, W] and the B prompts.
     """
     length, parts = render.texts.trimmed_length(prompts), prompts.split(render.chunk)
     rows = ((part, torch.zeros_like(part), None if member is None else torch.full_like(part, member)) for part in parts)
-    for part, images in zip(parts, render.chunks(step, rows, population, length=length), strict=True):
-        yield images, render.words(part)
+    drawn = render.chunks(step, rows, population, length=length)
+    for part in parts:
+        if stopped():
+            return
+        yield next(drawn), render.words(part)

@@ -19,6 +19,7 @@ from esengine.config import ESSettings, ImageSettings, UpdateRule
 from esengine.engine import Engine
 from esengine.errors import ConfigError, OutOfMemory, RenderError, RewardError, RunError, UpdateError
 from esengine.models import SanaSprint
+from esengine.rewards import Weighted
 from esengine.run_folder import checkpoint_folders, path_step
 from esengine.train import train
 from esengine.update import Updater
@@ -297,6 +298,42 @@ class _Empty:
         return "{}"
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("fail", KINDS)
+def test_whichever_member_is_bad_at_whichever_step_the_adapter_stays_finite(
+    small, tmp_path, monkeypatch, reward, fail, seed
+):
+    """One of twelve in some of three steps: its pair is dropped, or the run stops at the first such step."""
+    draw, whole = random.Random(seed), Weighted.score
+    bad = {step: draw.randrange(12) for step in draw.sample(range(3), draw.randint(1, 3))}
+    asked = None
+
+    def score(self, images, prompts, *, step=None, members=None):
+        nonlocal asked
+        asked = step, members or [-1] * len(images)
+        return whole(self, images, prompts, step=step, members=members)
+
+    def failing(images, prompts):
+        step, members = asked
+        return fail(brightness(images, prompts), torch.tensor([bad.get(step) == member for member in members]))
+
+    monkeypatch.setattr(Weighted, "score", score)
+    monkeypatch.setattr("esengine.train.compare_entries", lambda *args, **kwargs: _Empty())
+    settings = dict(population=12, es=PAIRED, heldout_every=0, strip_every=0, steps=3, image=ImageSettings(chunk=5))
+    settings["reward"] = reward(failing)
+    train(small(tmp_path / "dropped", on_bad_reward="drop-pair", **settings))
+    fitness = (tmp_path / "dropped" / "fitness.jsonl").read_text().splitlines()
+    for step, line in enumerate(fitness):
+        zeros = [member for member, value in enumerate(json.loads(line)["fitness"]) if value == 0]
+        assert zeros == (sorted((bad[step], bad[step] ^ 1)) if step in bad else [])
+    with pytest.raises(RewardError, match=rf"reward own:score, step {min(bad)}, members? .*\b{bad[min(bad)]}\b"):
+        train(small(tmp_path / "stopped", **settings))
+    for run, step in (("dropped", 3), ("stopped", min(bad))):
+        saved = checkpoint.load_latest(tmp_path / run / "checkpoints")
+        assert saved.step == step
+        assert all(tensor.isfinite().all() for tensor in saved.tensors.values() if tensor.is_floating_point())
+
+
 @pytest.mark.parametrize("fail", KINDS)
 def test_by_default_a_bad_reward_stops_the_run_and_it_resumes(small, outcome, tmp_path, reward, fail):
     whole = small(tmp_path / "whole", reward=reward(brightness), heldout_every=0)
@@ -465,9 +502,9 @@ def test_a_full_disk_is_told_with_the_file(small, esengine, workspace, monkeypat
 class Full:
     """Calls of the system that fail after so many; a write is made by half before it does."""
 
-    def __init__(self, patch, left):
+    def __init__(self, patch, left, names):
         self.left, self.calls = left, 0
-        for name in ("fsync", "rename", "mkdir", "open", "unlink", "rmdir"):
+        for name in names:
             patch.setattr(os, name, functools.partial(self.call, getattr(os, name)))
         patch.setattr(files, "open", functools.partial(Half, self), raising=False)
 
@@ -488,27 +525,36 @@ class Half(io.FileIO):
         return self.full.call(super().write, data[len(data) // 2 :])
 
 
-def test_a_hundred_times_the_disk_is_full_at_any_call(tmp_path, monkeypatch):
+WRITING = ("mkdir", "fsync", "rename")
+"""Besides a write itself: a save calls each of them equally often, whatever was left by one before."""
+
+
+@pytest.mark.parametrize(
+    ("names", "least"), [(WRITING, 100), ((*WRITING, "open", "unlink", "rmdir"), 90)], ids=["writing", "pruning too"]
+)
+def test_a_hundred_times_the_disk_is_full_at_any_call(tmp_path, monkeypatch, names, least):
     """Of saving a checkpoint and pruning: whatever fails, two that are whole are there, and the next save works."""
     draw, failed, tensors = random.Random(0), 0, {"w": torch.arange(1000.0)}
     for step in (0, 1):
         checkpoint.save(tmp_path, step, tensors, {})
     with monkeypatch.context() as patch:
-        all_calls = Full(patch, 10**6)
-        path = checkpoint.save(tmp_path, 2, tensors, {})
-    assert all_calls.calls > 12
+        all_calls = Full(patch, 10**6, names)
+        checkpoint.save(tmp_path, 2, tensors, {})
+    assert all_calls.calls == 8 if names == WRITING else all_calls.calls > 12
     for step in range(3, 103):
+        old = checkpoint_folders(tmp_path)[0]
         with monkeypatch.context() as patch:
-            Full(patch, draw.randrange(all_calls.calls))
+            Full(patch, draw.randrange(all_calls.calls), names)
             try:
-                path = checkpoint.save(tmp_path, step, tensors | {"step": torch.tensor(step)}, {})
+                checkpoint.save(tmp_path, step, tensors | {"step": torch.tensor(step)}, {})
             except OSError:
                 failed += 1
+        assert checkpoint.load(old).step == path_step(old)
         found = checkpoint.load_latest(tmp_path)
         assert found.skipped == ()
-        assert found.step >= path_step(path)
+        assert found.step in (path_step(old), step)
         assert checkpoint.load(checkpoint_folders(tmp_path)[1]).step < found.step
-    assert failed > 90
+    assert failed >= least
     checkpoint.save(tmp_path, 103, tensors, {})
     assert len(list(tmp_path.iterdir())) == 2
 

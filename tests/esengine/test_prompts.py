@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -73,11 +75,25 @@ def refused(path):
     return None
 
 
+def first_bad_line(data):
+    """Its number from 1, or None."""
+    for number, line in enumerate(re.split(rb"\r\n|\r|\n", data.removeprefix(b"\xef\xbb\xbf")), start=1):
+        try:
+            if "\0" in line.decode():
+                return number
+        except UnicodeDecodeError:
+            return number
+    return None
+
+
 def read_or_refuse(path, data):
     path.write_bytes(data)
-    said = refused(path) or "line "
-    assert "\n" not in said
-    assert "line " in said or "at least one prompt" in said
+    said, bad = refused(path), first_bad_line(data)
+    if bad is not None:
+        assert said.startswith(f"prompts file {path}, line {bad}: ")
+        assert "\n" not in said
+    elif said is not None:
+        assert said == f"prompts file {path}: expected at least one prompt, got none"
 
 
 @given(data=FILES)

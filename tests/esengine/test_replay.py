@@ -10,6 +10,8 @@ import torch
 from esengine import checkpoint
 from esengine.config import ESSettings, ImageSettings, LoraSettings, ReplayConfig, TrainConfig, UpdateRule
 from esengine.errors import ConfigError, RunError
+from esengine.models import sana_sprint
+from esengine.population import Population
 from esengine.progress import Progress
 from esengine.replay import read_fitness, replay
 from esengine.train import train
@@ -26,14 +28,53 @@ def test_every_bit_comes_back(small, tmp_path, optimizer):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / "adapter" / name).read_bytes()
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 8])
-def test_the_chunk_changes_scores_by_rounding_and_the_update_not_at_all(trained, small, tmp_path, chunk):
-    """T2 and T0: a step's mean reward within 1e-3, and the update of those scores bit for bit."""
-    train(small(tmp_path / "run", image=ImageSettings(chunk=chunk), heldout_every=0, strip_every=0))
-    assert replay(ReplayConfig(run_dir=tmp_path / "run"), Progress()).parted == []
-    logs = [folder / "metrics.jsonl" for folder in (tmp_path / "run", trained[1].folder)]
-    first, other = (json.loads(log.read_text().splitlines()[0])["reward"] for log in logs)
-    assert first == pytest.approx(other, rel=1e-3)
+class First:
+    """What the first step of a run is made of: images, latents and each member's noise."""
+
+    def __init__(self, patch):
+        self.images, self.latents, self.noise = [], [], {}
+        chunk, drawn = Population._chunk, sana_sprint.latents
+
+        def noise(population, step, members):
+            found = chunk(population, step, members)
+            for row, member in enumerate(members.tolist() if step == 0 else []):
+                each = [factor[row].clone() for factors in found.factors.values() for factor in factors]
+                for one, other in zip(each, self.noise.setdefault(member, each), strict=True):
+                    assert torch.equal(one, other)
+            return found
+
+        def latents(**keys):
+            found = drawn(**keys)
+            if keys["step"] == 0 and keys["draw"] == 0:
+                self.latents.append(found.clone())
+            return found
+
+        patch.setattr(Population, "_chunk", noise)
+        patch.setattr(sana_sprint, "latents", latents)
+
+    def score(self, images, prompts):
+        if sum(map(len, self.images)) < 8:
+            self.images.append(images.int())
+        return images.float().mean(dim=(1, 2, 3)) / 255
+
+
+def test_the_chunk_changes_images_by_rounding_and_the_update_not_at_all(small, tmp_path, monkeypatch, reward):
+    """T2: images within 1 level of 255. T0: noise, latents and the update of given scores, every bit."""
+    found = {}
+    for chunk in (8, 3, 2, 1):
+        run = tmp_path / str(chunk)
+        with monkeypatch.context() as patch:
+            found[chunk] = First(patch)
+            settings = dict(image=ImageSettings(chunk=chunk), heldout_every=0, strip_every=0, steps=2)
+            train(small(run, reward=reward(found[chunk].score), **settings))
+        assert replay(ReplayConfig(run_dir=run), Progress()).parted == []
+        ours, theirs = found[chunk], found[8]
+        assert [len(each) for each in ours.images] == {8: [8], 3: [3, 3, 2], 2: [2] * 4, 1: [1] * 8}[chunk]
+        assert (torch.cat(ours.images) - torch.cat(theirs.images)).abs().max() <= 1
+        assert torch.equal(torch.cat(ours.latents), torch.cat(theirs.latents))
+        assert sorted(ours.noise) == [0, 1, 2, 3]
+        for member, factors in ours.noise.items():
+            assert all(torch.equal(one, other) for one, other in zip(factors, theirs.noise[member], strict=True))
 
 
 def test_two_hundred_steps_come_back(small, tmp_path):

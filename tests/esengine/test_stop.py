@@ -13,7 +13,9 @@ import time
 import pytest
 
 from esengine import checkpoint
+from esengine.config import ImageSettings
 from esengine.errors import Stopped
+from esengine.rollout import Renderer
 from esengine.stop import Stop
 from esengine.train import train
 
@@ -97,6 +99,67 @@ def test_a_signal_at_any_stage_ends_the_run_and_it_goes_on(small, tmp_path, monk
     assert (config.run_dir / "eval.json").is_file()
 
 
+def brightness(images, prompts):
+    return images.float().mean(dim=(1, 2, 3)) / 255
+
+
+@pytest.mark.parametrize(("at", "step"), [(1, 0), (13, 1), (23, 2)])
+def test_a_held_out_measure_breaks_off_between_chunks(small, outcome, tmp_path, reward, at, step):
+    """A measure is three chunks, a step eight: in the first measure, one between steps, the last."""
+    settings = dict(steps=2, checkpoint_every=1, heldout_every=1, image=ImageSettings(chunk=1), strip_every=1)
+    train(small(tmp_path / "whole", reward=reward(brightness), **settings))
+    calls = 0
+
+    def signalling(images, prompts):
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return brightness(images, prompts)
+
+    config = small(tmp_path / "run", reward=reward(signalling), **settings)
+    with pytest.raises(Stopped, match=f"stopped after step {step} of 2; it goes on with"):
+        train(config)
+    assert calls == at
+    measured = (tmp_path / "run" / "heldout.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in measured] == list(range(step))
+    calls = 100
+    train(dataclasses.replace(config, resume=True))
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("at", [1, 2, 6])
+def test_a_strip_breaks_off_between_chunks_and_the_step_is_made_anew(small, outcome, tmp_path, monkeypatch, at):
+    """Of three members in two chunks each."""
+    settings = dict(steps=2, heldout_every=1, image=ImageSettings(chunk=1), strip_every=1)
+    train(small(tmp_path / "whole", **settings))
+    config, chunks, drawn = small(tmp_path / "run", **settings), Renderer.chunks, 0
+
+    def counted(self, step, rows, population=None, **keys):
+        nonlocal drawn
+        rows = list(rows)
+        of_a_strip = step == 1 and len(rows) == 2
+        for images in chunks(self, step, rows, population, **keys):
+            drawn += of_a_strip
+            if of_a_strip and drawn == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield images
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Renderer, "chunks", counted)
+        with pytest.raises(Stopped, match="stopped after step 1 of 2; it goes on with"):
+            train(config)
+    assert drawn == at
+    assert [path.name for path in (tmp_path / "run" / "strips").iterdir()] == ["step_00000000.png"]
+    train(dataclasses.replace(config, resume=True))
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    pictures = [
+        {path.name: path.read_bytes() for path in (tmp_path / run / "strips").iterdir()} for run in ("run", "whole")
+    ]
+    assert pictures[0] == pictures[1]
+    assert len(pictures[0]) == 2
+
+
 def test_in_another_thread_signals_stay_as_they_are():
     found = []
 
@@ -112,9 +175,6 @@ def test_in_another_thread_signals_stay_as_they_are():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_chunk_is_finished_and_a_checkpoint_written(small, outcome, tmp_path, reward, number):
-    def brightness(images, prompts):
-        return images.float().mean(dim=(1, 2, 3)) / 255
-
     calls = 0
 
     def signalling(images, prompts):

@@ -67,6 +67,15 @@ def test_any_number_of_processes_makes_the_run_of_one(small, outcome, trained, t
     assert outcome(tmp_path / "run") == outcome(trained[1].folder)
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_one_image_at_a_time_no_bit_depends_on_the_number_of_processes(small, outcome, tmp_path, size):
+    settings = dict(deterministic=True, steps=2, image=ImageSettings(chunk=3))
+    train(small(tmp_path / "one", **settings))
+    found = world(size, lambda rank: small(tmp_path / "run", **settings))
+    assert [error for _, error in found] == [""] * size
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "one")
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_processes_that_come_to_differ_end_and_leave_no_checkpoint_of_it(small, tmp_path, rank):
     config = small(tmp_path / "run", steps=6, heldout_every=0, strip_every=0)
@@ -110,6 +119,26 @@ def test_processes_that_differ_leave_no_checkpoint_where_they_are_stopped(small,
     for _, error in found:
         assert error == "RunError: process 1: its adapter differs from that of process 0 after step 3"
     assert steps(tmp_path / "run") == [0]
+
+
+@pytest.mark.parametrize(("at", "step"), [(9, 1), (16, 2)])
+def test_a_signal_in_a_measure_which_the_first_process_makes_alone_stops_all(small, tmp_path, reward, at, step):
+    """A measure is three chunks, its share of a step four: in the second measure, and in the last."""
+    calls = 0
+
+    def signalling(images, prompts):
+        nonlocal calls
+        calls += 1
+        if calls == at and os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return images.float().mean(dim=(1, 2, 3))
+
+    settings = dict(steps=2, checkpoint_every=1, heldout_every=1, image=ImageSettings(chunk=1), strip_every=0)
+    found = world(2, lambda rank: small(tmp_path / "run", reward=reward(signalling), **settings))
+    assert found[0][1].startswith(f"Stopped: stopped after step {step} of 2; it goes on with")
+    assert found[1][1] == ""
+    assert len((tmp_path / "run" / "heldout.jsonl").read_text().splitlines()) == step
+    assert steps(tmp_path / "run")[-1] == step
 
 
 def test_memory_that_runs_out_in_one_process_is_told_by_the_first_and_kept_by_all(small, tmp_path, reward):

@@ -134,6 +134,15 @@ def test_a_damaged_checkpoint_is_none_of_the_two_that_are_kept(small, tmp_path):
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000002", "step_00000005"]
 
 
+def test_a_damaged_checkpoint_is_gone_where_no_step_was_left_to_take(small, tmp_path):
+    config = small(tmp_path / "run", heldout_every=0, strip_every=0)
+    train(config)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "step_00000004" / "state.safetensors").write_bytes(b"")
+    train(dataclasses.replace(config, resume=True, steps=2))
+    assert [path.name for path in checkpoints.iterdir()] == ["step_00000002"]
+
+
 CHANGES = {
     "a setting": lambda folder: {"es": ESSettings(sigma=0.02, prompts_per_step=2, repeats=1)},
     "the prompts": lambda folder: {"prompts": folder / "other.txt"},
