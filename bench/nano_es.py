@@ -6,8 +6,8 @@
 
 Every trial is `esengine train` on packaged training captions; `search` and `compare` judge by the packaged validation
 captions, `headline` by `esengine eval --benchmark nano`, test captions (bench/NANO.md says what was known of them). A
-file that is there is gone on with: trials that it holds are not run again. Two trials run at a time, with a thread each.
-The headline is of three seeds and writes two pictures, nano_headline.png and nano_curves.png.
+file that is there is gone on with: trials that it holds are not run again. Two trials run at a time, a thread each. The
+headline is of three seeds and writes two pictures, nano_headline.png and nano_curves.png.
 """
 
 import argparse
