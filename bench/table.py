@@ -37,7 +37,7 @@ def rows() -> list[str]:
         paired = [adapter["against_first"][judge] for _, adapter in overall]
         gains = ", ".join(f"{p['difference']:+.3f} ± {p['standard_error']:.3f}" for p in paired)
         bases = ", ".join(f"{base['mean'][judge]:.3f}" for base, _ in overall)
-        what = f"demo: gain in {judge} on {prompts} held-out captions, base {bases}, seeds {seeds}"
+        what = f"demo: gain in {judge} on {prompts} validation captions, base {bases}, seeds {seeds}"
         add(what, gains, demo["device"], file)
     seconds = ", ".join(f"{run['seconds']:.0f}" for run in runs)
     add("demo: seconds of `esengine train`", seconds, demo["device"], file)
@@ -76,6 +76,12 @@ def rows() -> list[str]:
         scores = {name: f"{s['mean']:.3f} ± {s['standard_error']:.3f}" for name, s in nano["scores"][judge].items()}
         what = f"sana-sprint-nano, {judge} on {captions} held-out captions: one step, two steps, ground truth"
         add(what, ", ".join(scores[name] for name in ("1 step", "2 steps", "drawn")), nano["device"], file)
+
+    file = "nano_checker.json"
+    checker = _read(file)
+    drawn = checker["conditions"]["as drawn"]
+    what = f"checker on {checker['settings']['count']} true pictures of captions: mean, share of at least 0.95"
+    add(what, f"{drawn['mean']:.4f}, {drawn['share_at_least_0.95']:.4f}", checker["device"], file)
 
     file = "nano_headline.json"
     headline = _read(file)

@@ -171,8 +171,8 @@ class TrainConfig:
     eval_prompts: Path | None = None
     """Prompts never trained on, to compare base and adapter at the end. By default a packaged list."""
     reward: str | None = None
-    """A reward, or several with weights: `a=1.0,my_module:score=0.5`. By default pickscore; for `nano` checker, for
-    `tiny` jpeg_compressibility."""
+    """A reward, or several with weights: `a=1.0,my_module:score=0.5`. By default pickscore; for `tiny`
+    jpeg_compressibility, for `nano` checker with some pickscore."""
     steps: int = 40
     """ES steps."""
     population: int = 32
