@@ -76,6 +76,16 @@ def test_every_seed_of_the_headline_gains_three_standard_errors_and_half_the_gap
             assert statistics.mean(record["scores"][row["entry"]][judge]) == pytest.approx(mean, rel=1e-5)
 
 
+def test_the_adapters_of_the_headline_gain_on_fresh_captions_too():
+    report = read("nano_fresh.json")["report"]
+    assert report["settings"]["adapters"] == read("nano_headline.json")["report"]["settings"]["adapters"]
+    (rows,) = (group["rows"] for group in report["groups"] if group["by"] == "overall")
+    for row in rows[1:]:
+        gain = row["against_first"]["combined"]
+        assert above(row, "combined") > 3
+        assert f"{gain['difference']:+.3f} ± {gain['standard_error']:.3f}".removeprefix("+") in NOTES
+
+
 def test_two_steps_are_three_standard_errors_above_one_and_the_truth_above_both(made_of):
     record = read("nano_base.json")
     assert record["model"] == made_of["model"]
