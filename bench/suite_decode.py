@@ -36,11 +36,8 @@ def decode(context: Context, pixels: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     side = pixels >> len(own.config.encoder_block_out_channels) - 1
     x0 = torch.randn(images, own.config.latent_channels, side, side, generator=generator).to(context.device)
-    models = context.plain.decoder  # so that what is compiled or captured here serves the steps
-    last, lite = (
-        Decoder(copy.deepcopy(vae), channels_last=True, compile_backend=context.compile_backend) for vae in (own, lite)
-    )
-    last = models if models.channels_last else last
+    last = context.plain.decoder  # so that what is compiled or captured here serves the steps
+    lite = Decoder(lite, channels_last=True, compile_backend=context.compile_backend)
     modes = {"contiguous": (Decoder(own), "eager"), "channels_last": (last, "eager")}
     if graphs.supported(context.device):
         modes["graphed"] = last, "graphed"
@@ -55,8 +52,7 @@ def decode(context: Context, pixels: int) -> dict[str, Any]:
             continue
         variants[name] = lambda decoder=decoder, mode=mode: decoder(x0, chunk=images, mode=mode)
     seconds = interleaved(variants, context.scale.rounds[2], device=context.device)
-    by_mode = {"eager": "channels_last" if models.channels_last else "contiguous", "graphed": "graphed"}
-    by_mode |= {"compiled": "compiled"} if models.channels_last else {}
+    by_mode = {"eager": "channels_last", "graphed": "graphed", "compiled": "compiled"}
     measured = {mode: seconds[name]["median"] for mode, name in by_mode.items() if name in seconds}
     if measured:
         context.decode_modes[pixels] = min(measured, key=measured.get)

@@ -21,7 +21,7 @@ class Decoder:
     Args:
         vae: `AutoencoderDC`.
         channels_last: Keep the weights of its convolutions, and with them all activations, in channels-last order,
-            which is what a GPU's convolutions of half precision want.
+            which is what a GPU's convolutions of half precision want, and a CPU's of single.
         compile_backend: Of torch.compile, for `mode="compiled"`.
     """
 

@@ -43,7 +43,7 @@ class SanaSprint:
         pipeline: The `SanaSprintPipeline`, whose tokenizer and text encoder are None.
         transformer: Frozen `SanaTransformer2DModel`, to attach a population to.
         vae: Frozen `AutoencoderDC`.
-        decoder: The VAE's, channels-last on a GPU.
+        decoder: The VAE's, channels-last.
         scheduler: `SCMScheduler`.
         image_size: Height and width of the model's own images, in pixels.
         device: Where it lies.
@@ -65,7 +65,7 @@ class SanaSprint:
         self.vae = pipeline.vae.eval().requires_grad_(False)
         self.scheduler = pipeline.scheduler
         self.image_size = self.transformer.config.sample_size * pipeline.vae_scale_factor
-        self.decoder = Decoder(self.vae, channels_last=self.device.type == "cuda")
+        self.decoder = Decoder(self.vae, channels_last=True)
         self._source = source
         self._identity = identity
         self._local_files_only = local_files_only
