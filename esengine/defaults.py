@@ -31,7 +31,7 @@ class Defaults:
         return ",".join(f"{judge}=0" if i else judge for i, judge in enumerate(judges))
 
     def scored(self, reward: str, optimised: Set[str], prompts_given: bool) -> str:
-        """What an evaluation without a benchmark is scored with: a run's reward, and with weight 0 what it watched.
+        """What an evaluation of a run is scored with: the run's reward, and with weight 0 what it watched.
 
         Args: `reward` as `--reward` takes it, the others as of `watched`.
         """

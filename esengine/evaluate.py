@@ -79,11 +79,18 @@ def evaluate(config: EvalConfig, progress: "Progress") -> Evaluated:
 
 
 def _scored(config: EvalConfig, run: TrainConfig, silent: Defaults) -> str:
-    """The rewards of an evaluation: what the flags say, a benchmark's, or the run's with those that it watched."""
-    if config.reward or config.benchmark:
-        return config.reward or silent.benchmark(config.benchmark)
+    """The rewards of an evaluation: what the flags say, a benchmark's, or the run's with those that it watched.
+
+    The nano benchmark of a run of its model has the run's and their weighted sum, and its own judges but for those that
+    the run named itself, perhaps with other weights.
+    """
+    if config.reward:
+        return config.reward
+    if config.benchmark and not (config.benchmark == "nano" and config.run_dir and silent.watches):
+        return silent.benchmark(config.benchmark)
     reward = run.reward or silent.reward
-    return silent.scored(reward, reward_names(reward), bool(config.prompts or run.eval_prompts))
+    prompts_given = not config.benchmark and bool(config.prompts or run.eval_prompts)
+    return silent.scored(reward, reward_names(reward), prompts_given)
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,19 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
-from esengine.config import ESSettings, EvalConfig, ImageSettings, RenderConfig
+from esengine.config import ESSettings, EvalConfig, ImageSettings, RenderConfig, load
 from esengine.entries import Entry, parse_entries
 from esengine.errors import ConfigError
 from esengine.evaluate import evaluate
 from esengine.inspect_run import render
 from esengine.progress import Progress
+from esengine.rewards import parse
 from esengine.summary import Report
 from esengine.train import train
 
@@ -44,6 +46,22 @@ def test_eval_takes_flags_over_the_runs_settings(trained, esengine, workspace):
     paired = data["groups"][0]["rows"][1]["against_first"]["jpeg_incompressibility"]
     assert paired["standard_error"] is None
     assert data["settings"]["seed"] == 9
+
+
+def test_the_nano_benchmark_of_a_run_has_what_the_run_optimised(tmp_path, cache):
+    config = replace(load("nano"), steps=1, population=2, heldout_every=0, strip_every=0, run_dir=tmp_path / "run")
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a small red circle\n")
+    train(replace(config, eval_prompts=prompts, es=replace(config.es, prompts_per_step=1)))
+    report = evaluate(EvalConfig(run_dir=config.run_dir, benchmark="nano", limit=3), Progress()).report
+    assert set(report.scores) == {"checker", "pickscore", "clip_text", "aesthetic", "no_artifacts", "combined"}
+    assert report.settings["rewards"] == parse(f"{config.reward},{OTHERS}").settings()
+    assert "combined" in report.gap_closed
+    alone = EvalConfig(adapter=config.run_dir / "adapter", model="nano", benchmark="nano", limit=3, out=tmp_path / "e")
+    assert "combined" not in evaluate(alone, Progress()).report.scores
+
+
+OTHERS = ",".join(f"{name}(model=nano)=0" for name in ("clip_text", "aesthetic", "no_artifacts"))
 
 
 def test_an_adapter_folder_is_enough(trained, prompt_files, cache):
