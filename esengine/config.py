@@ -5,10 +5,11 @@ Everything here is plain Python, so that `--help` answers before torch is import
 
 import dataclasses
 import math
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 import yaml
@@ -72,6 +73,27 @@ class UpdateRule:
                 raise ConfigError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
 
 
+_LAYER = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+"""A name that is no regular expression, but for its dots."""
+
+
+def _pairs(words: list[str]) -> dict[str, float]:
+    """Layers' names and alphas as they are given on the command line, in turn."""
+    if len(words) % 2 or len(set(words[::2])) < len(words) // 2:
+        raise ValueError("expected names, each once, and behind each its alpha")
+    return {name: float(alpha) for name, alpha in zip(words[::2], words[1::2], strict=True)}
+
+
+# left to itself tyro makes a flag of each name that is there already, and of no other
+_PAIRS = tyro.constructors.PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="[NAME ALPHA ...]",
+    instance_from_str=_pairs,
+    is_instance=lambda value: isinstance(value, dict),
+    str_from_instance=lambda value: [word for pair in value.items() for word in map(str, pair)],
+)
+
+
 @dataclass(frozen=True)
 class LoraSettings:
     """The adapter. Targets are chosen as PEFT does: by the end of a layer's name."""
@@ -82,11 +104,22 @@ class LoraSettings:
     """The adapter counts alpha / r. Where r is 0 it has no part."""
     targets: tuple[str, ...] = REFERENCE_TARGETS
     """Linear layers of the transformer."""
+    alpha_pattern: Annotated[dict[str, float], _PAIRS] = field(default_factory=dict)
+    """Another alpha for some of them, by the end of a layer's name: `to_v 16 proj_out 2`. No part where r is 0."""
 
     def __post_init__(self):
         _check_counts(self, "lora.", rank=(0, 1 << 14))
-        if not 0 < self.alpha <= MOST:
-            raise ConfigError(f"lora.alpha: expected a positive number of at most {MOST}, got {self.alpha}")
+        alphas = {"alpha": self.alpha} | {f"alpha_pattern: {name}": alpha for name, alpha in self.alpha_pattern.items()}
+        for name, alpha in alphas.items():
+            if not 0 < alpha <= MOST:
+                raise ConfigError(f"lora.{name}: expected a positive number of at most {MOST}, got {alpha}")
+        for name in self.alpha_pattern:
+            if not _LAYER.fullmatch(name):
+                raise ConfigError(f"lora.alpha_pattern: expected the end of a layer's name, got {name!r:.100}")
+            if both := [other for other in self.alpha_pattern if other.endswith(f".{name}")]:
+                raise ConfigError(
+                    f"lora.alpha_pattern: expected one alpha a layer, got one for {name} and for {both[0]}"
+                )
         if not self.targets:
             raise ConfigError("lora.targets: expected at least one layer name, got none")
 
@@ -101,6 +134,9 @@ class ESSettings:
     """Rank k of each member's noise."""
     shaping: Literal["zscore", "centered_rank", "none"] = "zscore"
     """After each prompt's mean is removed: z-score, centred ranks, or as it is."""
+    prompt_std: Literal["global", "own"] = "global"
+    """What a prompt's scores are divided by: the standard deviation of all, as in the reference run, or its own, so that
+    no prompt outweighs the others."""
     prompts_per_step: int = 4
     """Prompts drawn each step, without replacement until all have come."""
     repeats: int = 4
@@ -112,6 +148,8 @@ class ESSettings:
         _check_counts(self, "es.", noise_rank=(1, 1 << 14), prompts_per_step=(1, MOST), repeats=(1, MOST))
         if self.shaping not in ("zscore", "centered_rank", "none"):
             raise ConfigError(f"es.shaping: expected zscore, centered_rank or none, got {self.shaping}")
+        if self.prompt_std not in ("global", "own"):
+            raise ConfigError(f"es.prompt_std: expected global or own, got {self.prompt_std}")
 
 
 @dataclass(frozen=True)
@@ -266,7 +304,8 @@ class EvalConfig:
     limit: int | None = None
     """So many prompts, the first ones."""
     reward: str | None = None
-    """Rewards: `a=1.0,my_module:score=0`. By default the run's; for a benchmark pickscore and its three companions."""
+    """Rewards: `a=1.0,my_module:score=0`. By default the run's, and of `nano` all judges of that model; for any other
+    benchmark pickscore and its three companions."""
     seed: int | None = None
     """Keys the latents, with a prompt's place in its file. By default the run's."""
     repeats: int | None = None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from esengine.errors import ConfigError
-from esengine.fitness import METHODS, shape
+from esengine.fitness import METHODS, PROMPT_STDS, shape
 from esengine.population import Population
 from esengine.prompts import PromptSampler
 
@@ -60,6 +60,7 @@ class Engine:
         size: population size N, even.
         repeats: images of each prompt for each member.
         shaping: one of `esengine.fitness.METHODS`.
+        prompt_std: one of `esengine.fitness.PROMPT_STDS`.
         drop_pairs: Members with a score that is not finite, and their antithetic halves, get fitness 0 and no part in
             that of the others. Otherwise such a score is an error.
 
@@ -75,6 +76,7 @@ class Engine:
         size: int,
         repeats: int = 1,
         shaping: str = "zscore",
+        prompt_std: str = "global",
         drop_pairs: bool = False,
     ):
         if size < 2 or size % 2:
@@ -83,8 +85,11 @@ class Engine:
             raise ConfigError(f"repeats: expected at least 1, got {repeats}")
         if shaping not in METHODS:
             raise ConfigError(f"shaping: expected one of {', '.join(METHODS)}, got {shaping}")
+        if prompt_std not in PROMPT_STDS:
+            raise ConfigError(f"prompt_std: expected one of {', '.join(PROMPT_STDS)}, got {prompt_std}")
         self.population, self.sampler = population, sampler
-        self.size, self.repeats, self.shaping, self.step = size, repeats, shaping, 0
+        self.size, self.repeats, self.step = size, repeats, 0
+        self.shaping, self.prompt_std = shaping, prompt_std
         self.drop_pairs = drop_pairs
 
     def ask(self) -> Task:
@@ -98,10 +103,10 @@ class Engine:
         scores = scores.reshape(task.shape)
         whole = scores.isfinite().all(2).all(1).view(-1, 2).all(1).repeat_interleave(2)  # of each member, both halves
         if whole.all() or not self.drop_pairs:
-            return shape(scores, self.shaping)
+            return shape(scores, self.shaping, self.prompt_std)
         fitness = scores.new_zeros(len(scores))
         if whole.any():
-            fitness[whole] = shape(scores[whole], self.shaping)
+            fitness[whole] = shape(scores[whole], self.shaping, self.prompt_std)
         return fitness
 
     def tell(self, task: Task, scores: torch.Tensor) -> dict[str, float]:

@@ -3,7 +3,11 @@
 Symbols: s[n, p, r] is the score of member n on prompt p, repeat r; N, P, R their counts. All in float64 inside.
 
     c[n, p, r] = s[n, p, r] - mean_{n, r} s[:, p, :]        a prompt's level says nothing about a member
-    f[n]       = mean_{p, r} c[n] / sqrt(mean_{n, p, r} c^2)
+    f[n]       = mean_{p, r} c[n, p, r] / d[p]
+
+    d[p] = d = sqrt(mean_{n, p, r} c^2)                     global: one standard deviation for all prompts
+    d[p] = max(sqrt(mean_{n, r} c[:, p, :]^2), d / 100)     own: each prompt's, so that none outweighs the others; below
+                                                            a hundredth of the global one it is taken for rounding
 
 f is in units of one standard deviation, so rounding it to 9 decimals is below float32's own resolution of it; it
 makes members that are equal on paper exactly equal, so ties tie and a flat population stays flat.
@@ -12,24 +16,28 @@ makes members that are equal on paper exactly equal, so ties tie and a flat popu
 import torch
 
 METHODS = ("zscore", "centered_rank", "none")
+PROMPT_STDS = ("global", "own")
 
 
-def prompt_normalized(scores: torch.Tensor) -> torch.Tensor:
-    """Each prompt's mean over population and repeats removed, over one global (biased) standard deviation, averaged.
+def prompt_normalized(scores: torch.Tensor, prompt_std: str = "global") -> torch.Tensor:
+    """Each prompt's mean over population and repeats removed, over a (biased) standard deviation, averaged.
 
     Args:
         scores: float32 [N, P, R], finite.
+        prompt_std: one of `PROMPT_STDS`.
 
     Returns:
         float32 [N] on the scores' device; zeros if no prompt's scores vary.
 
     Raises:
-        ValueError: another shape or dtype, an empty dimension, or a score that is not finite.
+        ValueError: another shape or dtype, an empty dimension, a score that is not finite, or an unknown `prompt_std`.
+
+    Source: global as the published run's; own as GRPO's, Shao et al., arXiv 2402.03300.
     """
-    return _normalized(scores).float()
+    return _normalized(scores, prompt_std).float()
 
 
-def shape(scores: torch.Tensor, method: str = "zscore") -> torch.Tensor:
+def shape(scores: torch.Tensor, method: str = "zscore", prompt_std: str = "global") -> torch.Tensor:
     """Prompt-normalised scores f, shaped into the fitness that the update is given.
 
         zscore         (f - mean f) / std f, biased std
@@ -41,6 +49,7 @@ def shape(scores: torch.Tensor, method: str = "zscore") -> torch.Tensor:
     Args:
         scores: float32 [N, P, R], finite.
         method: one of `METHODS`.
+        prompt_std: one of `PROMPT_STDS`.
 
     Returns:
         float32 [N] on the scores' device; zeros if no member differs from another.
@@ -52,7 +61,7 @@ def shape(scores: torch.Tensor, method: str = "zscore") -> torch.Tensor:
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    f = _normalized(scores)
+    f = _normalized(scores, prompt_std)
     if (f == f[0]).all():  # a mean of equal values need not equal them, and a std of that error would blow it up
         return torch.zeros_like(f, dtype=torch.float32)
     if method == "zscore":
@@ -64,7 +73,9 @@ def shape(scores: torch.Tensor, method: str = "zscore") -> torch.Tensor:
     return f.float()
 
 
-def _normalized(scores: torch.Tensor) -> torch.Tensor:
+def _normalized(scores: torch.Tensor, prompt_std: str) -> torch.Tensor:
+    if prompt_std not in PROMPT_STDS:
+        raise ValueError(f"prompt_std: expected one of {', '.join(PROMPT_STDS)}, got {prompt_std!r}")
     if scores.ndim != 3 or scores.numel() == 0 or scores.dtype != torch.float32:
         raise ValueError(f"scores: expected float32 [N, P, R], none of them 0, got {scores.dtype} {list(scores.shape)}")
     if not torch.isfinite(scores).all():
@@ -77,4 +88,7 @@ def _normalized(scores: torch.Tensor) -> torch.Tensor:
     std = c.square().mean().sqrt()
     if std == 0:
         return torch.zeros_like(c[:, 0, 0])
+    if prompt_std == "own":
+        c = c / c.square().mean(dim=(0, 2), keepdim=True).sqrt().clamp(min=std / 100)
+        std = 1.0
     return (c.mean(dim=(1, 2)) / std).round(decimals=9)

@@ -322,8 +322,9 @@ class Population:
         config._custom_modules, config.inference_mode = None, True
         config.base_model_name_or_path = getattr(self.module, "name_or_path", None) or None
         facts = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+        facts = dict(sorted(facts.items()))  # but not what is in a pattern, of which PEFT takes the first that fits
         replace_file(path / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
-        replace_file(path / "adapter_config.json", json.dumps(facts, indent=2, sort_keys=True).encode())
+        replace_file(path / "adapter_config.json", json.dumps(facts, indent=2).encode())
 
     def detach(self) -> nn.Module:
         """Take the adapter off and return the module as it was. The population is spent."""

@@ -109,6 +109,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return value
     if origin is tuple and isinstance(value, list):
         return tuple(_convert(options[0], item, where) for item in value)
+    if origin is dict and isinstance(value, dict):
+        return {
+            _convert(options[0], key, where): _convert(options[1], item, f"{where}: {key}")
+            for key, item in value.items()
+        }
     if hint is float and type(value) is int:
         return float(value)
     if hint is Path and isinstance(value, str) and value:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -144,6 +145,7 @@ def _train(config: TrainConfig, progress: Progress, group: Group, stop: Stop) ->
             size=config.population,
             repeats=config.es.repeats,
             shaping=config.es.shaping,
+            prompt_std=config.es.prompt_std,
             drop_pairs=config.on_bad_reward == "drop-pair",
         )
         if saved is not None:
@@ -224,7 +226,16 @@ def attach_population(model: SanaSprint, config: TrainConfig) -> Population:
     """The population of a run on its model's transformer."""
     lora, form = config.lora, Direct(config.lora.targets)
     if lora.rank:
-        form = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets))
+        linear = [f".{name}" for name, each in model.transformer.named_modules() if isinstance(each, torch.nn.Linear)]
+        pattern = {}
+        for name, alpha in lora.alpha_pattern.items():
+            named = [layer for layer in linear if layer.endswith(f".{name}")]
+            if not named:
+                what = f"expected the end of a linear layer's name, the model has no '{name}'"
+                raise ConfigError(f"lora.alpha_pattern: {what}")
+            if any(layer.endswith(f".{target}") for layer in named for target in lora.targets):
+                pattern[re.escape(name)] = alpha
+        form = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), alpha_pattern=pattern)
     noise = Noise(sigma=config.es.sigma, rank=config.es.noise_rank, seed=config.seed)
     try:
         return attach(model.transformer, form, noise, rule=config.update)

@@ -78,7 +78,8 @@ def test_flags_of_every_kind():
         "--run-dir runs/a --model m --prompts p.txt --reward a=1,b:c=0.5 --steps 3 --seed 18446744073709551615 "
         "--es.sigma 1e-3 --es.shaping centered_rank --lora.targets to_q to_k --update.max-norm None "
         "--update.max-step-norm 2 --image.no-instruction --image.height 64 --resume "
-        "--heldout-reward clip_text,own:score --heldout-every 0 --heldout-prompts 3 --trackers wandb trackio"
+        "--heldout-reward clip_text,own:score --heldout-every 0 --heldout-prompts 3 --trackers wandb trackio "
+        "--lora.alpha-pattern to_q 3 time_embed.linear 0.5"
     )
     config = parse_train(line.split())
     assert (config.run_dir, config.model, config.prompts) == (Path("runs/a"), "m", Path("p.txt"))
@@ -88,6 +89,7 @@ def test_flags_of_every_kind():
     assert (config.image.instruction, config.image.height, config.resume) == (False, 64, True)
     assert (config.heldout_reward, config.heldout_every, config.heldout_prompts) == ("clip_text,own:score", 0, 3)
     assert config.trackers == ("wandb", "trackio")
+    assert config.lora.alpha_pattern == {"to_q": 3.0, "time_embed.linear": 0.5}
 
 
 def test_the_packaged_file_is_found_by_name_from_anywhere(tmp_path, monkeypatch):
@@ -137,6 +139,9 @@ def test_a_number_is_a_number_however_it_is_written(yaml_file, text, value):
         ("trackers: [aim]", ("trackers", "expected one of wandb, trackio", "'aim'")),
         ("trackers: wandb", ("trackers", "'wandb'")),
         ("lora: {targets: [1]}", ("targets", "expected str", "1")),
+        ("lora: {alpha_pattern: {to_q: much}}", ("lora: alpha_pattern: to_q: expected float", "'much'")),
+        ("lora: {alpha_pattern: {1: 2}}", ("lora: alpha_pattern: expected str", "1")),
+        ("lora: {alpha_pattern: 3}", ("lora: alpha_pattern: expected dict", "3")),
         ("- steps", ("expected a mapping", "list")),
         ("steps: 3\nlora:\n  rank: [\n", ("c.yaml, line 4",)),
         ("steps: 3\n\tseed: 1\n", ("c.yaml, line 2",)),
@@ -173,7 +178,7 @@ EXOTIC = TrainConfig(
     dtype="bfloat16",
     heldout_reward="none",
     trackers=("trackio",),
-    lora=LoraSettings(rank=5, alpha=1e-9, targets=("to_q", "yes", "1")),
+    lora=LoraSettings(rank=5, alpha=1e-9, targets=("to_q", "yes", "1"), alpha_pattern={"yes": 2.0, "a.b": 1e-3}),
     es=ESSettings(sigma=1e-2 / 3, shaping="none"),
     update=UpdateRule(optimizer="adam", lr_scale=1e-7, max_step_norm=1e22, max_norm=None),
     image=ImageSettings(height=64, x0_angle=1.3, chunk=7, instruction=False),
@@ -204,11 +209,15 @@ def test_differences_name_what_may_not_change():
         trackers=(),
     )
     assert differences(old, to_dict(same)) == []
-    other = dataclasses.replace(
-        EXOTIC, population=64, es=ESSettings(sigma=0.5, shaping="none"), lora=LoraSettings(rank=5, alpha=1e-9)
-    )
+    lora = LoraSettings(rank=5, alpha=1e-9, alpha_pattern={"yes": 3.0, "a.b": 1e-3})
+    other = dataclasses.replace(EXOTIC, population=64, es=ESSettings(sigma=0.5, shaping="none"), lora=lora)
     found = differences(old, to_dict(other))
-    assert [line.split(":")[0] for line in found] == ["population", "lora.targets", "es.sigma"]
+    assert [line.split(":")[0] for line in found] == [
+        "population",
+        "lora.targets",
+        "lora.alpha_pattern.yes",
+        "es.sigma",
+    ]
     assert found[0] == "population: 32 -> 64"
     assert differences({"a": 1}, {"b": None}) == ["a: 1 -> None"]
     assert set(MAY_CHANGE) <= {f.name for f in dataclasses.fields(TrainConfig)}
@@ -237,6 +246,8 @@ def test_differences_name_what_may_not_change():
         (lambda: LoraSettings(alpha=0.0), "lora.alpha"),
         (lambda: LoraSettings(alpha=float("nan")), "lora.alpha"),
         (lambda: LoraSettings(targets=()), "lora.targets"),
+        (lambda: LoraSettings(alpha_pattern={"to_v": 0.0}), "lora.alpha_pattern: to_v"),
+        (lambda: LoraSettings(alpha_pattern={"(to|v)+$": 1.0}), "lora.alpha_pattern"),
         (lambda: UpdateRule(optimizer="sdg"), "optimizer"),
         (lambda: UpdateRule(lr_scale=0), "lr_scale"),
         (lambda: UpdateRule(lr_scale=float("inf")), "lr_scale"),

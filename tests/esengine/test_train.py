@@ -146,6 +146,22 @@ def test_the_reported_difference_is_of_the_saved_adapter(trained):
     assert difference != 0
 
 
+def test_a_layer_may_have_an_alpha_of_its_own(small, tmp_path):
+    lora = LoraSettings(
+        alpha=8.0, targets=("to_q", "linear_2"), alpha_pattern={"to_q": 3, "caption_projection.linear_2": 5}
+    )
+    model = SanaSprint.from_pretrained(tiny_model())
+    population = attach_population(model, small(tmp_path, lora=lora))
+    scales = {name: layer.scale for name, layer in population.layers.items()}
+    assert {scale for name, scale in scales.items() if name.endswith("to_q")} == {1.5}
+    assert scales["caption_projection.linear_2"] == 2.5
+    assert scales["time_embed.timestep_embedder.linear_2"] == 4.0
+    population.detach()
+    wrong = LoraSettings(targets=("to_q",), alpha_pattern={"aption_projection.linear_2": 5})
+    with pytest.raises(ConfigError, match=r"lora\.alpha_pattern: .*the model has no 'aption_projection\.linear_2'"):
+        attach_population(model, small(tmp_path, lora=wrong))
+
+
 def test_a_run_repeats_bit_for_bit_without_the_text_encoder(trained, small, outcome, tmp_path, monkeypatch):
     _, result = trained
 
