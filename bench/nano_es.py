@@ -1,13 +1,13 @@
-"""Evolution Strategies on sana-sprint-nano: which settings, what is better than what, and the headline table.
+"""Evolution Strategies on sana-sprint-nano: which settings, and what is better than what.
 
     python bench/nano_es.py search    --json bench/results/nano_search.json      # one setting at a time
+    python bench/nano_es.py refine    --json bench/results/nano_refine.json      # longer, several at once
+    python bench/nano_es.py scale     --json bench/results/nano_scale.json       # how much each layer's adapter counts
+    python bench/nano_es.py reach     --json bench/results/nano_reach.json       # what A makes of the layers' inputs
     python bench/nano_es.py compare   --json bench/results/nano_compare.json     # rivals at equal images
-    python bench/nano_es.py headline  --json bench/results/nano_headline.json --pictures bench/results
 
-Every trial is `esengine train` on packaged training captions; `search` and `compare` judge by the packaged validation
-captions, `headline` by `esengine eval --benchmark nano`, test captions (bench/NANO.md says what was known of them). A
-file that is there is gone on with: trials that it holds are not run again. Two trials run at a time, a thread each. The
-headline is of three seeds and writes two pictures, nano_headline.png and nano_curves.png.
+Every trial is `esengine train` on packaged training captions, judged by the packaged validation captions. A file that
+is there is gone on with: trials that it holds are not run again. Two trials run at a time, a thread each.
 """
 
 import argparse
@@ -18,30 +18,46 @@ import os
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import record
 import torch
-from PIL import Image
 
-from esengine.config import REFERENCE_TARGETS, EvalConfig, TrainConfig, from_dict, load, to_dict
+from esengine.config import REFERENCE_TARGETS, TrainConfig, from_dict, load, to_dict
 from esengine.defaults import defaults
-from esengine.evaluate import evaluate
-from esengine.guard import reward_names
 from esengine.models import SanaSprint
-from esengine.models.nano import world
-from esengine.progress import Progress
-from esengine.report.curves import read_held
 from esengine.rewards import parse
-from esengine.train import train
+from esengine.setup import render_settings
+from esengine.train import attach_population, train
 
 QUIET = {"heldout_every": 1 << 20, "checkpoint_every": 1 << 20, "strip_every": 0}
 """Of every trial: judges measure before and after, nothing else is drawn beside the population."""
 
-CENTRE: dict[str, Any] = to_dict(load("nano"))
-"""Trials change a setting or two of `esengine train` without flags."""
+FOUR = (
+    "guidance_embedder.linear_1",
+    "time_embed.linear",
+    "caption_projection.linear_1",
+    "caption_projection.linear_2",
+)
+CENTRE: dict[str, Any] = to_dict(
+    from_dict(
+        TrainConfig(),
+        {
+            "steps": 160,
+            "reward": "checker=1,pickscore(model=nano)=0.02",
+            "checkpoint_every": 10,
+            "strip_every": 32,
+            "heldout_every": 32,
+            "heldout_prompts": 64,
+            "lora": {"rank": 2, "alpha": 80.0, "targets": list(FOUR)},
+            "es": {"sigma": 0.004, "prompts_per_step": 8, "repeats": 1},
+            "update": {"lr_scale": 0.4},
+        },
+        "centre",
+    )
+)
+"""Where the search began: trials change a setting or two of it. What came of it is `esengine/data/nano.yaml`."""
 
 RATES = (0.2, 0.8)
 """Learning rates, in units of sigma, that each rival is tried at; of what is scaled otherwise, times its `USUAL`."""
@@ -100,7 +116,7 @@ def search_plan(options: argparse.Namespace) -> list[tuple[str, dict[str, Any], 
     plan += [(f"targets: {name}", setting("lora.targets", targets)) for name, targets in TARGETS.items()]
     plan += [(f"{path} {value}", setting(path, value)) for path, values in AROUND.items() for value in values]
     plan += list(TOGETHER.items())
-    return [(name, change, seed) for seed in options.seeds for name, change in plan]
+    return [(name, change, seed) for seed in options.seeds or [0] for name, change in plan]
 
 
 REFERENCE = {
@@ -139,6 +155,88 @@ TOGETHER: dict[str, dict[str, Any]] = {
 """Settings that only make sense together."""
 
 
+def refine_plan(options: argparse.Namespace) -> list[tuple[str, dict[str, Any], int]]:
+    """(name, change, seed): longer trials of what the search liked, together."""
+    return [
+        (f"{name}, rate {rate:g}", at_rate(change, rate), seed)
+        for seed in options.seeds or [0]
+        for name, change, rate in REFINED
+    ]
+
+
+def scale_plan(options: argparse.Namespace) -> list[tuple[str, dict[str, Any], int]]:
+    """(name, change, seed): how much a layer's adapter counts, and its rank."""
+    return [
+        (f"{name}, rate {rate:g}", at_rate(change, rate), seed)
+        for name, change, rate, seeds in SCALED
+        for seed in (options.seeds or seeds)
+    ]
+
+
+def at_rate(change: dict[str, Any], rate: float) -> dict[str, Any]:
+    return merged(change, setting("update.lr_scale", rate))
+
+
+def targets(*names: str) -> dict[str, Any]:
+    """The change that adapts these layers."""
+    return setting("lora.targets", list(names))
+
+
+GUIDANCE, CAPTION = "guidance_embedder.linear_1", ("caption_projection.linear_1", "caption_projection.linear_2")
+REFINED: tuple[tuple[str, dict[str, Any], float], ...] = (
+    ("centre", {}, 0.4),
+    ("centre", {}, 1.6),
+    ("centre", {}, 3.2),
+    ("proj_out too", targets(*FOUR, "proj_out"), 0.8),
+    ("proj_out too", targets(*FOUR, "proj_out"), 1.6),
+    ("proj_out too", targets(*FOUR, "proj_out"), 3.2),
+    ("sigma 0.008, proj_out too", merged(targets(*FOUR, "proj_out"), setting("es.sigma", 0.008)), 0.8),
+    ("all of the published run", targets(*REFERENCE_TARGETS), 1.6),
+    ("guidance alone", targets(GUIDANCE), 0.8),
+    ("sigma 0.016", setting("es.sigma", 0.016), 0.2),
+    ("guidance and caption", targets(GUIDANCE, *CAPTION), 0.8),
+    ("proj_out alone", targets("proj_out"), 0.1),
+    ("guidance and proj_out", targets(GUIDANCE, "proj_out"), 0.4),
+    ("guidance alone", targets(GUIDANCE), 1.6),
+)
+"""Name, change, learning rate in units of sigma."""
+
+
+def scaled(rank: int, scale: float, **others: float) -> dict[str, Any]:
+    """alpha / r of `time_embed.linear`, and of other layers that are adapted too; of the centre's own it is 40."""
+    pattern = {name: rank * each for name, each in {"time_embed.linear": scale, **others}.items()}
+    return {"lora": {"rank": rank, "alpha": 40.0 * rank, "targets": [*FOUR, *others], "alpha_pattern": pattern}}
+
+
+def time_alone(scale: float) -> dict[str, Any]:
+    return {"lora": {"alpha": 2 * scale, "targets": ["time_embed.linear"]}}
+
+
+SCALED: tuple[tuple[str, dict[str, Any], float, tuple[int, ...]], ...] = (
+    ("time_embed.linear alone at 160", time_alone(160.0), 0.4, (0,)),
+    ("time_embed.linear alone at 640", time_alone(640.0), 0.4, (0,)),
+    ("rank 2, time_embed.linear at 160", scaled(2, 160.0), 0.4, (0, 1)),
+    ("rank 8, time_embed.linear at 160", scaled(8, 160.0), 0.4, (0, 1)),
+    ("rank 8, time_embed.linear at 160", scaled(8, 160.0), 0.2, (0, 1)),
+    ("rank 8, time_embed.linear at 160", scaled(8, 160.0), 0.8, (1,)),
+    ("rank 8, time_embed.linear at 320", scaled(8, 320.0), 0.4, (1,)),
+    ("rank 32, time_embed.linear at 160", scaled(32, 160.0), 0.4, (1,)),
+    (
+        "rank 8, time_embed.linear at 160, proj_out at 4, to_v and to_out.0 at 10",
+        scaled(8, 160.0, **{"proj_out": 4.0, "to_v": 10.0, "to_out.0": 10.0}),
+        0.4,
+        (1,),
+    ),
+    (
+        "rank 8, time_embed.linear at 160, reward pickscore(model=nano)",
+        merged(scaled(8, 160.0), setting("reward", "pickscore(model=nano)")),
+        0.2,
+        (0, 1),
+    ),
+)
+"""Name, change, learning rate in units of sigma, seeds."""
+
+
 def compare_plan(options: argparse.Namespace) -> list[tuple[str, dict[str, Any], int]]:
     """(name, change, seed): every rival at every rate."""
     rivals = {
@@ -151,20 +249,24 @@ def compare_plan(options: argparse.Namespace) -> list[tuple[str, dict[str, Any],
         "population 128": (setting("population", 128), 2.0),
     }
     plan = []
-    for seed, (name, (change, usual)), rate in itertools.product(options.seeds, rivals.items(), RATES):
+    for seed, (name, (change, usual)), rate in itertools.product(options.seeds or [0], rivals.items(), RATES):
         plan.append((f"{name}, rate {rate:g}", merged(change, setting("update.lr_scale", rate * usual)), seed))
     return plan
 
 
 def trials(plan: list[tuple[str, dict[str, Any], int]], options: argparse.Namespace) -> None:
     """Run what the file lacks of a plan, two at a time, writing the file after each."""
-    found, of = {}, made_of()
+    found, of, environment = {}, made_of(), record.environment()
     if options.json and options.json.is_file():
         stored = json.loads(options.json.read_text(encoding="utf-8"))
-        if {name: stored.get(name) for name in of} != of:
+        if {name: made_from(stored).get(name) for name in of} != of:
             raise SystemExit(f"{options.json}: expected trials of this model, judges and centre, got others; remove it")
         found = stored["trials"]
     todo = [(f"{name}, seed {seed}", change, seed) for name, change, seed in plan]
+    for name, change, _ in todo:
+        asked = {"change": json.loads(json.dumps(change)), "images": options.images}
+        if name in found and {key: found[name][key] for key in asked} != asked:
+            raise SystemExit(f"{options.json}: '{name}' is another trial than that of today's plan; remove it there")
     todo = [each for each in todo if each[0] not in found]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.processes, mp_context=spawn) as pool:
@@ -179,7 +281,7 @@ def trials(plan: list[tuple[str, dict[str, Any], int]], options: argparse.Namesp
             print(f"{len(found)}/{len(plan)}  {name}: {found[name]['seconds']:.0f} s, {gains}", flush=True)
             if options.json:
                 what = {"what": f"bench/nano_es.py {options.command}", "images": options.images, **of}
-                record.write(options.json, {**what, "trials": found, **record.environment()})
+                record.write(options.json, {**what, "trials": found, **environment})
     print("\n".join(table(found)))
 
 
@@ -190,6 +292,11 @@ def made_of() -> dict[str, Any]:
         "rewards": parse(defaults("nano").benchmark("nano")).settings(),
         "centre": CENTRE,
     }
+
+
+def made_from(stored: dict[str, Any]) -> dict[str, Any]:
+    """A record whose centre has the settings that are newer than it, at their defaults."""
+    return stored | {"centre": to_dict(from_dict(TrainConfig(), stored["centre"], "centre"))}
 
 
 def table(trials: dict[str, Any]) -> list[str]:
@@ -203,103 +310,65 @@ def table(trials: dict[str, Any]) -> list[str]:
     return rows
 
 
-def headline(options: argparse.Namespace) -> None:
-    """Train on several seeds, then one evaluation of all of them on the test captions."""
-    folders = {f"seed{seed}": options.work / f"seed{seed}" for seed in options.seeds}
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.processes, mp_context=spawn) as pool:
-        made = [pool.submit(_seed, seed, folders[f"seed{seed}"], options.steps) for seed in options.seeds]
-        seconds = {name: each.result() for name, each in zip(folders, made, strict=True)}
-    entries = ("base@1", *(f"{name}={folder}@1" for name, folder in folders.items()), "base@2")
-    optimised = CENTRE["reward"]
-    reward = defaults("nano").scored(optimised, reward_names(optimised), False)
-    config = EvalConfig(benchmark="nano", reward=reward, entries=entries, out=options.work / "evaluation")
-    found = evaluate(config, Progress())
-    print(found.report.table())
-    print(f"report  {found.folder / 'report.html'}")
-    if options.pictures:
-        gallery(found.folder / "images", found.report.entries, options.pictures / "nano_headline.png")
-        curves(folders, options.pictures / "nano_curves.png")
+def reach(options: argparse.Namespace) -> None:
+    """Of each layer that the centre adapts, |A x|^2 at the start, by rank and seed, averaged over a caption's tokens.
+
+    A step of B moves the layer's output by |A x|^2: where x is the same for every image, by the luck of one draw.
+    """
+    model, inputs, found = SanaSprint.from_pretrained("nano"), {}, {}
+    seeds = options.seeds or [0, 1, 2]
+    layers = {name: each for name, each in model.transformer.named_modules() if name.endswith(tuple(FOUR))}
+    for name, each in layers.items():
+        each.register_forward_pre_hook(lambda _, given, name=name: inputs.update({name: given[0].flatten(0, -2)}))
+    key = dict.fromkeys(("prompts", "repeats"), torch.zeros(1, dtype=torch.int64))
+    settings = render_settings(load("nano").image)
+    model.render(model.encode(["a small red circle"]), seed=0, step=0, **key, settings=settings)
+    for rank, seed in itertools.product((1, 2, 4, 8, 32), seeds):
+        config = from_dict(TrainConfig(), merged(CENTRE, {"seed": seed, "lora": {"rank": rank}}), "reach")
+        population = attach_population(model, config)
+        for name, layer in population.layers.items():
+            length = (inputs[name] @ layer.a.T).square().sum(-1).mean()
+            found.setdefault(name, {}).setdefault(str(rank), []).append(float(length))
+        population.detach()
+    print("\n".join(reach_table(found)))
     if options.json:
-        what = {"what": "bench/nano_es.py headline", "config": merged(CENTRE, {"steps": options.steps})}
-        what |= {"seconds": seconds, "report": json.loads(found.report.to_json()), "scores": scores(found.folder)}
+        what = {"what": "bench/nano_es.py reach", "seeds": seeds, "squared_length": found}
         record.write(options.json, {**what, **record.environment()})
 
 
-def scores(evaluation: Path) -> dict[str, dict[str, list[float]]]:
-    """Of each entry and judge, the scores of all captions in their order, to six digits."""
-    lines = [json.loads(line) for line in (evaluation / "scores.jsonl").read_text(encoding="utf-8").splitlines()]
-    found: dict[str, dict[str, list[float]]] = {}
-    for line in sorted(lines, key=lambda line: line["index"]):
-        for judge, score in line["scores"].items():
-            found.setdefault(line["entry"], {}).setdefault(judge, []).append(float(f"{score:.6g}"))
-    return found
+def reach_table(found: dict[str, dict[str, list[float]]]) -> list[str]:
+    """Markdown rows of `reach`: a layer each, in a cell the seeds of a rank."""
+    ranks = list(next(iter(found.values())))
+    rows = [f"| layer | {' | '.join(f'rank {rank}' for rank in ranks)} |", "|---" * (1 + len(ranks)) + "|"]
+    for name, lengths in found.items():
+        rows.append(f"| {name} | {' | '.join(', '.join(f'{each:.2g}' for each in lengths[rank]) for rank in ranks)} |")
+    return rows
 
 
-def curves(runs: dict[str, Path], path: Path) -> None:
-    """Held-out scores of the runs over their steps: how far each is above the base, and its standard error."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    measures = {name: read_held(run / "heldout.jsonl") for name, run in runs.items()}
-    judges = list(next(iter(measures.values()))[0].change)
-    figure, axes = plt.subplots(1, len(judges), figsize=(3 * len(judges), 2.6), layout="constrained")
-    for axis, judge in zip(axes, judges, strict=True):
-        for name, found in measures.items():
-            steps = [each.step for each in found]
-            change, error = zip(*(each.change[judge] for each in found), strict=True)
-            axis.errorbar(steps, change, error, label=name, capsize=2)
-        axis.axhline(0, color="grey", linewidth=0.5)
-        axis.set(title=judge, xlabel="step")
-    axes[0].legend(fontsize=7)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
-def gallery(images: Path, entries: list[str], path: Path, columns: int = 24) -> None:
-    """The first captions' images, a column each, a row an entry."""
-    drawn = [sorted((images / entry).iterdir())[:columns] for entry in entries]
-    side, gap = world.SIDE, 2
-    sheet = Image.new("RGB", (columns * (side + gap), len(entries) * (side + gap)), "white")
-    for row, files in enumerate(drawn):
-        for column, file in enumerate(files):
-            with Image.open(file) as image:
-                sheet.paste(image, (column * (side + gap), row * (side + gap)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, optimize=True)
-
-
-def _seed(seed: int, folder: Path, steps: int) -> float | None:
-    """Seconds of a run of this seed, gone on with where it was stopped; None where it had been finished before."""
-    torch.set_num_threads(1)
-    if (folder / "eval.json").is_file():
-        return None
-    start = time.perf_counter()
-    config = replace(load("nano"), seed=seed, steps=steps, run_dir=folder)
-    train(replace(config, resume=(folder / "checkpoints").is_dir()))
-    return time.perf_counter() - start
+TRIALS = {
+    "search": (search_plan, 8192),
+    "refine": (refine_plan, 32768),
+    "scale": (scale_plan, 16384),
+    "compare": (compare_plan, 8192),
+}
+"""Of each command that runs trials: its plan and a trial's images."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("search", "compare", "headline"))
+    parser.add_argument("command", choices=(*TRIALS, "reach"))
     parser.add_argument("--json", type=Path, help="store the record there; trials that it holds are not run again")
-    parser.add_argument("--images", type=int, default=8192, help="of a trial's training")
-    parser.add_argument("--seeds", type=int, nargs="+", help="of trials 0, of the headline 0 1 2")
-    parser.add_argument("--steps", type=int, default=480, help="of a headline run")
-    parser.add_argument("--work", type=Path, default=Path("runs/nano-headline"), help="folder of the headline's runs")
-    parser.add_argument("--pictures", type=Path, help="folder for the headline's gallery and curves")
+    parser.add_argument("--images", type=int, help="of a trial's training; 8192, of refine 32768, of scale 16384")
+    parser.add_argument("--seeds", type=int, nargs="+", help="by default 0, of scale its own, of reach 0 1 2")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="trials at a time")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if options.command == "headline":
-        options.seeds = options.seeds or [0, 1, 2]
-        headline(options)
+    if options.command == "reach":
+        reach(options)
     else:
-        options.seeds = options.seeds or [0]
-        trials((search_plan if options.command == "search" else compare_plan)(options), options)
+        plan, images = TRIALS[options.command]
+        options.images = options.images or images
+        trials(plan(options), options)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ import json
 import statistics
 from pathlib import Path
 
+import nano_dissect
 import nano_es
+import nano_headline
 import pytest
 
 from esengine.config import TrainConfig, from_dict, load, to_dict
@@ -27,24 +29,35 @@ def test_a_change_reaches_its_setting_and_no_other():
     changed = nano_es.merged(nano_es.CENTRE, nano_es.setting("es.sigma", 0.5))
     assert changed["es"] == nano_es.CENTRE["es"] | {"sigma": 0.5}
     assert {**changed, "es": None} == {**nano_es.CENTRE, "es": None}
-    assert to_dict(load("nano")) == nano_es.CENTRE
 
 
-@pytest.mark.parametrize("plan", [nano_es.search_plan, nano_es.compare_plan])
+@pytest.mark.parametrize("plan", [plan for plan, _ in nano_es.TRIALS.values()])
 def test_every_trial_of_a_plan_is_a_run_of_its_own(plan):
     trials = plan(argparse.Namespace(seeds=[0, 1]))
     assert len({(name, seed) for name, _, seed in trials}) == len(trials)
-    runs = [from_dict(TrainConfig(), nano_es.merged(nano_es.CENTRE, change), name) for name, change, _ in trials]
-    assert len({json.dumps(to_dict(run), sort_keys=True) for run in runs}) == len(trials) // 2
+    made = [nano_es.merged(nano_es.CENTRE, change) | {"seed": seed} for _, change, seed in trials]
+    runs = [from_dict(TrainConfig(), settings, "trial") for settings in made]
+    assert len({json.dumps(to_dict(run), sort_keys=True) for run in runs}) == len(trials)
 
 
-@pytest.mark.parametrize("file", ["nano_search.json", "nano_compare.json"])
+@pytest.mark.parametrize("file", [f"nano_{command}.json" for command in nano_es.TRIALS])
 def test_the_notes_have_the_stored_trials(file, made_of):
-    record = read(file)
+    record = nano_es.made_from(read(file))
     assert {name: record[name] for name in made_of} == made_of  # the packaged model and judges, and today's centre
     rows = nano_es.table(record["trials"])
     assert len(rows) > 10
     assert [row for row in rows if row not in NOTES.splitlines()] == []
+
+
+def test_the_notes_have_what_a_makes_of_the_inputs_and_the_adapters_taken_apart():
+    rows = nano_es.reach_table(read("nano_reach.json")["squared_length"])
+    taken_apart = read("nano_dissect.json")["report"]
+    rows += nano_dissect.table(taken_apart)
+    assert len(rows) > 20
+    assert [row for row in rows if row not in NOTES.splitlines()] == []
+    assert len(taken_apart["settings"]["adapters"]) == len(taken_apart["entries"]) - 2
+    headline = read("nano_headline.json")["report"]["settings"]["adapters"]
+    assert headline.keys() <= taken_apart["settings"]["adapters"].keys()
 
 
 def test_trials_of_another_model_are_not_gone_on_with(tmp_path, monkeypatch, made_of):
@@ -64,6 +77,7 @@ def above(row, judge):
 def test_every_seed_of_the_headline_gains_three_standard_errors_and_half_the_gap(made_of):
     record = read("nano_headline.json")
     report = record["report"]
+    assert record["config"] == nano_es.merged(to_dict(load("nano")), nano_headline.HEADLINE)
     assert made_of["model"] in json.dumps(report["settings"])
     (rows,) = (group["rows"] for group in report["groups"] if group["by"] == "overall")
     seeds = [row for row in rows if row["entry"].startswith("seed")]
@@ -101,12 +115,16 @@ def test_two_steps_are_three_standard_errors_above_one_and_the_truth_above_both(
 
 def test_the_demo_gains_three_standard_errors_on_every_seed(made_of):
     record = read("cpu_demo.json")
-    assert record["model"] == made_of["model"]
+    assert (record["model"], record["config"]) == (made_of["model"], to_dict(load("nano")))
     assert len(record["runs"]) == 3
     for run in record["runs"].values():
         assert above(run["groups"][0]["rows"][1], "combined") > 3
 
 
 def test_the_checker_does_not_fall_where_another_judge_is_optimised():
-    gain = read("nano_search.json")["trials"]["reward pickscore(model=nano), seed 0"]["gain"]["checker"]
-    assert gain["difference"] > -2 * gain["standard_error"]
+    trials = read("nano_scale.json")["trials"]
+    gains = [found["gain"] for name, found in trials.items() if "reward pickscore" in name]
+    assert len(gains) == 2
+    for gain in gains:
+        assert gain["pickscore"]["difference"] > 3 * gain["pickscore"]["standard_error"]
+        assert gain["checker"]["difference"] > -2 * gain["checker"]["standard_error"]
