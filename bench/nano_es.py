@@ -2,7 +2,7 @@
 
     python bench/nano_es.py search    --json bench/results/nano_search.json      # one setting at a time
     python bench/nano_es.py refine    --json bench/results/nano_refine.json      # longer, several at once
-    python bench/nano_es.py scale     --json bench/results/nano_scale.json       # how much each layer's adapter counts
+    python bench/nano_es.py settle    --json bench/results/nano_settle.json      # around the result, a demo's length
     python bench/nano_es.py reach     --json bench/results/nano_reach.json       # what A makes of the layers' inputs
     python bench/nano_es.py compare   --json bench/results/nano_compare.json     # rivals at equal images
 
@@ -164,13 +164,9 @@ def refine_plan(options: argparse.Namespace) -> list[tuple[str, dict[str, Any], 
     ]
 
 
-def scale_plan(options: argparse.Namespace) -> list[tuple[str, dict[str, Any], int]]:
-    """(name, change, seed): how much a layer's adapter counts, and its rank."""
-    return [
-        (f"{name}, rate {rate:g}", at_rate(change, rate), seed)
-        for name, change, rate, seeds in SCALED
-        for seed in (options.seeds or seeds)
-    ]
+def settle_plan(options: argparse.Namespace) -> list[tuple[str, dict[str, Any], int]]:
+    """(name, change, seed): today's `nano.yaml`, and one thing changed in it."""
+    return [(name, merged(TODAY, change), seed) for name, change, seeds in SETTLED for seed in (options.seeds or seeds)]
 
 
 def at_rate(change: dict[str, Any], rate: float) -> dict[str, Any]:
@@ -182,7 +178,11 @@ def targets(*names: str) -> dict[str, Any]:
     return setting("lora.targets", list(names))
 
 
-GUIDANCE, CAPTION = "guidance_embedder.linear_1", ("caption_projection.linear_1", "caption_projection.linear_2")
+GUIDANCE, TIME, CAPTION = (
+    "guidance_embedder.linear_1",
+    "time_embed.linear",
+    ("caption_projection.linear_1", "caption_projection.linear_2"),
+)
 REFINED: tuple[tuple[str, dict[str, Any], float], ...] = (
     ("centre", {}, 0.4),
     ("centre", {}, 1.6),
@@ -202,39 +202,20 @@ REFINED: tuple[tuple[str, dict[str, Any], float], ...] = (
 """Name, change, learning rate in units of sigma."""
 
 
-def scaled(rank: int, scale: float, **others: float) -> dict[str, Any]:
-    """alpha / r of `time_embed.linear`, and of other layers that are adapted too; of the centre's own it is 40."""
-    pattern = {name: rank * each for name, each in {"time_embed.linear": scale, **others}.items()}
-    return {"lora": {"rank": rank, "alpha": 40.0 * rank, "targets": [*FOUR, *others], "alpha_pattern": pattern}}
+TODAY = {name: to_dict(load("nano"))[name] for name in ("lora", "es", "update", "population", "reward")}
+"""The centre's settings that may differ from `nano.yaml`."""
 
-
-def time_alone(scale: float) -> dict[str, Any]:
-    return {"lora": {"alpha": 2 * scale, "targets": ["time_embed.linear"]}}
-
-
-SCALED: tuple[tuple[str, dict[str, Any], float, tuple[int, ...]], ...] = (
-    ("time_embed.linear alone at 160", time_alone(160.0), 0.4, (0,)),
-    ("time_embed.linear alone at 640", time_alone(640.0), 0.4, (0,)),
-    ("rank 2, time_embed.linear at 160", scaled(2, 160.0), 0.4, (0, 1)),
-    ("rank 8, time_embed.linear at 160", scaled(8, 160.0), 0.4, (0, 1)),
-    ("rank 8, time_embed.linear at 160", scaled(8, 160.0), 0.2, (0, 1)),
-    ("rank 8, time_embed.linear at 160", scaled(8, 160.0), 0.8, (1,)),
-    ("rank 8, time_embed.linear at 320", scaled(8, 320.0), 0.4, (1,)),
-    ("rank 32, time_embed.linear at 160", scaled(32, 160.0), 0.4, (1,)),
-    (
-        "rank 8, time_embed.linear at 160, proj_out at 4, to_v and to_out.0 at 10",
-        scaled(8, 160.0, **{"proj_out": 4.0, "to_v": 10.0, "to_out.0": 10.0}),
-        0.4,
-        (1,),
-    ),
-    (
-        "rank 8, time_embed.linear at 160, reward pickscore(model=nano)",
-        merged(scaled(8, 160.0), setting("reward", "pickscore(model=nano)")),
-        0.2,
-        (0, 1),
-    ),
+SETTLED: tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...] = (
+    ("nano.yaml", {}, (0, 1)),
+    ("es.prompt_std global", setting("es.prompt_std", "global"), (0, 1)),
+    ("reward pickscore(model=nano)", setting("reward", "pickscore(model=nano)"), (0, 1)),
+    ("reward checker", setting("reward", "checker"), (0,)),
+    ("without proj_out", setting("lora.targets", [GUIDANCE, TIME]), (0,)),
+    ("without time_embed.linear", setting("lora.targets", [GUIDANCE, "proj_out"]), (0,)),
+    ("caption_projection too", setting("lora.targets", [GUIDANCE, TIME, "proj_out", *CAPTION]), (0,)),
+    ("update.lr_scale 0.8", setting("update.lr_scale", 0.8), (0,)),
 )
-"""Name, change, learning rate in units of sigma, seeds."""
+"""Name, change of `nano.yaml`, seeds."""
 
 
 def compare_plan(options: argparse.Namespace) -> list[tuple[str, dict[str, Any], int]]:
@@ -311,20 +292,22 @@ def table(trials: dict[str, Any]) -> list[str]:
 
 
 def reach(options: argparse.Namespace) -> None:
-    """Of each layer that the centre adapts, |A x|^2 at the start, by rank and seed, averaged over a caption's tokens.
+    """Of some layers, |A x|^2 at the start, by rank and seed, averaged over a caption's tokens.
 
     A step of B moves the layer's output by |A x|^2: where x is the same for every image, by the luck of one draw.
     """
     model, inputs, found = SanaSprint.from_pretrained("nano"), {}, {}
-    seeds = options.seeds or [0, 1, 2]
-    layers = {name: each for name, each in model.transformer.named_modules() if name.endswith(tuple(FOUR))}
+    seeds, adapted = options.seeds or [0, 1, 2], (*FOUR, "proj_out")
+    layers = {name: each for name, each in model.transformer.named_modules() if name.endswith(adapted)}
     for name, each in layers.items():
         each.register_forward_pre_hook(lambda _, given, name=name: inputs.update({name: given[0].flatten(0, -2)}))
     key = dict.fromkeys(("prompts", "repeats"), torch.zeros(1, dtype=torch.int64))
     settings = render_settings(load("nano").image)
     model.render(model.encode(["a small red circle"]), seed=0, step=0, **key, settings=settings)
-    for rank, seed in itertools.product((1, 2, 4, 8, 32), seeds):
-        config = from_dict(TrainConfig(), merged(CENTRE, {"seed": seed, "lora": {"rank": rank}}), "reach")
+    for rank, seed in itertools.product((1, 2, 4, 8, 16, 32), seeds):
+        config = from_dict(
+            TrainConfig(), merged(CENTRE, {"seed": seed, "lora": {"rank": rank, "targets": adapted}}), "reach"
+        )
         population = attach_population(model, config)
         for name, layer in population.layers.items():
             length = (inputs[name] @ layer.a.T).square().sum(-1).mean()
@@ -348,7 +331,7 @@ def reach_table(found: dict[str, dict[str, list[float]]]) -> list[str]:
 TRIALS = {
     "search": (search_plan, 8192),
     "refine": (refine_plan, 32768),
-    "scale": (scale_plan, 16384),
+    "settle": (settle_plan, 40960),
     "compare": (compare_plan, 8192),
 }
 """Of each command that runs trials: its plan and a trial's images."""
@@ -358,8 +341,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=(*TRIALS, "reach"))
     parser.add_argument("--json", type=Path, help="store the record there; trials that it holds are not run again")
-    parser.add_argument("--images", type=int, help="of a trial's training; 8192, of refine 32768, of scale 16384")
-    parser.add_argument("--seeds", type=int, nargs="+", help="by default 0, of scale its own, of reach 0 1 2")
+    parser.add_argument("--images", type=int, help="of a trial's training; 8192, of refine 32768, of settle 40960")
+    parser.add_argument("--seeds", type=int, nargs="+", help="by default 0, of settle its own, of reach 0 1 2")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="trials at a time")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -122,7 +122,7 @@ def test_the_demo_gains_three_standard_errors_on_every_seed(made_of):
 
 
 def test_the_checker_does_not_fall_where_another_judge_is_optimised():
-    trials = read("nano_scale.json")["trials"]
+    trials = read("nano_settle.json")["trials"]
     gains = [found["gain"] for name, found in trials.items() if "reward pickscore" in name]
     assert len(gains) == 2
     for gain in gains:

@@ -179,7 +179,7 @@ EXOTIC = TrainConfig(
     heldout_reward="none",
     trackers=("trackio",),
     lora=LoraSettings(rank=5, alpha=1e-9, targets=("to_q", "yes", "1"), alpha_pattern={"yes": 2.0, "a.b": 1e-3}),
-    es=ESSettings(sigma=1e-2 / 3, shaping="none"),
+    es=ESSettings(sigma=1e-2 / 3, shaping="none", prompt_std="own"),
     update=UpdateRule(optimizer="adam", lr_scale=1e-7, max_step_norm=1e22, max_norm=None),
     image=ImageSettings(height=64, x0_angle=1.3, chunk=7, instruction=False),
 )
@@ -210,7 +210,9 @@ def test_differences_name_what_may_not_change():
     )
     assert differences(old, to_dict(same)) == []
     lora = LoraSettings(rank=5, alpha=1e-9, alpha_pattern={"yes": 3.0, "a.b": 1e-3})
-    other = dataclasses.replace(EXOTIC, population=64, es=ESSettings(sigma=0.5, shaping="none"), lora=lora)
+    other = dataclasses.replace(
+        EXOTIC, population=64, es=ESSettings(sigma=0.5, shaping="none", prompt_std="own"), lora=lora
+    )
     found = differences(old, to_dict(other))
     assert [line.split(":")[0] for line in found] == [
         "population",
@@ -242,6 +244,7 @@ def test_differences_name_what_may_not_change():
         (lambda: ESSettings(prompts_per_step=0), "es.prompts_per_step"),
         (lambda: ESSettings(repeats=0), "es.repeats"),
         (lambda: ESSettings(shaping="x"), "es.shaping"),
+        (lambda: ESSettings(prompt_std="x"), "es.prompt_std"),
         (lambda: LoraSettings(rank=-1), "lora.rank"),
         (lambda: LoraSettings(alpha=0.0), "lora.alpha"),
         (lambda: LoraSettings(alpha=float("nan")), "lora.alpha"),

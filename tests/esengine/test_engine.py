@@ -5,6 +5,7 @@ from torch import nn
 
 from esengine import Engine, Noise, UpdateRule, attach
 from esengine.errors import ConfigError
+from esengine.fitness import shape
 from esengine.prompts import PromptSampler
 
 PROMPTS = 6
@@ -31,13 +32,13 @@ class Toy(nn.Module):
         return float(self.score(prompts.reshape(-1), repeats.reshape(-1)).mean())
 
 
-def build(seed=0, size=8, per_step=2, repeats=2, shaping="zscore", rule=None, sigma=0.05):
+def build(seed=0, size=8, per_step=2, repeats=2, rule=None, sigma=0.05, **settings):
     toy = Toy(seed)
     population = attach(
         toy.net, LoraConfig(r=2, lora_alpha=4, target_modules=["0", "2"]), Noise(sigma=sigma, seed=seed), rule=rule
     )
     sampler = PromptSampler(PROMPTS, per_step, seed)
-    return toy, Engine(population, sampler, size=size, repeats=repeats, shaping=shaping)
+    return toy, Engine(population, sampler, size=size, repeats=repeats, **settings)
 
 
 def scores(toy, engine, task, chunk=1000):
@@ -124,6 +125,16 @@ def test_a_wrong_tell_changes_nothing(optimizer):
     assert engine.step == 2
 
 
+def test_fitness_is_shaped_as_was_asked():
+    toy, engine = build(prompt_std="own", shaping="centered_rank")
+    task = engine.ask()
+    found = scores(toy, engine, task)
+    found[:, 0] *= 10
+    own, together = (shape(found, "centered_rank", each) for each in ("own", "global"))
+    assert torch.equal(engine.fitness(task, found), own)
+    assert not torch.equal(own, together)
+
+
 @pytest.mark.parametrize("transposed", [(0, 2, 1), (1, 0, 2)])
 def test_scores_in_another_order_of_axes_are_refused(transposed):
     toy, engine = build(size=8, per_step=2, repeats=4)
@@ -141,7 +152,9 @@ def test_flat_scores_are_as_good():
     assert same(a.state_dict(), b.state_dict())
 
 
-@pytest.mark.parametrize("wrong", [{"size": 3}, {"size": 0}, {"repeats": 0}, {"shaping": "best"}, {"per_step": 7}])
+@pytest.mark.parametrize(
+    "wrong", [{"size": 3}, {"size": 0}, {"repeats": 0}, {"shaping": "best"}, {"prompt_std": "best"}, {"per_step": 7}]
+)
 def test_settings_are_checked(wrong):
     with pytest.raises(ConfigError, match="expected"):
         build(**wrong)

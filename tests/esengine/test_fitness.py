@@ -12,7 +12,7 @@ def scores_of(seed, dims):
     return torch.randn(*dims, generator=torch.Generator().manual_seed(seed))
 
 
-def naive(scores):
+def naive(scores, prompt_std="global"):
     """The formula, one number at a time."""
     n_members, n_prompts, n_repeats = scores.shape
     s = scores.tolist()
@@ -22,14 +22,22 @@ def naive(scores):
         for n in range(n_members):
             for r in range(n_repeats):
                 c[n][p][r] = s[n][p][r] - mean
-    flat = [x for member in c for prompt in member for x in prompt]
-    std = (sum(x * x for x in flat) / len(flat)) ** 0.5
-    return torch.tensor([sum(sum(prompt) for prompt in member) / (n_prompts * n_repeats) / std for member in c])
+    squares = [sum(x * x for member in c for x in member[p]) / (n_members * n_repeats) for p in range(n_prompts)]
+    std = [(sum(squares) / n_prompts) ** 0.5] * n_prompts
+    if prompt_std == "own":
+        std = [max(square**0.5, std[0] / 100) for square in squares]
+    return torch.tensor(
+        [sum(sum(member[p]) / std[p] for p in range(n_prompts)) / n_prompts / n_repeats for member in c]
+    )
 
 
-def test_prompt_normalized_is_the_formula():
-    scores = scores_of(0, (6, 3, 2)) * 5 + 100
-    torch.testing.assert_close(fitness.prompt_normalized(scores), naive(scores), rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("prompt_std", fitness.PROMPT_STDS)
+def test_prompt_normalized_is_the_formula(prompt_std):
+    scores = (
+        scores_of(0, (6, 3, 2)) * torch.tensor([5.0, 0.5, 1e-4])[:, None] + torch.tensor([100.0, -3.0, 0.0])[:, None]
+    )
+    expected = naive(scores, prompt_std)
+    torch.testing.assert_close(fitness.prompt_normalized(scores, prompt_std), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_known_values():
@@ -63,6 +71,31 @@ def test_scale_does_not_matter(seed, dims, power):
     for method in fitness.METHODS:
         scaled = fitness.shape(scores * 2.0**power, method)
         torch.testing.assert_close(scaled, fitness.shape(scores, method), rtol=1e-5, atol=1e-6)
+
+
+@given(seed=st.integers(0, 10**6), dims=st.tuples(st.integers(5, 9), st.integers(2, 4), st.integers(2, 3)))
+@settings(max_examples=40, deadline=None)
+def test_by_its_own_deviation_a_prompts_scale_does_not_matter(seed, dims):
+    scores = scores_of(seed, dims)
+    louder = scores * torch.tensor([4.0] + [1.0] * (dims[1] - 1))[:, None]
+    for method in fitness.METHODS:
+        found = fitness.shape(louder, method, "own")
+        torch.testing.assert_close(found, fitness.shape(scores, method, "own"), rtol=1e-5, atol=1e-6)
+    first = fitness.prompt_normalized(louder[:, :1])
+    assert (fitness.prompt_normalized(louder, "own") - first).norm() > (
+        fitness.prompt_normalized(louder) - first
+    ).norm()
+
+
+def test_a_prompt_whose_scores_hardly_differ_has_no_say_by_its_own_deviation():
+    scores = scores_of(5, (8, 2, 1))
+    still = scores.clone()
+    still[:, 1] = 20 + 1e-6 * scores[:, 1]  # rounding of a score
+    without = still.clone()
+    without[:, 1] = 20
+    found, expected = (fitness.shape(each, "none", "own") for each in (still, without))
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+    assert fitness.shape(torch.full((4, 2, 1), 0.1), "zscore", "own").tolist() == [0.0] * 4
 
 
 @given(seed=st.integers(0, 10**6), dims=DIMS)
@@ -139,3 +172,5 @@ def test_wrong_shape_or_dtype(scores):
 def test_unknown_method():
     with pytest.raises(ValueError, match="zscore, centered_rank, none"):
         fitness.shape(torch.zeros(2, 1, 1), "rank")
+    with pytest.raises(ValueError, match="prompt_std: expected one of global, own, got 'each'"):
+        fitness.shape(torch.zeros(2, 1, 1), prompt_std="each")

@@ -162,6 +162,16 @@ def test_a_layer_may_have_an_alpha_of_its_own(small, tmp_path):
         attach_population(model, small(tmp_path, lora=wrong))
 
 
+def test_a_prompts_own_deviation_reaches_the_update(small, outcome, tmp_path):
+    es = ESSettings(prompts_per_step=2, repeats=1)
+    ends = []
+    for prompt_std in ("global", "own"):
+        folder = tmp_path / prompt_std
+        train(small(folder, steps=1, es=dataclasses.replace(es, prompt_std=prompt_std)))
+        ends.append(load_file(folder / "adapter" / "adapter_model.safetensors"))
+    assert any(not torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
 def test_a_run_repeats_bit_for_bit_without_the_text_encoder(trained, small, outcome, tmp_path, monkeypatch):
     _, result = trained
 
