@@ -306,7 +306,7 @@ def reach(options: argparse.Namespace) -> None:
     model.render(model.encode(["a small red circle"]), seed=0, step=0, **key, settings=settings)
     for rank, seed in itertools.product((1, 2, 4, 8, 16, 32), seeds):
         config = from_dict(
-            TrainConfig(), merged(CENTRE, {"seed": seed, "lora": {"rank": rank, "targets": adapted}}), "reach"
+            TrainConfig(), merged(CENTRE, {"seed": seed, "lora": {"rank": rank, "targets": list(adapted)}}), "reach"
         )
         population = attach_population(model, config)
         for name, layer in population.layers.items():
