@@ -84,13 +84,19 @@ def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def length(change: dict[str, Any], images: int) -> tuple[int, int]:
+    """Steps of a trial of about so many images, and how many it draws."""
+    settings = merged(CENTRE, change)
+    per_step = settings["population"] * settings["es"]["prompts_per_step"] * settings["es"]["repeats"]
+    steps = max(1, round(images / per_step))
+    return steps, steps * per_step
+
+
 def trial(change: dict[str, Any], images: int, seed: int) -> dict[str, Any]:
     """Train with a change of the centre, for so many images; the gain of every judge on validation captions."""
     torch.set_num_threads(1)
     settings = merged(merged(CENTRE, QUIET), change)
-    es = settings["es"]
-    per_step = settings["population"] * es["prompts_per_step"] * es["repeats"]
-    steps = max(1, round(images / per_step))
+    steps, images = length(change, images)
     with tempfile.TemporaryDirectory() as folder:
         settings |= {"steps": steps, "seed": seed, "run_dir": str(Path(folder) / "run")}
         start = time.perf_counter()
@@ -102,7 +108,7 @@ def trial(change: dict[str, Any], images: int, seed: int) -> dict[str, Any]:
         "change": change,
         "seed": seed,
         "steps": steps,
-        "images": steps * per_step,
+        "images": images,
         "seconds": seconds,
         "adapter_norm": json.loads(lines[-1])["adapter_norm"],
         "base": base["mean"],
@@ -245,9 +251,9 @@ def trials(plan: list[tuple[str, dict[str, Any], int]], options: argparse.Namesp
         found = stored["trials"]
     todo = [(f"{name}, seed {seed}", change, seed) for name, change, seed in plan]
     for name, change, _ in todo:
-        asked = {"change": json.loads(json.dumps(change)), "images": options.images}
-        if name in found and {key: found[name][key] for key in asked} != asked:
-            raise SystemExit(f"{options.json}: '{name}' is another trial than that of today's plan; remove it there")
+        asked = {"change": json.loads(json.dumps(change)), "images": length(change, options.images)[1]}
+        if name in found and (stored := {key: found[name][key] for key in asked}) != asked:
+            raise SystemExit(f"{options.json}: trial '{name}': expected {asked}, got {stored}; remove it there")
     todo = [each for each in todo if each[0] not in found]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.processes, mp_context=spawn) as pool:
@@ -276,7 +282,9 @@ def made_of() -> dict[str, Any]:
 
 
 def made_from(stored: dict[str, Any]) -> dict[str, Any]:
-    """A record whose centre has the settings that are newer than it, at their defaults."""
+    """A record whose centre has the settings that are newer than it, at their defaults; without a centre, as it is."""
+    if "centre" not in stored:
+        return stored
     return stored | {"centre": to_dict(from_dict(TrainConfig(), stored["centre"], "centre"))}
 
 
@@ -292,7 +300,7 @@ def table(trials: dict[str, Any]) -> list[str]:
 
 
 def reach(options: argparse.Namespace) -> None:
-    """Of some layers, |A x|^2 at the start, by rank and seed, averaged over a caption's tokens.
+    """Of some layers, |A x|^2 at the start, by rank and seed, averaged over the rows of its input.
 
     A step of B moves the layer's output by |A x|^2: where x is the same for every image, by the luck of one draw.
     """

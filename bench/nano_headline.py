@@ -67,7 +67,7 @@ def headline(options: argparse.Namespace) -> None:
 def fresh(options: argparse.Namespace) -> None:
     """The headline's adapters on test captions and noise that nothing was measured with while settings were chosen."""
     environment = record.environment()
-    known = {*read_benchmark("nano").prompts, *world.captions("test", 2600, 1)}
+    known = {*read_benchmark("nano").prompts, *world.captions("test", *MEASURED)}
     named = {world.parse(caption).combination() for caption in known}
     drawn = world.captions("test", 5000, 2)
     captions = [caption for caption in drawn if world.parse(caption).combination() not in named][:2000]
@@ -83,6 +83,8 @@ def fresh(options: argparse.Namespace) -> None:
 
 FRESH = 1 << 20
 """A seed that no run has: its noise is nobody's."""
+MEASURED = 2600, 1
+"""Count and seed of test captions that earlier adapters were measured with."""
 
 
 def _compared(options: argparse.Namespace) -> dict[str, Any]:
@@ -138,12 +140,16 @@ def gallery(images: Path, entries: list[str], path: Path, columns: int = 24) -> 
     sheet.save(path, optimize=True)
 
 
+RESOLVED = ("run_dir", "resume", "device", "dtype", "heldout_reward", "image.chunk")
+"""Settings that a run folder has chosen where the headline leaves them open."""
+
+
 def _seed(seed: int, folder: Path, settings: dict[str, Any]) -> float | None:
     """Seconds of a run of this seed, gone on with where it was stopped; None where it had been finished before."""
     torch.set_num_threads(1)
     config = from_dict(TrainConfig(), settings | {"seed": seed, "run_dir": str(folder)}, "headline")
     if (folder / "eval.json").is_file():
-        if other := differences(to_dict(load_run(folder)), to_dict(config), ("run_dir", "resume", "image", "dtype")):
+        if other := differences(to_dict(load_run(folder)), to_dict(config), RESOLVED):
             raise SystemExit(f"{folder}: a finished run of other settings ({', '.join(other)}); give another --work")
         return None
     start = time.perf_counter()

@@ -103,11 +103,19 @@ def rows() -> list[str]:
         what = f"nano headline, checker, the {groups[name][0]['count']} captions of {name}"
         add(what, gains("checker", groups[name]), headline["device"], file)
     for judge in ("combined", "checker", "pickscore"):
-        closed = report["gap_closed"][judge]
-        errors = closed["standard_error"]
-        shares = ", ".join(f"{share:.0%} ± {errors[name]:.0%}" for name, share in closed["share"].items())
         what = f"nano headline, {judge}: share of the gap to two steps that is closed"
-        add(what, shares, headline["device"], file)
+        add(what, _closed(report, judge), headline["device"], file)
+
+    file = "nano_fresh.json"
+    fresh = _read(file)
+    report = fresh["report"]
+    captions = f"the headline's adapters on {report['prompts']} test captions that no setting was chosen by"
+    for judge in ("combined", "checker", "pickscore"):
+        (rows,) = (group["rows"] for group in report["groups"] if group["by"] == "overall")
+        add(f"{captions}, {judge}: {which}", gains(judge, rows), fresh["device"], file)
+    for judge in ("combined", "checker", "pickscore"):
+        what = f"{captions}, {judge}: share of the gap to two steps that is closed"
+        add(what, _closed(report, judge), fresh["device"], file)
 
     for version in ("3.9", "3.6"):
         file = f"aot_sm90_triton-{version}.json"
@@ -118,6 +126,12 @@ def rows() -> list[str]:
     for row in suite_rows(RESULTS):
         add(*row)
     return lines
+
+
+def _closed(report: dict, judge: str) -> str:
+    """Of each entry between base and two steps, the share of the gap that it closes, with its standard error."""
+    closed = report["gap_closed"][judge]
+    return ", ".join(f"{share:.0%} ± {closed['standard_error'][name]:.0%}" for name, share in closed["share"].items())
 
 
 def suite_rows(folder: Path) -> list[tuple[str, str, str, str]]:

@@ -101,11 +101,13 @@ class LoraSettings:
     rank: int = 2
     """LoRA rank r. 0: none, the weights themselves are perturbed and moved."""
     alpha: float = 8.0
-    """The adapter counts alpha / r. Where r is 0 it has no part."""
+    """The adapter counts alpha / r. Where r is 0 it has no part. Given as a flag without alpha_pattern, it is that of
+    all layers."""
     targets: tuple[str, ...] = REFERENCE_TARGETS
     """Linear layers of the transformer."""
     alpha_pattern: Annotated[dict[str, float], _PAIRS] = field(default_factory=dict)
-    """Another alpha for some of them, by the end of a layer's name: `to_v 16 proj_out 2`. No part where r is 0."""
+    """Another alpha for some of them, by the end of a layer's name: `linear_2 16 proj_out 2`. No part where r is 0.
+    Where to_q, to_k and to_v have unlike ones, blocks do not run fused."""
 
     def __post_init__(self):
         _check_counts(self, "lora.", rank=(0, 1 << 14))
@@ -135,8 +137,8 @@ class ESSettings:
     shaping: Literal["zscore", "centered_rank", "none"] = "zscore"
     """After each prompt's mean is removed: z-score, centred ranks, or as it is."""
     prompt_std: Literal["global", "own"] = "global"
-    """What a prompt's scores are divided by: the standard deviation of all, as in the reference run, or its own, so that
-    no prompt outweighs the others."""
+    """What a prompt's scores are divided by: the standard deviation of all, as in the reference run, or its own, so
+    that no prompt outweighs the others."""
     prompts_per_step: int = 4
     """Prompts drawn each step, without replacement until all have come."""
     repeats: int = 4
@@ -304,8 +306,8 @@ class EvalConfig:
     limit: int | None = None
     """So many prompts, the first ones."""
     reward: str | None = None
-    """Rewards: `a=1.0,my_module:score=0`. By default the run's, and of `nano` all judges of that model; for any other
-    benchmark pickscore and its three companions."""
+    """Rewards: `a=1.0,my_module:score=0`. By default the run's; for the benchmark `nano` all judges of that model, of a
+    run_dir of it beside the run's; for any other benchmark pickscore and its three companions."""
     seed: int | None = None
     """Keys the latents, with a prompt's place in its file. By default the run's."""
     repeats: int | None = None
@@ -426,6 +428,8 @@ def parse_train(args: list[str]) -> TrainConfig:
         below = str(Path(run_dir) / "config.yaml")
     below = below or ("nano" if _peek(args, "model") in (None, "nano") else None)
     default = load(below) if below else TrainConfig()
+    if _peek(args, "lora.alpha") and not any(arg.startswith(("--lora.alpha-p", "--lora.alpha_p")) for arg in args):
+        default = dataclasses.replace(default, lora=dataclasses.replace(default.lora, alpha_pattern={}))
     return tyro.cli(TrainConfig, args=args, default=default, prog="esengine train")
 
 

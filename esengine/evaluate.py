@@ -86,7 +86,8 @@ def _scored(config: EvalConfig, run: TrainConfig, silent: Defaults) -> str:
     """
     if config.reward:
         return config.reward
-    if config.benchmark and not (config.benchmark == "nano" and config.run_dir and silent.watches):
+    of_nano = config.run_dir and silent.watches and defaults(run.model).watches
+    if config.benchmark and not (config.benchmark == "nano" and of_nano):
         return silent.benchmark(config.benchmark)
     reward = run.reward or silent.reward
     prompts_given = not config.benchmark and bool(config.prompts or run.eval_prompts)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from esengine.checkpoint import Checkpoint, load_latest
-from esengine.config import MAY_CHANGE, TrainConfig, differences
+from esengine.config import MAY_CHANGE, TrainConfig, differences, to_dict
 from esengine.engine import Engine
 from esengine.errors import RunError
 
@@ -53,8 +53,15 @@ def engine_state(saved: Checkpoint, config: TrainConfig) -> dict:
 
 
 def changes(saved: dict, now: dict, free: Collection[str] = MAY_CHANGE) -> list[str]:
-    """What differs between the meta of two checkpoints or processes, in words; settings in `free` may."""
-    found = differences(saved["config"], now["config"], free)
+    """What differs between the meta of two checkpoints or processes, in words; settings in `free` may.
+
+    A setting that is newer than what was saved had its default.
+    """
+    config = to_dict(TrainConfig())
+    for name, value in saved["config"].items():
+        section = config.get(name)
+        config[name] = section | value if isinstance(section, dict) and isinstance(value, dict) else value
+    found = differences(config, now["config"], free)
     found += differences({"reward": saved["rewards"]}, {"reward": now["rewards"]}, free)
     for name, what in (("model", "model: its weights"), ("prompts_sha256", "prompts: the file's contents")):
         if saved[name] != now[name]:

@@ -136,6 +136,9 @@ def _train(config: TrainConfig, progress: Progress, group: Group, stop: Stop) ->
         if saved is not None and group.leads:
             _check_same_run(folder, saved.meta, meta, allowed, progress)
         population = attach_population(model, config)
+        for name in config.lora.alpha_pattern:
+            if not any(f".{layer}".endswith(f".{name}") for layer in population.layers):
+                progress.note(f"lora.alpha_pattern: {name} is none of the targets, its alpha has no part")
         plan = model.plan(population, settings)
         together = f", {group.size} processes" if group.size > 1 else ""
         progress.note(f"population of {config.population}, kernels: {population.backend}, {plan}{together}")

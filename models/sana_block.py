@@ -69,7 +69,9 @@ class Stack:
     """Linears that read the same x: one shrink, one GEMM."""
 
     def __init__(self, *layers: nn.Module):
-        """Raises ValueError for linears that cannot be stacked: some targets and some not, or of unlike ranks."""
+        """Raises ValueError for linears that cannot be stacked: some targets and some not, or of unlike ranks
+        or scales.
+        """
         targets = [t for t in layers if isinstance(t, Target) and not t.disable_adapters]
         unlike = len({(t.lengths(), t.scale) for t in targets}) > 1 or len({t.weight.shape for t in layers}) > 1
         if unlike or len(targets) not in (0, len(layers)) or len({t.bias is None for t in layers}) > 1:

@@ -10,7 +10,7 @@ import nano_es
 import nano_headline
 import pytest
 
-from esengine.config import TrainConfig, from_dict, load, to_dict
+from esengine.config import TrainConfig, from_dict, load, to_dict, to_yaml
 
 RESULTS = Path(nano_es.__file__).parent / "results"
 NOTES = (Path(nano_es.__file__).parent / "NANO.md").read_text(encoding="utf-8")
@@ -57,7 +57,32 @@ def test_the_notes_have_what_a_makes_of_the_inputs_and_the_adapters_taken_apart(
     assert [row for row in rows if row not in NOTES.splitlines()] == []
     assert len(taken_apart["settings"]["adapters"]) == len(taken_apart["entries"]) - 2
     headline = read("nano_headline.json")["report"]["settings"]["adapters"]
-    assert headline.keys() <= taken_apart["settings"]["adapters"].keys()
+    assert headline.items() <= taken_apart["settings"]["adapters"].items()
+
+
+def test_a_finished_run_of_the_headline_is_kept_and_another_is_refused(tmp_path):
+    settings = nano_es.merged(to_dict(load("nano")), nano_headline.HEADLINE)
+    chosen = {"device": "cpu", "dtype": "float32", "heldout_reward": "clip_text(model=nano)", "image": {"chunk": 64}}
+    saved = from_dict(TrainConfig(), nano_es.merged(settings, {**chosen, "seed": 2}), "run")
+    (tmp_path / "config.yaml").write_text(to_yaml(saved))
+    (tmp_path / "eval.json").touch()
+    assert nano_headline._seed(2, tmp_path, settings) is None
+    with pytest.raises(SystemExit, match=r"other settings \(seed: 2 -> 1\)"):
+        nano_headline._seed(1, tmp_path, settings)
+
+
+def test_a_trials_file_is_gone_on_with_at_any_number_of_images(tmp_path, monkeypatch, made_of, capsys):
+    plan, (steps, images) = [("centre", {}, 0)], nano_es.length({}, 1000)
+    assert (steps, images) == (4, 1024)
+    kept = {"change": {}, "seed": 0, "steps": steps, "images": images, "seconds": 1.0, "gain": {}}
+    stored = tmp_path / "trials.json"
+    stored.write_text(json.dumps({**made_of, "trials": {"centre, seed 0": kept}}))
+    monkeypatch.setattr(nano_es, "made_of", lambda: made_of)
+    options = argparse.Namespace(json=stored, command="search", images=1000, processes=1)
+    nano_es.trials(plan, options)
+    assert "| centre, seed 0 | 1024 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"expected .*'images': 2048.*, got .*'images': 1024"):
+        nano_es.trials(plan, argparse.Namespace(**{**vars(options), "images": 2000}))
 
 
 def test_trials_of_another_model_are_not_gone_on_with(tmp_path, monkeypatch, made_of):

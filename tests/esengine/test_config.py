@@ -92,6 +92,21 @@ def test_flags_of_every_kind():
     assert config.lora.alpha_pattern == {"to_q": 3.0, "time_embed.linear": 0.5}
 
 
+@pytest.mark.parametrize(
+    ("flags", "pattern"),
+    [
+        ("", {"time_embed.linear": 800.0, "proj_out": 96.0}),
+        ("--lora.rank 8", {"time_embed.linear": 800.0, "proj_out": 96.0}),
+        ("--lora.alpha 40", {}),
+        ("--lora.alpha=40", {}),
+        ("--lora.alpha 40 --lora.alpha-pattern proj_out 2", {"proj_out": 2.0}),
+        ("--lora.alpha-pattern", {}),
+    ],
+)
+def test_an_alpha_from_the_command_line_is_that_of_all_layers(flags, pattern):
+    assert parse_train(flags.split()).lora.alpha_pattern == pattern
+
+
 def test_the_packaged_file_is_found_by_name_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert sorted(path.stem for path in PACKAGED.glob("*.yaml")) == ["nano", "reference"]

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 from esengine.config import ESSettings, EvalConfig, ImageSettings, RenderConfig, load
+from esengine.defaults import defaults
 from esengine.entries import Entry, parse_entries
 from esengine.errors import ConfigError
-from esengine.evaluate import evaluate
+from esengine.evaluate import _scored, evaluate
 from esengine.inspect_run import render
 from esengine.progress import Progress
 from esengine.rewards import parse
@@ -59,6 +60,11 @@ def test_the_nano_benchmark_of_a_run_has_what_the_run_optimised(tmp_path, cache)
     assert "combined" in report.gap_closed
     alone = EvalConfig(adapter=config.run_dir / "adapter", model="nano", benchmark="nano", limit=3, out=tmp_path / "e")
     assert "combined" not in evaluate(alone, Progress()).report.scores
+
+
+def test_a_run_of_another_model_has_no_say_in_the_nano_benchmark(trained):
+    config = EvalConfig(run_dir=trained[0].run_dir, model="nano", benchmark="nano", reward=None)
+    assert _scored(config, trained[0], defaults("nano")) == defaults("nano").benchmark("nano")
 
 
 OTHERS = ",".join(f"{name}(model=nano)=0" for name in ("clip_text", "aesthetic", "no_artifacts"))

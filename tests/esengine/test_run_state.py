@@ -85,6 +85,19 @@ def test_a_checkpoint_that_no_run_writes_is_passed_over_and_named(run, changes, 
         raise RunError(found.skipped[0][1])
 
 
+def test_a_setting_that_is_newer_than_a_checkpoint_had_its_default(trained, run):
+    def older(record):
+        del record["meta"]["config"]["es"]["prompt_std"], record["meta"]["config"]["lora"]["alpha_pattern"]
+
+    for path in (run / "checkpoints").iterdir():
+        rewrite(path, older)
+    config = dataclasses.replace(trained[0], run_dir=run, resume=True, steps=5)
+    with pytest.raises(RunError, match=r"es\.prompt_std: global -> own"):
+        train(dataclasses.replace(config, es=dataclasses.replace(config.es, prompt_std="own")))
+    train(config)
+    assert latest(run / "checkpoints").step == 5
+
+
 @pytest.mark.parametrize("part", ["image", "es", "lora", "dtype", "model", "heldout_reward"])
 def test_settings_of_a_checkpoint_are_compared_with_and_never_used(trained, run, part, monkeypatch):
     rewrite(run / "checkpoints" / "step_00000004", lambda r: r["meta"]["config"].update({part: "zzz"}))

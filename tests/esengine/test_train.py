@@ -156,10 +156,37 @@ def test_a_layer_may_have_an_alpha_of_its_own(small, tmp_path):
     assert {scale for name, scale in scales.items() if name.endswith("to_q")} == {1.5}
     assert scales["caption_projection.linear_2"] == 2.5
     assert scales["time_embed.timestep_embedder.linear_2"] == 4.0
+    draw = torch.Generator().manual_seed(0)
+    for parameter in population.parameters().values():
+        parameter.data = torch.randn(parameter.shape, generator=draw) / 10
+    population.save_pretrained(tmp_path / "adapter")
+    other = SanaSprint.from_pretrained(tiny_model()).transformer
+    loaded = PeftModel.from_pretrained(other, str(tmp_path / "adapter"))
+    inputs = dict(
+        hidden_states=torch.randn(1, 8, 8, 8, generator=draw),
+        encoder_hidden_states=torch.randn(1, 5, 64, generator=draw),
+        timestep=torch.tensor([0.5]),
+        guidance=torch.tensor([0.4]),
+    )
+    with torch.no_grad():
+        expected = model.transformer(**inputs, return_dict=False)[0]
+        torch.testing.assert_close(loaded(**inputs, return_dict=False)[0], expected, rtol=1e-4, atol=1e-5)
     population.detach()
+    assert not torch.allclose(model.transformer(**inputs, return_dict=False)[0], expected, rtol=1e-2)
     wrong = LoraSettings(targets=("to_q",), alpha_pattern={"aption_projection.linear_2": 5})
     with pytest.raises(ConfigError, match=r"lora\.alpha_pattern: .*the model has no 'aption_projection\.linear_2'"):
         attach_population(model, small(tmp_path, lora=wrong))
+
+
+def test_an_alpha_of_a_layer_that_is_no_target_is_told(small, tmp_path):
+    told = []
+
+    class Told(Progress):
+        def note(self, line):
+            told.append(line)
+
+    train(small(tmp_path / "run", steps=1, lora=LoraSettings(targets=("to_q",), alpha_pattern={"to_v": 2})), Told())
+    assert "lora.alpha_pattern: to_v is none of the targets, its alpha has no part" in told
 
 
 def test_a_prompts_own_deviation_reaches_the_update(small, outcome, tmp_path):
