@@ -389,8 +389,7 @@ class SanaSprint:
         """How a population is rendered here, in words for the record of a run."""
         forward = "fused blocks" if self.fuses(population) else "diffusers' blocks"
         captured = "CUDA graphs" if self._graphs(population, settings) is not None else "no CUDA graphs"
-        order = ", channels last" if self.decoder.channels_last else ""
-        return f"{forward}, {captured}, decode {settings.decode}{order}{', overlapped' if settings.overlap else ''}"
+        return f"{forward}, {captured}, decode {settings.decode}{', overlapped' if settings.overlap else ''}"
 
     def release_graphs(self) -> None:
         """Gives back the memory of captured forwards; the next ones are captured anew."""

@@ -400,7 +400,7 @@ def test_the_choice_is_shown(fresh_model, texts, recorded, monkeypatch):
     population = Members(fresh_model.transformer)
     monkeypatch.setattr(type(fresh_model), "fuses", lambda self, population: False)
     settings = RenderSettings()
-    assert fresh_model.plan(population, settings) == "diffusers' blocks, no CUDA graphs, decode eager, channels last"
+    assert fresh_model.plan(population, settings) == "diffusers' blocks, no CUDA graphs, decode eager"
     denoise(fresh_model, texts, population, 1, [0, 1, 2, 3])
     denoise(fresh_model, texts, population, 1, [0, 1, 2, 3])
     assert not recorded
@@ -408,7 +408,7 @@ def test_the_choice_is_shown(fresh_model, texts, recorded, monkeypatch):
         denoise(fresh_model, texts, population, 1, [0, 1, 2, 3], graphs="always")
     monkeypatch.setattr(type(fresh_model), "fuses", lambda self, population: True)
     fresh_model._captured = None
-    assert fresh_model.plan(population, settings) == "fused blocks, CUDA graphs, decode eager, channels last"
+    assert fresh_model.plan(population, settings) == "fused blocks, CUDA graphs, decode eager"
     never = RenderSettings(graphs="never", decode="compiled", overlap=True)
     assert fresh_model.plan(population, never) == "fused blocks, no CUDA graphs, decode compiled, overlapped"
 
