@@ -211,7 +211,7 @@ def test_a_row_does_not_depend_on_its_batch_mates(kind):
         for order in ([0], [4, 1], [5, 4, 3, 2, 1, 0], [2, 2, 2]):
             with population.perturbed(step=1, members=members[order]):
                 some = outputs(population.module, {name: value[order] for name, value in kwargs.items()})
-            assert relative(some, whole[order]) < 1e-6
+            assert relative(some, whole[order]) < 5e-6  # sums in another order; other noise: over 1e-4
 
 
 def test_outside_perturbed_it_is_pefts_forward():
