@@ -211,6 +211,15 @@ REFINED: tuple[tuple[str, dict[str, Any], float], ...] = (
 TODAY = {name: to_dict(load("nano"))[name] for name in ("lora", "es", "update", "population", "reward")}
 """The centre's settings that may differ from `nano.yaml`."""
 
+
+def rescaled(rank: int) -> dict[str, Any]:
+    """The change of today's rank that keeps every layer's alpha / r."""
+    lora = TODAY["lora"]
+    share = rank / lora["rank"]
+    pattern = {name: alpha * share for name, alpha in lora["alpha_pattern"].items()}
+    return {"lora": {"rank": rank, "alpha": lora["alpha"] * share, "alpha_pattern": pattern}}
+
+
 SETTLED: tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...] = (
     ("nano.yaml", {}, (0, 1)),
     ("es.prompt_std global", setting("es.prompt_std", "global"), (0, 1)),
@@ -218,8 +227,18 @@ SETTLED: tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...] = (
     ("reward checker", setting("reward", "checker"), (0,)),
     ("without proj_out", setting("lora.targets", [GUIDANCE, TIME]), (0,)),
     ("without time_embed.linear", setting("lora.targets", [GUIDANCE, "proj_out"]), (0,)),
-    ("caption_projection too", setting("lora.targets", [GUIDANCE, TIME, "proj_out", *CAPTION]), (0,)),
+    ("caption_projection too", setting("lora.targets", [GUIDANCE, TIME, "proj_out", *CAPTION]), (0, 1)),
     ("update.lr_scale 0.8", setting("update.lr_scale", 0.8), (0,)),
+    ("lora.rank 4 at the same scales", rescaled(4), (0,)),
+    ("es.sigma 0.008", setting("es.sigma", 0.008), (0,)),
+    ("es.sigma 0.002", setting("es.sigma", 0.002), (0,)),
+    ("population 8", setting("population", 8), (0,)),
+    ("population 128", setting("population", 128), (0,)),
+    ("es.prompts_per_step 2", setting("es.prompts_per_step", 2), (0,)),
+    ("es.prompts_per_step 32", setting("es.prompts_per_step", 32), (0,)),
+    ("update.lr_scale 0.2", setting("update.lr_scale", 0.2), (0,)),
+    ("es.shaping centered_rank", at_rate(setting("es.shaping", "centered_rank"), 0.4 * USUAL["centred"]), (0,)),
+    ("update.optimizer adam", at_rate(setting("update.optimizer", "adam"), 0.4 * USUAL["adam"]), (0,)),
 )
 """Name, change of `nano.yaml`, seeds."""
 
