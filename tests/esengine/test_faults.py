@@ -417,9 +417,10 @@ def test_held_out_and_compared_images_without_a_score_are_left_out_and_said(smal
     assert len(lines(tmp_path / "run")) == 2
 
 
-def test_the_fitness_of_the_others_is_as_if_there_were_no_others():
+@pytest.mark.parametrize("prompt_std", ["global", "own"])
+def test_the_fitness_of_the_others_is_as_if_there_were_no_others(prompt_std):
     engine = object.__new__(Engine)
-    engine.shaping, engine.prompt_std, engine.drop_pairs = "zscore", "global", True
+    engine.shaping, engine.prompt_std, engine.drop_pairs = "zscore", prompt_std, True
     scores = torch.randn(8, 3, 2, generator=torch.Generator().manual_seed(0))
     task = type("Task", (), {"shape": scores.shape, "images": scores.numel()})
     scores[5, 1, 0] = torch.nan
