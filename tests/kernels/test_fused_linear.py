@@ -189,6 +189,7 @@ def test_strides(device):
     assert torch.equal(fused_linear(wide, weight, bias), fused_linear(x, weight, bias))
 
 
+@pytest.mark.usefixtures("every_row_alike")
 def test_a_row_does_not_depend_on_its_batch_mates(device):
     x, weight, bias, adapters, perturbation, _ = case(batch=5, t=17, device=device)
     modulation = Modulation(draw(5, 33, device=device), draw(5, 33, seed=9, device=device))
@@ -269,6 +270,7 @@ def test_mix(device, r, rank, parts):
     assert_close(mix(cut, adapters, perturbation), mix_ref(cut, adapters, perturbation))
 
 
+@pytest.mark.usefixtures("every_row_alike")
 @pytest.mark.parametrize(("r", "rank"), [(0, 1), (2, 1), (8, 3)])
 @pytest.mark.parametrize(("t", "n"), [(1, 70), (17, 70), (64, 300)])
 def test_shares_of_a_linear(device, r, rank, t, n):

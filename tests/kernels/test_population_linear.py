@@ -226,6 +226,7 @@ def test_nothing_to_compute(device, op, shape, r):
     assert call(op, args).shape == (*shape[:-1], 21)
 
 
+@pytest.mark.usefixtures("every_row_alike")
 @pytest.mark.parametrize("t", [4, 40])
 def test_a_row_alone_is_the_row_in_the_batch(device, t):
     args = case(members=(3, 8, 3, 2), t=(t,), r=3, k=2, device=device)
