@@ -60,7 +60,7 @@ class DirectLinear(Target, nn.Module, BaseTunerLayer):
         self.register_buffer("moved", weight.clone(), persistent=False)
 
     @property
-    def weight(self) -> torch.Tensor:
+    def base_weight(self) -> torch.Tensor:
         """W + delta as of the last `refresh`, [out, in]."""
         return self.base_layer.weight if self.disable_adapters else self.moved
 
@@ -74,7 +74,7 @@ class DirectLinear(Target, nn.Module, BaseTunerLayer):
         return (one, delta) if delta.shape[1] <= delta.shape[0] else (delta, one)
 
     def unperturbed(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.base_weight, self.bias)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -84,7 +84,7 @@ class DirectLinear(Target, nn.Module, BaseTunerLayer):
 def full_rank(config: LoraConfig, layers: Mapping[str, Target]) -> LoraConfig:
     """`config` for the adapters that `DirectLinear.lora` makes: each layer of its own rank, and alpha = r."""
     config = copy.deepcopy(config)
-    ranks = {name: min(layer.weight.shape) for name, layer in layers.items()}
+    ranks = {name: min(layer.base_weight.shape) for name, layer in layers.items()}
     config.r = config.lora_alpha = Counter(ranks.values()).most_common(1)[0][0]
     config.rank_pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != config.r}
     config.alpha_pattern = dict(config.rank_pattern)

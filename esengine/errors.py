@@ -17,6 +17,23 @@ class RenderError(EsengineError):
     """A member's image is not finite, or does not fit into memory."""
 
 
+class UnperturbedError(EsengineError):
+    """Layers that should have been perturbed were not: every member computed the same there.
+
+    Attributes:
+        layers: the reason for each layer, by its name.
+    """
+
+    def __init__(self, layers: dict[str, str]):
+        self.layers = dict(layers)
+        name, why = next(iter(self.layers.items()))
+        more = f" (and {len(self.layers) - 1} more, such as '{list(self.layers)[1]}')" if len(self.layers) > 1 else ""
+        super().__init__(
+            f"perturbed: target '{name}'{more} had no noise: {why}. Make its owner call it, or leave it out: "
+            "exclude_modules"
+        )
+
+
 class OutOfMemory(RenderError):
     """So many images, or an update, do not fit into memory at once."""
 

@@ -19,9 +19,9 @@ import torch
 
 from esengine.bearing import Bearing
 from esengine.errors import ConfigError, RunError
-from esengine.rewards import Weighted, parse
-from esengine.rewards.spec import read
-from esengine.rewards.weighted import COMBINED
+from esengine.rewards import COMBINED, Weighted
+from esengine.rewards.registry import build
+from esengine.rewards.spec import Term, read
 from esengine.rollout import Renderer, render_all
 from esengine.runlog import RunLog
 from esengine.scoring import EVAL_STEP
@@ -83,31 +83,41 @@ def load_rewards(reward: str, held_out: str, *, device: str, note: Callable[[str
     Raises:
         ConfigError: see `esengine.rewards.parse`; also a reward that is both optimised and held out.
     """
-    optimised, auto = reward_names(reward), held_out == "auto"
+    chosen, auto = read_setting("reward", reward), held_out == "auto"
+    optimised = {term.name for term in chosen}
     if auto:
-        watched = [name for name in WATCHED if name not in optimised] if optimised & set(CLIP_FAMILY) else []
+        names = [name for name in WATCHED if name not in optimised] if optimised & set(CLIP_FAMILY) else []
+        watched = [Term(name) for name in names]
     else:
-        watched = [] if held_out == "none" else [held_out]
-    if both := sorted(optimised & set().union(*map(reward_names, watched))):
+        watched = [] if held_out == "none" else read_setting("heldout_reward", held_out)
+    if both := sorted(optimised & {term.name for term in watched}):
         raise ConfigError(f"heldout_reward: {both[0]} is named in reward too; there, a weight of 0 holds it out")
     while True:
         try:  # the watched come first: what `auto` cannot load shows before anything large is loaded
-            terms = parse(",".join([*watched, reward]), device=device).terms
+            terms = build([*watched, *chosen], device=device)
             break
         except ConfigError as error:
-            missing = [name for name in watched if auto and str(error).startswith(f"reward {name}:")]
+            missing = [term for term in watched if auto and str(error).startswith(f"reward {term.name}:")]
             if not missing:
                 raise
             note(f"held-out {error}; left out")
             watched.remove(missing[0])
-    count = len(terms) - len(optimised)
-    zeroed = [(name, each, 0.0) for name, each, _ in terms[:count]]
-    return Rewards(Weighted(terms[count:], note), Weighted([*terms[count:], *zeroed], note))
+    held, kept = terms[: len(watched)], terms[len(watched) :]
+    zeroed = [(name, each, 0.0) for name, each, _ in held]
+    return Rewards(Weighted(kept, note), Weighted([*kept, *zeroed], note))
+
+
+def read_setting(setting: str, spec: str) -> list[Term]:
+    """The rewards in a setting's text. Raises ConfigError, which names the setting, for a text that is none."""
+    try:
+        return read(spec)
+    except ConfigError as error:
+        raise ConfigError(f"{setting}: {error}") from error
 
 
 def reward_names(spec: str) -> set[str]:
-    """Names of the rewards in a text; "combined" stands for those in its brackets."""
-    return {name for term in read(spec) for name in (term.options if term.name == COMBINED else [term.name])}
+    """Names of the rewards in a text."""
+    return {term.name for term in read(spec)}
 
 
 class Guard:

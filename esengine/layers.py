@@ -3,6 +3,9 @@
 `PopulationLinear` is PEFT's LoRA linear; `esengine.direct` has the one whose own weight is perturbed.
 """
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -49,10 +52,39 @@ class Chunk:
 
 
 class Scope:
-    """The chunk now in force, shared by a population and its layers."""
+    """The chunk now in force, shared by a population and its layers, and what happened since it came into force.
+
+    Attributes:
+        chunk: None outside `Population.perturbed`.
+        called: names of the layers that computed with their noise.
+        read: names of the layers whose weight was read by somebody else.
+        ran: whether the whole module ran to its end.
+    """
 
     def __init__(self):
-        self.chunk: Chunk | None = None
+        self.enter(None)
+
+    def enter(self, chunk: Chunk | None) -> None:
+        self.chunk, self.called, self.read, self.ran = chunk, set(), set(), False
+
+    @contextmanager
+    def watch(self, module: nn.Module) -> Iterator[None]:
+        """Inside, note when `module` ran to its end. No forward hook: torch's own modules compute otherwise with one."""
+        before, forward = vars(module).get("forward"), module.forward
+
+        @functools.wraps(forward)
+        def noted(*args, **kwargs):
+            result = forward(*args, **kwargs)
+            self.ran = True
+            return result
+
+        module.forward = noted
+        try:
+            yield
+        finally:
+            vars(module).pop("forward", None)
+            if before is not None:
+                module.forward = before
 
 
 class Theta(NamedTuple):
@@ -88,6 +120,23 @@ class Target:
         """A [r, in] and B [out, r], fp32: `scale` times their product is what theta adds to the weight."""
         raise NotImplementedError
 
+    @property
+    def base_weight(self) -> torch.Tensor:
+        """W [out, in], the frozen weight that noise is added to."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """`base_weight`, for code that takes this layer for a plain linear. It has no noise, so the read is noted."""
+        if self.scope is not None:
+            self.scope.read.add(self.name)
+        return self.base_weight
+
+    def mark_called(self) -> None:
+        """Note that this layer computed with its noise. Whoever computes in its place calls this."""
+        if self.scope is not None:
+            self.scope.called.add(self.name)
+
     def unperturbed(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         raise NotImplementedError
 
@@ -113,26 +162,30 @@ class Target:
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         chunk = self.scope.chunk if self.scope is not None else None
-        if chunk is None or self.disable_adapters:
+        if chunk is None:
+            return self.unperturbed(x, *args, **kwargs)
+        if self.disable_adapters:  # switched off by the user: no noise is wanted
+            self.mark_called()
             return self.unperturbed(x, *args, **kwargs)
         if len(x) != len(chunk.members):
             raise ValueError(
                 f"members: expected one for each batch row of {self.name}, int64 [{len(x)}], "
                 f"got int64 [{len(chunk.members)}]"
             )
+        self.mark_called()
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
-                return self._perturbed(x.to(self.weight.dtype), chunk)
+                return self._perturbed(x.to(self.base_weight.dtype), chunk)
         return self._perturbed(x, chunk)
 
     def _perturbed(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         if chunk.factors is None:
             return population_linear_triton(
-                x, self.weight, self.bias, self.a, self.b, members=chunk.members, streams=self.streams,
+                x, self.base_weight, self.bias, self.a, self.b, members=chunk.members, streams=self.streams,
                 seed=chunk.seed, step=chunk.step, sigma=chunk.sigma, rank=chunk.rank, scale=self.scale,
             )  # fmt: skip
         return population_linear_torch(
-            x, self.weight, self.bias, self.a, self.b,
+            x, self.base_weight, self.bias, self.a, self.b,
             factors=chunk.factors[self.name], c=chunk.c, scale=self.scale,
         )  # fmt: skip
 
@@ -153,6 +206,10 @@ class PopulationLinear(Target, LoraLinear):
         """s = lora_alpha / r, or PEFT's rank-stabilised variant of it."""
         return self.scaling[ADAPTER]
 
+    @property
+    def base_weight(self) -> torch.Tensor:
+        return self.get_base_layer().weight
+
     def thetas(self) -> dict[str, Theta]:
         return {"lora_A.weight": Theta(self.a, U, V), "lora_B.weight": Theta(self.b, U_OUT, V_OUT)}
 
@@ -171,6 +228,27 @@ def make_layer(form: type[Target], target: nn.Module, adapter_name: str, **kwarg
         name = kwargs.get("target_name", "?")
         raise TypeError(f"target_modules: expected a dense torch.nn.Linear at '{name}', got {type(target).__name__}")
     return form(target, adapter_name, **kwargs)
+
+
+def shared_linears(module: nn.Module) -> dict[int, list[str]]:
+    """Names of each linear that stands at several places, by its id. A shared parent is one place."""
+    places: dict[int, dict[tuple[int, str], str]] = {}
+    for name, each in module.named_modules(remove_duplicate=False):
+        parent, _, child = name.rpartition(".")
+        if name and isinstance(each, nn.Linear):
+            places.setdefault(id(each), {}).setdefault((id(module.get_submodule(parent)), child), name)
+    return {linear: list(names.values()) for linear, names in places.items() if len(names) > 1}
+
+
+def why_not_perturbed(module: nn.Module, name: str, scope: Scope) -> str:
+    """Why a target had no noise in a forward, for an error."""
+    if name not in scope.read:
+        return "it was not called in this forward"
+    owner = module.get_submodule(name.rpartition(".")[0])
+    why = f"its owner, {type(owner).__name__}, reads its weight and does not call it"
+    if isinstance(owner, nn.TransformerEncoderLayer):
+        why += "; torch.backends.mha.set_fastpath_enabled(False) makes it call it"
+    return why
 
 
 def strip(module: nn.Module, trainable: dict[str, bool]) -> None:

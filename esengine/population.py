@@ -25,10 +25,12 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save
 from torch import nn
 
 from esengine.direct import Direct, DirectLinear, full_rank
+from esengine.errors import UnperturbedError
 from esengine.files import replace_file
 from esengine.kernels import (
     CONTRACT,
@@ -46,7 +48,19 @@ from esengine.kernels import (
     step_tensor,
     uses_triton,
 )
-from esengine.layers import ADAPTER, Chunk, PopulationLinear, Scope, Target, Theta, check_config, make_layer, strip
+from esengine.layers import (
+    ADAPTER,
+    Chunk,
+    PopulationLinear,
+    Scope,
+    Target,
+    Theta,
+    check_config,
+    make_layer,
+    shared_linears,
+    strip,
+    why_not_perturbed,
+)
 from esengine.memory import fits
 from esengine.transfer import upload
 from esengine.update import Updater, UpdateRule, UpdateStats
@@ -100,18 +114,23 @@ def attach(
 
     Raises:
         ValueError: an option of `config` that ES on frozen weights cannot honour, a target that matches nothing, an
-            adapter already there, a clash of stream ids.
+            adapter already there or on a module below, a target that stands at two places, a clash of stream ids.
         TypeError: a target that is not a dense linear.
     """
     noise, rule = noise or Noise(), rule or UpdateRule()
     form = DirectLinear if isinstance(config, Direct) else PopulationLinear
     config = config.selection() if isinstance(config, Direct) else config
     check_config(config)
-    if getattr(module, "peft_config", None):
-        raise ValueError("module: expected one without an adapter, got one with peft_config; detach or unload it first")
+    for name, each in module.named_modules():
+        if getattr(each, "peft_config", None) or isinstance(each, BaseTunerLayer):
+            where = f"at '{name}'" if name else "with peft_config"
+            raise ValueError(
+                f"module: expected one without an adapter, got one {where}; detach, unload or merge it first"
+            )
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"backend: expected auto, triton or torch, got {backend}")
-    names = [name for name, _ in module.named_modules()]
+    names = [name for name, _ in module.named_modules(remove_duplicate=False)]
+    shared = shared_linears(module)
     for target in config.target_modules if isinstance(config.target_modules, (list, set, tuple)) else ():
         if not any(name == target or name.endswith(f".{target}") for name in names):
             raise ValueError(f"target_modules: '{target}' matches nothing in {type(module).__name__}")
@@ -123,6 +142,13 @@ def attach(
             torch.random.default_generator.manual_seed(noise.seed & (1 << 63) - 1)  # the CPU's alone
             LoraModel(module, config, ADAPTER)
         layers = {name: m for name, m in module.named_modules() if isinstance(m, Target)}
+        for layer in layers.values():
+            if places := shared.get(id(layer.base_layer)):
+                raise ValueError(
+                    f"target_modules: {' and '.join(map(repr, places))} are one Linear with several owners, and PEFT "
+                    "loads an adapter for the first alone; give each owner a Linear of its own, or exclude it"
+                )
+            layer.train(layer.base_layer.training)
         config = full_rank(config, layers) if form is DirectLinear else config
         population = Population(module, layers, config, noise, rule, backend, trainable)
         if backend == "triton" and not uses_triton(population.device):
@@ -177,7 +203,7 @@ class Population:
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.layers.values())).weight.device
+        return next(iter(self.layers.values())).base_weight.device
 
     @property
     def backend(self) -> str:
@@ -208,16 +234,27 @@ class Population:
         Raises:
             ValueError: `members` is of another dtype, shape or device, or has a negative entry; in the forward, when
                 its length is not the batch size.
+            UnperturbedError: at the end, when the module ran and a target was not called, or its owner read its
+                weight instead. Every member would compute the same there.
             RuntimeError: inside another `perturbed`, or after `detach`.
         """
         self._check_attached()
         if self._scope.chunk is not None:
             raise RuntimeError("perturbed: already inside one; contexts do not nest")
-        self._scope.chunk = self._chunk(step, members)
+        self._scope.enter(self._chunk(step, members))
         try:
-            yield self
+            with self._scope.watch(self.module):
+                yield self
+            if len(members):
+                self._require_all_called()
         finally:
-            self._scope.chunk = None
+            self._scope.enter(None)
+
+    def _require_all_called(self) -> None:
+        scope = self._scope
+        missed = [name for name in self.layers if name not in scope.called and (scope.ran or name in scope.read)]
+        if missed:
+            raise UnperturbedError({name: why_not_perturbed(self.module, name, scope) for name in missed})
 
     @torch.no_grad()
     def gradient(self, *, step: int, fitness: torch.Tensor) -> dict[str, torch.Tensor]:

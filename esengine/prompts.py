@@ -1,6 +1,5 @@
-"""Prompt files, and which prompts a step draws."""
+"""Lists of prompts, and which of them a step draws."""
 
-import codecs
 from pathlib import Path
 
 import numpy as np
@@ -8,39 +7,21 @@ import torch
 
 from esengine.defaults import DATA
 from esengine.errors import ConfigError
-from esengine.files import read_regular
+from esengine.prompt_files import read_prompt_file
 
 GALLERY = DATA / "prompts_gallery.txt"
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Read a UTF-8 text file of prompts, one a line; blank lines and lines that begin with # are skipped.
-
-    Duplicates are kept; spaces around a prompt are not. A byte order mark and any line ending are accepted.
+    """The prompts of a file: text with one on each line, a table, or JSON lines. See `esengine.prompt_files`.
 
     Returns:
         At least one prompt, in the file's order.
 
     Raises:
-        ConfigError: the file cannot be read, holds no prompt, is not UTF-8, or holds a NUL byte; with the line number.
+        ConfigError: the file cannot be read or holds no prompt; with the line number where there is one.
     """
-    try:
-        data = read_regular(path)
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"prompts file {path}: {getattr(e, 'strerror', None) or e}") from e
-    prompts = []
-    for number, line in enumerate(data.removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
-        if b"\0" in line:
-            raise ConfigError(f"prompts file {path}, line {number}: expected text, got a NUL byte")
-        try:
-            text = line.decode("utf-8").strip()
-        except UnicodeDecodeError as e:
-            raise ConfigError(f"prompts file {path}, line {number}: expected UTF-8, got {e.reason}") from e
-        if text and not text.startswith("#"):
-            prompts.append(text)
-    if not prompts:
-        raise ConfigError(f"prompts file {path}: expected at least one prompt, got none")
-    return prompts
+    return list(read_prompt_file(path)["prompt"])
 
 
 class PromptSampler:

@@ -73,10 +73,12 @@ class Stack:
         or scales.
         """
         targets = [t for t in layers if isinstance(t, Target) and not t.disable_adapters]
-        unlike = len({(t.lengths(), t.scale) for t in targets}) > 1 or len({t.weight.shape for t in layers}) > 1
+        weights = [layer.base_weight if isinstance(layer, Target) else layer.weight for layer in layers]
+        unlike = len({(t.lengths(), t.scale) for t in targets}) > 1 or len({w.shape for w in weights}) > 1
         if unlike or len(targets) not in (0, len(layers)) or len({t.bias is None for t in layers}) > 1:
             raise ValueError(f"layers: expected {len(layers)} alike, all targets or none, got {layers}")
-        self.weight, self.bias = stacked([t.weight for t in layers]), stacked([t.bias for t in layers])
+        self.weight, self.bias = stacked(weights), stacked([t.bias for t in layers])
+        self.layers = [layer for layer in layers if isinstance(layer, Target)]
         self.adapters = None
         if targets:
             a, b = stacked([t.a for t in targets]), stacked([t.b for t in targets])
@@ -97,6 +99,8 @@ class Stack:
         **epilogue,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """y, and the shares for the `reader` of y if it takes any. See `shrink`, `mix` and `fused_linear`."""
+        for layer in self.layers:
+            layer.mark_called()
         own = keys if self.adapters else None
         x, h = shrink(x, self.adapters, own, modulation) if shares is None else (x, mix(shares, self.adapters, own))
         options = dict(h=h, adapters=self.adapters, **epilogue)

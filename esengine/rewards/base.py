@@ -1,10 +1,12 @@
 """What a reward is."""
 
+import numbers
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 
-from esengine.errors import EsengineError
+from esengine.errors import EsengineError, RewardError
 
 
 class Reward(Protocol):
@@ -16,8 +18,69 @@ class Reward(Protocol):
     """
 
     def __call__(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """Score images, uint8 [B, 3, H, W], each drawn from the prompt beside it. Returns finite float32 [B]."""
+        """Score images, uint8 [B, 3, H, W], each drawn from the prompt beside it.
+
+        Returns B finite numbers, one for each image: a tensor [B] (float32, or another real dtype) on any device, a
+        numpy array [B], or a list. See `as_scores`.
+        """
         ...
+
+
+def as_scores(returned: object, count: int) -> torch.Tensor:
+    """What a reward returned, as float32 [count]; on its own device where it was a tensor.
+
+    Floats of more bits than float32 are rounded to it. Integers must be exact in it.
+
+    Raises:
+        RewardError: anything but `count` real numbers: another shape or type, or a number that is missing or that
+            float32 cannot hold.
+    """
+    expected = f"expected {count} numbers, one for each image: a float32 tensor [{count}], a numpy array or a list"
+    if isinstance(returned, torch.Tensor):
+        if returned.layout != torch.strided:
+            raise RewardError(f"returned a tensor of layout {returned.layout}; expected a dense one")
+        scores = returned.detach()
+    elif isinstance(returned, np.ndarray) and returned.dtype.kind in "fiu":
+        scores = torch.from_numpy(np.array(returned, dtype=returned.dtype.newbyteorder("="), order="C"))
+    elif isinstance(returned, list | tuple):
+        scores = [_number(each, place, expected) for place, each in enumerate(returned)]
+        scores = torch.tensor(scores, dtype=torch.float64)
+    else:
+        raise RewardError(f"returned {describe(returned)}; {expected}")
+    real = scores.dtype.is_floating_point or scores.dtype in _INTEGERS
+    if scores.shape != (count,) or not real:
+        raise RewardError(f"returned {describe(returned)}; {expected}")
+    if scores.dtype == torch.float32:
+        return scores
+    found = scores.to(torch.float32)
+    if scores.dtype in _INTEGERS and not torch.equal(found.to(torch.float64), scores.to(torch.float64)):
+        raise RewardError("returned integers that float32 cannot hold exactly; expected float32 scores")
+    if (lost := scores.isfinite() & ~found.isfinite()).any():
+        raise RewardError(f"returned {scores[lost][0]:g}, which float32 cannot hold; expected a finite float32 score")
+    return found
+
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _number(value: object, place: int, expected: str) -> float:
+    """One score of a list: a Python or numpy number, or a tensor or array that holds one."""
+    if isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+        raise RewardError(f"returned {plain(repr(value))[:60]} for image {place}; {expected}")
+    return float(value)
+
+
+def describe(value: object) -> str:
+    """A value's type and, where it has them, its dtype and shape."""
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, np.ndarray):
+        return f"numpy {value.dtype} {list(value.shape)}"
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__} of {len(value)}"
+    return type(value).__name__
 
 
 class Encoder(Protocol):

@@ -6,7 +6,7 @@ import inspect
 import operator
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from esengine.errors import ConfigError
@@ -14,8 +14,8 @@ from esengine.rewards.base import Reward, reason
 from esengine.rewards.clip import Aesthetic, ClipText, HPSv2, NoArtifacts, PickScore
 from esengine.rewards.jpeg import JpegCompressibility, JpegIncompressibility
 from esengine.rewards.remote import Remote
-from esengine.rewards.spec import read
-from esengine.rewards.weighted import COMBINED, Weighted
+from esengine.rewards.spec import COMBINED, Term, group, read
+from esengine.rewards.weighted import Weighted
 
 
 def _checker() -> Reward:
@@ -51,14 +51,12 @@ def load(name: str, **options) -> Reward:
         ConfigError: unknown name, failed import, no such attribute, not callable, or options that do not fit.
     """
     if name == COMBINED:
-        return _combine([(each, {}, weight) for each, weight in _weights(options)], options.get("device", "cpu"))
-    return _build(name, options, {})
+        return Weighted(build(group(options)))
+    return _build(Term(name, options), {})
 
 
 def parse(spec: str, *, device: str = "cpu") -> Weighted:
     """Load rewards from text: "pickscore(model=weights/pickscore,dtype=bfloat16)=1.0,clip_text=0,my.module:score".
-
-    A model that several rewards use is loaded once. "combined(a=1,b=0.5)=2" stands for "a=2,b=1".
 
     Args:
         spec: in the grammar of `esengine.rewards.spec`.
@@ -67,31 +65,28 @@ def parse(spec: str, *, device: str = "cpu") -> Weighted:
     Raises:
         ConfigError: what `spec.read`, `load` and `Weighted` refuse.
     """
-    terms = []
-    for term in read(spec):
-        if term.name == COMBINED:
-            terms += [(name, {}, term.weight * weight) for name, weight in _weights(term.options)]
-        else:
-            terms.append((term.name, term.options, term.weight))
-    return _combine(terms, device)
+    return Weighted(build(read(spec), device=device))
 
 
-def _combine(terms: list[tuple[str, dict[str, Any], float]], device: str) -> Weighted:
-    Weighted.check([(name, weight) for name, _, weight in terms])
+def build(terms: Sequence[Term], *, device: str = "cpu") -> list[tuple[str, Reward, float]]:
+    """(name, reward, weight) of each term, in their order. A model that several rewards use is loaded once.
+
+    Args:
+        terms: from `spec.read`.
+        device: for each reward that takes one, unless its term has another.
+
+    Raises:
+        ConfigError: what `load` and `Weighted` refuse.
+    """
+    Weighted.check([(term.name, term.weight) for term in terms])
     shared = {"device": device, "encoders": {}}
-    return Weighted([(name, _build(name, options, shared), weight) for name, options, weight in terms])
+    return [(term.name, _build(term, shared), term.weight) for term in terms]
 
 
-def _weights(options: dict[str, Any]) -> list[tuple[str, float]]:
-    weights = [(name, weight) for name, weight in options.items() if name != "device"]
-    for name, weight in weights:
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise ConfigError(f"reward {COMBINED}: expected a number as the weight of {name}, got {weight!r}")
-    return weights
-
-
-def _build(name: str, options: dict[str, Any], shared: dict[str, Any]) -> Reward:
-    """The reward `name` with its own options, and those of `shared` that it has parameters for."""
+def _build(term: Term, shared: dict[str, Any]) -> Reward:
+    """The reward of a term with its own options, and those of `shared` that it has parameters for."""
+    name, options = term.name, term.options
+    shared = shared | ({} if term.device is None else {"device": term.device})
     target = BUILTIN.get(name) or _import(name)
     if name in BUILTIN or isinstance(target, type):
         parameters = _parameters(target)

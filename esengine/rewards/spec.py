@@ -5,12 +5,19 @@
     option  = key "=" value
 
 A value is a number, true or false, or text; text with a comma, a bracket or outer spaces stands in quotes.
+
+"combined(a=1,b=0.5,device=cpu)=2" stands for "a=2,b=1", each on that device where it takes one.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from esengine.errors import ConfigError
+
+COMBINED = "combined"
+"""Names the weighted sum of all rewards; in a text, a group of them."""
 
 _NAME = re.compile(r"[^\s(),='\"]+")
 _VALUE = re.compile(r"'[^']*'|\"[^\"]*\"|[^,()'\"]+")
@@ -20,20 +27,49 @@ _FLOAT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 @dataclass(frozen=True)
 class Term:
-    """One reward as it was written."""
+    """One reward as it was written.
+
+    Attributes:
+        device: of the group that it was written in. It is used where the reward takes a device and `options` has none.
+    """
 
     name: str
     options: dict[str, int | float | bool | str] = field(default_factory=dict)
     weight: float = 1.0
+    device: str | None = None
 
 
 def read(spec: str) -> list[Term]:
-    """Read a text of the grammar above, loading nothing.
+    """Read a text of the grammar above, loading nothing. A group is replaced by its rewards.
 
     Raises:
         ConfigError: the text does not fit the grammar; the message gives the position, from 1, and what was expected.
+            Or a group without a reward, or with a weight that is not a number.
     """
-    return _Reader(spec).terms()
+    found = []
+    for term in _Reader(spec).terms():
+        found += group(term.options, term.weight) if term.name == COMBINED else [term]
+    return found
+
+
+def group(options: Mapping[str, Any], weight: float = 1.0) -> list[Term]:
+    """The rewards of a group: `options` has the weight of each by its name, and perhaps their `device`.
+
+    Raises:
+        ConfigError: no reward, a weight that is not a number, or a device that is not text.
+    """
+    device = options.get("device")
+    if device is not None and not isinstance(device, str):
+        raise ConfigError(f"reward {COMBINED}: expected text as the device, such as cpu or cuda:1, got {device!r}")
+    weights = {name: each for name, each in options.items() if name != "device"}
+    if not weights:
+        raise ConfigError(
+            f"reward {COMBINED}: expected at least one reward and its weight, as {COMBINED}(a=1,b=0.5), got none"
+        )
+    for name, each in weights.items():
+        if isinstance(each, bool) or not isinstance(each, int | float):
+            raise ConfigError(f"reward {COMBINED}: expected a number as the weight of {name}, got {each!r}")
+    return [Term(name, {}, weight * each, device) for name, each in weights.items()]
 
 
 class _Reader:

@@ -11,9 +11,8 @@ import torch
 
 from esengine.errors import ConfigError, OutOfMemory, RewardError
 from esengine.memory import fits, give_back
-from esengine.rewards.base import Encoder, FeatureReward, Reward, reason, settings_of
-
-COMBINED = "combined"
+from esengine.rewards.base import Encoder, FeatureReward, Reward, as_scores, describe, reason, settings_of
+from esengine.rewards.spec import COMBINED
 
 _log = logging.getLogger(__name__)
 
@@ -157,7 +156,7 @@ def checked(
         ValueError: images, prompts or members do not fit each other.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images: expected uint8 [B, 3, H, W], got {_describe(images)}")
+        raise ValueError(f"images: expected uint8 [B, 3, H, W], got {describe(images)}")
     for argument, values in (("prompts", prompts), ("members", members)):
         if values is not None and len(values) != len(images):
             raise ValueError(f"{argument}: expected {len(images)}, one for each image, got {len(values)}")
@@ -177,11 +176,7 @@ def _asked(reward: Reward, images: torch.Tensor, prompts: list[str]) -> torch.Te
     """A copy of what the reward returns, float32 [B] on the images' device, or an error of any kind."""
     with torch.no_grad():
         score = reward(images if getattr(reward, "reads_only", False) is True else images.clone(), list(prompts))
-        if not isinstance(score, torch.Tensor) or score.dtype != torch.float32 or score.shape != (len(images),):
-            raise RewardError(f"returned {_describe(score)}; expected a tensor float32 [{len(images)}]")
-        if score.layout != torch.strided:
-            raise RewardError(f"returned a tensor of layout {score.layout}; expected a dense one")
-        return score.detach().to(images.device, copy=True)
+        return as_scores(score, len(images)).to(images.device, copy=True)
 
 
 def _require_finite(name, score, prompts, step, members) -> None:
@@ -206,9 +201,3 @@ def _where(name: str, rows: Sequence[int], prompts: list[str], step: int | None,
         others = f" and {len(texts) - 1} more" if len(texts) > 1 else ""
         parts.append(f"{noun}{'s' if len(ids) > 1 else ''} {some} (prompt {first!r}{others})")
     return ", ".join(parts)
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    return type(value).__name__

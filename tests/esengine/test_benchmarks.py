@@ -116,7 +116,7 @@ def test_the_first_so_many(table):
         ("Prompt\tPrompts\tCategory\tChallenge\n", ["one column Prompt"]),
         ("Prompt\tCategory\tChallenge\tcategory\n", ["one column Category"]),
         (b"Prompt\tCategory\tChallenge\nok\tb\tc\nna\xefve\tb\tc\n", ["line 3", "UTF-8"]),
-        ("Prompt\tCategory\tChallenge\nok\tb\tc\n".encode("utf-16"), ["line 1", "UTF-8"]),
+        ("Prompt\tCategory\tChallenge\nok\tb\tc\n".encode("utf-16"), ["line 1", "NUL"]),
         (b"Prompt\tCategory\tChallenge\nok\tb\tc\na\0\tb\tc\n", ["line 3", "NUL"]),
         ("Prompt\tCategory\tChallenge\n" + "x" * 200_000 + "\tb\tc\n", ["line 2", "field limit"]),
     ],

@@ -487,3 +487,14 @@ def test_a_run_that_was_not_watched_can_be_from_where_it_is(small, tmp_path):
     assert [line["step"] for line in records(tmp_path / "run")] == [1, 2, 3]
     train(dataclasses.replace(config, resume=True, steps=4))
     assert [line["step"] for line in records(tmp_path / "run")] == [1, 2]
+
+
+@pytest.mark.parametrize("reward", ["combined(jpeg_compressibility=1,device=cpu)", "combined(jpeg_compressibility=1)"])
+def test_an_option_of_a_group_is_not_counted_as_a_reward(reward):
+    own, others, rewards = chosen(reward, "jpeg_incompressibility")
+    assert own == [("jpeg_compressibility", 1.0)]
+    assert others == ["jpeg_incompressibility"]
+    assert rewards.objective == "jpeg_compressibility"
+    images = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
+    scores = rewards.everything.score(images, ["a", "b"])
+    assert torch.equal(scores["combined"], scores["jpeg_compressibility"])

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel, Gemma2Config, Gemma2ForCausalLM
 
 import esengine
 from esengine import Noise, UpdateRule
-from esengine.errors import UpdateError
+from esengine.errors import UnperturbedError, UpdateError
 from esengine.kernels import factor, signed_sigma
 from esengine.layers import PopulationLinear
 
@@ -766,3 +766,116 @@ def test_triton_without_a_gpu_is_refused():
     with pytest.raises(ValueError, match="backend: triton needs"):
         esengine.attach(module, mlp_config(), backend="triton")
     assert list(module.state_dict()) == keys
+
+
+# ---- nothing is left without noise in silence
+
+
+class Branches(torch.nn.Module):
+    """Owners that treat `up` each in their way."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.up, self.down = how, torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        if self.how == "reads":
+            return self.down(torch.nn.functional.linear(x, self.up.weight, self.up.bias))
+        return self.down(self.up(x) if self.how == "calls" else x)
+
+
+FORMS = [LoraConfig(r=2, target_modules=["up", "down"]), esengine.Direct(target_modules=["up", "down"])]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["lora", "direct"])
+@pytest.mark.parametrize(("how", "why"), [("reads", "reads its weight"), ("skips", "was not called")])
+def test_a_target_that_its_owner_never_calls_is_an_error_with_its_name(form, how, why):
+    module = Branches(how)
+    population = esengine.attach(module, form)
+    with (
+        pytest.raises(UnperturbedError, match="'up'") as caught,
+        torch.no_grad(),
+        population.perturbed(step=0, members=torch.arange(4)),
+    ):
+        module(torch.randn(4, 8))
+    assert list(caught.value.layers) == ["up"]
+    assert why in caught.value.layers["up"]
+    module.how = "calls"
+    with torch.no_grad(), population.perturbed(step=0, members=torch.arange(4)):
+        assert module(torch.randn(1, 8).expand(4, 8)).std(0).min() > 0
+    assert "forward" not in vars(module)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_torchs_fused_encoder_layer_is_named(nested):
+    encoder = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    module = torch.nn.Sequential(encoder) if nested else encoder
+    population, x = (
+        esengine.attach(module, LoraConfig(r=2, target_modules=["linear1", "linear2"])),
+        torch.randn(2, 3, 8),
+    )
+    with (
+        pytest.raises(UnperturbedError) as caught,
+        torch.no_grad(),
+        population.perturbed(step=0, members=torch.tensor([0, 1])),
+    ):
+        module(x)
+    assert [name.rpartition(".")[2] for name in caught.value.layers] == ["linear1", "linear2"]
+    assert all("set_fastpath_enabled" in why for why in caught.value.layers.values())
+    module.train()
+    with torch.no_grad(), population.perturbed(step=0, members=torch.tensor([0, 1])):
+        module(x)
+
+
+def test_an_error_inside_is_not_hidden_by_that_of_a_target():
+    population = esengine.attach(Branches("skips"), FORMS[0])
+    with pytest.raises(KeyError), torch.no_grad(), population.perturbed(step=0, members=torch.arange(4)):
+        population.module(torch.randn(4, 8))
+        raise KeyError("mine")
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["lora", "direct"])
+def test_one_linear_with_two_owners_is_refused_and_a_shared_owner_is_not(form):
+    up = torch.nn.Linear(8, 8)
+    module = torch.nn.ModuleDict({"a": torch.nn.ModuleDict({"up": up}), "b": torch.nn.ModuleDict({"up": up})})
+    module["b"]["down"] = torch.nn.Linear(8, 8)
+    with pytest.raises(ValueError, match=r"'a\.up' and 'b\.up' are one Linear"):
+        esengine.attach(module, form)
+    assert module["a"]["up"] is module["b"]["up"] is up
+    assert not hasattr(module, "peft_config")
+    block = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    shared = torch.nn.Sequential(block, block)
+    population = esengine.attach(shared, LoraConfig(r=2, target_modules=["0.0"]), esengine.Noise(sigma=0.1))
+    x, members = torch.randn(2, 8), torch.tensor([0, 1])
+    with torch.no_grad(), population.perturbed(step=3, members=members):
+        both = shared(x)
+    for row, member in enumerate(members.tolist()):
+        merged = population.member_state_dict(step=3, member=member)
+        a, b = (merged[f"base_model.model.0.0.lora_{side}.weight"] for side in "AB")
+        linear = block[0].base_layer
+        weight = linear.weight + population.layers["0.0"].scale * b @ a
+        once = torch.nn.functional.linear(x[row], weight, linear.bias)
+        assert torch.allclose(both[row], torch.nn.functional.linear(once, weight, linear.bias), atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["lora", "direct"])
+def test_an_adapter_on_a_module_below_is_refused_and_untouched(form):
+    below = Branches("calls")
+    esengine.attach(below, LoraConfig(r=4, target_modules=["up"]))
+    for parameter in below.parameters():
+        parameter.data.normal_()
+    module = torch.nn.Sequential(below)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(ValueError, match="without an adapter, got one at '0'"):
+        esengine.attach(module, form)
+    after = module.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_layers_are_in_the_mode_of_the_module_they_are_on():
+    for mode in (True, False):
+        module = Branches("calls").train(mode)
+        population = esengine.attach(module, FORMS[0])
+        assert {each.training for each in module.modules()} == {mode}
+        population.detach()

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from esengine.benchmarks import read_benchmark
 from esengine.defaults import defaults
 from esengine.errors import ConfigError
 from esengine.prompts import PromptSampler, read_prompts
@@ -161,3 +162,54 @@ def test_too_many_or_too_few_a_step(count, per_step):
 def test_negative_step():
     with pytest.raises(ValueError, match="step"):
         PromptSampler(3, 1, seed=0).draw(-1)
+
+
+ROWS = ("a cat", "a dog, brown", 'he said "hi"')
+FORMS = {
+    "p.txt": 'a cat\n# no\na dog, brown\nhe said "hi"\n',
+    "p.tsv": 'Category\tPrompt\nAnimals\ta cat\n\ta dog, brown\nPeople\the said "hi"\n',
+    "P.TSV": 'PROMPTS\na cat\na dog, brown\nhe said "hi"\n',
+    "p.csv": 'id,prompt\n1,a cat\n2,"a dog, brown"\n3,"he said ""hi"""\n',
+    "table.txt": 'Prompt\tCategory\tChallenge\na cat\tx\ty\na dog, brown\t\t\nhe said "hi"\t\t\n',
+    "table": 'prompt,category\na cat,x\n"a dog, brown",\n"he said ""hi""",y\n',
+    "p.jsonl": '{"Prompt": "a cat", "tag": "x", "n": 3}\n\n{"prompt": " a dog, brown "}\n"he said \\"hi\\""\n',
+    "p.ndjson": '"a cat"\n"a dog, brown"\n"he said \\"hi\\""\n',
+    "lines.txt": '{"prompt": "a cat"}\n{"prompt": "a dog, brown"}\n{"prompt": "he said \\"hi\\""}\n',
+    "p.json": '["a cat", {"prompt": "a dog, brown"}, {"prompt": "he said \\"hi\\"", "category": null}]',
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_gives_the_same_prompts(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(b"\xef\xbb\xbf" + FORMS[name].replace("\n", "\r\n").encode())
+    assert read_prompts(path) == list(ROWS)
+    assert read_benchmark(None, path).prompts == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("p.tsv", "a cat\na dog\n", "columns Prompt or Prompts, got the columns a cat"),
+        ("p.csv", "", "got the columns none"),
+        ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "line 2: expected a key prompt, got the keys text"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', "line 2: expected text as its prompt, got 3"),
+        ("p.jsonl", '{"prompt": ""}\n', "line 1: expected a prompt"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt"\n', "line 2: expected JSON"),
+        ("p.jsonl", '{"prompt": "a\\u0000"}\n', "line 1: expected text without NUL"),
+        ("p.jsonl", '{"prompt": "\\ud800"}\n', "line 1: expected text without NUL or surrogates"),
+        ("p.jsonl", '{"prompt": "a", "Prompts": "b"}\n', "line 1: expected one key prompt"),
+        ("p.jsonl", "[1]\n", "line 1: expected an object"),
+        ("p.json", '{"prompt": "a"}', "expected a JSON list"),
+        ("p.json", '["a", 7]', "item 2: expected an object"),
+        ("p.json", "[]", "at least one prompt"),
+        ("p.yaml", "- a cat\n", r"expected \.txt .* got \.yaml"),
+        ("p.parquet", "PAR1", r"got \.parquet"),
+    ],
+)
+def test_what_is_no_file_of_prompts_is_named(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    for read in (read_prompts, lambda path: read_benchmark(None, path)):
+        with pytest.raises(ConfigError, match=words) as caught:
+            read(tmp_path / name)
+        assert str(tmp_path / name) in str(caught.value)

@@ -225,20 +225,64 @@ def test_many_members_and_long_prompts_are_cut_short():
 @pytest.mark.parametrize(
     ("result", "got"),
     [
-        (torch.zeros(4).double(), r"float64 \[4\]"),
-        (torch.zeros(4).half(), r"float16 \[4\]"),
-        (torch.zeros(4, dtype=torch.int64), r"int64 \[4\]"),
+        (torch.zeros(4, dtype=torch.bool), r"bool \[4\]"),
+        (torch.zeros(4, dtype=torch.complex64), r"complex64 \[4\]"),
+        (torch.full((4,), 1e39, dtype=torch.float64), r"1e\+39, which float32 cannot hold"),
+        (torch.full((4,), (1 << 24) + 1), "integers that float32 cannot hold exactly"),
         (torch.zeros(4, 1), r"float32 \[4, 1\]"),
         (torch.zeros(3), r"float32 \[3\]"),
         (torch.zeros(()), r"float32 \[\]"),
-        ([0.0] * 4, "list"),
-        (np.zeros(4, np.float32), "ndarray"),
+        ([0.0] * 3, "a list of 3"),
+        ([[0.0]] * 4, r"\[0.0\] for image 0"),
+        ([0.0, None, 0.0, 0.0], "None for image 1"),
+        ([0.0, True, 0.0, 0.0], "True for image 1"),
+        (["0"] * 4, "'0' for image 0"),
+        (np.zeros((4, 1), np.float32), r"numpy float32 \[4, 1\]"),
+        (np.array(["0"] * 4), "numpy <U1"),
+        (np.zeros(4, bool), "numpy bool"),
+        ({0: 0.0}, "dict"),
+        (0.0, "float"),
         (None, "NoneType"),
     ],
 )
 def test_wrong_type_shape_or_dtype(result, got):
-    with pytest.raises(RewardError, match=rf"my_mod:score, step 3, members 0, .*returned {got}; expected .*\[4\]"):
+    with pytest.raises(RewardError, match=rf"my_mod:score, step 3, members 0, .*returned {got}"):
         weighted(lambda images, prompts: result).score(noise_images(), PROMPTS, step=3, members=range(4))
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        [0.5, 1, -2.25, 3e5],
+        (0.5, 1, -2.25, 3e5),
+        [np.float64(0.5), np.int64(1), torch.tensor(-2.25), np.array(3e5)],
+        np.array([0.5, 1, -2.25, 3e5]),
+        np.array([0.5, 1, -2.25, 3e5], np.float32),
+        np.array([0.5, 1, -2.25, 3e5], ">f8"),
+        np.array([9, 3e5, 9, -2.25, 9, 1, 9, 0.5])[::-2],
+        torch.tensor([0.5, 1, -2.25, 3e5]).double(),
+        torch.tensor([0.5, 1, -2.25, 3e5], requires_grad=True),
+    ],
+)
+def test_a_list_an_array_or_a_tensor_of_numbers_will_do(result):
+    scores = weighted(lambda images, prompts: result).score(noise_images(), PROMPTS)["combined"]
+    assert scores.dtype == torch.float32
+    assert not scores.requires_grad
+    assert scores.tolist() == [0.5, 1, -2.25, 3e5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64, torch.uint8, np.float16, np.int32])
+def test_other_number_types_will_do(dtype):
+    make = torch.tensor if isinstance(dtype, torch.dtype) else np.array
+    result = make([1, 2, 3, 4], dtype=dtype)
+    assert weighted(lambda images, prompts: result).score(noise_images(), PROMPTS)["combined"].tolist() == [1, 2, 3, 4]
+
+
+def test_what_is_kept_is_a_copy():
+    mine = np.zeros(4, np.float32)
+    scores = weighted(lambda images, prompts: mine).score(noise_images(), PROMPTS)["combined"]
+    mine[:] = 9
+    assert scores.tolist() == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("error", [KeyError("k"), RuntimeError("boom\nmore"), SystemExit(0)])

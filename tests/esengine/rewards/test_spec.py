@@ -120,6 +120,22 @@ def test_combined_by_name(module):
             rewards.load("combined", **options)
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_device_of_a_group_is_no_reward_and_reaches_those_that_take_one(module, device):
+    (term, other) = read(f"combined(a=1,b=0.5,device={device})=2")
+    assert (term.name, term.options, term.weight, term.device) == ("a", {}, 2.0, device)
+    assert (other.name, other.weight, other.device) == ("b", 1.0, device)
+    reward = rewards.parse(f"combined(jpeg_compressibility=1,{module}:Takes=2,device={device})", device="cuda:7")
+    assert reward.names == ["jpeg_compressibility", f"{module}:Takes"]
+    assert reward.terms[1][1].device == device
+
+
+@pytest.mark.parametrize("text", ["combined()", "combined(device=cpu)", "combined(a=1,device=3)", "combined(a=b)"])
+def test_a_group_without_rewards_or_with_other_options_is_refused(text):
+    with pytest.raises(ConfigError, match="reward combined: expected"):
+        read(text)
+
+
 def test_names_and_weights_are_checked_before_anything_is_loaded():
     with pytest.raises(ConfigError, match="given 2 times"):
         rewards.parse("pickscore(model=/no/such),pickscore(model=/no/such)")

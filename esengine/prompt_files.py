@@ -1,0 +1,219 @@
+"""Files of prompts, for every flag that takes one: text, tables, and JSON lines.
+
+    .txt, and any other name    a prompt on each line; blank lines and lines that begin with # are skipped
+    .tsv, .csv                  a table with a first line of names: Prompt, and perhaps Category and Challenge
+    .jsonl, .ndjson             a JSON object on each line, with the same names as keys; or a JSON string
+    .json                       a list of such objects or strings
+
+A text file that begins as a table or as JSON lines do is read as one: no prompt looks like that.
+
+PartiPrompts.tsv is written without quoting: a quote is part of a prompt, and one prompt begins with one. So a table
+with tabs is split at its tabs, and only a cell that is quoted as a whole, as spreadsheets do when they save it anew, is
+unquoted. A table with commas is ordinary CSV.
+"""
+
+import codecs
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from esengine.errors import ConfigError
+from esengine.files import read_regular
+
+COLUMNS = {"prompt": ("prompt", "prompts"), "category": ("category",), "challenge": ("challenge",)}
+"""A column's names, in any case. Only the prompt is needed, unless a caller needs more."""
+
+ACCEPTED = ".txt (a prompt on each line), .tsv, .csv, .jsonl or .json"
+_TABLES, _JSON_LINES, _JSON = (".tsv", ".csv"), (".jsonl", ".ndjson"), ".json"
+_OTHER = frozenset((
+    *(".yaml", ".yml", ".toml", ".xml", ".html", ".parquet", ".arrow", ".feather", ".xls", ".xlsx", ".ods", ".docx"),
+    *(".pdf", ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".pkl", ".pickle", ".pt", ".npy", ".npz", ".safetensors"),
+))  # fmt: skip
+"""Formats that hold prompts at times and would be read here as lines of text."""
+
+_QUOTED = re.compile(r'"((?:[^"]|"")*)"')
+
+Columns = dict[str, tuple[str | None, ...]]
+"""The values of each of `COLUMNS`, one for each prompt. None where the file has no value. A prompt is never None."""
+
+
+def read_prompt_file(path: str | Path, needed: Sequence[str] = ("prompt",)) -> Columns:
+    """Read a file of prompts, in one of the forms above.
+
+    Duplicates are kept; spaces around a prompt are not. A byte order mark and any line ending are accepted.
+
+    Args:
+        path: the file. Its suffix says which form it has.
+        needed: columns that must be there. With more than the prompt, the file must be a table or JSON.
+
+    Returns:
+        The columns, in the file's order, of at least one prompt.
+
+    Raises:
+        ConfigError: the file cannot be read, is of another format, lacks a column, holds no prompt, or is not UTF-8;
+            with the line where there is one.
+    """
+    path = Path(path)
+    where, form = f"prompts file {path}", path.suffix.lower()
+    data = _bytes(path, where)
+    if form in _OTHER:
+        raise ConfigError(f"{where}: expected {ACCEPTED}, got {form}")
+    if form not in (*_TABLES, *_JSON_LINES, _JSON):
+        form = _looks_like(data) or (".tsv" if len(needed) > 1 else ".txt")
+    if form == ".txt":
+        rows: Iterable[tuple[str, dict[str, Any]]] = _text(data, where)
+    elif form in _TABLES:
+        rows = _table(_decoded(data, where), where, needed)
+    elif form in _JSON_LINES:
+        rows = _json_lines(data, where)
+    else:
+        rows = _json(_decoded(data, where), where)
+    return _columns(rows, where, needed)
+
+
+def _bytes(path: Path, where: str) -> bytes:
+    try:
+        return read_regular(path).removeprefix(codecs.BOM_UTF8)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{where}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _looks_like(data: bytes) -> str | None:
+    """The form of a text whose first line no prompt looks like: a table's names, or a JSON object."""
+    first = data.lstrip().partition(b"\n")[0].decode("utf-8", "replace").strip()
+    cells = [cell.strip().strip('"').lower() for cell in re.split(r"[\t,]", first)]
+    if len(cells) > 1 and any(cell in COLUMNS["prompt"] for cell in cells):
+        return ".tsv"
+    try:
+        return ".jsonl" if isinstance(json.loads(first), dict) else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def _columns(rows: Iterable[tuple[str, dict[str, Any]]], where: str, needed: Sequence[str]) -> Columns:
+    found: dict[str, list[str | None]] = {column: [] for column in COLUMNS}
+    for place, row in rows:
+        for column, values in found.items():
+            value = row.get(column)
+            if column in needed and value is None:
+                raise ConfigError(f"{where}, {place}: expected a {column}, got none")
+            if value is not None and not isinstance(value, str):
+                raise ConfigError(f"{where}, {place}: expected text as its {column}, got {value!r:.60}")
+            if value is not None and ("\0" in value or any("\ud800" <= each <= "\udfff" for each in value)):
+                raise ConfigError(f"{where}, {place}: expected text without NUL or surrogates as its {column}")
+            value = value.strip() if value else None
+            if column == "prompt" and not value:
+                raise ConfigError(f"{where}, {place}: expected a prompt, got an empty one")
+            values.append(value or None)
+    if not found["prompt"]:
+        raise ConfigError(f"{where}: expected at least one prompt, got none")
+    return {column: tuple(values) for column, values in found.items()}
+
+
+def _lines(data: bytes, where: str) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(data.splitlines(), start=1):
+        yield f"line {number}", _decode(line, f"{where}, line {number}").strip()
+
+
+def _decode(data: bytes, where: str) -> str:
+    if b"\0" in data:
+        raise ConfigError(f"{where}: expected text, got a NUL byte")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where}: expected UTF-8, got {error.reason}") from error
+
+
+def _decoded(data: bytes, where: str) -> str:
+    """A file's whole text; what is wrong in it is named with its line."""
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        _decode(line, f"{where}, line {number}")
+    return data.decode("utf-8")
+
+
+def _text(data: bytes, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for place, line in _lines(data, where):
+        if line and not line.startswith("#"):
+            yield place, {"prompt": line}
+
+
+def _json_lines(data: bytes, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for place, line in _lines(data, where):
+        if line:
+            yield place, _row(_loads(line, f"{where}, {place}"), f"{where}, {place}")
+
+
+def _json(text: str, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    items = _loads(text, where)
+    if not isinstance(items, list):
+        raise ConfigError(f"{where}: expected a JSON list of prompts or of objects, got {type(items).__name__}")
+    for number, item in enumerate(items, start=1):
+        yield f"item {number}", _row(item, f"{where}, item {number}")
+
+
+def _loads(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: expected JSON, got {getattr(error, 'msg', None) or str(error)[:80]}") from error
+
+
+def _row(item: Any, where: str) -> dict[str, Any]:
+    """One prompt's columns from a JSON object or string."""
+    if isinstance(item, str):
+        return {"prompt": item}
+    if not isinstance(item, dict):
+        raise ConfigError(f"{where}: expected an object with the key prompt, or a string, got {item!r:.60}")
+    names = {name: name.strip().lower() for name in item}
+    row = {}
+    for column, aliases in COLUMNS.items():
+        keys = [name for name, plain in names.items() if plain in aliases]
+        if len(keys) > 1:
+            raise ConfigError(f"{where}: expected one key {column}, got {' and '.join(keys)}")
+        row |= {column: item[name] for name in keys}
+    if "prompt" not in row:
+        raise ConfigError(f"{where}: expected a key prompt, got the keys {', '.join(item)[:200] or 'none'}")
+    return row
+
+
+def _table(text: str, where: str, needed: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    rows = _cells(text, where)
+    _, header = next(rows, (0, []))
+    names = [cell.lower() for cell in header]
+    place = {column: names.index(a) for column, aliases in COLUMNS.items() for a in aliases if a in names}
+    if missing := [column for column in needed if column not in place]:
+        found = ", ".join(header)[:200] or "none"
+        expected = ", ".join("Prompt or Prompts" if column == "prompt" else column.title() for column in missing)
+        raise ConfigError(f"{where}: expected a first line with the columns {expected}, got the columns {found}")
+    for column in place:
+        if sum(names.count(a) for a in COLUMNS[column]) > 1:
+            raise ConfigError(f"{where}: expected one column {column.title()}, got several")
+    for number, cells in rows:
+        if not any(cells):
+            continue
+        if any(cells[len(header) :]):
+            raise ConfigError(f"{where}, line {number}: expected {len(header)} cells, got {len(cells)}")
+        row = {column: cells[at] for column, at in place.items() if at < len(cells)}
+        yield f"line {number}", {"prompt": "", **dict.fromkeys(place, ""), **row}
+
+
+def _cells(text: str, where: str) -> Iterator[tuple[int, list[str]]]:
+    """The number of each row's last line, and its cells without the spaces around them."""
+    tabs = "\t" in text.partition("\n")[0]
+    dialect = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else dict(strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), **dialect)
+    try:
+        for row in reader:
+            cells = [cell.strip() for cell in row]
+            yield reader.line_num, [_unquoted(cell) for cell in cells] if tabs else cells
+    except csv.Error as error:
+        raise ConfigError(f"{where}, line {reader.line_num}: expected a table, got {error}") from error
+
+
+def _unquoted(cell: str) -> str:
+    whole = _QUOTED.fullmatch(cell)
+    return whole[1].replace('""', '"').strip() if whole else cell
