@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PARALLEL ?= --numprocesses auto --dist worksteal
 export GOMP_SPINCOUNT ?= 10000
 
 .PHONY: demo test lint aot bench gpu-suite clean
@@ -19,10 +20,11 @@ demo: $(VENV)/.installed
 	$(BIN)/esengine train --run-dir $$run && \
 	$(BIN)/esengine render --run-dir $$run --out $$run/renders
 
-# once as it is, and once with the Triton kernels in their interpreter
+# once as it is, and once with the Triton kernels in their interpreter; a process for each core, of one thread each
+test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels tests/models/test_sana_block.py tests/models/test_graphs_kernels.py
+	$(BIN)/python -m pytest $(PARALLEL)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/kernels tests/models/test_sana_block.py tests/models/test_graphs_kernels.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -308,14 +308,17 @@ def made_from(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(trials: dict[str, Any]) -> list[str]:
-    """Markdown rows of a record's trials: gains on validation captions, paired, with standard errors."""
+    """Markdown of a record's trials: their images, and gains on validation captions, paired, with standard errors."""
     judges = ("combined", "checker", "pickscore", "aesthetic")
-    rows = [f"| {' | '.join(['trial', 'images', *judges])} |", "|---" * (2 + len(judges)) + "|"]
+    images = sorted({found["images"] for found in trials.values()})
+    lines = [f"Images a trial: {', '.join(map(str, images))}.", ""]
+    lines += [f"| {' | '.join(['trial', 'seed', *judges])} |", "|---" * (2 + len(judges)) + "|"]
     for name, found in trials.items():
+        trial, _, seed = name.rpartition(", seed ")
         judged = (found["gain"].get(judge) for judge in judges)  # of a single reward nothing is combined
         gains = [f"{gain['difference']:+.4f} ± {gain['standard_error']:.4f}" if gain else "" for gain in judged]
-        rows.append(f"| {' | '.join([name, str(found['images']), *gains])} |")
-    return rows
+        lines.append(f"| {' | '.join([trial, seed, *gains])} |")
+    return lines
 
 
 def reach(options: argparse.Namespace) -> None:
@@ -347,11 +350,12 @@ def reach(options: argparse.Namespace) -> None:
 
 
 def reach_table(found: dict[str, dict[str, list[float]]]) -> list[str]:
-    """Markdown rows of `reach`: a layer each, in a cell the seeds of a rank."""
+    """Markdown rows of `reach`: one for each layer and seed, a column for each rank."""
     ranks = list(next(iter(found.values())))
-    rows = [f"| layer | {' | '.join(f'rank {rank}' for rank in ranks)} |", "|---" * (1 + len(ranks)) + "|"]
+    rows = [f"| layer | seed | {' | '.join(f'rank {rank}' for rank in ranks)} |", "|---" * (2 + len(ranks)) + "|"]
     for name, lengths in found.items():
-        rows.append(f"| {name} | {' | '.join(', '.join(f'{each:.2g}' for each in lengths[rank]) for rank in ranks)} |")
+        for seed, each in enumerate(zip(*(lengths[rank] for rank in ranks), strict=True)):
+            rows.append(f"| {name} | {seed} | {' | '.join(f'{length:.2g}' for length in each)} |")
     return rows
 
 

@@ -1,137 +1,119 @@
-"""The README's table of results, drawn from the stored files; a test holds the two together."""
+"""The tables of bench/README.md, made from the stored files; a test holds the two together.
 
+    python bench/table.py            print the generated part
+    python bench/table.py --write    put it between the two markers of bench/README.md
+
+`highlights` is the short table of the root README.
+"""
+
+import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from suite_summary import BARS, FILES, PIXELS
 
 RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parent / "README.md"
+BEGIN = "<!-- begin: made by `python bench/table.py --write` -->"
+END = "<!-- end -->"
 
 FIGURES = {
-    "linear_vs_gemm": "`linear_vs_gemm`: perturbed linear over the plain cuBLAS GEMM, one call each, worst shape",
-    "linear_in_block_vs_gemm": "`linear_in_block_vs_gemm`: the same with all that it costs inside a fused block",
-    "forward_vs_compiled": "`forward_vs_compiled`: population forward over diffusers' compiled one without noise",
+    "linear_vs_gemm": "`linear_vs_gemm`: perturbed linear over the plain cuBLAS GEMM, worst shape",
+    "linear_in_block_vs_gemm": "`linear_in_block_vs_gemm`: the same with all its costs inside a fused block",
+    "forward_vs_compiled": "`forward_vs_compiled`: population forward over diffusers' compiled plain one",
     "step_vs_inference": "`step_vs_inference`: ES step over plain generation, decoding and scoring",
     "step_vs_reference_loop": "`step_vs_reference_loop`: ES step over the published algorithm's",
-    "memory_per_extra_member": "bytes of memory for each further member at a fixed chunk, SANA-Sprint 1.6B",
+    "memory_per_extra_member": "bytes of memory for each further member at a fixed chunk",
     "step_images_per_second_large": f"images/s of a whole step, {PIXELS[1]} px",
     "step_images_per_second_small": f"images/s of a whole step, {PIXELS[0]} px",
     "update_share": "share of a step that the update takes, N 1024",
 }
-"""The speed issue's, by their names in a record's summary or in `BARS`."""
+"""The suite's figures, by their names in a record's summary or in `BARS`."""
+
+ELSEWHERE = {
+    "nano_search.json": ("settings of ES, one at a time, short trials", "bench/NANO.md"),
+    "nano_refine.json": ("the best of them together, longer trials", "bench/NANO.md"),
+    "nano_settle.json": ("one setting at a time around today's", "bench/NANO.md"),
+    "nano_compare.json": ("rival settings at equal images", "bench/NANO.md"),
+    "nano_dissect.json": ("the headline's adapters taken apart", "bench/NANO.md"),
+    "nano_reach.json": ("what A makes of the layers' inputs", "bench/NANO.md"),
+    "nano_training.json": ("curves of the model's training", "models/nano/sana-sprint-nano/README.md"),
+    "nano_training_again.json": ("a second training, compared", "models/nano/sana-sprint-nano/README.md"),
+}
+"""Files whose tables stand on another page: what each is, and where."""
 
 
-def rows() -> list[str]:
-    """One Markdown row a figure: what, figure, device, file."""
-    lines = []
+class Section(NamedTuple):
+    """One stored file of the page.
 
-    def add(what: str, figure: str, device: str, file: str) -> None:
-        lines.append(f"| {what} | {figure} | {device} | `bench/results/{file}` |")
+    Attributes:
+        title: heading.
+        what: what was measured, a line each.
+        device: the machine it ran on.
+        files: below bench/results.
+        command: what wrote them.
+        tables: tables and notes, in their order, each a list of lines.
+    """
 
-    file = "cpu_demo.json"
-    demo = _read(file)
-    runs, seeds = demo["runs"].values(), ", ".join(demo["runs"])
+    title: str
+    what: list[str]
+    device: str
+    files: list[str]
+    command: str
+    tables: list[list[str]]
+
+    def lines(self) -> list[str]:
+        files = ", ".join(f"`bench/results/{file}`" for file in self.files)
+        head = [f"### {self.title}", "", *self.what, "", f"- device: {self.device}", f"- file: {files}"]
+        body = [line for table in self.tables for line in ("", *table)]
+        return [*head, f"- command: `{self.command}`", *body]
+
+
+def sections() -> list[Section]:
+    """Every section of the generated part, in the order of the page."""
+    nano = [_demo(), _headline(), _fresh(), _base(), _checker(), _clip()]
+    return [*nano, _forward(), _kernels(), _scaling(), _aot(), *_suite()]
+
+
+def generated() -> list[str]:
+    """The lines between the markers."""
+    lines = [line for section in sections() for line in (*section.lines(), "")]
+    rows = [[f"`bench/results/{file}`", what, f"`{page}`"] for file, (what, page) in ELSEWHERE.items()]
+    return [*lines, "### Results on other pages", "", *_table(["file", "what", "page"], rows)]
+
+
+def highlights() -> list[str]:
+    """The six rows of the root README's table: what, figure, file below bench/results."""
+    demo, forward = _read("cpu_demo.json"), _read("cpu_forward.json")
     prompts = demo["runs"]["0"]["prompts"]
-    for judge in ("combined", "checker", "pickscore"):
-        overall = [run["groups"][0]["rows"] for run in runs]
-        paired = [adapter["against_first"][judge] for _, adapter in overall]
-        gains = ", ".join(f"{p['difference']:+.3f} ± {p['standard_error']:.3f}" for p in paired)
-        bases = ", ".join(f"{base['mean'][judge]:.3f}" for base, _ in overall)
-        what = f"demo: gain in {judge} on {prompts} validation captions, base {bases}, seeds {seeds}"
-        add(what, gains, demo["device"], file)
-    seconds = ", ".join(f"{run['seconds']:.0f}" for run in runs)
-    add("demo: seconds of `esengine train`", seconds, demo["device"], file)
-
-    file = "cpu_forward.json"
-    forward = _read(file)
-    device = forward["environment"]["device"]
-    for name, layout in forward["layouts"].items():
-        ratios = layout["ratios"]
-        for pair, what in (
-            ("population / plain", "population forward over the plain forward of the same batch"),
-            ("loop / population", "setting each member's weights and looping, over the population forward"),
-        ):
-            ratio = ratios[pair]
-            spread = f"{ratio['of_medians']:.2f} (p20 {ratio['paired_p20']:.2f}, p80 {ratio['paired_p80']:.2f})"
-            add(f"{what}, tiny SANA, {name}", spread, device, file)
-    memory = forward["memory"]["bytes_per_further_member"]
-    figure = f"{memory['forward']:.0f} B forward, {memory['update']:.0f} B update"
-    add("memory for each further member at a fixed chunk, N 16384 to 65536", figure, device, file)
-
-    file = "cpu_scaling.json"
-    scaling = _read(file)
-    one, *more = scaling["runs"].items()
-    for count, run in more:
-        what = (
-            f"images/s of steps with {count} processes over {count} times those of {one[0]}, tiny SANA, a thread each"
-        )
-        add(what, f"{run['efficiency']:.2f}", scaling["device"], file)
-    modelled = ", ".join(f"{share:.2f} with {count}" for count, share in scaling["modelled_efficiency"].items())
-    add("the same as modelled from one process's step", modelled, scaling["device"], file)
-
-    file = "nano_base.json"
-    nano = _read(file)
-    captions = nano["settings"]["count"]
-    for judge in ("checker", "pickscore"):
-        scores = {name: f"{s['mean']:.3f} ± {s['standard_error']:.3f}" for name, s in nano["scores"][judge].items()}
-        what = f"sana-sprint-nano, {judge} on {captions} held-out captions: one step, two steps, ground truth"
-        add(what, ", ".join(scores[name] for name in ("1 step", "2 steps", "drawn")), nano["device"], file)
-
-    file = "nano_checker.json"
-    checker = _read(file)
-    drawn = checker["conditions"]["as drawn"]
-    what = f"checker on {checker['settings']['count']} true pictures of captions: mean, share of at least 0.95"
-    add(what, f"{drawn['mean']:.4f}, {drawn['share_at_least_0.95']:.4f}", checker["device"], file)
-
-    file = "nano_headline.json"
-    headline = _read(file)
-    report = headline["report"]
-    groups = {group["name"]: group["rows"] for group in report["groups"]}
-
-    def gains(judge: str, rows: list[dict]) -> str:
-        """The base's score, then by how much the others are above it."""
-        above = (row["against_first"][judge] for row in rows[1:])
-        cells = (f"{paired['difference']:+.4f} ± {paired['standard_error']:.4f}" for paired in above)
-        return ", ".join([f"{rows[0]['mean'][judge]:.4f}", *cells])
-
-    optimised, which = headline["config"]["reward"], "base in one step, then above it: seeds 0, 1, 2, base in two steps"
-    for judge in report["scores"]:
-        shown = f"`{optimised}`, which was optimised" if judge == "combined" else judge
-        what = f"nano headline, {report['prompts']} test captions, {shown}: {which}"
-        add(what, gains(judge, groups["all"]), headline["device"], file)
-    for name in (name for name in groups if "object" in name):
-        what = f"nano headline, checker, the {groups[name][0]['count']} captions of {name}"
-        add(what, gains("checker", groups[name]), headline["device"], file)
-    for judge in ("combined", "checker", "pickscore"):
-        what = f"nano headline, {judge}: share of the gap to two steps that is closed"
-        add(what, _closed(report, judge), headline["device"], file)
-
-    file = "nano_fresh.json"
-    fresh = _read(file)
-    report = fresh["report"]
-    captions = f"the headline's adapters on {report['prompts']} test captions that no setting was chosen by"
-    for judge in ("combined", "checker", "pickscore"):
-        (rows,) = (group["rows"] for group in report["groups"] if group["by"] == "overall")
-        add(f"{captions}, {judge}: {which}", gains(judge, rows), fresh["device"], file)
-    for judge in ("combined", "checker", "pickscore"):
-        what = f"{captions}, {judge}: share of the gap to two steps that is closed"
-        add(what, _closed(report, judge), fresh["device"], file)
-
-    for version in ("3.9", "3.6"):
-        file = f"aot_sm90_triton-{version}.json"
-        aot = _read(file)
-        clean = sum("error" not in row and "fault" not in row for row in aot["rows"])
-        what = f"kernels compiled for sm_90 without spills or a serialised main loop, Triton {version}"
-        add(what, f"{clean} of {len(aot['rows'])}", "no GPU", file)
-    for row in suite_rows(RESULTS):
-        add(*row)
-    return lines
-
-
-def _closed(report: dict, judge: str) -> str:
-    """Of each entry between base and two steps, the share of the gap that it closes, with its standard error."""
-    closed = report["gap_closed"][judge]
-    return ", ".join(f"{share:.0%} ± {closed['standard_error'][name]:.0%}" for name, share in closed["share"].items())
+    gains = (run["groups"][0]["rows"][1]["against_first"]["combined"] for run in demo["runs"].values())
+    headline, fresh = (_read(f"nano_{name}.json")["report"] for name in ("headline", "fresh"))
+    ratio = forward["layouts"]["64 members x 1 image"]["ratios"]["population / plain"]
+    memory = forward["memory"]["bytes_per_further_member"]["forward"]
+    aot = "aot_sm90_triton-3.9.json"
+    rows = [
+        (
+            f"demo: reward gained on {prompts} validation captions",
+            ", ".join(_gain(g, 3) for g in gains),
+            "cpu_demo.json",
+        ),
+        (
+            f"gap from one step to two closed, {headline['prompts']} test captions",
+            ", ".join(_closed(headline, "combined")),
+            "nano_headline.json",
+        ),
+        (
+            f"the same adapters on {fresh['prompts']} other test captions",
+            ", ".join(_closed(fresh, "combined")),
+            "nano_fresh.json",
+        ),
+        ("population forward over plain forward, CPU, 64 members", _ratio(ratio), "cpu_forward.json"),
+        ("memory of each further member, forward, CPU", f"{memory:.0f} bytes", "cpu_forward.json"),
+        ("kernels compiled for sm_90 without spills, no GPU", _clean(_read(aot)), aot),
+    ]
+    return [f"| {what} | {figure} | `{file}` |" for what, figure, file in rows]
 
 
 def suite_rows(folder: Path) -> list[tuple[str, str, str, str]]:
@@ -156,9 +138,328 @@ def suite_rows(folder: Path) -> list[tuple[str, str, str, str]]:
     return lines
 
 
-def _read(file: str) -> dict:
+def write(page: Path = PAGE) -> None:
+    """Put the generated part into the page. Raises ValueError for a page without the two markers."""
+    text = page.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{page}: expected the lines {BEGIN} and {END}")
+    page.write_text("\n".join([before + BEGIN, "", *generated(), "", END + after]), encoding="utf-8")
+
+
+def _demo() -> Section:
+    file = "cpu_demo.json"
+    record = _read(file)
+    runs = record["runs"]
+    overall = [run["groups"][0]["rows"] for run in runs.values()]
+    rows = []
+    for judge in runs["0"]["scores"]:
+        bases = ", ".join(f"{base['mean'][judge]:.3f}" for base, _ in overall)
+        rows.append([_judge(judge), bases, *(_gain(adapter["against_first"][judge]) for _, adapter in overall)])
+    rows.append(["seconds of the run", "", *(f"{run['seconds']:.0f}" for run in runs.values())])
+    what = [
+        f"The demo, `esengine train` without flags, on {len(runs)} seeds.",
+        f"Judged on {runs['0']['prompts']} validation captions, which were never trained on.",
+        f"`combined` is the optimised reward, `{record['config']['reward']}`.",
+        "Each seed draws its own latents, so each has its own base.",
+    ]
+    head = ["score", "base of seed 0, 1, 2", *(f"seed {seed}" for seed in runs)]
+    command = f"python bench/demo.py --json bench/results/{file}"
+    return Section("The demo on a CPU", what, record["device"], [file], command, [_table(head, rows)])
+
+
+def _headline() -> Section:
+    file = "nano_headline.json"
+    record = _read(file)
+    report = record["report"]
+    groups = {group["name"]: group["rows"] for group in report["groups"]}
+    rows = [_above(_judge(judge), judge, groups["all"]) for judge in report["scores"]]
+    for name in (name for name in groups if "object" in name):
+        rows.append(_above(f"`checker`, {name} ({groups[name][0]['count']})", "checker", groups[name]))
+    rows.append(["seconds of training", "", *(f"{seconds:.0f}" for seconds in record["seconds"].values()), ""])
+    what = [
+        f"A longer run of the same model: {record['config']['steps']} steps, three seeds.",
+        f"Judged on {report['prompts']} test captions, one image each, all from the same latents.",
+        f"`combined` is the optimised reward, `{record['config']['reward']}`.",
+        '"base" is the base in one step. The other columns say by how much they are above it.',
+        "The last rows are of the captions with two objects and with one; their number is in brackets.",
+    ]
+    command = f"python bench/nano_headline.py run --json bench/results/{file} --pictures bench/results"
+    tables = [_table(_ENTRIES, rows), *_gap(report, ("combined", "checker", "pickscore")), *_pictures(record)]
+    return Section("The nano headline", what, record["device"], [file], command, tables)
+
+
+def _pictures(record: dict[str, Any]) -> list[list[str]]:
+    """The two pictures of the headline with the texts around them."""
+    config, scores = record["config"], _read("nano_base.json")["scores"]
+    images = config["steps"] * config["population"] * config["es"]["prompts_per_step"] * config["es"]["repeats"]
+    up, down = (scores[judge]["1 step, w = 8"]["above_first"]["mean"] for judge in ("checker", "pickscore"))
+    return [
+        [
+            "The first test captions, a column each.",
+            "Rows from the top: the base in one step, the three seeds in one step, the base in two steps.",
+        ],
+        ["![base in one step, three ES-LoRA seeds in one step, base in two steps](results/nano_headline.png)"],
+        [
+            "What the three runs measured during training.",
+            f"Each point is the mean of {config['heldout_prompts']} validation captions, one image each.",
+            "The bars are standard errors.",
+        ],
+        ["![gains of every judge over the steps of three runs](results/nano_curves.png)"],
+        [
+            f"Each seed drew {images} images for training, with `--update.lr-scale {config['update']['lr_scale']}`.",
+            "Every judge gains on every seed. This holds for the judges that were not optimised too.",
+            "The gain is more than a stronger guidance would give.",
+            f"At guidance scale 8 instead of 4.5 the base changes by {up:+.3f} in `checker` and by {down:+.2f} in",
+            "`pickscore` (`bench/results/nano_base.json`).",
+        ],
+    ]
+
+
+def _fresh() -> Section:
+    file = "nano_fresh.json"
+    record = _read(file)
+    report, judges = record["report"], ("combined", "checker", "pickscore")
+    (rows,) = (group["rows"] for group in report["groups"] if group["by"] == "overall")
+    what = [
+        f"The headline's adapters on {report['prompts']} other test captions, with other latents.",
+        "No setting was chosen by these captions.",
+    ]
+    command = f"python bench/nano_headline.py fresh --json bench/results/{file}"
+    tables = [_table(_ENTRIES, [_above(_judge(judge), judge, rows) for judge in judges]), *_gap(report, judges)]
+    return Section("The headline's adapters on fresh captions", what, record["device"], [file], command, tables)
+
+
+def _base() -> Section:
+    file = "nano_base.json"
+    record = _read(file)
+    settings, scores = record["settings"], record["scores"]
+    drawn = {
+        "one step": "1 step",
+        "two steps": "2 steps",
+        "four steps": "4 steps",
+        "decoded": "decoded",
+        "drawn": "drawn",
+    }
+    scales = [f"{scale:g}" for scale in settings["scales"]]
+
+    def mean(found: dict[str, float]) -> str:
+        return f"{found['mean']:.3f} ± {found['standard_error']:.3f}"
+
+    rows = [[_judge(judge), *(mean(found[name]) for name in drawn.values())] for judge, found in scores.items()]
+    guided = []
+    for judge, found in scores.items():
+        above = (found[f"1 step, w = {scale}"]["above_first"] for scale in scales)
+        guided.append([_judge(judge), *(f"{a['mean']:+.4f} ± {a['standard_error']:.4f}" for a in above)])
+    what = [
+        f"The packaged model without an adapter, on {settings['count']} {settings['split']} captions.",
+        '"drawn" is the world\'s own picture of the caption. "decoded" is that picture through the autoencoder.',
+    ]
+    note = ["One step at another guidance scale w, compared with one step at the default of 4.5:"]
+    command = f"python bench/nano.py --count {settings['count']} --json bench/results/{file}"
+    tables = [_table(["score", *drawn], rows), note, _table(["score", *(f"w = {s}" for s in scales)], guided)]
+    return Section("sana-sprint-nano, the base model", what, record["device"], [file], command, tables)
+
+
+def _checker() -> Section:
+    file = "nano_checker.json"
+    what = ["How often the rule-based judge `checker` is right, on pictures of the nano world with their captions."]
+    return _judged("The judge `checker`", what, file, f"python bench/checker.py --json bench/results/{file}")
+
+
+def _clip() -> Section:
+    file = "nano_clip.json"
+    what = ["The same pictures judged by `pickscore` of clip-nano. Its scale is not that of `checker`."]
+    command = f'python bench/checker.py --reward "pickscore(model=nano)" --json bench/results/{file}'
+    return _judged("The judge clip-nano", what, file, command)
+
+
+def _judged(title: str, what: list[str], file: str, command: str) -> Section:
+    record = _read(file)
+    settings, conditions = record["settings"], record["conditions"]
+    means = [[name, f"{c['mean']:.4f} ± {c['standard_error']:.4f}"] for name, c in conditions.items()]
+    kinds = conditions["as drawn"]["wrong"]
+    wrong = [
+        [kind, str(found["pairs"]), *(f"{c['wrong'][kind]['right_is_higher']:.4f}" for c in conditions.values())]
+        for kind, found in kinds.items()
+    ]
+    what = [*what, f"{settings['count']} {settings['split']} captions, each with its own picture, clean and damaged."]
+    note = [
+        "How often the right caption scores higher than one that is wrong in a single fact.",
+        '"binding" exchanges the colours of the two objects.',
+    ]
+    tables = [_table(["pictures", "mean score"], means), note, _table(["wrong in", "pairs", *conditions], wrong)]
+    return Section(title, what, record["device"], [file], command, tables)
+
+
+def _forward() -> Section:
+    file = "cpu_forward.json"
+    record = _read(file)
+    memory, pairs = record["memory"], {
+        "population / plain": "population / plain",
+        "adapter / plain": "plain LoRA / plain",
+        "loop / population": "loop / population",
+    }  # fmt: skip
+    rows = [[name, *(_ratio(layout["ratios"][pair]) for pair in pairs)] for name, layout in record["layouts"].items()]
+    peaks = memory["peak_bytes"]
+    peak_rows = [[part, *(f"{peak[part] / 1e6:.1f} MB" for peak in peaks.values())] for part in ("forward", "update")]
+    further = memory["bytes_per_further_member"]
+    what = [
+        "Time of one batched forward where every row is its own member, on the tiny model in float32.",
+        '"plain" is the same batch through the model without an adapter, "plain LoRA" through PEFT\'s.',
+        '"loop" sets the weights of one member after the other. A ratio of 1 means equal time.',
+        "A cell has the ratio of the medians, then the 20th and 80th percentile of the paired ratios.",
+    ]
+    note = [
+        f"Peak memory of a step at a fixed chunk of {memory['chunk']} rows, for N members.",
+        f"Each further member from N {list(peaks)[-2]} to {list(peaks)[-1]}: "
+        f"{further['forward']:.0f} bytes in the forward, {further['update']:.0f} bytes in the update.",
+    ]
+    command = f"python bench/forward.py --json bench/results/{file}"
+    tables = [_table(["batch", *pairs.values()], rows), note, _table(["part", *(f"N {n}" for n in peaks)], peak_rows)]
+    return Section("The population forward on a CPU", what, record["environment"]["device"], [file], command, tables)
+
+
+def _kernels() -> Section:
+    file = "cpu_kernels.json"
+    benchmarks = _read(file)["benchmarks"]
+    found: dict[str, dict[str, dict[str, str]]] = {"population_linear": {}, "es_update": {}, "normals": {}, "plan": {}}
+    for each in benchmarks:
+        info = each["extra_info"]
+        if info["op"] == "population_linear":
+            case = f"{info['n_in']} to {info['n_out']}, {info['rows']} rows a member, {info['members']} members"
+        elif info["op"] == "es_update":
+            case = f"{info['shape'][0]} x {info['shape'][1]}, {info['members']} members"
+        elif info["op"] == "normals":
+            case = f"{info['count']} normals for {info['pairs']} pairs"
+        else:
+            case = f"{info['factors']} factors for {info['pairs']} pairs, as for the whole tiny model"
+        peer = info.get("peer", "ms")
+        found[info["op"]].setdefault(case, {})[peer] = f"{each['stats']['median'] * 1e3:.3f}"
+
+    def table(op: str, head: str, *peers: str) -> list[str]:
+        return _table([head, *peers], [[case, *(times[peer] for peer in peers)] for case, times in found[op].items()])
+
+    what = [
+        "Each op by itself, on a CPU and through torch. These are not the Triton kernels.",
+        'Medians in milliseconds. "plain" is the linear without noise. "loop" goes through the members one by one.',
+    ]
+    note = ['The update of one tensor. "rebuilt" makes the noise again from its key. "stored" reads it from memory.']
+    tables = [table("population_linear", "linear", "plain", "population", "loop")]
+    tables += [note, table("es_update", "tensor", "rebuilt", "stored"), ["The noise:"]]
+    found["normals"] |= found["plan"]
+    tables.append(table("normals", "noise", "ms"))
+    command = f"pytest bench --benchmark-enable --benchmark-json=bench/results/{file}"
+    return Section("Single ops on a CPU", what, benchmarks[0]["extra_info"]["device"], [file], command, tables)
+
+
+def _scaling() -> Section:
+    file = "cpu_scaling.json"
+    record = _read(file)
+    runs = [
+        [count, f"{run['images_per_second']:.1f}", f"{run['efficiency']:.2f}"] for count, run in record["runs"].items()
+    ]
+    modelled = record["modelled_efficiency"]
+    what = [
+        "Training steps of the tiny model with several processes, one thread each.",
+        '"efficiency" is images per second over those of one process times the number of processes.',
+    ]
+    note = ["The efficiency that follows from one process's step, for more processes than were measured:"]
+    tables = [
+        _table(["processes", "images/s", "efficiency"], runs),
+        note,
+        _table([f"{count} processes" if count != "1" else "1 process" for count in modelled],
+               [[f"{share:.2f}" for share in modelled.values()]]),
+    ]  # fmt: skip
+    command = f"python bench/scaling.py --json bench/results/{file}"
+    return Section("Several processes on a CPU", what, record["device"], [file], command, tables)
+
+
+def _aot() -> Section:
+    rows, files = [], sorted(file.name for file in RESULTS.glob("aot_sm*_triton-*.json"))
+    for file in sorted(files, key=lambda file: (file.rpartition("-")[2], int(file.split("_")[1][2:])), reverse=True):
+        record = _read(file)
+        version = file.rpartition("-")[2].removesuffix(".json")
+        rows.append([f"sm_{record['arch']}", version, _clean(record), f"`bench/results/{file}`"])
+    what = [
+        "What the compiler makes of every Triton kernel, at the shapes of SANA-Sprint.",
+        "No GPU is used and nothing is timed.",
+        '"clean" kernels have no register spills and no serialised main loop.',
+        "sm_90 (H100, H200) is compiled for all shapes, the others for those of the published run.",
+    ]
+    command = "python bench/aot.py --arch 90 80 100 --json bench/results --also .venv/triton-oldest"
+    table = _table(["architecture", "Triton", "clean", "file"], rows)
+    return Section("Kernels compiled without a GPU", what, "none", ["aot_sm*_triton-*.json"], command, [table])
+
+
+def _suite() -> list[Section]:
+    records: dict[tuple[str, str], list[list[str]]] = {}
+    for what, figure, device, file in suite_rows(RESULTS):
+        records.setdefault((device, file), []).append([what, figure])
+    says = [
+        "Every speed figure of the engine at full size, with random weights. A bar is the goal that was set for it."
+    ]
+    return [
+        Section("The GPU suite", says, device, [file], "make gpu-suite", [_table(["figure", "value"], rows)])
+        for (device, file), rows in records.items()
+    ]
+
+
+_ENTRIES = ["score", "base", "seed 0", "seed 1", "seed 2", "two steps"]
+
+
+def _above(label: str, judge: str, rows: list[dict[str, Any]]) -> list[str]:
+    """The base's score, then by how much the others are above it."""
+    return [label, f"{rows[0]['mean'][judge]:.4f}", *(_gain(row["against_first"][judge]) for row in rows[1:])]
+
+
+def _gap(report: dict[str, Any], judges: Iterable[str]) -> list[list[str]]:
+    rows = [[_judge(judge), *_closed(report, judge)] for judge in judges]
+    note = ["The share of the gap between one step and two steps of the base that each adapter closes in one step:"]
+    return [note, _table(["score", "seed 0", "seed 1", "seed 2"], rows)]
+
+
+def _closed(report: dict[str, Any], judge: str) -> list[str]:
+    """Of each entry between base and two steps, the share of the gap that it closes, with its standard error."""
+    closed = report["gap_closed"][judge]
+    return [f"{share:.0%} ± {closed['standard_error'][name]:.0%}" for name, share in closed["share"].items()]
+
+
+def _judge(name: str) -> str:
+    return f"`{name}`"
+
+
+def _gain(paired: dict[str, float], digits: int = 4) -> str:
+    return f"{paired['difference']:+.{digits}f} ± {paired['standard_error']:.{digits}f}"
+
+
+def _ratio(ratio: dict[str, float]) -> str:
+    return f"{ratio['of_medians']:.2f} (p20 {ratio['paired_p20']:.2f}, p80 {ratio['paired_p80']:.2f})"
+
+
+def _clean(record: dict[str, Any]) -> str:
+    rows = record["rows"]
+    return f"{sum('error' not in row and 'fault' not in row for row in rows)} of {len(rows)}"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of Markdown."""
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def _read(file: str) -> dict[str, Any]:
     return json.loads((RESULTS / file).read_text(encoding="utf-8"))
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--write", action="store_true", help="into bench/README.md, between its two markers")
+    if parser.parse_args().write:
+        write()
+    else:
+        print("\n".join(generated()))
+
+
 if __name__ == "__main__":
-    print("\n".join(rows()))
+    main()

@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
-from esengine.errors import EsengineError, Stopped
+from esengine.errors import ConfigError, EsengineError, Stopped
 
 USAGE = """usage: esengine COMMAND [flags]
 
@@ -60,7 +60,9 @@ def main(args: list[str] | None = None) -> int:
     except EsengineError as error:
         if os.environ.get("ESENGINE_DEBUG"):
             raise
-        return _fail(str(error), 1)
+        from esengine.config import as_typed
+
+        return _fail(as_typed(str(error), args) if isinstance(error, ConfigError) else str(error), 1)
     except OSError as error:
         if os.environ.get("ESENGINE_DEBUG"):
             raise

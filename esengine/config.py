@@ -3,6 +3,7 @@
 Everything here is plain Python, so that `--help` answers before torch is imported.
 """
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -15,6 +16,7 @@ import tyro
 import yaml
 
 from esengine.errors import ConfigError
+from esengine.prompt_files import read_prompt_file
 from esengine.settings_file import from_dict, read_yaml
 
 PACKAGED = Path(__file__).parent / "data"
@@ -140,7 +142,7 @@ class ESSettings:
     """What a prompt's scores are divided by: the standard deviation of all, as in the reference run, or its own, so
     that no prompt outweighs the others."""
     prompts_per_step: int = 4
-    """Prompts drawn each step, without replacement until all have come."""
+    """Prompts drawn each step, without replacement until all have come. Left out, it adapts to a shorter list."""
     repeats: int = 4
     """Images of each prompt for each member, from different latents."""
 
@@ -207,9 +209,10 @@ class TrainConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     prompts: Path | None = None
-    """Text file, one prompt a line, # for comments. By default a packaged list: of `nano`, captions of its world."""
+    """File of prompts: text with one on each line, .tsv, .csv or .jsonl. By default a packaged list; of `nano`,
+    captions of its world."""
     eval_prompts: Path | None = None
-    """Prompts never trained on, to compare base and adapter at the end. By default a packaged list."""
+    """File of prompts never trained on, to compare base and adapter at the end. By default a packaged list."""
     reward: str | None = None
     """A reward, or several with weights: `a=1.0,my_module:score=0.5`. By default pickscore; for `tiny`
     jpeg_compressibility, for `nano` checker with some pickscore."""
@@ -285,8 +288,8 @@ class EvalConfig:
     images, scores.jsonl, and a report as HTML, Markdown, CSV and JSON. Killed at any point, the same command goes on
     and ends with the same table. Several processes share the work under torchrun, or with --shard.
 
-    A file of prompts ending in .tsv or .csv is a table with a column Prompt and perhaps Category and Challenge, in any
-    case and order; any other file is text with a prompt on each line.
+    A file of prompts is text with a prompt on each line; or a table, .tsv or .csv, with a column Prompt and perhaps
+    Category and Challenge; or .jsonl with these as keys.
     """
 
     run_dir: Path | None = None
@@ -340,7 +343,7 @@ class RenderConfig:
     prompts: tyro.conf.Positional[tuple[str, ...]] = ()
     """What to draw. Without any, the first of --prompts-file."""
     prompts_file: Path | None = None
-    """Text file, one prompt a line. By default the packaged held-out list."""
+    """File of prompts: text with one on each line, .tsv, .csv or .jsonl. By default the packaged held-out list."""
     limit: int = 8
     """So many prompts of the file."""
     gallery: bool = False
@@ -353,8 +356,8 @@ class RenderConfig:
     """A SanaSprintPipeline folder, a hub id, `nano` or `tiny`."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
-    out: Path = Path("renders")
-    """Folder for the images."""
+    out: Path | None = None
+    """Folder for the images. By default renders in the run's folder; without a run, here."""
     seed: int | None = None
     """Keys the latents. By default the run's."""
     device: str = "auto"
@@ -424,13 +427,29 @@ def parse_train(args: list[str]) -> TrainConfig:
     """
     # a first look for the two flags that say what lies below the flags
     below, run_dir = _peek(args, "config"), _peek(args, "run-dir")
-    if below is None and run_dir and "--resume" in args and (Path(run_dir) / "config.yaml").is_file():
+    if below is None and run_dir and _switched_on(args, "resume") and (Path(run_dir) / "config.yaml").is_file():
         below = str(Path(run_dir) / "config.yaml")
     below = below or ("nano" if _peek(args, "model") in (None, "nano") else None)
     default = load(below) if below else TrainConfig()
     if _peek(args, "lora.alpha") and not any(arg.startswith(("--lora.alpha-p", "--lora.alpha_p")) for arg in args):
         default = dataclasses.replace(default, lora=dataclasses.replace(default.lora, alpha_pattern={}))
-    return tyro.cli(TrainConfig, args=args, default=default, prog="esengine train")
+    config = tyro.cli(TrainConfig, args=args, default=default, prog="esengine train")
+    if config.prompts is not None and not _given(args, below, "es", "prompts_per_step"):
+        with contextlib.suppress(ConfigError):  # the run itself tells what is wrong with the file
+            count = len(read_prompt_file(config.prompts)["prompt"])
+            per_step = min(count, config.es.prompts_per_step)
+            config = dataclasses.replace(config, es=dataclasses.replace(config.es, prompts_per_step=per_step))
+    return config
+
+
+def _given(args: list[str], below: str | None, section: str, name: str) -> bool:
+    """Whether the user chose a setting: by a flag, or in a YAML file that is not a packaged one."""
+    if _peek(args, f"{section}.{name.replace('_', '-')}") is not None:
+        return True
+    if below is None or not Path(below).is_file():
+        return False
+    data = read_yaml(Path(below))
+    return isinstance(data, dict) and isinstance(data.get(section), dict) and name in data[section]
 
 
 def parse(cls: type, args: list[str], prog: str) -> Any:
@@ -494,10 +513,44 @@ def differences(saved: dict[str, Any], now: dict[str, Any], free: Collection[str
 
 
 def _peek(args: list[str], flag: str) -> str | None:
-    for spelling in (f"--{flag}", f"--{flag.replace('-', '_')}"):
-        for i, arg in enumerate(args):
-            if arg == spelling and i + 1 < len(args):
-                return args[i + 1]
-            if arg.startswith(f"{spelling}="):
-                return arg.partition("=")[2]
-    return None
+    """The value of a flag, in either spelling. Given twice, the last one counts, as in the parser itself."""
+    found = None
+    for i, arg in enumerate(args):
+        name, equals, value = arg.partition("=")
+        if name.replace("_", "-") == f"--{flag}":
+            found = value if equals else args[i + 1] if i + 1 < len(args) else None
+    return found
+
+
+def _switched_on(args: list[str], flag: str) -> bool:
+    """Whether a flag without a value is on: `--flag` or `--no-flag`, whichever comes last."""
+    given = [arg for arg in (each.replace("_", "-") for each in args) if arg in (f"--{flag}", f"--no-{flag}")]
+    return given[-1:] == [f"--{flag}"]
+
+
+def as_typed(message: str, args: list[str]) -> str:
+    """An error that begins with a setting's name, with the flag of that setting in its place.
+
+    The flag is spelt as the user typed it, else as `--help` spells it. Other messages stay as they are.
+    """
+    name, colon, rest = message.partition(":")
+    flags = {flag.removeprefix("--").replace("-", "_"): flag for flag in _flags()}
+    found = [flag for each, flag in flags.items() if name == each]
+    found = found or [flag for each, flag in flags.items() if each.endswith(f".{name}")]
+    if not colon or len(found) != 1:
+        return message
+    typed = [arg.partition("=")[0] for arg in args]
+    spelt = next((arg for arg in typed if arg.startswith("--") and arg.replace("_", "-") == found[0]), found[0])
+    return f"{spelt}:{rest}"
+
+
+def _flags() -> list[str]:
+    """Every flag of every command, as `--help` spells it."""
+    found: dict[str, None] = {}
+    for config in (TrainConfig(), EvalConfig(), RenderConfig()):
+        for each in dataclasses.fields(config):
+            value = getattr(config, each.name)
+            below = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+            names = [f"{each.name}.{inner.name}" for inner in below] or [each.name]
+            found |= dict.fromkeys(f"--{name.replace('_', '-')}" for name in names)
+    return list(found)

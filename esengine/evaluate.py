@@ -13,7 +13,7 @@ from esengine.evaluation_folder import EvaluationFolder
 from esengine.files import cache_root
 from esengine.group import place
 from esengine.guard import reward_names
-from esengine.models import SanaSprint, TextEmbeddings
+from esengine.models import SanaSprint, TextEmbeddings, require_pipeline
 from esengine.rewards import Weighted, parse
 from esengine.run_folder import refuse_links
 from esengine.scoring import Plan, compare_entries, draw, load_entry, provenance, reported
@@ -58,6 +58,7 @@ def evaluate(config: EvalConfig, progress: "Progress") -> Evaluated:
     device = take_device(config.device)
     dtype = pick_dtype(run.dtype if config.dtype == "auto" else config.dtype, device)
     settings = render_settings(image)
+    require_pipeline(name, config.revision or run.revision)
     reward = parse(_scored(config, run, silent), device=str(device))
 
     labels = ", ".join(entry.label for entry in entries)

@@ -14,6 +14,7 @@ from esengine.errors import ConfigError
 from esengine.models import SanaSprint
 from esengine.progress import Progress
 from esengine.prompts import GALLERY, read_prompts
+from esengine.run_folder import refuse_links
 from esengine.runlog import draw_strip
 from esengine.scoring import EVAL_STEP
 from esengine.setup import load_model, pick_chunk, pick_dtype, render_settings, take_device
@@ -44,6 +45,9 @@ def render(config: RenderConfig, progress: Progress) -> Drawn:
             or read_prompts(config.prompts_file or defaults(config.model or run.model).heldout)[: config.limit]
         )
     seed = run.seed if config.seed is None else config.seed
+    out = config.out or (config.run_dir or Path()) / "renders"
+    if config.run_dir is not None and config.out is None:
+        refuse_links(f"run folder {config.run_dir}", [out])
     image = config.image or run.image
     model = _model_with_adapter(config, run, image.vae, progress)
     (texts,) = encode(model, [prompts], image, progress)
@@ -73,15 +77,15 @@ def render(config: RenderConfig, progress: Progress) -> Drawn:
         made = {"weights": model.identity(), "adapter": str(config.adapter or config.run_dir), "seed": seed}
         made |= {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
         made |= {"image": asdict(settings), "versions": describe()}
-        sheet, page = write_gallery(config.out, prompts, rows, made)
-        return Drawn(config.out, sheet, 0, page)
-    config.out.mkdir(parents=True, exist_ok=True)
+        sheet, page = write_gallery(out, prompts, rows, made)
+        return Drawn(out, sheet, 0, page)
+    out.mkdir(parents=True, exist_ok=True)
     for label, images in rows.items():
         for index, pixels in enumerate(images.permute(0, 2, 3, 1).numpy()):
-            Image.fromarray(pixels).save(config.out / f"{index:04d}_{_slug(prompts[index])}_{label}.png")
-    sheet = config.out / "base_and_adapter.png"
+            Image.fromarray(pixels).save(out / f"{index:04d}_{_slug(prompts[index])}_{label}.png")
+    sheet = out / "base_and_adapter.png"
     draw_strip(rows, prompts).save(sheet)
-    return Drawn(config.out, sheet, sum(map(len, rows.values())))
+    return Drawn(out, sheet, sum(map(len, rows.values())))
 
 
 def _model_with_adapter(config: RenderConfig, run: TrainConfig, vae: str | None, progress: Progress) -> SanaSprint:

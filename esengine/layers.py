@@ -69,7 +69,7 @@ class Scope:
 
     @contextmanager
     def watch(self, module: nn.Module) -> Iterator[None]:
-        """Inside, note when `module` ran to its end. No forward hook: torch's own modules compute otherwise with one."""
+        """Inside, note when `module` ran to its end. With a forward hook torch's encoder layers compute otherwise."""
         before, forward = vars(module).get("forward"), module.forward
 
         @functools.wraps(forward)

@@ -67,7 +67,7 @@ def read_prompt_file(path: str | Path, needed: Sequence[str] = ("prompt",)) -> C
     if form == ".txt":
         rows: Iterable[tuple[str, dict[str, Any]]] = _text(data, where)
     elif form in _TABLES:
-        rows = _table(_decoded(data, where), where, needed)
+        rows = _table(_decoded(data, where), where, form, needed)
     elif form in _JSON_LINES:
         rows = _json_lines(data, where)
     else:
@@ -174,14 +174,15 @@ def _row(item: Any, where: str) -> dict[str, Any]:
         keys = [name for name, plain in names.items() if plain in aliases]
         if len(keys) > 1:
             raise ConfigError(f"{where}: expected one key {column}, got {' and '.join(keys)}")
-        row |= {column: item[name] for name in keys}
+        row.update((column, item[name]) for name in keys)
     if "prompt" not in row:
         raise ConfigError(f"{where}: expected a key prompt, got the keys {', '.join(item)[:200] or 'none'}")
     return row
 
 
-def _table(text: str, where: str, needed: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    rows = _cells(text, where)
+def _table(text: str, where: str, form: str, needed: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    first = text.partition("\n")[0]
+    rows = _cells(text, where, "\t" in first or (form == ".tsv" and "," not in first))
     _, header = next(rows, (0, []))
     names = [cell.lower() for cell in header]
     place = {column: names.index(a) for column, aliases in COLUMNS.items() for a in aliases if a in names}
@@ -201,9 +202,8 @@ def _table(text: str, where: str, needed: Sequence[str]) -> Iterator[tuple[str, 
         yield f"line {number}", {"prompt": "", **dict.fromkeys(place, ""), **row}
 
 
-def _cells(text: str, where: str) -> Iterator[tuple[int, list[str]]]:
+def _cells(text: str, where: str, tabs: bool) -> Iterator[tuple[int, list[str]]]:
     """The number of each row's last line, and its cells without the spaces around them."""
-    tabs = "\t" in text.partition("\n")[0]
     dialect = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else dict(strict=True)
     reader = csv.reader(io.StringIO(text, newline=""), **dialect)
     try:

@@ -43,7 +43,9 @@ class PromptSampler:
 
     def __init__(self, count: int, per_step: int, seed: int):
         if not 1 <= per_step <= count:
-            raise ConfigError(f"prompts per step: expected 1 to the number of prompts, {count}, got {per_step}")
+            raise ConfigError(
+                f"es.prompts_per_step: expected prompts per step of 1 to the number of prompts, {count}, got {per_step}"
+            )
         self.count, self.per_step, self.seed = count, per_step, seed % 2**64
 
     def draw(self, step: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ _CHECKPOINT = re.compile(r"step_(\d{8,})")
 _FOLDERS = ("checkpoints", "adapter", "tensorboard", "strips", "heldout", "wandb")
 _FILES = (
     *("config.yaml", "metrics.jsonl", "fitness.jsonl", "heldout.jsonl"),
-    *("eval.json", "trackers.json", "report.html"),
+    *("eval.json", "comparison.png", "trackers.json", "report.html"),
 )
 
 

@@ -128,6 +128,7 @@ def compare_entries(
     benchmark: Benchmark | None = None,
     settings: dict[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    watch: Callable[[Batch], None] | None = None,
     bear: bool = False,
 ) -> Report:
     """The whole plan at once, keeping no image.
@@ -140,6 +141,7 @@ def compare_entries(
         benchmark: name and groups of the prompts. None: they have no groups.
         settings: how the images are made, for the report. None: `provenance`.
         progress: called with (images done, images in all).
+        watch: called with each batch, in the order of the plan.
         bear: leave out prompts of which an image has no score, and count them in the settings as `prompts_left_out`;
             see `Bearing`. Otherwise that is an error.
     """
@@ -153,6 +155,8 @@ def compare_entries(
         reward = Bearing(reward, total, least=len(plan.entries) * plan.repeats)  # a prompt's
     for batch in draw(model, texts, reward, plan, work):
         records += batch_records(batch)
+        if watch is not None:
+            watch(batch)
         if progress is not None:
             progress(len(records), total)
     model.pipeline.unload_lora_weights()

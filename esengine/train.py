@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from PIL import Image
+from torch.nn.functional import interpolate
 
 from esengine import run_state
 from esengine.checkpoint import Checkpoint, set_aside
@@ -22,21 +24,21 @@ from esengine.engine import Engine
 from esengine.entries import default_entries
 from esengine.env import describe
 from esengine.errors import ConfigError, RunError, Stopped
-from esengine.files import cache_root, replace_file
+from esengine.files import cache_root, replace_file, write_atomic
 from esengine.group import Group
-from esengine.guard import Guard, load_rewards, reward_names
+from esengine.guard import Guard, load_rewards, read_setting, reward_names
 from esengine.kernels import CONTRACT
 from esengine.loop import Record, Run, take_steps
-from esengine.models import SanaSprint, TextEmbeddings
+from esengine.models import SanaSprint, TextEmbeddings, require_pipeline
+from esengine.pictures import draw_strip
 from esengine.population import Noise, Population, attach
 from esengine.progress import Progress
 from esengine.prompts import PromptSampler, read_prompts
 from esengine.rewards.base import reason
-from esengine.rewards.spec import read as read_rewards
 from esengine.rollout import Renderer
 from esengine.run_folder import RunFolder, checkpoint_folders, path_step
 from esengine.runlog import RunLog, require_steps
-from esengine.scoring import Plan, compare_entries
+from esengine.scoring import Batch, Plan, compare_entries
 from esengine.setup import is_folder, load_model, pick_device, pick_dtype, render_settings, settled, take_device
 from esengine.stop import Stop
 from esengine.summary import Report
@@ -47,6 +49,9 @@ IN_THE_UPDATE = ("seed", "dtype", "population", "lora", "es", "update")
 
 OF_A_PROCESS = tuple(name for name in MAY_CHANGE if name not in ("steps", "checkpoint_every", "on_bad_reward"))
 """Settings in which the processes of a run may differ: names, and what the leading one alone goes by."""
+
+SHOWN_PROMPTS = 8
+"""Held-out prompts of which comparison.png shows the base's image and the adapter's."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +102,12 @@ def _train(config: TrainConfig, progress: Progress, group: Group, stop: Stop) ->
     sampler = PromptSampler(len(prompts), config.es.prompts_per_step, config.seed)
     render_settings(config.image)
     # before a folder is made
-    read_rewards(config.reward)
+    read_setting("reward", config.reward)
+    if config.heldout_reward not in ("auto", "none"):
+        read_setting("heldout_reward", config.heldout_reward)
     pick_device(config.device)
+    with group.first():
+        require_pipeline(config.model, config.revision)
     require_installed(config.trackers)
     if config.resume and config.run_dir is None:
         raise ConfigError("resume: which run? give its folder with --run-dir")
@@ -156,7 +165,10 @@ def _train(config: TrainConfig, progress: Progress, group: Group, stop: Stop) ->
             if group.leads:
                 set_aside(path for path, _ in saved.skipped)
 
-        progress.note(f"encoding {len(prompts)} prompts to train on and {len(eval_prompts)} held out")
+        per_step = config.es.prompts_per_step
+        progress.note(
+            f"encoding {len(prompts)} prompts to train on, {per_step} a step, and {len(eval_prompts)} held out"
+        )
         if shared := set(prompts) & set(eval_prompts):
             progress.note(f"warning: {len(shared)} of the held-out prompts are trained on too")
         with group.first():
@@ -186,6 +198,7 @@ def _train(config: TrainConfig, progress: Progress, group: Group, stop: Stop) ->
         population.detach()
 
         progress.note(f"comparing base and adapter on {len(eval_prompts)} held-out prompts")
+        images: dict[str, list[torch.Tensor]] = {}
         comparison = compare_entries(
             model,
             held_out,
@@ -199,11 +212,14 @@ def _train(config: TrainConfig, progress: Progress, group: Group, stop: Stop) ->
                 chunk=run.render.limit or config.image.chunk,
             ),
             progress=lambda done, total: progress.count("images", done, total),
+            watch=lambda batch: _keep_images(images, batch),
             bear=engine.drop_pairs,
         )
         if left_out := comparison.settings.get("prompts_left_out"):
             progress.note(f"warning: {left_out} prompts have an image without a score and are not compared")
         replace_file(Path(folder.path) / "eval.json", comparison.to_json().encode())
+        if images:
+            _draw_comparison(Path(folder.path) / "comparison.png", images, eval_prompts)
         parted = guard.parted() if guard else {}
         for name in parted:
             progress.note(f"warning: {guard.warning(name)}")
@@ -255,6 +271,29 @@ def encode(
     texts = model.encode(everything, **settings, progress=lambda done, total: progress.count("prompts", done, total))
     place = {prompt: index for index, prompt in enumerate(everything)}
     return [TextEmbeddings(prompts, [texts[place[prompt]] for prompt in prompts]) for prompts in lists]
+
+
+def _keep_images(images: dict[str, list[torch.Tensor]], batch: Batch) -> None:
+    """Keep the first image of each of the first `SHOWN_PROMPTS` prompts, at most 256 pixels wide, by entry."""
+    for image, (prompt, repeat) in zip(batch.images, batch.rows, strict=True):
+        if prompt < SHOWN_PROMPTS and repeat == 0:
+            height, width = image.shape[1:]
+            size = (max(1, round(height * 256 / width)), 256) if width > 256 else (height, width)
+            small = interpolate(image[None].float().cpu(), size, mode="bilinear", antialias=True)
+            images.setdefault(batch.entry.label, []).append(small[0].round().byte())
+
+
+def _draw_comparison(path: Path, images: dict[str, list[torch.Tensor]], prompts: Sequence[str]) -> None:
+    """Write the base's images above the adapter's, four prompts in a row."""
+    rows = {label: torch.stack(each) for label, each in zip(("base", "ES-LoRA"), images.values(), strict=True)}
+    strips = [
+        draw_strip({label: row[at : at + 4] for label, row in rows.items()}, prompts[at : at + 4])
+        for at in range(0, len(rows["base"]), 4)
+    ]
+    picture = Image.new("RGB", (strips[0].width, sum(strip.height for strip in strips)), color="white")
+    for index, strip in enumerate(strips):
+        picture.paste(strip, (0, index * strips[0].height))
+    write_atomic(path, picture.save)
 
 
 def _page(folder: Path, progress: Progress) -> Path | None:

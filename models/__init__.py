@@ -1,7 +1,7 @@
 """Generators of images: how a batch of (member, prompt, repeat) rows is rendered."""
 
 from esengine.models.latents import latents
-from esengine.models.loading import NAMED
+from esengine.models.loading import NAMED, require_pipeline
 from esengine.models.lora_file import WEIGHT_NAME, write_diffusers_lora
 from esengine.models.sana_sprint import SanaSprint
 from esengine.models.settings import RenderSettings
@@ -16,6 +16,7 @@ __all__ = [
     "TextEmbeddings",
     "build_tiny",
     "latents",
+    "require_pipeline",
     "tiny_model",
     "write_diffusers_lora",
 ]

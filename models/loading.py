@@ -53,6 +53,23 @@ def locate(model: str, revision: str | None, local_files_only: bool) -> tuple[Pa
     return snapshot, {"model": model, "commit": snapshot.name}
 
 
+def require_pipeline(model: str, revision: str | None, local_files_only: bool = False) -> None:
+    """Look whether there is a pipeline of that name, before anything heavy is loaded.
+
+    Raises:
+        ConfigError: no such folder or hub model, or a folder that holds no `SanaSprintPipeline`.
+    """
+    folder, _ = locate(model, revision, local_files_only)
+    with _reading(f"model: cannot load {folder}"):
+        _require_kind(folder)
+
+
+def _require_kind(folder: Path) -> None:
+    kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name")
+    if kind != SanaSprintPipeline.__name__:
+        raise ValueError(f"expected a SanaSprintPipeline, got {kind}")
+
+
 def download(model: str, revision: str | None, local_files_only: bool, **without: None) -> Path:
     """The snapshot folder of a hub id, without the components named in `without`. Its name is the commit."""
     try:
@@ -77,11 +94,8 @@ def load(
         ConfigError: It cannot be read, or a weight is missing or of another shape; with its name.
         OutOfMemory: It does not fit.
     """
-    index = folder / "model_index.json"
     with _reading(f"model: cannot load {folder}"):
-        kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-        if kind != SanaSprintPipeline.__name__:
-            raise ValueError(f"expected a SanaSprintPipeline, got {kind}")
+        _require_kind(folder)
         own = {name: _whole(cls, folder / name, dtype) for name, cls in WEIGHTS.items() if name not in parts}
         pipeline = SanaSprintPipeline.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, **own, **parts

@@ -454,7 +454,7 @@ class SanaSprint:
         if taken != layers:
             self.pipeline.unload_lora_weights()
             raise ConfigError(f"adapter: {file}: the pipeline took {len(taken)} of its {len(layers)} LoRA layers")
-        self.transformer.requires_grad_(False)
+        self.transformer.eval().requires_grad_(False)  # PEFT's layers come in training mode, where dropout is at work
 
     def adapter_enabled(self, enabled: bool) -> None:
         """Turns the adapter that `load_adapter` loaded on or off."""

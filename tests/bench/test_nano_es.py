@@ -80,7 +80,9 @@ def test_a_trials_file_is_gone_on_with_at_any_number_of_images(tmp_path, monkeyp
     monkeypatch.setattr(nano_es, "made_of", lambda: made_of)
     options = argparse.Namespace(json=stored, command="search", images=1000, processes=1)
     nano_es.trials(plan, options)
-    assert "| centre, seed 0 | 1024 |" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Images a trial: 1024.\n" in shown
+    assert "| centre | 0 |" in shown
     with pytest.raises(SystemExit, match=r"expected .*'images': 2048.*, got .*'images': 1024"):
         nano_es.trials(plan, argparse.Namespace(**{**vars(options), "images": 2000}))
 

@@ -490,8 +490,8 @@ def test_without_a_graph_all_is_measured_and_it_says_why(monkeypatch, context):
 
 def test_a_step_says_how_it_decodes(monkeypatch, context, stored):
     part = stored[1]["parts"]["step_32"]["result"]
-    assert (part["decode"], part["decode_by"]) == ("eager", "the fastest in decode_32")
-    assert stored[1]["parts"]["decode_32"]["result"]["chosen"] == "eager"
+    chosen = stored[1]["parts"]["decode_32"]["result"]["chosen"]  # whichever was the fastest
+    assert (part["decode"], part["decode_by"]) == (chosen, "the fastest in decode_32")
     assert (part["overlap"], part["overlap_by"]) == ("no", "no streams on this device")
     context.decode_modes[32] = "compiled"
     monkeypatch.setattr(suite_context.Context, "overlaps", lambda self: True)

@@ -12,6 +12,8 @@ import types
 import pytest
 import torch
 
+from esengine import cli
+from esengine.config import as_typed
 from esengine.errors import RewardError
 
 
@@ -69,22 +71,22 @@ def flags(*more):
         (["--config", "bad.yaml"], ["bad.yaml", "line 3"]),
         (["--config", "odd.yaml"], ["population", "even", "5"]),
         (["--config", "unknown.yaml"], ["unknown setting 'stepz'"]),
-        (["--es.prompts-per-step", "4"], ["prompts per step", "3", "4"]),
+        (["--es.prompts-per-step", "4"], ["--es.prompts-per-step", "prompts per step", "3", "4"]),
         (["--image.height", "100"], ["height", "multiple of 32", "100"]),
-        (["--image.x0-angle", "1.3", "--image.num-steps", "2"], ["x0_angle", "1.3", "2"]),
+        (["--image.x0-angle", "1.3", "--image.num-steps", "2"], ["--image.x0-angle", "1.3", "2"]),
         (["--device", "wat"], ["device", "'wat'"]),
         (["--device", "cuda:99"], ["device", "'cuda:99'"]),
         (["--resume"], ["new", "nothing to resume"]),
         (["--run-dir", "p.txt"], ["p.txt"]),
         (["--population", "5"], ["population", "even", "5"]),
         (["--heldout-reward", "nosuch"], ["unknown reward 'nosuch'"]),
-        (["--heldout-reward", "jpeg_compressibility"], ["heldout_reward", "jpeg_compressibility", "weight of 0"]),
+        (["--heldout-reward", "jpeg_compressibility"], ["--heldout-reward", "jpeg_compressibility", "weight of 0"]),
         (["--seed", "-1"], ["seed", "-1"]),
         (["--lora.targets", "nosuch"], ["lora", "nosuch"]),
         (["--model", "nosuch"], ["model", "nosuch"]),
         (["--model", "/nosuch"], ["model", "/nosuch"]),
         (["--model", "no/such"], ["model", "no/such", "offline"]),
-        (["--image.guidance-scale", "1e39"], ["guidance_scale: expected at most ±10000, got 1e+39"]),
+        (["--image.guidance-scale", "1e39"], ["--image.guidance-scale: expected at most ±10000, got 1e+39"]),
         (["--model", "torn"], ["model", "torn"]),
         (["--model", "other"], ["model", "FluxPipeline"]),
     ],
@@ -328,3 +330,40 @@ def test_the_module_is_the_console_script(workspace, cache):
     assert done.stdout == ""
     assert done.stderr == "esengine: error: prompts file nosuch.txt: No such file or directory\n"
     assert list(workspace.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "beginning"),
+    [
+        (["--es.noise_rank", "0"], "--es.noise_rank: expected at least 1, got 0"),
+        (["--es.noise-rank=0"], "--es.noise-rank: expected at least 1, got 0"),
+        (["--update.lr_scale", "0"], "--update.lr_scale: expected a positive number"),
+        (["--population", "3"], "--population: expected an even number"),
+        (["--image.vae", "./nope"], "--image.vae: ./nope is neither"),
+        (["--reward", "a("], "--reward: rewards: expected"),
+        (["--heldout-reward", "a("], "--heldout-reward: rewards: expected"),
+        (["--resume"], "--resume: which run?"),
+    ],
+)
+def test_an_error_begins_with_the_flag_as_it_was_typed(flags, beginning, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "--model", "tiny", *flags]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"esengine: error: {beginning}")
+
+
+def test_a_setting_of_a_file_keeps_its_name():
+    assert as_typed("config mine.yaml: steps: expected int, got 'x'", []).startswith("config mine.yaml: steps")
+    assert as_typed("reward own:score: raised KeyError", ["train"]) == "reward own:score: raised KeyError"
+
+
+def test_a_model_that_is_not_there_is_told_before_rewards_are_built(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("esengine.train.load_rewards", lambda *a, **k: pytest.fail("rewards were built"))
+    monkeypatch.setattr("esengine.evaluate.parse", lambda *a, **k: pytest.fail("rewards were built"))
+    (tmp_path / "empty").mkdir()
+    for model, words in (("./nope", "neither a folder nor a hub id"), ("empty", "model_index.json")):
+        for command in ("train", "eval"):
+            flags = ["--benchmark", "nano"] if command == "eval" else []
+            assert cli.main([command, "--model", model, "--reward", "pickscore", *flags]) == 1
+            assert words in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]

@@ -316,3 +316,31 @@ def test_the_others_parse_with_nothing():
     assert parse(RenderConfig, [], "esengine render") == RenderConfig(image=ImageSettings())
     assert parse(EnvConfig, [], "esengine env") == EnvConfig()
     assert parse(RenderConfig, ["a cat", "a dog", "--out", "o"], "esengine render").prompts == ("a cat", "a dog")
+
+
+def test_of_a_flag_given_twice_the_last_counts_for_every_reader(tmp_path):
+    nano, tiny = load("nano"), TrainConfig(model="tiny")
+    assert parse_train(["--model", "tiny", "--model", "nano"]) == nano
+    assert parse_train(["--model", "nano", "--model=tiny"]) == tiny
+    for name, steps in (("a", 7), ("b", 8)):
+        (tmp_path / f"{name}.yaml").write_text(f"model: tiny\nsteps: {steps}\n")
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(f"model: tiny\nsteps: {steps}\n")
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    assert parse_train(["--config", f"{a}.yaml", f"--config={b}.yaml"]).steps == 8
+    assert parse_train(["--run_dir", a, "--run-dir", b, "--resume"]).steps == 8
+    assert parse_train(["--model", "tiny", "--run-dir", b, "--resume", "--no-resume"]).steps == tiny.steps
+    assert parse_train(["--lora.alpha", "3", "--lora.alpha", "5"]).lora.alpha == 5
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, 1), (4, 4), (8, 8), (9, 8)])
+def test_prompts_a_step_adapt_to_a_short_list(tmp_path, count, expected):
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "prompt {i}"}}\n' for i in range(count)))
+    assert parse_train(["--prompts", str(prompts)]).es.prompts_per_step == expected
+    assert parse_train(["--prompts", str(prompts), "--es.prompts_per_step", "5"]).es.prompts_per_step == 5
+    (tmp_path / "own.yaml").write_text("es: {prompts_per_step: 6}\n")
+    own = ["--config", str(tmp_path / "own.yaml"), "--prompts", str(prompts)]
+    assert parse_train(own).es.prompts_per_step == 6
+    reference = parse_train(["--config", "reference", "--prompts", str(prompts)])
+    assert reference.es.prompts_per_step == min(count, 4)

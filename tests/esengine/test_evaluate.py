@@ -207,7 +207,7 @@ def test_entries_of_several_runs(trained, parti, esengine, workspace):
         (["--limit", "0"], ["limit"]),
         (["--out", "parti.tsv"], ["out parti.tsv", "there is a file"]),
         (["--benchmark", "nosuch"], ["'nosuch'"]),
-        (["--image.num-steps", "2", "--image.x0-angle", "1.3"], ["x0_angle"]),
+        (["--image.num-steps", "2", "--image.x0-angle", "1.3"], ["--image.x0-angle"]),
         (["--device", "cuda:99"], ["cuda:99"]),
     ],
 )

@@ -829,9 +829,14 @@ def test_torchs_fused_encoder_layer_is_named(nested):
 
 def test_an_error_inside_is_not_hidden_by_that_of_a_target():
     population = esengine.attach(Branches("skips"), FORMS[0])
-    with pytest.raises(KeyError), torch.no_grad(), population.perturbed(step=0, members=torch.arange(4)):
-        population.module(torch.randn(4, 8))
-        raise KeyError("mine")
+
+    def run():
+        with torch.no_grad(), population.perturbed(step=0, members=torch.arange(4)):
+            population.module(torch.randn(4, 8))
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError):
+        run()
 
 
 @pytest.mark.parametrize("form", FORMS, ids=["lora", "direct"])

@@ -232,3 +232,18 @@ def test_adapters_of_others_are_loaded(hostile_model, adapter, tmp_path):
     scaling = {n: m.scaling["default_0"] for n, m in hostile_model.transformer.named_modules() if hasattr(m, "scaling")}
     assert scaling == adapter[2]
     hostile_model.pipeline.unload_lora_weights()
+
+
+@torch.no_grad()
+def test_an_adapter_with_dropout_in_its_metadata_is_drawn_the_same_each_time(fresh_model, adapter, inputs, tmp_path):
+    transformer, state, scaling = adapter
+    file = write_diffusers_lora(tmp_path, state, scaling)
+    with safe_open(file, framework="pt") as opened:
+        metadata = json.loads(opened.metadata()["lora_adapter_metadata"])
+    packed = json.dumps(metadata | {"transformer.lora_dropout": 0.5})
+    save_file(load_file(file), file, metadata={"format": "pt", "lora_adapter_metadata": packed})
+    fresh_model.load_adapter(tmp_path)
+    assert not any(module.training for module in fresh_model.transformer.modules())
+    first = fresh_model.transformer(**inputs).sample
+    assert torch.equal(fresh_model.transformer(**inputs).sample, first)
+    assert relative(first, transformer(**inputs).sample) < 1e-5
