@@ -2,6 +2,7 @@
 
     python bench/nano_headline.py run   --json bench/results/nano_headline.json --pictures bench/results
     python bench/nano_headline.py fresh --json bench/results/nano_fresh.json     # its adapters on other test captions
+    python bench/nano_headline.py picture    # the README's, of the stored nano_headline.png
 
 The runs are `esengine train` with the settings of `HEADLINE`; the table is that of `esengine eval --benchmark nano`.
 Runs that were stopped are gone on with. The pictures are nano_headline.png and nano_curves.png.
@@ -18,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import record
 import torch
 from nano_es import merged
@@ -29,9 +31,12 @@ from esengine.defaults import defaults
 from esengine.evaluate import evaluate
 from esengine.guard import reward_names
 from esengine.models.nano import world
+from esengine.pictures import draw_strip
 from esengine.progress import Progress
 from esengine.report.curves import read_held
 from esengine.train import train
+
+RESULTS = Path(__file__).parent / "results"
 
 HEADLINE: dict[str, Any] = {
     "steps": 1280,
@@ -140,6 +145,19 @@ def gallery(images: Path, entries: list[str], path: Path, columns: int = 24) -> 
     sheet.save(path, optimize=True)
 
 
+def picture(sheet: Path, path: Path, columns: int = 6) -> None:
+    """The first captions of a `gallery`, labelled: the base in one step above the first seed's adapter."""
+    captions, place = read_benchmark("nano").prompts[:columns], world.SIDE + 2
+    with Image.open(sheet) as image:
+        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    rows = {}
+    for row, label in enumerate(("base", "ES-LoRA")):
+        top = row * place
+        tiles = [pixels[:, top : top + world.SIDE, i * place : i * place + world.SIDE] for i in range(columns)]
+        rows[label] = torch.stack(tiles).repeat_interleave(3, 2).repeat_interleave(3, 3)
+    draw_strip(rows, captions, margin=6).save(path, optimize=True)
+
+
 RESOLVED = ("run_dir", "resume", "device", "dtype", "heldout_reward", "image.chunk")
 """Settings that a run folder has chosen where the headline leaves them open."""
 
@@ -159,7 +177,7 @@ def _seed(seed: int, folder: Path, settings: dict[str, Any]) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "fresh"))
+    parser.add_argument("command", choices=("run", "fresh", "picture"))
     parser.add_argument("--json", type=Path, help="store the record there")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run for each")
     parser.add_argument("--steps", type=int, help=f"by default {HEADLINE['steps']}")
@@ -168,6 +186,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if options.command == "picture":  # of what is stored; nothing is drawn anew
+        return picture(RESULTS / "nano_headline.png", RESULTS / "readme.png")
     (headline if options.command == "run" else fresh)(options)
 
 

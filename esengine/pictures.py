@@ -19,7 +19,7 @@ def draw_strip(images: dict[str, torch.Tensor], captions: Sequence[str] = (), ma
 
     Args:
         images: label -> uint8 [K, 3, H, W]; rows may differ in K.
-        captions: texts above the columns, wrapped to three lines.
+        captions: texts above the columns, wrapped to four lines.
         margin: pixels between images.
 
     Raises:
@@ -35,14 +35,14 @@ def draw_strip(images: dict[str, torch.Tensor], captions: Sequence[str] = (), ma
     columns = max(len(row) for row in rows.values())
     width, height = max(tile.width for tile in tiles), max(tile.height for tile in tiles)
 
-    font = ImageFont.load_default()
+    font = ImageFont.load_default(15)
     gutter = math.ceil(max(font.getbbox(label)[2] for label in rows)) + 2 * margin
-    header = HEADER if captions else 0
+    header = _height(font, 4) if captions else 0
     picture = Image.new(
         "RGB", (gutter + columns * (width + margin), header + len(rows) * (height + margin)), color="white"
     )
     for column, caption in enumerate(captions[:columns]):
-        picture.paste(_caption(caption, width), (gutter + column * (width + margin), 0))
+        picture.paste(_caption(caption, width, font, 4), (gutter + column * (width + margin), 0))
     draw = ImageDraw.Draw(picture)
     for index, (label, row) in enumerate(rows.items()):
         top = header + index * (height + margin)
@@ -73,17 +73,22 @@ def draw_grid(images: torch.Tensor, captions: Sequence[str], margin: int = 4) ->
     picture = Image.new("RGB", (columns * width + margin, math.ceil(len(tiles) / columns) * height), color="white")
     for place, (tile, caption) in enumerate(zip(tiles, captions, strict=True)):
         left, top = place % columns * width + margin, place // columns * height
-        picture.paste(_caption(caption, tile.width), (left, top + margin))
+        picture.paste(_caption(caption, tile.width, ImageFont.load_default(), 3), (left, top + margin))
         picture.paste(tile, (left, top + HEADER))
     return picture
 
 
-def _caption(text: str, width: int) -> Image.Image:
-    """A cell that clips a text that is too wide."""
-    cell = Image.new("RGB", (width, HEADER), color="white")
-    lines = textwrap.wrap(text[: 3 * width], width=width // 5, max_lines=3, placeholder="...")
-    draw = ImageDraw.Draw(cell)
-    draw.multiline_text((0, 0), "\n".join(lines), fill="black", font=ImageFont.load_default(), spacing=1)
+def _height(font: ImageFont.FreeTypeFont, count: int) -> int:
+    """Pixels that so many lines of text take."""
+    return count * math.ceil(1.3 * font.size) + 4
+
+
+def _caption(text: str, width: int, font: ImageFont.FreeTypeFont, most: int) -> Image.Image:
+    """A cell of at most so many lines that clips a text that is too wide."""
+    cell = Image.new("RGB", (width, _height(font, most)), color="white")
+    letters = max(1, int(width / (0.5 * font.size)))
+    lines = textwrap.wrap(text[: most * width], width=letters, max_lines=most, placeholder="...")
+    ImageDraw.Draw(cell).multiline_text((0, 0), "\n".join(lines), fill="black", font=font, spacing=0.1 * font.size)
     return cell
 
 

@@ -2,12 +2,16 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import table
+import tyro
+
+from esengine import config
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -97,3 +101,37 @@ def test_every_file_that_is_named_exists(page):
     ours += [path for path in paths if path.endswith(SUFFIXES) and not path.startswith(("runs/", "renders/"))]
     ours += re.findall(r"\bbench/results/[\w.-]+\.(?:json|png)", read(page))
     assert sorted({path for path in ours if not found(page, path)}) == []
+
+
+COMMANDS = [
+    (name(page), line)
+    for page in GUIDES
+    for block in re.findall(r"```sh\n(.*?)```", read(page), flags=re.S)
+    for line in block.replace("\\\n", " ").splitlines()
+    if " ".join(line.split()).startswith(("esengine ", "torchrun "))
+]
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=[line.partition("#")[0].strip() for _, line in COMMANDS])
+def test_a_command_is_one_that_the_command_line_takes(page, line, monkeypatch):
+    monkeypatch.setattr(config, "load_run", lambda folder: config.TrainConfig())
+    words = shlex.split(line, comments=True)
+    command, *flags = words[words.index("esengine") + 1 :]
+    kinds = {"eval": config.EvalConfig, "render": config.RenderConfig, "report": config.ReportConfig}
+    kinds |= {"env": config.EnvConfig}
+    if command == "train":
+        config.parse_train(flags)
+    elif command == "replay":
+        tyro.cli(config.ReplayConfig, args=flags)
+    else:
+        config.parse(kinds[command], flags, f"esengine {command}")
+
+
+def test_the_published_recipe_is_the_one_in_the_readme():
+    (line,) = (line for page, line in COMMANDS if page == "README.md" and "reference" in line)
+    chosen = config.parse_train(shlex.split(line)[2:])
+    images = chosen.population * chosen.es.prompts_per_step * chosen.es.repeats
+    assert (chosen.update.lr_scale, chosen.image.height, chosen.image.x0_angle) == (0.1, 512, 1.3)
+    assert f"{chosen.population} members x {chosen.es.prompts_per_step} prompts x" in read(README)
+    assert f"= {images} |" in read(README)
+    assert f"{chosen.steps} steps: {chosen.steps * images:,} |" in read(README)

@@ -21,12 +21,16 @@ LAST_STEP = 1 << 53
 
 @dataclass(frozen=True)
 class Held:
-    """One line of heldout.jsonl: score -> (change since the first line, its standard error), NaN for none."""
+    """One line of heldout.jsonl: score -> (change since the first line, its standard error), NaN for none.
+
+    `prompts` is how many have a score; 0 where that is not recorded.
+    """
 
     step: int
     change: dict[str, tuple[float, float]]
     optimised: str
     parted: list[str]
+    prompts: int = 0
 
 
 def kept_curves(entries: Sequence[Entry]) -> dict[str, Any]:
@@ -103,7 +107,10 @@ def _measure(record: dict[str, Any]) -> Held:
         text(name): (number(score["change"]), number(score["standard_error"]))
         for name, score in record["scores"].items()
     }
-    return Held(_step(record["step"]), change, text(record["optimised"]), texts(record.get("parted", [])))
+    optimised = text(record["optimised"])
+    each = record["scores"].get(optimised, {}).get("each", [])
+    prompts = sum(score is not None for score in each)
+    return Held(_step(record["step"]), change, optimised, texts(record.get("parted", [])), prompts)
 
 
 def _step(value: Any) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from esengine.config import TrainConfig, to_dict
+from esengine.errors import ConfigError
 from esengine.report.charts import Chart, Series, lines
 from esengine.report.curves import (
     Held,
@@ -26,10 +27,12 @@ from esengine.report.page import write
 from esengine.report.records import as_written, number, read_json, read_yaml, text, texts
 from esengine.report.thumbnails import Picture, thumbnail
 from esengine.report.words import TIMES, count, duration, figure, short, signed
+from esengine.rewards import spec
 from esengine.summary import flatten
 
 MOST_STRIPS = 16
 STRIP_SIDE, STRIP_BYTES = 1280, 130_000
+COMPARISON_BYTES = 400_000
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ def write_training_page(run_dir: Path) -> Path:
     held = read_held(run_dir / "heldout.jsonl")
     comparison, made = _comparison(run_dir / "eval.json")
     known = _checkpoint(run_dir)
+    beside = run_dir / "comparison.png"
+    gain = _compared(comparison, reward) if comparison else _measured(held)
     return write(
         run_dir / "report.html",
         "training.html",
@@ -67,7 +72,9 @@ def write_training_page(run_dir: Path) -> Path:
         reward=reward,
         done=max(metrics) + 1 if metrics else 0,
         comparison=comparison,
-        cards=[size, *_outcome(metrics)],
+        cards=[*([gain] if gain else []), size, *_outcome(metrics)],
+        measured=gain is not None,
+        beside=thumbnail(beside, within=run_dir, side=STRIP_SIDE, most=COMPARISON_BYTES) if beside.exists() else None,
         reward_charts=reward_charts(metrics),
         held_charts=held_charts(held),
         warnings=_warnings(held),
@@ -124,6 +131,41 @@ def _size(config: dict[str, Any]) -> tuple[str, str, str]:
     return "images a step", f"{population * prompts * repeats}", aside
 
 
+def _compared(comparison: Comparison, reward: str) -> tuple[str, str, str] | None:
+    """(what, figure, aside) of the optimised score's held-out gain; None if the comparison does not have it."""
+    score = _optimised(comparison.scores, reward)
+    cell = comparison.overall.cells.get(score, {}).get(comparison.entries[-1])
+    if cell is None or cell.difference is None:
+        return None
+    prompts = count(comparison.overall.count, "held-out prompt")
+    return _gain(cell.difference, cell.standard_error, f"{score}, adapter over base, on {prompts}")
+
+
+def _optimised(scores: list[str], reward: str) -> str | None:
+    """The score that the run optimised: the weighted sum, or the only reward with a weight."""
+    if spec.COMBINED in scores:
+        return spec.COMBINED
+    try:
+        weighted = [term.name for term in spec.read(reward) if term.weight]
+    except ConfigError:  # as another version wrote it
+        return None
+    return weighted[0] if len(weighted) == 1 else None
+
+
+def _measured(held: list[Held]) -> tuple[str, str, str] | None:
+    """The same from the last measure of a run that is not compared yet; None before the second measure."""
+    if len(held) < 2 or held[-1].optimised not in held[-1].change:
+        return None
+    last = held[-1]
+    on = f" on {count(last.prompts, 'held-out prompt')}" if last.prompts else ""
+    return _gain(*last.change[last.optimised], f"{last.optimised},{on} from step {held[0].step} to step {last.step}")
+
+
+def _gain(difference: float, error: float, aside: str) -> tuple[str, str, str]:
+    within = f" ± {figure(error)}" if np.isfinite(error) else ""
+    return "held-out gain", f"{signed(difference)}{within}", aside
+
+
 def _outcome(metrics: dict[int, dict[str, float]]) -> list[tuple[str, str, str]]:
     """(what, figure, aside) of what was reached so far."""
     cards = []
@@ -131,7 +173,6 @@ def _outcome(metrics: dict[int, dict[str, float]]) -> list[tuple[str, str, str]]
         reward = column(metrics, "reward")
         reward = reward[np.isfinite(reward)]
         cards.append(("reward, last step", figure(reward[-1]), "on the step's training prompts"))
-        cards.append(("since the first step", signed(reward[-1] - reward[0]), "which had other prompts"))
     if names_like(metrics, "images_per_second"):
         rates = column(metrics, "images_per_second")
         cards.append(("images a second", short(statistics.median(rates[np.isfinite(rates)])), "median over steps"))

@@ -124,7 +124,7 @@ class Scarce:
 
 
 def run_out(times, seed, small, tmp_path, monkeypatch, reward):
-    """Each run completes, and what it drew is within the bound of T2 in esengine/README.md of what it draws where all fits."""
+    """Each run completes, and what it drew is within the bound of T2 (esengine/README.md) of what it draws at once."""
     settings = dict(es=PAIRED, image=ImageSettings(chunk=8), steps=2, strip_every=1)
     draw, whole = random.Random(seed), None
     for number in range(times + 1):

@@ -17,8 +17,8 @@ from esengine.run_folder import RunFolder
 @pytest.mark.parametrize(
     "name",
     [
-        ".lock", "config.yaml", "metrics.jsonl", "fitness.jsonl", "heldout.jsonl", "eval.json", "trackers.json",
-        "report.html", "checkpoints", "adapter", "tensorboard", "strips", "heldout", "wandb",
+        ".lock", "config.yaml", "metrics.jsonl", "fitness.jsonl", "heldout.jsonl", "eval.json", "comparison.png",
+        "trackers.json", "report.html", "checkpoints", "adapter", "tensorboard", "strips", "heldout", "wandb",
         "checkpoints/.tmp-step_00000001", "checkpoints/step_00000003", "strips/step_00000000.png",
         "heldout/step_00000000.png", "adapter/adapter_config.json", "tensorboard/events",
     ],

@@ -88,6 +88,15 @@ def test_every_entry_draws_the_same_rows_at_the_step_no_run_reaches():
     assert done == [(5, 24), (8, 24), (13, 24), (16, 24), (21, 24), (24, 24)]
 
 
+def test_each_batch_is_watched_in_order():
+    seen = []
+    report, _ = compare(plan(), watch=seen.append)
+    assert [(batch.entry, batch.rows) for batch in seen] == [
+        (entry, rows) for entry in (BASE, ADAPTER) for rows in plan().chunks()
+    ]
+    assert report == compare(plan())[0]
+
+
 def test_the_angle_of_one_step_is_not_used_for_two():
     _, model = compare(plan((BASE, TWO), chunk=8, x0_angle=1.3))
     assert [settings.x0_angle for _, settings, _ in model.calls] == [1.3, None]

@@ -6,6 +6,7 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
@@ -14,11 +15,13 @@ from safetensors.torch import load_file
 
 import esengine.train
 from esengine.config import ESSettings, ImageSettings, LoraSettings, TrainConfig, UpdateRule, load
+from esengine.entries import Entry
 from esengine.errors import ConfigError, EsengineError
 from esengine.loop import save_adapter
 from esengine.models import SanaSprint, tiny_model
 from esengine.progress import Progress
-from esengine.train import attach_population, train
+from esengine.scoring import Batch
+from esengine.train import _draw_comparison, _keep_images, attach_population, train
 
 DRAW_PAGE = esengine.train._page  # before the fixtures replace it
 
@@ -32,14 +35,34 @@ def test_the_run_folder(trained):
     folder = result.folder
     assert folder == config.run_dir
     assert sorted(path.name for path in folder.iterdir()) == [
-        ".lock", "adapter", "checkpoints", "config.yaml", "eval.json", "fitness.jsonl", "heldout", "heldout.jsonl",
-        "metrics.jsonl", "strips", "tensorboard",
+        ".lock", "adapter", "checkpoints", "comparison.png", "config.yaml", "eval.json", "fitness.jsonl", "heldout",
+        "heldout.jsonl", "metrics.jsonl", "strips", "tensorboard",
     ]  # fmt: skip
     assert sorted(path.name for path in (folder / "adapter").iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors",
     ]  # fmt: skip
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step_00000002", "step_00000004"]
     assert next((folder / "tensorboard").iterdir()).name.startswith("events.out.tfevents")
+
+
+def test_the_first_image_of_the_first_eight_prompts_is_kept_from_each_entry(tmp_path):
+    rows = [(prompt, repeat) for prompt in range(10) for repeat in range(2)]
+    kept = {}
+    for entry, shade in ((Entry("base", 1), 0), (Entry("adapter", 1), 100)):
+        for start in range(0, len(rows), 3):
+            part = rows[start : start + 3]
+            images = [torch.full((3, 512, 512), shade + 10 * prompt + repeat).byte() for prompt, repeat in part]
+            _keep_images(kept, Batch(entry, part, torch.stack(images), {}))
+    assert {label: [image.unique().tolist() for image in images] for label, images in kept.items()} == {
+        "base@1": [[10 * prompt] for prompt in range(8)],
+        "adapter@1": [[100 + 10 * prompt] for prompt in range(8)],
+    }
+    _draw_comparison(tmp_path / "comparison.png", kept, [f"prompt {i}" for i in range(10)])
+    picture = np.asarray(Image.open(tmp_path / "comparison.png"))
+    left, tall = picture.shape[1] - 4 * 260, picture.shape[0] // 2
+    tops = [(strip + 1) * tall - rows * 260 for strip in (0, 1) for rows in (2, 1)]
+    shown = [picture[top + 128, left + column * 260 + 128, 0] for top in tops for column in range(4)]
+    assert shown == [0, 10, 20, 30, 100, 110, 120, 130, 40, 50, 60, 70, 140, 150, 160, 170]
 
 
 def test_the_resolved_configuration_is_saved(trained):

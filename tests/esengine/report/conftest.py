@@ -126,6 +126,7 @@ def run_folder():
                 "groups": [{"by": "overall", "name": "all", "rows": [base, adapter]}], "gap_closed": {},
             }  # fmt: skip
             (folder / "eval.json").write_text(json.dumps(record))
+            noise(9, 96).save(folder / "comparison.png")
         return folder
 
     return make

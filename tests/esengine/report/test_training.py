@@ -8,7 +8,7 @@ import pytest
 
 from esengine.errors import RunError
 from esengine.report import write_training_page
-from esengine.report.words import NONE, TIMES
+from esengine.report.words import NONE, TIMES, count, figure, signed
 
 
 @pytest.fixture
@@ -19,6 +19,20 @@ def finished(run_folder, tmp_path):
 def words(folder) -> str:
     found = write_training_page(folder).read_text(encoding="utf-8")
     return " ".join(re.sub("<[^>]*>", " ", found.replace("<wbr>", "")).split())
+
+
+def tiles(folder) -> list[list[str]]:
+    found = write_training_page(folder).read_text(encoding="utf-8")
+    return re.findall(r"<div><dt>(.*?)</dt><dd>(.*?)</dd><dd class=\"aside\">(.*?)</dd></div>", found)
+
+
+def gain_of(folder, score) -> tuple[str, str]:
+    """Difference ± standard error of eval.json, and how many prompts it is of."""
+    (group,) = (each for each in json.loads((folder / "eval.json").read_text())["groups"] if each["by"] == "overall")
+    row = group["rows"][-1]
+    paired = row["against_first"][score]
+    prompts = count(row["count"], "held-out prompt")
+    return f"{signed(paired['difference'])} ± {figure(paired['standard_error'])}", prompts
 
 
 def titles(folder) -> list[str]:
@@ -44,6 +58,62 @@ def test_a_finished_run(finished):
     ]
 
 
+def test_the_first_tile_is_the_held_out_gain_of_the_comparison(finished):
+    gain, prompts = gain_of(finished, "pickscore")
+    assert gain == "+0.5000 ± 0.1000"
+    assert tiles(finished)[0] == ("held-out gain", gain, f"pickscore, adapter over base, on {prompts}")
+    assert "since the first step" not in words(finished)
+
+
+@pytest.mark.parametrize(
+    ("reward", "scores", "optimised"),
+    [
+        ("clip_text=0,pickscore", ["clip_text", "pickscore"], "pickscore"),
+        ("pickscore,clip_text=0.5", ["pickscore", "clip_text", "combined"], "combined"),
+        ("combined(pickscore=2)", ["pickscore", "combined"], "combined"),
+        ("not) a reward", ["pickscore"], None),
+    ],
+)
+def test_the_gain_is_of_the_optimised_score(finished, reward, scores, optimised):
+    settings = (finished / "config.yaml").read_text().replace("reward: pickscore", f"reward: '{reward}'")
+    (finished / "config.yaml").write_text(settings)
+    record = json.loads((finished / "eval.json").read_text())
+    base, adapter = record["groups"][0]["rows"]
+    for at, score in enumerate(scores):
+        base["mean"][score] = adapter["mean"][score] = 20
+        paired = {"difference": 0.01 * (at + 1), "standard_error": 0.001, "win_rate": 0.5}
+        adapter["against_first"][score] = paired
+    (finished / "eval.json").write_text(json.dumps({**record, "scores": scores}))
+    what, shown, aside = tiles(finished)[0]
+    if optimised is None:
+        assert what != "held-out gain"
+        assert "The held-out gain is not measured yet." in words(finished)
+    else:
+        assert (what, shown) == ("held-out gain", gain_of(finished, optimised)[0])
+        assert aside.startswith(f"{optimised}, ")
+
+
+def test_before_the_comparison_the_gain_is_of_the_last_held_out_measure(run_folder, tmp_path):
+    folder = run_folder(tmp_path / "run", 9, finished=False)
+    assert tiles(folder)[0] == ("held-out gain", "+0.8000 ± 0.0200", "pickscore, from step 0 to step 8")
+    lines = [json.loads(line) for line in (folder / "heldout.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["scores"]["pickscore"]["each"] = [20.0, None, 21.0, 22.0]
+    (folder / "heldout.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    aside = f"pickscore, on {count(3, 'held-out prompt')} from step 0 to step 8"
+    assert tiles(folder)[0] == ("held-out gain", "+0.8000 ± 0.0200", aside)
+    (folder / "heldout.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    assert tiles(folder)[0][0] == "images a step"
+    assert "The held-out gain is not measured yet." in words(folder)
+
+
+def test_base_beside_adapter(finished):
+    found = write_training_page(finished).read_text(encoding="utf-8")
+    assert re.findall(r'<section id="(\w+)">', found)[:3] == ["table", "beside", "rewards"]
+    (finished / "comparison.png").unlink()
+    assert "Base beside adapter" not in words(finished)
+
+
 @pytest.mark.parametrize("value", [b"1e308", b"-1e308", b"1" + b"0" * 400, b"1e-320", b"1e999", b"3.4e38"])
 def test_numbers_at_the_end_of_what_there_is(finished, value):
     """Python's JSON reads them all; no float32 holds most."""
@@ -63,7 +133,7 @@ def test_images_over_time(finished):
     text = words(finished)
     assert [f"step {step}" for step in (0, 4, 8, 12, 16, 20)] == re.findall(r"step \d+(?= step| Held)", text)[:6]
     found = write_training_page(finished).read_text(encoding="utf-8")
-    assert found.count("data:image/webp") == 9
+    assert found.count("data:image/webp") == 10
     for at in range(6, 50):
         (finished / "strips" / f"step_{at * 4:08d}.png").write_bytes(
             (finished / "strips" / "step_00000000.png").read_bytes()
@@ -127,6 +197,10 @@ def test_a_real_run(trained, tmp_path):
     shutil.copytree(trained[0].run_dir, tmp_path / "run")
     text = words(tmp_path / "run")
     assert "4 of 4 steps" in text
+    gain, prompts = gain_of(tmp_path / "run", "jpeg_compressibility")
+    aside = f"jpeg_compressibility, adapter over base, on {prompts}"
+    assert tiles(tmp_path / "run")[0] == ("held-out gain", gain, aside)
+    assert "Base beside adapter" in text
     assert "noise" in text or "contract 1" in text
     assert titles(tmp_path / "run")[0] == "Reward"
 
