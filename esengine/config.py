@@ -475,7 +475,12 @@ def load(source: str | Path) -> TrainConfig:
     if not path.is_file() and packaged.is_file():
         path = packaged
     data = read_yaml(path)
-    return from_dict(TrainConfig(), {} if data is None else data, str(path))
+    try:
+        return from_dict(TrainConfig(), {} if data is None else data, str(path))
+    except ConfigError as error:
+        if str(error).startswith("config "):
+            raise
+        raise ConfigError(f"config {path}: {error}") from error
 
 
 def to_dict(config: Any) -> dict[str, Any]:
