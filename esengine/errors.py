@@ -29,7 +29,7 @@ class UnperturbedError(EsengineError):
         name, why = next(iter(self.layers.items()))
         more = f" (and {len(self.layers) - 1} more, such as '{list(self.layers)[1]}')" if len(self.layers) > 1 else ""
         super().__init__(
-            f"perturbed: target '{name}'{more} had no noise: {why}. Make its owner call it, or leave it out: "
+            f"perturbed: target '{name}'{more} had no noise: {why}. Have it called, or leave it out by "
             "exclude_modules"
         )
 

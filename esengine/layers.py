@@ -4,7 +4,7 @@
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -58,6 +58,7 @@ class Scope:
         chunk: None outside `Population.perturbed`.
         called: names of the layers that computed with their noise.
         read: names of the layers whose weight was read by somebody else.
+        used: names of those with whose weight somebody else computed.
         ran: whether the whole module ran to its end.
     """
 
@@ -65,7 +66,8 @@ class Scope:
         self.enter(None)
 
     def enter(self, chunk: Chunk | None) -> None:
-        self.chunk, self.called, self.read, self.ran = chunk, set(), set(), False
+        self.chunk, self.ran = chunk, False
+        self.called, self.read, self.used = set(), set(), set()
 
     @contextmanager
     def watch(self, module: nn.Module) -> Iterator[None]:
@@ -87,6 +89,38 @@ class Scope:
                 module.forward = before
 
 
+class WatchedWeight(torch.Tensor):
+    """A target's frozen weight in the hands of other code, for which there is no noise.
+
+    Its dtype, device or shape may be asked for, as many modules do. A computation with it is noted in the scope.
+    """
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, note: Callable[[], None]) -> "WatchedWeight":
+        watched = weight.as_subclass(cls)
+        watched.note = note
+        return watched
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+        if func is torch.Tensor.data_ptr or any(isinstance(each, torch.Tensor) for each in _flat(result)):
+            for each in _flat((args, list(kwargs.values()))):
+                if isinstance(each, WatchedWeight):
+                    each.note()
+        return result
+
+
+def _flat(value: object) -> Iterator[object]:
+    if isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _flat(each)
+    else:
+        yield value
+
+
 class Theta(NamedTuple):
     """One tensor that ES moves: fp32 [L, S], perturbed by U V^T / sqrt(k), and the places of U [L, k] and V [S, k]."""
 
@@ -103,9 +137,11 @@ class Target:
         a: LoRA A, fp32 [r, in], or None.
         b: LoRA B, fp32 [out, r], or None.
         scale: s = lora_alpha / r.
+        owner: class of the module that holds this layer.
     """
 
     name: str
+    owner: type[nn.Module] = nn.Module
     streams: Streams
     scope: Scope | None = None
     a: nn.Parameter | None = None
@@ -127,15 +163,29 @@ class Target:
 
     @property
     def weight(self) -> torch.Tensor:
-        """`base_weight`, for code that takes this layer for a plain linear. It has no noise, so the read is noted."""
-        if self.scope is not None:
-            self.scope.read.add(self.name)
-        return self.base_weight
+        """`base_weight`, for code that takes this layer for a plain linear. It has no noise, so its use is noted."""
+        if self.scope is None or self.scope.chunk is None:
+            return self.base_weight
+        self.scope.read.add(self.name)
+        if issubclass(self.owner, nn.TransformerEncoderLayer):  # goes by whether its tensors are of a subclass
+            return self.base_weight
+        return WatchedWeight.of(self.base_weight, lambda: self.scope.used.add(self.name))
 
     def mark_called(self) -> None:
         """Note that this layer computed with its noise. Whoever computes in its place calls this."""
         if self.scope is not None:
             self.scope.called.add(self.name)
+
+    def require_in_force(self) -> None:
+        """Raises RuntimeError where another adapter would be computed than is perturbed."""
+        if self.merged:
+            what = "is merged into the weight and would count twice; take it out first: unmerge() or unfuse_lora()"
+        elif list(self.active_adapters) != [ADAPTER]:
+            active = " and ".join(map(str, self.active_adapters)) or "none"
+            what = f"is not the active one, which is {active}; make it so first: set_adapter('{ADAPTER}')"
+        else:
+            return
+        raise RuntimeError(f"perturbed: the adapter of '{self.name}' {what}")
 
     def unperturbed(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         raise NotImplementedError
@@ -165,8 +215,8 @@ class Target:
         if chunk is None:
             return self.unperturbed(x, *args, **kwargs)
         if self.disable_adapters:  # switched off by the user: no noise is wanted
-            self.mark_called()
             return self.unperturbed(x, *args, **kwargs)
+        self.require_in_force()
         if len(x) != len(chunk.members):
             raise ValueError(
                 f"members: expected one for each batch row of {self.name}, int64 [{len(x)}], "
@@ -240,13 +290,17 @@ def shared_linears(module: nn.Module) -> dict[int, list[str]]:
     return {linear: list(names.values()) for linear, names in places.items() if len(names) > 1}
 
 
-def why_not_perturbed(module: nn.Module, name: str, scope: Scope) -> str:
+def why_not_perturbed(layer: Target, scope: Scope) -> str:
     """Why a target had no noise in a forward, for an error."""
+    name = layer.name
+    if layer.disable_adapters:
+        return "its adapter is switched off; switch it on: enable_adapters()"
+    if name in scope.called:
+        return "it was called, but other code computed with its weight too"
     if name not in scope.read:
-        return "it was not called in this forward"
-    owner = module.get_submodule(name.rpartition(".")[0])
-    why = f"its owner, {type(owner).__name__}, reads its weight and does not call it"
-    if isinstance(owner, nn.TransformerEncoderLayer):
+        return "it was not called"
+    why = f"its owner, {layer.owner.__name__}, reads its weight and does not call it"
+    if issubclass(layer.owner, nn.TransformerEncoderLayer):
         why += "; torch.backends.mha.set_fastpath_enabled(False) makes it call it"
     return why
 

@@ -174,9 +174,11 @@ class Population:
     ):
         self.module, self.layers, self.config, self.noise, self.rule = module, layers, config, noise, rule
         self._backend, self._trainable, self._scope, self._plan = backend, trainable, Scope(), None
+        self._called: set[str] | None = None  # targets that had noise since the last update; None: no `perturbed` since
         taken: dict[int, str] = {}
         for name, layer in layers.items():
             layer.name, layer.scope = name, self._scope
+            layer.owner = type(module.get_submodule(name.rpartition(".")[0]))
             layer.streams = linear_streams(name, direct=layer.a is None)
             for theta in layer.thetas().values():
                 theta.parameter.data = theta.parameter.data.float()
@@ -234,13 +236,16 @@ class Population:
         Raises:
             ValueError: `members` is of another dtype, shape or device, or has a negative entry; in the forward, when
                 its length is not the batch size.
-            UnperturbedError: at the end, when the module ran and a target was not called, or its owner read its
-                weight instead. Every member would compute the same there.
-            RuntimeError: inside another `perturbed`, or after `detach`.
+            UnperturbedError: at the end, when the module ran and a target was not called or switched off, or when other
+                code computed with a target's weight, which has no noise. Every member would compute the same there.
+            RuntimeError: inside another `perturbed`, or after `detach`; or a target's adapter is merged into the weight
+                or not the active one.
         """
         self._check_attached()
         if self._scope.chunk is not None:
             raise RuntimeError("perturbed: already inside one; contexts do not nest")
+        for layer in self.layers.values():
+            layer.require_in_force()
         self._scope.enter(self._chunk(step, members))
         try:
             with self._scope.watch(self.module):
@@ -252,9 +257,14 @@ class Population:
 
     def _require_all_called(self) -> None:
         scope = self._scope
-        missed = [name for name in self.layers if name not in scope.called and (scope.ran or name in scope.read)]
+        missed = {
+            name: why_not_perturbed(layer, scope)
+            for name, layer in self.layers.items()
+            if name in scope.used or (name not in scope.called and (scope.ran or name in scope.read))
+        }
         if missed:
-            raise UnperturbedError({name: why_not_perturbed(self.module, name, scope) for name in missed})
+            raise UnperturbedError(missed)
+        self._called = (self._called or set()) | scope.called
 
     @torch.no_grad()
     def gradient(self, *, step: int, fitness: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -296,11 +306,16 @@ class Population:
 
         Raises:
             ValueError: `fitness` is of another dtype or shape, of odd length, or not finite; nothing has changed then.
+            UnperturbedError: `perturbed` was used since the last update, but some target never had its noise there, and
+                would be moved at random; nothing has changed then.
             UpdateError, OutOfMemory: the adapter would not be finite, or there is no room; nothing has changed then.
         """
+        if self._called is not None and (missed := [name for name in self.layers if name not in self._called]):
+            raise UnperturbedError(dict.fromkeys(missed, "it was not called since the last update"))
         with fits("the numbers of an update", "stop what else uses this device"):
             stats = self._updater.step(self.gradient(step=step, fitness=fitness))
         self._refresh()
+        self._called = None
         return stats
 
     @torch.no_grad()

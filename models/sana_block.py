@@ -78,7 +78,7 @@ class Stack:
         if unlike or len(targets) not in (0, len(layers)) or len({t.bias is None for t in layers}) > 1:
             raise ValueError(f"layers: expected {len(layers)} alike, all targets or none, got {layers}")
         self.weight, self.bias = stacked(weights), stacked([t.bias for t in layers])
-        self.layers = [layer for layer in layers if isinstance(layer, Target)]
+        self.layers = targets
         self.adapters = None
         if targets:
             a, b = stacked([t.a for t in targets]), stacked([t.b for t in targets])

@@ -779,16 +779,26 @@ class Branches(torch.nn.Module):
         self.how, self.up, self.down = how, torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
 
     def forward(self, x):
+        if self.how == "ties":
+            return self.up(torch.nn.functional.linear(x, self.up.weight)) + self.down(x)
+        if self.how == "looks":
+            x = x.to(self.up.weight.dtype).view(-1, self.up.weight.shape[1])
         if self.how == "reads":
             return self.down(torch.nn.functional.linear(x, self.up.weight, self.up.bias))
-        return self.down(self.up(x) if self.how == "calls" else x)
+        return self.down(x if self.how == "skips" else self.up(x))
+
+    def other(self, x):
+        return type(self).forward(self, x)
 
 
 FORMS = [LoraConfig(r=2, target_modules=["up", "down"]), esengine.Direct(target_modules=["up", "down"])]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=["lora", "direct"])
-@pytest.mark.parametrize(("how", "why"), [("reads", "reads its weight"), ("skips", "was not called")])
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [("reads", "reads its weight"), ("skips", "was not called"), ("ties", "computed with its weight too")],
+)
 def test_a_target_that_its_owner_never_calls_is_an_error_with_its_name(form, how, why):
     module = Branches(how)
     population = esengine.attach(module, form)
@@ -804,6 +814,92 @@ def test_a_target_that_its_owner_never_calls_is_an_error_with_its_name(form, how
     with torch.no_grad(), population.perturbed(step=0, members=torch.arange(4)):
         assert module(torch.randn(1, 8).expand(4, 8)).std(0).min() > 0
     assert "forward" not in vars(module)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["lora", "direct"])
+@pytest.mark.parametrize("enter", [lambda m, x: m[0](x), lambda m, x: m[0].other(x)], ids=["submodule", "method"])
+def test_a_part_of_the_module_is_enough_to_render_and_not_to_update(form, enter):
+    module = torch.nn.Sequential(Branches("skips"))
+    population, x = esengine.attach(module, form), torch.randn(4, 8)
+    before = {name: p.clone() for name, p in population.parameters().items()}
+    with torch.no_grad(), population.perturbed(step=0, members=torch.arange(4)):
+        enter(module, x)
+    fitness = torch.tensor([1.0, -1, 0.5, -0.5])
+    with pytest.raises(UnperturbedError) as caught:
+        population.update(step=0, fitness=fitness)
+    assert list(caught.value.layers) == ["0.up"]
+    assert all(torch.equal(p, before[name]) for name, p in population.parameters().items())
+    module[0].how = "looks"  # asking for the weight's dtype and shape is no use of it
+    with torch.no_grad(), population.perturbed(step=0, members=torch.arange(4)):
+        enter(module, x)
+    population.update(step=0, fitness=fitness)
+    population.update(step=1, fitness=fitness)  # a replay renders nothing
+    for how in ("ties", "reads"):
+        module[0].how = how
+        with (
+            pytest.raises(UnperturbedError, match=r"'0\.up'"),
+            torch.no_grad(),
+            population.perturbed(step=0, members=torch.arange(4)),
+        ):
+            enter(module, x)
+
+
+@pytest.mark.parametrize("use", [lambda w: w.T, lambda w: torch.cat([w, w]), lambda w: w.to(torch.float64), torch.norm])
+def test_every_computation_with_a_targets_weight_is_seen_and_gives_a_plain_tensor(use):
+    module = Branches("calls")
+    population = esengine.attach(module, FORMS[0])
+    plain = use(module.up.weight)
+
+    def run():
+        with torch.no_grad(), population.perturbed(step=0, members=torch.arange(4)):
+            used = use(module.up.weight)
+            assert type(used) is torch.Tensor
+            assert torch.equal(used, plain)
+            module(torch.randn(4, 8))
+
+    with pytest.raises(UnperturbedError, match="'up'"):
+        run()
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["lora", "direct"])
+def test_adapters_switched_off_are_an_error_and_move_nothing(form):
+    population = esengine.attach(Branches("calls"), form)
+    before = {name: p.clone() for name, p in population.parameters().items()}
+    for layer in population.layers.values():
+        layer.enable_adapters(False)
+    with (
+        pytest.raises(UnperturbedError, match="switched off"),
+        torch.no_grad(),
+        population.perturbed(step=0, members=torch.arange(4)),
+    ):
+        population.module(torch.randn(4, 8))
+    with torch.no_grad(), population.perturbed(step=0, members=torch.arange(4)):
+        population.module.other(torch.randn(4, 8))
+    with pytest.raises(UnperturbedError):
+        population.update(step=0, fitness=torch.tensor([1.0, -1, 0.5, -0.5]))
+    assert all(torch.equal(p, before[name]) for name, p in population.parameters().items())
+
+
+def test_a_merged_or_replaced_adapter_is_refused_until_it_is_back():
+    population = esengine.attach(Branches("calls"), FORMS[0], esengine.Noise(sigma=0.5))
+    population.update(step=0, fitness=torch.tensor([1.0, -1, 2, -2]))
+    layer, x, members = population.module.up, torch.randn(4, 8), torch.arange(4)
+
+    def render():
+        with torch.no_grad(), population.perturbed(step=0, members=members):
+            return population.module(x)
+
+    before = render()
+    layer.merge()
+    with pytest.raises(RuntimeError, match="'up' is merged"):
+        render()
+    layer.unmerge()
+    layer.update_layer("second", 2, 4, config=LoraConfig(r=2, lora_alpha=4))
+    layer.set_adapter("second")
+    with pytest.raises(RuntimeError, match="'up' is not the active one, which is second"):
+        render()
+    layer.set_adapter("default")
+    assert torch.allclose(render(), before, atol=1e-5)
 
 
 @pytest.mark.parametrize("nested", [False, True])
