@@ -5,14 +5,16 @@
     .jsonl, .ndjson             a JSON object on each line, with the same names as keys; or a JSON string
     .json                       a list of such objects or strings
 
-A text file that begins as a table or as JSON lines do is read as one: no prompt looks like that.
+A file of another name that begins as a table or as JSON does is read as one: no prompt looks like that. Lines that
+begin with # may stand before a table's names.
 
 PartiPrompts.tsv is written without quoting: a quote is part of a prompt, and one prompt begins with one. So a table
 with tabs is split at its tabs, and only a cell that is quoted as a whole, as spreadsheets do when they save it anew, is
-unquoted. A table with commas is ordinary CSV.
+unquoted. A table with commas is ordinary CSV. Other separators are refused.
 """
 
 import codecs
+import contextlib
 import csv
 import io
 import json
@@ -35,6 +37,11 @@ _OTHER = frozenset((
 ))  # fmt: skip
 """Formats that hold prompts at times and would be read here as lines of text."""
 
+_OTHER_NAMES = ("caption", "captions", "text")
+"""What the column of prompts is called elsewhere: enough to know a table by, which is then refused by its names."""
+_NAME = re.compile(r"[a-z_][a-z0-9_]*")
+
+_COMMENTS = re.compile(rb"(?m)^[ \t]*#[^\r\n]*")
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"')
 
 Columns = dict[str, tuple[str | None, ...]]
@@ -64,6 +71,7 @@ def read_prompt_file(path: str | Path, needed: Sequence[str] = ("prompt",)) -> C
         raise ConfigError(f"{where}: expected {ACCEPTED}, got {form}")
     if form not in (*_TABLES, *_JSON_LINES, _JSON):
         form = _looks_like(data) or (".tsv" if len(needed) > 1 else ".txt")
+        data = _COMMENTS.sub(b"", data) if form == ".tsv" else data
     if form == ".txt":
         rows: Iterable[tuple[str, dict[str, Any]]] = _text(data, where)
     elif form in _TABLES:
@@ -83,15 +91,38 @@ def _bytes(path: Path, where: str) -> bytes:
 
 
 def _looks_like(data: bytes) -> str | None:
-    """The form of a text whose first line no prompt looks like: a table's names, or a JSON object."""
-    first = data.lstrip().partition(b"\n")[0].decode("utf-8", "replace").strip()
-    cells = [cell.strip().strip('"').lower() for cell in re.split(r"[\t,]", first)]
-    if len(cells) > 1 and any(cell in COLUMNS["prompt"] for cell in cells):
-        return ".tsv"
-    try:
-        return ".jsonl" if isinstance(json.loads(first), dict) else None
-    except (ValueError, RecursionError):
+    """The form of a text that no list of prompts looks like: a table, or JSON."""
+    lines = [line.decode("utf-8", "replace").strip() for line in data.splitlines()]
+    lines = [line for line in lines if line and (_names(line) or not line.startswith("#"))]
+    if not lines:
         return None
+    if lines[0][0] in "[{":
+        return _json_like(data, lines)
+    tabs = {line.count("\t") for line in lines}
+    same = len(lines) > 1 and len(tabs) == 1 and tabs != {0}
+    return ".tsv" if same or _names(lines[0], alone=len(lines) > 1) else None
+
+
+def _json_like(data: bytes, lines: list[str]) -> str | None:
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(json.loads(lines[0]), dict):
+            return ".jsonl"
+    with contextlib.suppress(ValueError, RecursionError):
+        items = json.loads(data)
+        if isinstance(items, dict) or any(isinstance(item, (str, dict)) for item in items):
+            return _JSON
+    over_lines = len(lines) > 1 and (lines[0], lines[-1]) in (("[", "]"), ("{", "}"))
+    return _JSON if over_lines else None  # to be refused with what is wrong in it
+
+
+def _names(line: str, alone: bool = False) -> bool:
+    """Whether a line is a table's first, with the names of its columns; `alone`: one name is enough."""
+    cells = [cell.strip().strip('"').lower() for cell in re.split(r"[\t,;|]", line)]
+    ours, others = (any(cell in names for cell in cells) for names in (COLUMNS["prompt"], _OTHER_NAMES))
+    if len(cells) == 1 or "\t" in line:
+        return (ours or others) and (len(cells) > 1 or alone)
+    # "a city, prompt, 4k" is a prompt
+    return all(map(_NAME.fullmatch, cells)) and (ours or (others and " " not in line))
 
 
 def _columns(rows: Iterable[tuple[str, dict[str, Any]]], where: str, needed: Sequence[str]) -> Columns:
@@ -181,15 +212,20 @@ def _row(item: Any, where: str) -> dict[str, Any]:
 
 
 def _table(text: str, where: str, form: str, needed: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    first = text.partition("\n")[0]
+    while (first := text.lstrip().partition("\n")[0]).startswith("#") and not _names(first):
+        text = text.replace(first, "", 1)
+    first = text.lstrip().partition("\n")[0]
     rows = _cells(text, where, "\t" in first or (form == ".tsv" and "," not in first))
-    _, header = next(rows, (0, []))
+    _, header = next(((number, row) for number, row in rows if any(row)), (0, []))
     names = [cell.lower() for cell in header]
     place = {column: names.index(a) for column, aliases in COLUMNS.items() for a in aliases if a in names}
     if missing := [column for column in needed if column not in place]:
         found = ", ".join(header)[:200] or "none"
         expected = ", ".join("Prompt or Prompts" if column == "prompt" else column.title() for column in missing)
-        raise ConfigError(f"{where}: expected a first line with the columns {expected}, got the columns {found}")
+        raise ConfigError(
+            f"{where}: expected a first line with the columns {expected}, got the columns {found}; columns stand between "
+            "tabs or commas"
+        )
     for column in place:
         if sum(names.count(a) for a in COLUMNS[column]) > 1:
             raise ConfigError(f"{where}: expected one column {column.title()}, got several")
@@ -206,9 +242,19 @@ def _cells(text: str, where: str, tabs: bool) -> Iterator[tuple[int, list[str]]]
     """The number of each row's last line, and its cells without the spaces around them."""
     dialect = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else dict(strict=True)
     reader = csv.reader(io.StringIO(text, newline=""), **dialect)
+    opened = 0  # the line of a last cell whose quote is not closed there
     try:
         for row in reader:
             cells = [cell.strip() for cell in row]
+            if tabs and opened and cells and cells[0].endswith('"') and cells[0].count('"') % 2:
+                raise ConfigError(
+                    f"{where}, line {opened}: expected each prompt on one line, got a quoted cell that goes on to line "
+                    f"{reader.line_num}"
+                )
+            if len(cells) > 1:
+                opened = 0
+            if cells and cells[-1].startswith('"') and cells[-1].count('"') % 2:
+                opened = reader.line_num
             yield reader.line_num, [_unquoted(cell) for cell in cells] if tabs else cells
     except csv.Error as error:
         raise ConfigError(f"{where}, line {reader.line_num}: expected a table, got {error}") from error

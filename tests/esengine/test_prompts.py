@@ -175,6 +175,11 @@ FORMS = {
     "p.jsonl": '{"Prompt": "a cat", "tag": "x", "n": 3}\n\n{"prompt": " a dog, brown "}\n"he said \\"hi\\""\n',
     "p.ndjson": '"a cat"\n"a dog, brown"\n"he said \\"hi\\""\n',
     "lines.txt": '{"prompt": "a cat"}\n{"prompt": "a dog, brown"}\n{"prompt": "he said \\"hi\\""}\n',
+    "single.txt": 'Prompt\na cat\n"a dog, brown"\nhe said "hi"\n',
+    "below.txt": '# mine\n\nPrompt\tCategory\n# some\na cat\tx\na dog, brown\ty\nhe said "hi"\t\n',
+    "below.csv": '# mine, all\nid,prompt\n1,a cat\n2,"a dog, brown"\n3,"he said ""hi"""\n',
+    "list.txt": '["a cat", "a dog, brown", "he said \\"hi\\""]\n',
+    "pretty.txt": '[\n  "a cat",\n  "a dog, brown",\n  "he said \\"hi\\""\n]\n',
     "p.json": '["a cat", {"prompt": "a dog, brown"}, {"prompt": "he said \\"hi\\"", "category": null}]',
 }
 
@@ -204,6 +209,16 @@ def test_every_form_gives_the_same_prompts(tmp_path, name):
         ("p.json", '["a", 7]', "item 2: expected an object"),
         ("p.json", "[]", "at least one prompt"),
         ("p.yaml", "- a cat\n", r"expected \.txt .* got \.yaml"),
+        ("p.txt", "Prompt;Category\na cat;x\n", "got the columns Prompt;Category; columns stand between"),
+        ("p.txt", "prompt|id\na cat|1\n", "got the columns prompt.id"),
+        ("p.txt", "text\tid\na cat\t1\n", "got the columns text, id"),
+        ("p.txt", "id,caption\n1,a cat\n", "got the columns id, caption"),
+        ("p.txt", "Caption\na cat\n", "got the columns Caption"),
+        ("p.txt", "1\ta cat\n2\ta dog\n", "got the columns 1, a cat"),
+        ("p.txt", '[\n"a cat",\n"a dog",\n]\n', "expected JSON"),
+        ("p.txt", '{"prompts": [\n"a cat"\n]}', "expected a JSON list"),
+        ("p.tsv", 'Prompt\n"a\nb"\n', "line 2: expected each prompt on one line, got a quoted cell .* to line 3"),
+        ("p.tsv", 'Id\tPrompt\n1\t"a\n\nb"\n', "line 2: expected each prompt on one line"),
         ("p.parquet", "PAR1", r"got \.parquet"),
     ],
 )
@@ -213,3 +228,27 @@ def test_what_is_no_file_of_prompts_is_named(tmp_path, name, content, words):
         with pytest.raises(ConfigError, match=words) as caught:
             read(tmp_path / name)
         assert str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        ["a city, prompt, 4k", "a dog"],
+        ["poster, text, typography", "a dog; a cat"],
+        ["[oil painting] a cat", "{a dog}"],
+        ["prompt: a cat", "a dog | a cat"],
+        ['"GIGGLE" in thick lettering', 'a 6" ruler', '"BE EXCELLENT"'],
+        ["Prompt"],
+        ["a\ttab", "none"],
+    ],
+)
+def test_prompts_that_only_remind_of_a_table_or_of_json_are_text(tmp_path, prompts):
+    path = tmp_path / "p.txt"
+    path.write_text("\n".join(prompts))
+    assert read_prompts(path) == prompts
+
+
+def test_a_quote_that_a_prompt_leaves_open_joins_no_lines(tmp_path):
+    path = tmp_path / "p.tsv"
+    path.write_text('Prompt\tCategory\n"open\tx\nclosed"\ty\n')
+    assert read_prompts(path) == ['"open', 'closed"']
