@@ -227,8 +227,8 @@ class TrainConfig:
     allow_change: bool = False
     """With --resume, go on although settings, model or prompts differ from the run's; what differs is told."""
     config: str | None = None
-    """YAML file below the flags, or the name of a packaged one: `reference`, the published run's settings; `nano`,
-    which is taken by itself where neither this nor another --model is given."""
+    """YAML file below the flags, or the name of a packaged one: `reference`, the published run's settings; or `nano`.
+    For the model `nano` the latter's settings stand below a YAML file of your own too."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU when there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -357,7 +357,8 @@ class RenderConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     out: Path | None = None
-    """Folder for the images. By default renders in the run's folder; without a run, here."""
+    """Folder for the images. By default renders in the run's folder; without a run, here. Images of an earlier call
+    are moved to `earlier` in it."""
     seed: int | None = None
     """Keys the latents. By default the run's."""
     device: str = "auto"
@@ -371,6 +372,10 @@ class RenderConfig:
         _check_counts(self, "", limit=(1, MOST_STEPS))
         if self.gallery and (self.prompts or self.prompts_file):
             raise ConfigError("gallery: expected no prompts beside it, it has its own")
+        if self.prompts and self.prompts_file:
+            raise ConfigError(
+                f"prompts_file: expected no prompts beside it, got {self.prompts[0]!r:.60}; give one of them"
+            )
 
 
 def _check_common(config: EvalConfig | RenderConfig) -> None:
@@ -420,21 +425,27 @@ MAY_CHANGE = (
 
 
 def parse_train(args: list[str]) -> TrainConfig:
-    """Defaults, then the YAML of --config (with --resume, the run's own; else, for its model, `nano`), then the flags.
+    """Defaults, for the model `nano` its packaged ones; then the YAML of --config (with --resume, the run's own); then
+    the flags.
 
     Raises:
         ConfigError: a file that cannot be read, an unknown or ill-typed setting, or a value out of range.
     """
-    # a first look for the two flags that say what lies below the flags
-    below, run_dir = _peek(args, "config"), _peek(args, "run-dir")
-    if below is None and run_dir and _switched_on(args, "resume") and (Path(run_dir) / "config.yaml").is_file():
-        below = str(Path(run_dir) / "config.yaml")
-    below = below or ("nano" if _peek(args, "model") in (None, "nano") else None)
-    default = load(below) if below else TrainConfig()
+    source, run = _below(args)
+    data = {} if source is None else _settings(source)
+    default = TrainConfig()
+    packaged = source is not None and source.parent == PACKAGED
+    if not run and not packaged and (_peek(args, "model") or data.get("model", "nano")) == "nano":
+        default = load("nano")
+        if isinstance(lora := data.get("lora"), dict) and "alpha" in lora:  # that of all layers, as the flag is
+            data = data | {"lora": {"alpha_pattern": {}} | lora}
+    if source is not None:
+        default = _over(default, data, source)
     if _peek(args, "lora.alpha") and not any(arg.startswith(("--lora.alpha-p", "--lora.alpha_p")) for arg in args):
         default = dataclasses.replace(default, lora=dataclasses.replace(default.lora, alpha_pattern={}))
     config = tyro.cli(TrainConfig, args=args, default=default, prog="esengine train")
-    if config.prompts is not None and not _given(args, below, "es", "prompts_per_step"):
+    chosen = _peek(args, "es.prompts-per-step") or (data.get("es") or {}).get("prompts_per_step")
+    if config.prompts is not None and (chosen is None or source == PACKAGED / "nano.yaml"):
         with contextlib.suppress(ConfigError):  # the run itself tells what is wrong with the file
             count = len(read_prompt_file(config.prompts)["prompt"])
             per_step = min(count, config.es.prompts_per_step)
@@ -442,14 +453,13 @@ def parse_train(args: list[str]) -> TrainConfig:
     return config
 
 
-def _given(args: list[str], below: str | None, section: str, name: str) -> bool:
-    """Whether the user chose a setting: by a flag, or in a YAML file that is not a packaged one."""
-    if _peek(args, f"{section}.{name.replace('_', '-')}") is not None:
-        return True
-    if below is None or not Path(below).is_file():
-        return False
-    data = read_yaml(Path(below))
-    return isinstance(data, dict) and isinstance(data.get(section), dict) and name in data[section]
+def _below(args: list[str]) -> tuple[Path | None, bool]:
+    """The YAML file that lies below the flags, and whether it is that of a run."""
+    config, run_dir = _peek(args, "config"), _peek(args, "run-dir")
+    if config is not None:
+        return _file(config), False
+    saved = Path(run_dir or ".") / "config.yaml"
+    return (saved, True) if run_dir and _switched_on(args, "resume") and saved.is_file() else (None, False)
 
 
 def parse(cls: type, args: list[str], prog: str) -> Any:
@@ -470,13 +480,25 @@ def load_run(run_dir: Path) -> TrainConfig:
 
 def load(source: str | Path) -> TrainConfig:
     """Read a run's settings from a YAML file, or from a packaged one by its bare name."""
-    path = Path(source)
-    packaged = PACKAGED / f"{source}.yaml"
-    if not path.is_file() and packaged.is_file():
-        path = packaged
+    path = _file(source)
+    return _over(TrainConfig(), _settings(path), path)
+
+
+def _file(source: str | Path) -> Path:
+    path, packaged = Path(source), PACKAGED / f"{source}.yaml"
+    return packaged if not path.is_file() and packaged.is_file() else path
+
+
+def _settings(path: Path) -> dict[str, Any]:
     data = read_yaml(path)
+    if data is not None and not isinstance(data, dict):
+        raise ConfigError(f"config {path}: expected a mapping of settings, got {type(data).__name__}")
+    return data or {}
+
+
+def _over(base: TrainConfig, data: dict[str, Any], path: Path) -> TrainConfig:
     try:
-        return from_dict(TrainConfig(), {} if data is None else data, str(path))
+        return from_dict(base, data, str(path))
     except ConfigError as error:
         if str(error).startswith("config "):
             raise
@@ -534,19 +556,43 @@ def _switched_on(args: list[str], flag: str) -> bool:
 
 
 def as_typed(message: str, args: list[str]) -> str:
-    """An error that begins with a setting's name, with the flag of that setting in its place.
+    """An error that begins with a setting's name, with what the user typed in its place.
 
-    The flag is spelt as the user typed it, else as `--help` spells it. Other messages stay as they are.
+    That is the flag as it was typed; else the file below the flags that has the setting; else the flag as `--help`
+    spells it. Other messages stay as they are.
     """
-    name, colon, rest = message.partition(":")
+    head, colon, rest = message.partition(":")
     flags = {flag.removeprefix("--").replace("-", "_"): flag for flag in _flags()}
-    found = [flag for each, flag in flags.items() if name == each]
-    found = found or [flag for each, flag in flags.items() if each.endswith(f".{name}")]
-    if not colon or len(found) != 1:
+    names = head.split(" times ")
+    found = [_one(name, flags) for name in names]
+    if not colon or None in found:
         return message
-    typed = [arg.partition("=")[0] for arg in args]
-    spelt = next((arg for arg in typed if arg.startswith("--") and arg.replace("_", "-") == found[0]), found[0])
-    return f"{spelt}:{rest}"
+    typed = {arg.partition("=")[0].replace("_", "-"): arg.partition("=")[0] for arg in args if arg.startswith("--")}
+    if not any(flags[name] in typed for name in found) and (file := _holder(found[0], args)):
+        return f"{file}: {message}"
+    return f"{' times '.join(typed.get(flags[name], flags[name]) for name in found)}:{rest}"
+
+
+def _one(name: str, flags: Collection[str]) -> str | None:
+    """The setting of that name, or the only one whose name ends with it."""
+    found = [each for each in flags if each == name] or [each for each in flags if each.endswith(f".{name}")]
+    return found[0] if len(found) == 1 else None
+
+
+def _holder(name: str, args: list[str]) -> str | None:
+    """The file below the flags that has a setting, as an error begins with it."""
+    source, run = _below(args)
+    run_dir = _peek(args, "run-dir")
+    if source is None and run_dir and args[:1] != ["train"]:
+        source, run = Path(run_dir) / "config.yaml", True
+    data = None
+    with contextlib.suppress(ConfigError):
+        data = source and _settings(source)
+    section, _, key = name.rpartition(".")
+    data = (data or {}).get(section) if section else data
+    if not isinstance(data, dict) or data.get(key) is None:
+        return None
+    return f"run folder {run_dir}" if run else f"config {source}"
 
 
 def _flags() -> list[str]:

@@ -39,7 +39,7 @@ class Entry:
 
 def default_entries(steps: int, adapter: Path | None, two_steps: bool) -> tuple[Entry, ...]:
     """Base and adapter as trained; with `two_steps`, the base at one and at two steps, the adapter between them."""
-    adapted = [] if adapter is None else [Entry(ADAPTER, steps, _holder(adapter, ADAPTER))]
+    adapted = [] if adapter is None else [Entry(ADAPTER, steps, _holder(adapter, "adapter"))]
     if two_steps:
         return Entry(BASE, 1), *adapted, Entry(BASE, 2)
     return Entry(BASE, steps), *adapted
@@ -74,11 +74,11 @@ def _parse(spec: str, adapter: Path | None) -> Entry:
     if what == BASE:
         return Entry(BASE, int(steps))
     if what == ADAPTER and adapter is not None:
-        return Entry(ADAPTER, int(steps), _holder(adapter, spec))
+        return Entry(ADAPTER, int(steps), _holder(adapter, "adapter"))
     name, equals, folder = what.partition("=")
     if not equals or not _NAME.fullmatch(name):
         name, folder = "", what
-    holder = _holder(Path(os.path.expanduser(folder)), spec)
+    holder = _holder(Path(os.path.expanduser(folder)), f"entries: '{spec}'")
     if not name:
         own = holder.resolve()
         own = own.parent if own.name == ADAPTER else own
@@ -88,9 +88,20 @@ def _parse(spec: str, adapter: Path | None) -> Entry:
     return Entry(name[:64], int(steps), holder)
 
 
-def _holder(folder: Path, spec: str) -> Path:
+def adapter_of(run_dir: Path) -> Path:
+    """The folder of a run's adapter. Raises ConfigError where the run has none."""
+    folder = run_dir / ADAPTER
+    if not (folder / WEIGHT_NAME).is_file():
+        raise ConfigError(
+            f"run folder {run_dir}: it has no adapter: {folder / WEIGHT_NAME} does not exist; a run writes one with "
+            "its first checkpoint"
+        )
+    return folder
+
+
+def _holder(folder: Path, where: str) -> Path:
     """The folder that holds the weights: the given one, or `adapter/` of a run."""
     for place in (folder, folder / ADAPTER):
         if (place / WEIGHT_NAME).is_file():
             return place
-    raise ConfigError(f"entries: '{spec}': {folder / WEIGHT_NAME} does not exist; {ACCEPTED}")
+    raise ConfigError(f"{where}: {folder / WEIGHT_NAME} does not exist; {ACCEPTED}")

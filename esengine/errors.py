@@ -1,5 +1,8 @@
 """Errors a user can act on. The command line prints each as one line and leaves with a code that is not 0."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class EsengineError(Exception):
     """Base of the errors below."""
@@ -7,6 +10,17 @@ class EsengineError(Exception):
 
 class ConfigError(EsengineError):
     """A setting, file or flag is not usable. No ValueError, which flag parsers catch and explain in their own words."""
+
+
+@contextmanager
+def of_setting(name: str) -> Iterator[None]:
+    """A ConfigError inside begins with the name of this setting, such as `es.sigma`."""
+    try:
+        yield
+    except ConfigError as error:
+        if str(error).startswith(f"{name}:"):
+            raise
+        raise ConfigError(f"{name}: {error}") from error
 
 
 class RewardError(EsengineError):
@@ -29,8 +43,7 @@ class UnperturbedError(EsengineError):
         name, why = next(iter(self.layers.items()))
         more = f" (and {len(self.layers) - 1} more, such as '{list(self.layers)[1]}')" if len(self.layers) > 1 else ""
         super().__init__(
-            f"perturbed: target '{name}'{more} had no noise: {why}. Have it called, or leave it out by "
-            "exclude_modules"
+            f"perturbed: target '{name}'{more} had no noise: {why}. Have it called, or leave it out by exclude_modules"
         )
 
 

@@ -4,11 +4,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esengine.benchmarks import Benchmark, read_benchmark
+from esengine.benchmarks import PUBLISHED, Benchmark, read_benchmark
 from esengine.config import EvalConfig, ImageSettings, TrainConfig, load_run
 from esengine.defaults import Defaults, defaults
-from esengine.entries import Entry, default_entries, parse_entries
-from esengine.errors import ConfigError, RunError
+from esengine.entries import Entry, adapter_of, default_entries, parse_entries
+from esengine.errors import ConfigError, RunError, of_setting
 from esengine.evaluation_folder import EvaluationFolder
 from esengine.files import cache_root
 from esengine.group import place
@@ -49,17 +49,21 @@ def evaluate(config: EvalConfig, progress: "Progress") -> Evaluated:
     name = config.model or run.model
     silent = defaults(name)
     prompts = config.prompts or (None if config.benchmark else run.eval_prompts or silent.heldout)
-    benchmark = read_benchmark(config.benchmark, prompts).first(config.limit)
+    with of_setting(_setting_of_prompts(config)):
+        benchmark = read_benchmark(config.benchmark, prompts).first(config.limit)
     image = config.image or run.image
-    adapter = config.adapter or (config.run_dir / "adapter" if config.run_dir else None)
+    adapter = config.adapter
+    if not adapter and config.run_dir and (not config.entries or any(e.startswith("adapter@") for e in config.entries)):
+        adapter = adapter_of(config.run_dir)
     entries = _entries(config, image.num_steps, adapter)
     folder = _folder(config, benchmark)
     shard = _shard(config, folder)
     device = take_device(config.device)
     dtype = pick_dtype(run.dtype if config.dtype == "auto" else config.dtype, device)
     settings = render_settings(image)
-    require_pipeline(name, config.revision or run.revision)
-    reward = parse(_scored(config, run, silent), device=str(device))
+    require_pipeline(name, config.revision or run.revision, image.vae)
+    with of_setting("reward"):
+        reward = parse(_scored(config, run, silent), device=str(device))
 
     labels = ", ".join(entry.label for entry in entries)
     progress.note(f"model {name} on {device} in {str(dtype).removeprefix('torch.')}: {labels}")
@@ -77,6 +81,12 @@ def evaluate(config: EvalConfig, progress: "Progress") -> Evaluated:
     )
     job = _Job(model, reward, benchmark, plan, image, _record(name, model, benchmark, plan, reward, image), progress)
     return Evaluated(job.at_once(), None) if folder is None else Evaluated(job.in_folder(folder, shard), folder)
+
+
+def _setting_of_prompts(config: EvalConfig) -> str:
+    if config.benchmark and not (config.benchmark in PUBLISHED and config.prompts):
+        return "benchmark"
+    return "prompts" if config.prompts else "eval_prompts"
 
 
 def _scored(config: EvalConfig, run: TrainConfig, silent: Defaults) -> str:

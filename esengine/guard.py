@@ -12,14 +12,16 @@ change < -2 standard errors.
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
 
 from esengine.bearing import Bearing
-from esengine.errors import ConfigError, RunError
-from esengine.rewards import COMBINED, Weighted
+from esengine.errors import ConfigError, RunError, of_setting
+from esengine.rewards import COMBINED, Reward, Weighted
+from esengine.rewards.base import settings_of
 from esengine.rewards.registry import build
 from esengine.rewards.spec import Term, read
 from esengine.rollout import Renderer, render_all
@@ -69,7 +71,9 @@ class Rewards:
         return json.loads(json.dumps(reward.settings(), default=str))
 
 
-def load_rewards(reward: str, held_out: str, *, device: str, note: Callable[[str], None]) -> Rewards:
+def load_rewards(
+    reward: str, held_out: str, *, device: str, note: Callable[[str], None], auto: bool = False
+) -> Rewards:
     """Load the rewards of a run.
 
     Args:
@@ -79,40 +83,53 @@ def load_rewards(reward: str, held_out: str, *, device: str, note: Callable[[str
             out.
         device: for rewards that take one.
         note: told what is left out, and why.
+        auto: `held_out` is what `auto` stands for and nobody's choice: one that is optimised or cannot be loaded is
+            left out.
 
     Raises:
         ConfigError: see `esengine.rewards.parse`; also a reward that is both optimised and held out.
     """
-    chosen, auto = read_setting("reward", reward), held_out == "auto"
+    with of_setting("reward"):
+        chosen = read(reward)
     optimised = {term.name for term in chosen}
-    if auto:
+    if held_out == "auto":
         names = [name for name in WATCHED if name not in optimised] if optimised & set(CLIP_FAMILY) else []
         watched = [Term(name) for name in names]
     else:
-        watched = [] if held_out == "none" else read_setting("heldout_reward", held_out)
+        with of_setting("heldout_reward"):
+            watched = [] if held_out == "none" else read(held_out)
+    auto |= held_out == "auto"
     if both := sorted(optimised & {term.name for term in watched}):
         raise ConfigError(f"heldout_reward: {both[0]} is named in reward too; there, a weight of 0 holds it out")
-    while True:
-        try:  # the watched come first: what `auto` cannot load shows before anything large is loaded
-            terms = build([*watched, *chosen], device=device)
-            break
+    with of_setting("reward"):
+        Weighted.check([(term.name, term.weight) for term in chosen])
+    with of_setting("heldout_reward"):
+        Weighted.check([(term.name, 1.0) for term in watched or chosen])
+    held, encoders = [], {}
+    for term in watched:  # first, so that what `auto` cannot load shows before anything large is loaded
+        try:
+            with of_setting("heldout_reward"):
+                held += build([replace(term, weight=0.0)], device=device, encoders=encoders)
         except ConfigError as error:
-            missing = [term for term in watched if auto and str(error).startswith(f"reward {term.name}:")]
-            if not missing:
+            if not auto:
                 raise
-            note(f"held-out {error}; left out")
-            watched.remove(missing[0])
-    held, kept = terms[: len(watched)], terms[len(watched) :]
-    zeroed = [(name, each, 0.0) for name, each, _ in held]
-    return Rewards(Weighted(kept, note), Weighted([*kept, *zeroed], note))
+            note(f"held-out {error.__cause__}; left out")
+    with of_setting("reward"):
+        kept = build(chosen, device=device, encoders=encoders)
+    both = [(term, other) for term, (other, each, _) in product(held, kept) if _same(term[1], each)]
+    if both and not auto:
+        ((name, _, _), other), *_ = both
+        raise ConfigError(
+            f"heldout_reward: {name} is {other}, which reward names too; a weight of 0 there holds it out"
+        )
+    held = [term for term in held if all(term is not each for each, _ in both)]
+    return Rewards(Weighted(kept, note), Weighted([*kept, *held], note))
 
 
-def read_setting(setting: str, spec: str) -> list[Term]:
-    """The rewards in a setting's text. Raises ConfigError, which names the setting, for a text that is none."""
-    try:
-        return read(spec)
-    except ConfigError as error:
-        raise ConfigError(f"{setting}: {error}") from error
+def _same(one: Reward, other: Reward) -> bool:
+    """Whether two rewards are one, or of one class and what they say of themselves."""
+    facts = settings_of(one)
+    return one is other or (type(one) is type(other) and bool(facts) and facts == settings_of(other))
 
 
 def reward_names(spec: str) -> set[str]:

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,8 +10,10 @@ from PIL import Image
 
 from esengine.config import RenderConfig, TrainConfig, load_run
 from esengine.defaults import defaults
+from esengine.entries import adapter_of
 from esengine.env import describe
-from esengine.errors import ConfigError
+from esengine.errors import ConfigError, of_setting
+from esengine.files import write_atomic
 from esengine.models import SanaSprint
 from esengine.progress import Progress
 from esengine.prompts import GALLERY, read_prompts
@@ -19,6 +22,10 @@ from esengine.runlog import draw_strip
 from esengine.scoring import EVAL_STEP
 from esengine.setup import load_model, pick_chunk, pick_dtype, render_settings, take_device
 from esengine.train import encode
+
+EARLIER = "earlier"
+"""Folder beside the images, for those of an earlier call."""
+_OURS = re.compile(r"\d{4,}_[a-z0-9-]+_(base|adapter)\.png")
 
 
 @dataclass(frozen=True)
@@ -34,20 +41,21 @@ class Drawn:
 def render(config: RenderConfig, progress: Progress) -> Drawn:
     """Draw each prompt with the base model and the adapter, from shared latents, into a folder of PNG files.
 
-    A gallery is gallery.png and gallery.html instead.
+    Those of an earlier call that have other names are moved to `earlier` in it. A gallery is gallery.png and
+    gallery.html instead.
     """
     run = load_run(config.run_dir) if config.run_dir else TrainConfig()
     if config.gallery:
         prompts = read_prompts(GALLERY)
+    elif config.prompts:
+        prompts = list(config.prompts)
     else:
-        prompts = (
-            list(config.prompts)
-            or read_prompts(config.prompts_file or defaults(config.model or run.model).heldout)[: config.limit]
-        )
+        with of_setting("prompts_file"):
+            prompts = read_prompts(config.prompts_file or defaults(config.model or run.model).heldout)[: config.limit]
     seed = run.seed if config.seed is None else config.seed
     out = config.out or (config.run_dir or Path()) / "renders"
     if config.run_dir is not None and config.out is None:
-        refuse_links(f"run folder {config.run_dir}", [out])
+        refuse_links(f"run folder {config.run_dir}", [out, out / EARLIER])
     image = config.image or run.image
     model = _model_with_adapter(config, run, image.vae, progress)
     (texts,) = encode(model, [prompts], image, progress)
@@ -79,17 +87,25 @@ def render(config: RenderConfig, progress: Progress) -> Drawn:
         made |= {"image": asdict(settings), "versions": describe()}
         sheet, page = write_gallery(out, prompts, rows, made)
         return Drawn(out, sheet, 0, page)
-    out.mkdir(parents=True, exist_ok=True)
-    for label, images in rows.items():
-        for index, pixels in enumerate(images.permute(0, 2, 3, 1).numpy()):
-            Image.fromarray(pixels).save(out / f"{index:04d}_{_slug(prompts[index])}_{label}.png")
+    files = {
+        out / f"{index:04d}_{_slug(prompts[index])}_{label}.png": Image.fromarray(pixels)
+        for label, images in rows.items()
+        for index, pixels in enumerate(images.permute(0, 2, 3, 1).numpy())
+    }
     sheet = out / "base_and_adapter.png"
-    draw_strip(rows, prompts).save(sheet)
-    return Drawn(out, sheet, sum(map(len, rows.values())))
+    for file, picture in (files | {sheet: draw_strip(rows, prompts)}).items():
+        write_atomic(file, partial(picture.save, format="PNG"))
+    others = [each for each in out.iterdir() if _OURS.fullmatch(each.name) and each not in files]
+    if others:
+        (out / EARLIER).mkdir(exist_ok=True)
+        for each in others:
+            each.replace(out / EARLIER / each.name)
+        progress.note(f"{len(others)} images of an earlier call are in {out / EARLIER} now")
+    return Drawn(out, sheet, len(files))
 
 
 def _model_with_adapter(config: RenderConfig, run: TrainConfig, vae: str | None, progress: Progress) -> SanaSprint:
-    adapter = config.adapter or (config.run_dir / "adapter" if config.run_dir else None)
+    adapter = config.adapter or (adapter_of(config.run_dir) if config.run_dir else None)
     if adapter is None:
         raise ConfigError("adapter: expected --run-dir or --adapter, got neither")
     device = take_device(config.device)

@@ -223,8 +223,8 @@ def _table(text: str, where: str, form: str, needed: Sequence[str]) -> Iterator[
         found = ", ".join(header)[:200] or "none"
         expected = ", ".join("Prompt or Prompts" if column == "prompt" else column.title() for column in missing)
         raise ConfigError(
-            f"{where}: expected a first line with the columns {expected}, got the columns {found}; columns stand between "
-            "tabs or commas"
+            f"{where}: expected a first line with the columns {expected}, got the columns {found}; columns stand "
+            "between tabs or commas"
         )
     for column in place:
         if sum(names.count(a) for a in COLUMNS[column]) > 1:

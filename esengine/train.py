@@ -23,10 +23,10 @@ from esengine.direct import Direct
 from esengine.engine import Engine
 from esengine.entries import default_entries
 from esengine.env import describe
-from esengine.errors import ConfigError, RunError, Stopped
+from esengine.errors import ConfigError, RunError, Stopped, of_setting
 from esengine.files import cache_root, replace_file, write_atomic
 from esengine.group import Group
-from esengine.guard import Guard, load_rewards, read_setting, reward_names
+from esengine.guard import Guard, load_rewards, reward_names
 from esengine.kernels import CONTRACT
 from esengine.loop import Record, Run, take_steps
 from esengine.models import SanaSprint, TextEmbeddings, require_pipeline
@@ -35,6 +35,7 @@ from esengine.population import Noise, Population, attach
 from esengine.progress import Progress
 from esengine.prompts import PromptSampler, read_prompts
 from esengine.rewards.base import reason
+from esengine.rewards.spec import read
 from esengine.rollout import Renderer
 from esengine.run_folder import RunFolder, checkpoint_folders, path_step
 from esengine.runlog import RunLog, require_steps
@@ -96,18 +97,22 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Result | Non
 
 def _train(config: TrainConfig, progress: Progress, group: Group, stop: Stop) -> Result | None:
     silent = defaults(config.model)
-    prompts = read_prompts(config.prompts or silent.train)
-    eval_prompts = read_prompts(config.eval_prompts or silent.heldout)
+    with of_setting("prompts"):
+        prompts = read_prompts(config.prompts or silent.train)
+    with of_setting("eval_prompts"):
+        eval_prompts = read_prompts(config.eval_prompts or silent.heldout)
     config = dataclasses.replace(config, reward=config.reward or silent.reward)
     sampler = PromptSampler(len(prompts), config.es.prompts_per_step, config.seed)
     render_settings(config.image)
     # before a folder is made
-    read_setting("reward", config.reward)
+    with of_setting("reward"):
+        read(config.reward)
     if config.heldout_reward not in ("auto", "none"):
-        read_setting("heldout_reward", config.heldout_reward)
+        with of_setting("heldout_reward"):
+            read(config.heldout_reward)
     pick_device(config.device)
     with group.first():
-        require_pipeline(config.model, config.revision)
+        require_pipeline(config.model, config.revision, config.image.vae)
     require_installed(config.trackers)
     if config.resume and config.run_dir is None:
         raise ConfigError("resume: which run? give its folder with --run-dir")
@@ -124,7 +129,8 @@ def _train(config: TrainConfig, progress: Progress, group: Group, stop: Stop) ->
         watched = config.heldout_reward if config.heldout_every or silent.watches else "none"
         if watched == "auto":
             watched = silent.watched(reward_names(config.reward), bool(config.prompts or config.eval_prompts))
-        rewards = load_rewards(config.reward, watched, device=str(device), note=progress.note)
+        auto = config.heldout_reward == "auto"
+        rewards = load_rewards(config.reward, watched, device=str(device), note=progress.note, auto=auto)
         progress.note(f"model {config.model} on {device} in {str(dtype).removeprefix('torch.')}")
         with group.first():
             model = load_model(config.model, config.revision, device, dtype, config.image.vae)

@@ -53,15 +53,18 @@ def locate(model: str, revision: str | None, local_files_only: bool) -> tuple[Pa
     return snapshot, {"model": model, "commit": snapshot.name}
 
 
-def require_pipeline(model: str, revision: str | None, local_files_only: bool = False) -> None:
-    """Look whether there is a pipeline of that name, before anything heavy is loaded.
+def require_pipeline(model: str, revision: str | None, vae: str | None = None, local_files_only: bool = False) -> None:
+    """Look whether there is a pipeline of that name, and a decoder for it, before anything heavy is loaded.
 
     Raises:
-        ConfigError: no such folder or hub model, or a folder that holds no `SanaSprintPipeline`.
+        ConfigError: no such folder or hub model, a folder that holds no `SanaSprintPipeline`, or a `vae` that is none
+            for its latents.
     """
     folder, _ = locate(model, revision, local_files_only)
     with _reading(f"model: cannot load {folder}"):
         _require_kind(folder)
+    if vae is not None:
+        _locate_vae(vae, folder, local_files_only)
 
 
 def _require_kind(folder: Path) -> None:
@@ -125,6 +128,14 @@ def load_vae(vae: str, pipeline: Path, dtype: torch.dtype, local_files_only: boo
     Raises:
         ConfigError: There is none, it cannot be read, or its latents are of other channels, scale or compression.
     """
+    folder, identity = _locate_vae(vae, pipeline, local_files_only)
+    with _reading(f"vae: cannot use {vae}"):
+        loaded = _whole(AutoencoderDC, folder, dtype)
+    return loaded, identity or fingerprint(folder, ("",))
+
+
+def _locate_vae(vae: str, pipeline: Path, local_files_only: bool) -> tuple[Path, str | None]:
+    """The local folder of a decoder for the pipeline's latents, and its hub id and commit. Raises as `load_vae`."""
     folder, identity = Path(os.path.expanduser(vae)), None
     if not folder.is_dir():
         name, _, revision = vae.partition("@")
@@ -148,8 +159,7 @@ def load_vae(vae: str, pipeline: Path, dtype: torch.dtype, local_files_only: boo
         for what, fact in LATENT_FACTS.items():
             if fact(own) != fact(given):
                 raise ValueError(f"expected {what} {fact(own)}, as the model's own, got {fact(given)}")
-        loaded = _whole(AutoencoderDC, folder, dtype)
-    return loaded, identity or fingerprint(folder, ("",))
+    return folder, identity
 
 
 def first_line(error: Exception) -> str:

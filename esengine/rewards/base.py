@@ -29,7 +29,7 @@ class Reward(Protocol):
 def as_scores(returned: object, count: int) -> torch.Tensor:
     """What a reward returned, as float32 [count]; on its own device where it was a tensor.
 
-    Floats of more bits than float32 are rounded to it. Integers must be exact in it.
+    Floats of more bits than float32 are rounded to it. Integers must be exact in it. What a numpy mask hides is NaN.
 
     Raises:
         RewardError: anything but `count` real numbers: another shape or type, or a number that is missing or that
@@ -41,6 +41,10 @@ def as_scores(returned: object, count: int) -> torch.Tensor:
             raise RewardError(f"returned a tensor of layout {returned.layout}; expected a dense one")
         scores = returned.detach()
     elif isinstance(returned, np.ndarray) and returned.dtype.kind in "fiu":
+        if np.ma.is_masked(returned):
+            returned = returned.astype(np.float64).filled(np.nan)
+        if returned.ndim == 1 and returned.dtype.newbyteorder("=") not in _ARRAYS:  # torch knows no such numbers
+            return as_scores(returned.tolist(), count)
         scores = torch.from_numpy(np.array(returned, dtype=returned.dtype.newbyteorder("="), order="C"))
     elif isinstance(returned, list | tuple):
         scores = [_number(each, place, expected) for place, each in enumerate(returned)]
@@ -54,12 +58,14 @@ def as_scores(returned: object, count: int) -> torch.Tensor:
         return scores
     found = scores.to(torch.float32)
     if scores.dtype in _INTEGERS and not torch.equal(found.to(torch.float64), scores.to(torch.float64)):
-        raise RewardError("returned integers that float32 cannot hold exactly; expected float32 scores")
+        raise RewardError(_INEXACT)
     if (lost := scores.isfinite() & ~found.isfinite()).any():
         raise RewardError(f"returned {scores[lost][0]:g}, which float32 cannot hold; expected a finite float32 score")
     return found
 
 
+_INEXACT = "returned integers that float32 cannot hold exactly; expected float32 scores"
+_ARRAYS = [np.dtype(each) for each in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1")]
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -69,6 +75,8 @@ def _number(value: object, place: int, expected: str) -> float:
         value = value.item()
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise RewardError(f"returned {plain(repr(value))[:60]} for image {place}; {expected}")
+    if isinstance(value, numbers.Integral) and (abs(value) >= 1 << 128 or int(np.float32(int(value))) != value):
+        raise RewardError(_INEXACT)
     return float(value)
 
 

@@ -51,7 +51,7 @@ def load(name: str, **options) -> Reward:
         ConfigError: unknown name, failed import, no such attribute, not callable, or options that do not fit.
     """
     if name == COMBINED:
-        return Weighted(build(group(options)))
+        return Weighted(build(_checked(group(options))))
     return _build(Term(name, options), {})
 
 
@@ -65,22 +65,30 @@ def parse(spec: str, *, device: str = "cpu") -> Weighted:
     Raises:
         ConfigError: what `spec.read`, `load` and `Weighted` refuse.
     """
-    return Weighted(build(read(spec), device=device))
+    return Weighted(build(_checked(read(spec)), device=device))
 
 
-def build(terms: Sequence[Term], *, device: str = "cpu") -> list[tuple[str, Reward, float]]:
+def build(
+    terms: Sequence[Term], *, device: str = "cpu", encoders: dict[Any, Any] | None = None
+) -> list[tuple[str, Reward, float]]:
     """(name, reward, weight) of each term, in their order. A model that several rewards use is loaded once.
 
     Args:
         terms: from `spec.read`.
         device: for each reward that takes one, unless its term has another.
+        encoders: models that are loaded already; those that are loaded here are added.
 
     Raises:
-        ConfigError: what `load` and `Weighted` refuse.
+        ConfigError: what `load` refuses.
     """
-    Weighted.check([(term.name, term.weight) for term in terms])
-    shared = {"device": device, "encoders": {}}
+    shared = {"device": device, "encoders": {} if encoders is None else encoders}
     return [(term.name, _build(term, shared), term.weight) for term in terms]
+
+
+def _checked(terms: list[Term]) -> list[Term]:
+    """The same terms, if their names and weights can stand together: see `Weighted.check`."""
+    Weighted.check([(term.name, term.weight) for term in terms])
+    return terms
 
 
 def _build(term: Term, shared: dict[str, Any]) -> Reward:

@@ -328,7 +328,7 @@ def test_the_module_is_the_console_script(workspace, cache):
     done = subprocess.run(command, cwd=workspace, env=os.environ, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr == "esengine: error: prompts file nosuch.txt: No such file or directory\n"
+    assert done.stderr == "esengine: error: --prompts: prompts file nosuch.txt: No such file or directory\n"
     assert list(workspace.iterdir()) == []
 
 
@@ -343,11 +343,58 @@ def test_the_module_is_the_console_script(workspace, cache):
         (["--reward", "a("], "--reward: rewards: expected"),
         (["--heldout-reward", "a("], "--heldout-reward: rewards: expected"),
         (["--resume"], "--resume: which run?"),
+        (["--prompts", "nope.txt"], "--prompts: prompts file nope.txt: No such file"),
+        (["--eval_prompts=nope.txt"], "--eval_prompts: prompts file nope.txt: No such file"),
+        (["--reward", "nope"], "--reward: unknown reward 'nope'"),
+        (["--heldout-reward", "nope"], "--heldout-reward: unknown reward 'nope'"),
+        (["--update.lr-scale", "1e9", "--es.sigma=1"], "--update.lr-scale times --es.sigma: expected at most"),
+        (["--config", "c.yaml"], "config c.yaml: es.prompts_per_step: expected prompts per step of 1 to"),
+        (["--config", "c.yaml", "--es.prompts_per_step", "500"], "--es.prompts_per_step: expected prompts per step"),
+        (["--config", "d.yaml"], "config d.yaml: prompts: prompts file nope.txt: No such file"),
+        (["--config", "e.yaml"], "config e.yaml: model: ./nope is neither"),
     ],
 )
 def test_an_error_begins_with_the_flag_as_it_was_typed(flags, beginning, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["train", "--model", "tiny", *flags]) == 1
+    (tmp_path / "c.yaml").write_text("model: tiny\nes: {prompts_per_step: 400}\n")
+    (tmp_path / "d.yaml").write_text("model: tiny\nprompts: nope.txt\n")
+    (tmp_path / "e.yaml").write_text("model: ./nope\n")
+    model = [] if "e.yaml" in flags else ["--model", "tiny"]
+    assert cli.main(["train", *model, *flags]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"esengine: error: {beginning}")
+
+
+@pytest.mark.parametrize(
+    ("args", "beginning"),
+    [
+        (["eval", "--run-dir", "run"], "run folder run: it has no adapter: run/adapter/pytorch_lora_weights"),
+        (["render", "--run-dir", "run"], "run folder run: it has no adapter: run/adapter/pytorch_lora_weights"),
+        (["eval", "--run-dir", "run", "--entries", "adapter@1"], "run folder run: it has no adapter"),
+        (["eval", "--run-dir", "run", "--entries", "base@1", "run@1"], "--entries: 'run@1': run/pytorch_lora_weights"),
+        (
+            ["eval", "--run-dir", "run", "--adapter", "nope"],
+            "--adapter: nope/pytorch_lora_weights.safetensors does not",
+        ),
+        (["eval", "--run-dir", "run", "--entries", "base@1", "--prompts", "no.txt"], "--prompts: prompts file no.txt"),
+        (["eval", "--run-dir", "run", "--entries", "base@1"], "run folder run: eval_prompts: prompts file gone.txt"),
+        (["eval", "--entries", "base@1", "--benchmark", "p.txt", "--model", "tiny"], "--benchmark: prompts file p.txt"),
+        (["eval", "--entries", "base@1", "--run-dir", "run", "--prompts", "c.csv"], "run folder run: model: ./gone is"),
+        (["render", "--prompts_file", "no.txt", "--adapter", "run"], "--prompts_file: prompts file no.txt"),
+        (
+            ["render", "a cat", "--prompts-file", "c.csv", "--adapter", "run"],
+            "--prompts-file: expected no prompts beside",
+        ),
+    ],
+)
+def test_a_setting_of_a_run_is_named_with_its_folder(args, beginning, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("model: ./gone\neval_prompts: gone.txt\n")
+    (tmp_path / "c.csv").write_text("Prompt\na cat\n")
+    if "gone.txt" not in beginning:
+        (tmp_path / "gone.txt").write_text("a cat\n")
+    (tmp_path / "p.txt").write_text("# none\n")
+    assert cli.main(args) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"esengine: error: {beginning}")
 
 
@@ -361,6 +408,11 @@ def test_a_model_that_is_not_there_is_told_before_rewards_are_built(capsys, tmp_
     monkeypatch.setattr("esengine.train.load_rewards", lambda *a, **k: pytest.fail("rewards were built"))
     monkeypatch.setattr("esengine.evaluate.parse", lambda *a, **k: pytest.fail("rewards were built"))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "c.json").write_text('["a cat"]')
+    for command in (["train"], ["eval", "--entries", "base@1", "--prompts", "c.json"]):
+        assert cli.main([*command, "--model", "tiny", "--image.vae", "empty"]) == 1
+        assert "--image.vae: cannot use empty" in capsys.readouterr().err
+    (tmp_path / "c.json").unlink()
     for model, words in (("./nope", "neither a folder nor a hub id"), ("empty", "model_index.json")):
         for command in ("train", "eval"):
             flags = ["--benchmark", "nano"] if command == "eval" else []

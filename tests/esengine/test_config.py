@@ -57,20 +57,29 @@ def test_defaults_then_yaml_then_flags(yaml_file):
         "image",
     ],
 )
-def test_a_section_of_the_yaml_leaves_its_other_settings_at_the_runs_defaults(yaml_file, section):
+def test_a_section_of_the_yaml_leaves_its_other_settings_at_the_models_defaults(yaml_file, section):
     name, value = {
         "update": ("optimizer", "adam"),
         "es": ("sigma", 0.5),
         "lora": ("rank", 3),
         "image": ("num_steps", 2),
     }[section]
-    config = parse_train(["--config", yaml_file(f"{section}: {{{name}: {value}}}\n")])
+    text = f"{section}: {{{name}: {value}}}\n"
+    config = parse_train(["--config", yaml_file(f"model: tiny\n{text}")])
     expected = dataclasses.replace(getattr(TrainConfig(), section), **{name: value})
     assert getattr(config, section) == expected
     flags = [f"--{section}.{name.replace('_', '-')}", str(value)]
     assert getattr(parse_train(["--model", "tiny", *flags]), section) == expected
-    expected = dataclasses.replace(getattr(load("nano"), section), **{name: value})
-    assert getattr(parse_train(flags), section) == expected
+    expected = dataclasses.replace(
+        load("nano"), **{section: dataclasses.replace(getattr(load("nano"), section), **{name: value})}
+    )
+    assert parse_train(flags) == expected
+    for yaml, more in ((text, []), (f"model: nano\n{text}", []), (f"model: tiny\n{text}", ["--model", "nano"])):
+        config = parse_train(["--config", yaml_file(yaml), *more])
+        assert dataclasses.replace(config, config=None) == expected
+    assert (
+        parse_train(["--config", yaml_file(text), "--model", "tiny"]).update.lr_scale == TrainConfig().update.lr_scale
+    )
 
 
 def test_flags_of_every_kind():
@@ -342,5 +351,20 @@ def test_prompts_a_step_adapt_to_a_short_list(tmp_path, count, expected):
     (tmp_path / "own.yaml").write_text("es: {prompts_per_step: 6}\n")
     own = ["--config", str(tmp_path / "own.yaml"), "--prompts", str(prompts)]
     assert parse_train(own).es.prompts_per_step == 6
-    reference = parse_train(["--config", "reference", "--prompts", str(prompts)])
-    assert reference.es.prompts_per_step == min(count, 4)
+    reference = ["--config", "reference", "--prompts", str(prompts)]
+    assert parse_train(reference).es.prompts_per_step == 4  # the published run, or an error
+    assert parse_train(["--config", "nano", "--prompts", str(prompts)]).es.prompts_per_step == expected
+
+
+def test_an_alpha_of_a_yaml_file_is_that_of_all_layers(yaml_file):
+    assert parse_train(["--config", yaml_file("lora: {alpha: 3}\n")]).lora == dataclasses.replace(
+        load("nano").lora, alpha=3.0, alpha_pattern={}
+    )
+    kept = parse_train(["--config", yaml_file("lora: {alpha: 3, alpha_pattern: {proj_out: 5}}\n")]).lora
+    assert kept.alpha_pattern == {"proj_out": 5.0}
+
+
+def test_a_run_resumes_with_its_own_settings_and_none_of_nanos(tmp_path):
+    (tmp_path / "config.yaml").write_text("model: nano\nsteps: 7\n")
+    config = parse_train(["--run-dir", str(tmp_path), "--resume"])
+    assert (config.update, config.lora) == (TrainConfig().update, TrainConfig().lora)

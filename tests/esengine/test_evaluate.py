@@ -289,6 +289,29 @@ def test_render_takes_the_first_of_a_file(trained, tmp_path, prompt_files):
     assert (tmp_path / "0001_two-green-apples_base.png").is_file()
 
 
+def test_a_second_call_leaves_only_its_own_images_and_no_link_is_written_through(trained, tmp_path):
+    config, _ = trained
+    out, victim = tmp_path / "out", tmp_path / "victim.png"
+    draw = dict(run_dir=config.run_dir, out=out)
+    render(RenderConfig(prompts=("a red fox", "an owl"), **draw), Progress())
+    (out / "0000_mine.png").write_bytes(b"of somebody else")
+    first = (out / "0001_an-owl_base.png").read_bytes()
+    victim.write_bytes(b"kept")
+    for name in ("0000_an-owl_base.png", "base_and_adapter.png"):
+        (out / name).unlink(missing_ok=True)
+        (out / name).symlink_to(victim)
+    render(RenderConfig(prompts=("an owl",), **draw), Progress())
+    assert victim.read_bytes() == b"kept"
+    names = {"0000_an-owl_base.png", "0000_an-owl_adapter.png", "base_and_adapter.png", "0000_mine.png", "earlier"}
+    assert {each.name for each in out.iterdir()} == names
+    assert not any(each.is_symlink() for each in out.iterdir())
+    stems = ("0000_a-red-fox", "0001_an-owl")
+    assert {each.name for each in (out / "earlier").iterdir()} == {
+        f"{stem}_{label}.png" for stem in stems for label in ("base", "adapter")
+    }
+    assert (out / "earlier" / "0001_an-owl_base.png").read_bytes() == first
+
+
 @pytest.mark.parametrize("call", [evaluate, render])
 def test_a_run_whose_adapter_is_gone(call, small, trained, tmp_path):
     config, _ = trained

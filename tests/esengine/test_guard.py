@@ -312,6 +312,19 @@ def test_what_auto_cannot_load_is_left_out_and_said(family, notes):
     assert "clip_text" in notes.said[0]
 
 
+def test_what_stands_for_auto_leaves_out_what_is_optimised_under_another_name(family):
+    reward, watched = "esengine.rewards.jpeg:JpegCompressibility", "jpeg_compressibility,clip_text"
+    rewards = load_rewards(reward, watched, device="cpu", note=pytest.fail, auto=True)
+    assert rewards.everything.names == [reward, "clip_text"]
+
+
+def test_rewards_of_one_kind_and_other_options_are_two(family):
+    rewards = load_rewards("pickscore", "esengine.rewards.jpeg:JpegCompressibility", device="cpu", note=pytest.fail)
+    assert rewards.watched == ["esengine.rewards.jpeg:JpegCompressibility"]
+    both = "jpeg_compressibility(quality=50)", "esengine.rewards.jpeg:JpegCompressibility"
+    assert len(load_rewards(*both, device="cpu", note=pytest.fail).everything.names) == 2
+
+
 @pytest.mark.parametrize(
     ("reward", "held_out", "words"),
     [
@@ -323,6 +336,8 @@ def test_what_auto_cannot_load_is_left_out_and_said(family, notes):
         ("pickscore", "", "expected a reward"),
         ("pickscore", "clip_text,clip_text", "reward clip_text: given 2 times"),
         ("pickscore=0", "clip_text", "at least one with a weight"),
+        ("esengine.rewards.jpeg:JpegIncompressibility", "jpeg_incompressibility", "which reward names too"),
+        ("combined(jpeg_compressibility=1)", "esengine.rewards:jpeg.JpegCompressibility", "which reward names too"),
     ],
 )
 def test_rewards_that_cannot_be_used(family, reward, held_out, words):

@@ -260,6 +260,8 @@ def test_wrong_type_shape_or_dtype(result, got):
         np.array([0.5, 1, -2.25, 3e5], np.float32),
         np.array([0.5, 1, -2.25, 3e5], ">f8"),
         np.array([9, 3e5, 9, -2.25, 9, 1, 9, 0.5])[::-2],
+        np.array([0.5, 1, -2.25, 3e5], np.longdouble),
+        np.ma.masked_array([0.5, 1, -2.25, 3e5], mask=[0, 0, 0, 0]),
         torch.tensor([0.5, 1, -2.25, 3e5]).double(),
         torch.tensor([0.5, 1, -2.25, 3e5], requires_grad=True),
     ],
@@ -271,11 +273,35 @@ def test_a_list_an_array_or_a_tensor_of_numbers_will_do(result):
     assert scores.tolist() == [0.5, 1, -2.25, 3e5]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64, torch.uint8, np.float16, np.int32])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.int64, torch.uint8, np.float16, np.int32, np.uint16, np.uint64]
+)
 def test_other_number_types_will_do(dtype):
     make = torch.tensor if isinstance(dtype, torch.dtype) else np.array
     result = make([1, 2, 3, 4], dtype=dtype)
     assert weighted(lambda images, prompts: result).score(noise_images(), PROMPTS)["combined"].tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        [1, 2, 3, (1 << 24) + 1],
+        (1, 2, 3, 10**400),
+        np.array([1, 2, 3, (1 << 24) + 1]),
+        np.array([1, 2, 3, (1 << 63) + 1], np.uint64),
+        torch.tensor([1, 2, 3, (1 << 24) + 1]),
+    ],
+)
+def test_an_integer_that_would_be_rounded_is_refused_in_every_form(result):
+    with pytest.raises(RewardError, match="integers that float32 cannot hold exactly"):
+        weighted(lambda images, prompts: result).score(noise_images(), PROMPTS)
+
+
+@pytest.mark.parametrize("dtype", [float, int, np.float32])
+def test_what_a_mask_hides_is_no_score(dtype):
+    result = np.ma.masked_array([1, 2, 3, 4], mask=[0, 1, 0, 0], dtype=dtype)
+    with pytest.raises(RewardError, match="member 1 .*returned nan"):
+        weighted(lambda images, prompts: result).score(noise_images(), PROMPTS, step=1, members=range(4))
 
 
 def test_what_is_kept_is_a_copy():
