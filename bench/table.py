@@ -95,22 +95,22 @@ def highlights() -> list[str]:
     aot = "aot_sm90_triton-3.9.json"
     rows = [
         (
-            f"demo: reward gained on {prompts} validation captions",
+            f"nano, demo: reward gained, {prompts} captions",
             ", ".join(_gain(g, 3) for g in gains),
             "cpu_demo.json",
         ),
         (
-            f"gap from one step to two closed, {headline['prompts']} test captions",
+            f"nano: gap from one step to two closed, {headline['prompts']} captions",
             ", ".join(_closed(headline, "combined")),
             "nano_headline.json",
         ),
         (
-            f"the same adapters on {fresh['prompts']} other test captions",
+            f"nano: the same adapters, {fresh['prompts']} other captions",
             ", ".join(_closed(fresh, "combined")),
             "nano_fresh.json",
         ),
-        ("population forward over plain forward, CPU, 64 members", _ratio(ratio), "cpu_forward.json"),
-        ("memory of each further member, forward, CPU", f"{memory:.0f} bytes", "cpu_forward.json"),
+        ("tiny: population forward over plain forward, 64 members", _ratio(ratio), "cpu_forward.json"),
+        ("tiny: memory of each further member in a forward", f"{memory:.0f} bytes", "cpu_forward.json"),
         ("kernels compiled for sm_90 without spills, no GPU", _clean(_read(aot)), aot),
     ]
     return [f"| {what} | {figure} | `{file}` |" for what, figure, file in rows]

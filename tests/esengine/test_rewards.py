@@ -300,7 +300,7 @@ def test_an_integer_that_would_be_rounded_is_refused_in_every_form(result):
 @pytest.mark.parametrize("dtype", [float, int, np.float32])
 def test_what_a_mask_hides_is_no_score(dtype):
     result = np.ma.masked_array([1, 2, 3, 4], mask=[0, 1, 0, 0], dtype=dtype)
-    with pytest.raises(RewardError, match="member 1 .*returned nan"):
+    with pytest.raises(RewardError, match=r"member 1 .*returned nan"):
         weighted(lambda images, prompts: result).score(noise_images(), PROMPTS, step=1, members=range(4))
 
 

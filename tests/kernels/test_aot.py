@@ -268,6 +268,7 @@ def test_launches_fold_only_into_one_kernel():
     assert aot.built_for(other) != aot.built_for(first)
 
 
+@pytest.mark.slow  # as `make aot` does
 def test_every_kernel_compiles_without_a_fault(tmp_path):
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run(
