@@ -293,8 +293,6 @@ def shared_linears(module: nn.Module) -> dict[int, list[str]]:
 def why_not_perturbed(layer: Target, scope: Scope) -> str:
     """Why a target had no noise in a forward, for an error."""
     name = layer.name
-    if layer.disable_adapters:
-        return "its adapter is switched off; switch it on: enable_adapters()"
     if name in scope.called:
         return "it was called, but other code computed with its weight too"
     if name not in scope.read:

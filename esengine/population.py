@@ -236,8 +236,9 @@ class Population:
         Raises:
             ValueError: `members` is of another dtype, shape or device, or has a negative entry; in the forward, when
                 its length is not the batch size.
-            UnperturbedError: at the end, when the module ran and a target was not called or switched off, or when other
-                code computed with a target's weight, which has no noise. Every member would compute the same there.
+            UnperturbedError: at the end, when the module ran and a target was not called, or when other code computed
+                with a target's weight, which has no noise. Every member would compute the same there. An adapter that
+                you switched off is off, without an error; `update` then has one.
             RuntimeError: inside another `perturbed`, or after `detach`; or a target's adapter is merged into the weight
                 or not the active one.
         """
@@ -260,7 +261,8 @@ class Population:
         missed = {
             name: why_not_perturbed(layer, scope)
             for name, layer in self.layers.items()
-            if name in scope.used or (name not in scope.called and (scope.ran or name in scope.read))
+            if not layer.disable_adapters
+            and (name in scope.used or (name not in scope.called and (scope.ran or name in scope.read)))
         }
         if missed:
             raise UnperturbedError(missed)
@@ -311,7 +313,8 @@ class Population:
             UpdateError, OutOfMemory: the adapter would not be finite, or there is no room; nothing has changed then.
         """
         if self._called is not None and (missed := [name for name in self.layers if name not in self._called]):
-            raise UnperturbedError(dict.fromkeys(missed, "it was not called since the last update"))
+            why = {True: "its adapter was switched off", False: "it was not called since the last update"}
+            raise UnperturbedError({name: why[bool(self.layers[name].disable_adapters)] for name in missed})
         with fits("the numbers of an update", "stop what else uses this device"):
             stats = self._updater.step(self.gradient(step=step, fitness=fitness))
         self._refresh()
