@@ -39,7 +39,8 @@ class Chunk:
         step: of the noise contract; for Triton int64 [1] on the device.
         seed, sigma, rank: likewise.
         c: fp32 [B], sign * sigma / sqrt(k); torch path only, as is the next.
-        factors: V, U, V', U' of each layer by name, fp32 [B, L, k]; L is 0 where a layer has no such factor.
+        factors: V, U, V', U' of each layer by name, fp32 [P, L, k] of pairs whose B / P rows stand together; None where
+            a layer has no such factor.
     """
 
     members: torch.Tensor

@@ -34,16 +34,13 @@ from esengine.errors import UnperturbedError
 from esengine.files import replace_file
 from esengine.kernels import (
     CONTRACT,
-    PAIRS_PER_CHUNK,
-    NoisePlan,
     Perturbation,
+    UpdatePlan,
     check_fitness,
     es_update,
-    es_update_chunk,
     factor,
     key_words,
     linear_streams,
-    pair_weights,
     signed_sigma,
     step_tensor,
     uses_triton,
@@ -173,7 +170,8 @@ class Population:
         trainable: dict[str, bool],
     ):
         self.module, self.layers, self.config, self.noise, self.rule = module, layers, config, noise, rule
-        self._backend, self._trainable, self._scope, self._plan = backend, trainable, Scope(), None
+        self._backend, self._trainable, self._scope = backend, trainable, Scope()
+        self._kept_plan: UpdatePlan | None = None
         self._called: set[str] | None = None  # targets that had noise since the last update; None: no `perturbed` since
         taken: dict[int, str] = {}
         for name, layer in layers.items():
@@ -280,22 +278,16 @@ class Population:
         check_fitness(fitness)
         if not fitness.isfinite().all():
             raise ValueError(f"fitness: expected finite values, got {fitness[~fitness.isfinite()][0]:g}")
-        fitness = fitness.to(self.device)
-        noise = dict(seed=self.noise.seed, step=step)
-        totals = {name: torch.zeros_like(parameter) for name, parameter in self.parameters().items()}
+        fitness, noise = fitness.to(self.device), dict(seed=self.noise.seed, step=step)
         if self.backend == "triton":
-            for name, layer, theta in self._thetas():
-                streams = dict(stream_u=layer.streams[theta.u], stream_v=layer.streams[theta.v])
-                shape = tuple(theta.parameter.shape)
-                totals[name] = es_update(fitness, shape=shape, rank=self.noise.rank, **streams, **noise)
+            sums = [
+                es_update(fitness, shape=shape, stream_u=u, stream_v=v, rank=self.noise.rank, **noise)
+                for shape, u, v in self._tensors()
+            ]
         else:
-            for start, weights in enumerate(pair_weights(fitness).split(PAIRS_PER_CHUNK)):
-                pairs = start * PAIRS_PER_CHUNK + torch.arange(len(weights), device=self.device)
-                factors = self._factors(step, pairs)
-                for name, layer, theta in self._thetas():
-                    own = factors[layer.name]
-                    totals[name] += es_update_chunk(weights, own[theta.u], own[theta.v])
-        return {name: total / len(fitness) for name, total in totals.items()}
+            sums = self._plan.sums(fitness, **noise)
+        torch._foreach_div_(sums, len(fitness))
+        return dict(zip(self.parameters(), sums, strict=True))
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -429,16 +421,31 @@ class Population:
         settings["step"] = step
         pairs, slots = torch.unique(members >> 1, return_inverse=True)
         c = signed_sigma(members, self.noise.sigma, self.noise.rank)
+        each = len(members) // max(1, len(pairs))
+        if torch.equal(slots, torch.arange(len(pairs), device=slots.device).repeat_interleave(each)):
+            slots = (
+                None  # as many batch rows of each pair, one after the other: no row needs a copy of its pair's noise
+            )
         return Chunk(**settings, c=c, factors=self._factors(step, pairs, slots))
 
-    def _factors(
-        self, step: int, pairs: torch.Tensor, slots: torch.Tensor | None = None
-    ) -> dict[str, tuple[torch.Tensor, ...]]:
-        """V, U, V', U' [P, L, k] of every layer, [B, L, k] with `slots`, in one call of the generator."""
-        if self._plan is None or self._plan.quads.device != self.device:
-            shapes = []
-            for layer in self.layers.values():
-                shapes += zip(layer.streams, layer.lengths(), strict=True)
-            self._plan = NoisePlan(shapes, self.noise.rank, self.device)
-        block = self._plan.block(seed=self.noise.seed, step=step, pairs=pairs, slots=slots)
-        return {name: tuple(block[4 * i : 4 * i + 4]) for i, name in enumerate(self.layers)}
+    def _factors(self, step: int, pairs: torch.Tensor, slots: torch.Tensor | None) -> dict[str, tuple]:
+        """V, U, V', U' [P, L, k] of every layer, [B, L, k] with `slots`; None where a layer has no such factor."""
+        block = self._plan.noise.block(seed=self.noise.seed, step=step, pairs=pairs, slots=slots)
+        found: dict[str, list[torch.Tensor | None]] = {name: [None] * 4 for name in self.layers}
+        for (_, layer, theta), (u, v) in zip(self._thetas(), self._plan.places, strict=True):
+            found[layer.name][theta.u], found[layer.name][theta.v] = block[u], block[v]
+        return {name: tuple(factors) for name, factors in found.items()}
+
+    @property
+    def _plan(self) -> UpdatePlan:
+        """Of all noise on the torch path, on the device where the layers are now."""
+        if self._kept_plan is None or self._kept_plan.device != self.device:
+            self._kept_plan = UpdatePlan(self._tensors(), self.noise.rank, self.device)
+        return self._kept_plan
+
+    def _tensors(self) -> list[tuple[tuple[int, int], int, int]]:
+        """Shape, stream of U and stream of V of all that ES moves."""
+        return [
+            (tuple(theta.parameter.shape), layer.streams[theta.u], layer.streams[theta.v])
+            for _, layer, theta in self._thetas()
+        ]

@@ -31,11 +31,12 @@ class Updater:
     def __init__(self, rule: UpdateRule, parameters: dict[str, torch.nn.Parameter], sigma: float):
         self.rule, self.parameters = rule, parameters
         tensors, rate = list(parameters.values()), rule.lr_scale * sigma
+        upwards = dict(maximize=True, foreach=True)
         if rule.optimizer == "adam":
-            self.optimizer = torch.optim.Adam(tensors, lr=rate, betas=(rule.momentum, rule.beta2))
+            self.optimizer = torch.optim.Adam(tensors, lr=rate, betas=(rule.momentum, rule.beta2), **upwards)
         else:
             momentum = rule.momentum if rule.optimizer == "momentum" else 0.0
-            self.optimizer = torch.optim.SGD(tensors, lr=rate, momentum=momentum)
+            self.optimizer = torch.optim.SGD(tensors, lr=rate, momentum=momentum, **upwards)
 
     @torch.no_grad()
     def step(self, gradient: dict[str, torch.Tensor]) -> UpdateStats:
@@ -50,9 +51,10 @@ class Updater:
             raise UpdateError(f"gradient: expected a finite norm, got {gradient_norm}")
         for parameter, state in self.optimizer.state.items():  # follows a module that has moved
             state |= {key: value.to(parameter.device) for key, value in state.items() if _moves(key, value)}
-        before, moments = {name: parameter.clone() for name, parameter in self.parameters.items()}, self.state_dict()
+        theta = list(self.parameters.values())
+        before, moments = _copies(theta), self.state_dict()
         try:
-            stats = self._move(gradient, gradient_norm, before)
+            stats = self._move(theta, [gradient[name] for name in self.parameters], gradient_norm, before)
             kept = [v for state in self.optimizer.state.values() for key, v in state.items() if _moves(key, v)]
             norms = {"step": stats.step_norm, "adapter": stats.adapter_norm, "moments": _norm(kept)}
             if not all(map(math.isfinite, norms.values())):
@@ -62,8 +64,7 @@ class Updater:
                     "lower lr_scale or sigma"
                 )
         except BaseException:
-            for name, parameter in self.parameters.items():
-                parameter.copy_(before[name])
+            torch._foreach_copy_(theta, before)
             self.load_state_dict(moments)
             raise
         finally:
@@ -71,30 +72,39 @@ class Updater:
         return stats
 
     def _move(
-        self, gradient: dict[str, torch.Tensor], gradient_norm: float, before: dict[str, torch.Tensor]
+        self,
+        theta: list[torch.nn.Parameter],
+        gradient: list[torch.Tensor],
+        gradient_norm: float,
+        before: list[torch.Tensor],
     ) -> UpdateStats:
-        for name, parameter in self.parameters.items():
-            parameter.grad = -gradient[name]
+        for parameter, each in zip(theta, gradient, strict=True):
+            parameter.grad = each
         self.optimizer.step()
-        step_norm = _norm(parameter - before[name] for name, parameter in self.parameters.items())
-        if self.rule.max_step_norm is not None and step_norm > self.rule.max_step_norm:
-            for name, parameter in self.parameters.items():
-                parameter.copy_(before[name] + (parameter - before[name]) * (self.rule.max_step_norm / step_norm))
-        norm = _norm(self.parameters.values())
+        moved = torch._foreach_sub(theta, before)
+        step_norm, norm = _norm(moved), _norm(theta)
+        capped = self.rule.max_step_norm is not None and step_norm > self.rule.max_step_norm
+        if capped:
+            torch._foreach_mul_(moved, self.rule.max_step_norm / step_norm)
+            torch._foreach_copy_(theta, torch._foreach_add(before, moved))
+            norm = _norm(theta)
         if self.rule.max_norm is not None and norm > self.rule.max_norm:
-            for parameter in self.parameters.values():
-                parameter.mul_(self.rule.max_norm / norm)
-        step_norm = _norm(parameter - before[name] for name, parameter in self.parameters.items())
-        return UpdateStats(gradient_norm, step_norm, _norm(self.parameters.values()))
+            capped = True
+            torch._foreach_mul_(theta, self.rule.max_norm / norm)
+            norm = _norm(theta)
+        if capped:
+            step_norm = _norm(torch._foreach_sub(theta, before))
+        return UpdateStats(gradient_norm, step_norm, norm)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The optimizer's moments and counters as `<tensor>.<moment>`."""
-        return {
-            f"{name}.{key}": value.clone()
+        found = {
+            f"{name}.{key}": value
             for name, parameter in self.parameters.items()
             for key, value in self.optimizer.state.get(parameter, {}).items()
             if value is not None
         }
+        return dict(zip(found, _copies(list(found.values())), strict=True))
 
     def check_state(self, state: dict[str, torch.Tensor]) -> None:
         """Raises ValueError if the state is another optimizer's or other tensors'."""
@@ -124,6 +134,13 @@ def _moves(key: str, value: torch.Tensor | None) -> bool:
     return isinstance(value, torch.Tensor) and key != "step"
 
 
+def _copies(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Of many tensors in one call: every number times one is itself."""
+    return list(torch._foreach_mul(tensors, 1.0)) if tensors else []
+
+
 def _norm(tensors: Iterable[torch.Tensor]) -> float:
-    squares = [tensor.double().square().sum() for tensor in tensors]
-    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+    """The L2 norm of all of them, summed in fp64."""
+    if not (tensors := list(tensors)):
+        return 0.0
+    return float(torch.stack(torch._foreach_norm(tensors, 2, torch.float64)).square_().sum().sqrt())

@@ -3,7 +3,14 @@
 from esengine.kernels.adapters import Adapters, Perturbation, stream_table
 from esengine.kernels.augmented_linear import population_linear_augmented
 from esengine.kernels.depthwise_gate import depthwise_gate, depthwise_gate_ref
-from esengine.kernels.es_update import PAIRS_PER_CHUNK, check_fitness, es_update, es_update_chunk, es_update_ref
+from esengine.kernels.es_update import (
+    PAIRS_PER_CHUNK,
+    UpdatePlan,
+    check_fitness,
+    es_update,
+    es_update_chunk,
+    es_update_ref,
+)
 from esengine.kernels.fused_linear import fused_linear, fused_linear_ref
 from esengine.kernels.linear_attention import linear_attention, linear_attention_ref
 from esengine.kernels.noise import (
@@ -43,6 +50,7 @@ __all__ = [
     "NoisePlan",
     "Perturbation",
     "Streams",
+    "UpdatePlan",
     "check_fitness",
     "depthwise_gate",
     "depthwise_gate_ref",

@@ -12,11 +12,21 @@ Reinforcement Learning" (arXiv 1703.03864), section 2.1 for the antithetic pairs
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 from esengine.kernels import configs
-from esengine.kernels.noise import factor_ref, key_words, padded_rank, pair_weights, signed64, triton, uses_triton
+from esengine.kernels.noise import (
+    NoisePlan,
+    factor_ref,
+    key_words,
+    padded_rank,
+    pair_weights,
+    signed64,
+    triton,
+    uses_triton,
+)
 
 PAIRS_PER_CHUNK = 64
 """Pairs summed in one product on the torch path. A constant, so that the order of the sum never changes."""
@@ -92,9 +102,61 @@ def es_update(
 
 
 def es_update_chunk(weights: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """A chunk of pairs in one product: weights [P], U [P, L, k], V [P, S, k], all fp32 -> fp32 [L, S]."""
-    scaled = u * (weights / math.sqrt(u.shape[-1]))[:, None, None]
-    return scaled.transpose(0, 1).flatten(1) @ v.transpose(0, 1).flatten(1).T
+    """A chunk of pairs in one product, fp32: weights [P], U [P, ..., L, k], V [P, ..., S, k] -> [..., L, S]."""
+    left, right = _factors(weights, u, v)
+    return left @ right
+
+
+def _factors(weights: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two sides of the product: [..., L, P k] and [..., P k, S]."""
+    scaled = u * (weights / math.sqrt(u.shape[-1])).view(-1, *[1] * (u.dim() - 1))
+    return scaled.movedim(0, -2).flatten(-2), v.movedim(0, -2).flatten(-2).mT
+
+
+class UpdatePlan:
+    """The sums of many tensors at once, by torch: all tensors of a shape in one product.
+
+    Args:
+        tensors: shape (L, S), stream_u and stream_v of each; the streams differ.
+        rank: noise rank k.
+        device: where everything lies.
+
+    Attributes:
+        noise: the plan of all factors.
+        places: of U and V of each tensor, in `noise`.
+    """
+
+    def __init__(self, tensors: Sequence[tuple[tuple[int, int], int, int]], rank: int, device: torch.device | str):
+        self.count, self.device = len(tensors), torch.device(device)
+        self.groups: dict[tuple[int, int], list[int]] = {}
+        for place, (shape, _, _) in enumerate(tensors):
+            self.groups.setdefault(tuple(shape), []).append(place)
+        factors, self.places = [], [(0, 0)] * self.count
+        for (rows, cols), places in self.groups.items():
+            for i, place in enumerate(places):
+                self.places[place] = len(factors) + i, len(factors) + len(places) + i
+            factors += [(tensors[place][1], rows) for place in places]
+            factors += [(tensors[place][2], cols) for place in places]
+        self.noise = NoisePlan(factors, rank, device)
+
+    def sums(self, fitness: torch.Tensor, *, seed: int, step: int) -> list[torch.Tensor]:
+        """`es_update_ref` of every tensor, fp32 [L, S] each: views of one tensor for each shape."""
+        check_fitness(fitness)
+        key_words(seed, step)
+        like = dict(dtype=torch.float32, device=self.device)
+        totals = [torch.zeros(len(places), *shape, **like) for shape, places in self.groups.items()]
+        for start, weights in enumerate(pair_weights(fitness).split(PAIRS_PER_CHUNK)):
+            pairs = start * PAIRS_PER_CHUNK + torch.arange(len(weights), device=self.device)
+            noise, first = self.noise.stacks(seed=seed, step=step, pairs=pairs), 0
+            for total, places in zip(totals, self.groups.values(), strict=True):
+                u, v = noise(first, len(places)), noise(first + len(places), len(places))
+                total.baddbmm_(*_factors(weights, u, v))
+                first += 2 * len(places)
+        found: list[torch.Tensor] = [torch.empty(0)] * self.count
+        for total, places in zip(totals, self.groups.values(), strict=True):
+            for place, each in zip(places, total.unbind(), strict=True):
+                found[place] = each
+        return found
 
 
 def es_update_ref(

@@ -18,7 +18,7 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011); 
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -227,7 +227,25 @@ def philox_ref(counter: Sequence[torch.Tensor], key: tuple[int, int]) -> list[to
 
 def quads_ref(*, seed: int, step: int, quads: torch.Tensor, streams: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
     """Normals of whole counters: float32 [..., 4] for int64 `quads` (e >> 2), `streams` and `pairs` that broadcast."""
-    words = philox_ref([quads, pairs, streams, torch.tensor(step, device=quads.device)], key_words(seed, step))
+    if quads.is_cuda or pairs.dim() != 2:
+        return _quads(quads, pairs, streams, torch.tensor(step, device=quads.device), key_words(seed, step))
+    shape = torch.broadcast_shapes(quads.shape, pairs.shape, streams.shape)
+    out, key = torch.empty(*shape, 4, dtype=torch.float32), key_words(seed, step)
+    counter = [word.broadcast_to(shape) for word in (quads, pairs, streams)]
+    width = min(shape[1], _AT_ONCE) or 1
+    buffers = torch.empty(9, max(1, min(shape[0], _AT_ONCE // width)), width, dtype=torch.int64)
+    for rows in zip(*(each.split(buffers.shape[1]) for each in (out, *counter)), strict=True):
+        for block, *words in zip(*(each.split(width, dim=1) for each in rows), strict=True):
+            _fill(block, words, step, key, buffers[:, : len(block), : block.shape[1]])
+    return out
+
+
+_AT_ONCE = 1 << 17
+"""Counters that a CPU fills at once, in 9 MB of buffers."""
+
+
+def _quads(quads, pairs, streams, step, key: tuple[int, int]) -> torch.Tensor:
+    words = philox_ref([quads, pairs, streams, step], key)
     wide = torch.float32 if quads.is_cuda else torch.float64
     shape = torch.broadcast_shapes(*(word.shape for word in words))
     out = torch.empty(*shape, 4, dtype=torch.float32, device=quads.device)
@@ -238,6 +256,40 @@ def quads_ref(*, seed: int, step: int, quads: torch.Tensor, streams: torch.Tenso
         radius, angle = u_radius.log_().mul_(-2).clamp_min_(0).sqrt_(), u_angle.mul_(2 * math.pi)
         out[..., first], out[..., first + 1] = radius * angle.cos(), radius * angle.sin()
     return out
+
+
+def _fill(
+    out: torch.Tensor, counter: Sequence[torch.Tensor], step: int, key: tuple[int, int], buffers: torch.Tensor
+) -> None:
+    """`_quads` of counters (quads, pairs, streams) of one shape into float32 [..., 4], in place: the same bits.
+
+    Args:
+        buffers: int64 [9, ...], overwritten.
+    """
+    c0, c1, c2, c3, p0, p1, radius, angle, u = buffers
+    radius, angle, u = radius.view(torch.float64), angle.view(torch.float64), u.view(torch.float32)[..., : u.shape[-1]]
+    for word, start in zip((c0, c1, c2), counter, strict=True):
+        word.copy_(start)
+    c3.fill_(step)
+    k0, k1 = key
+    for _ in range(10):
+        torch.mul(c0, _MULTIPLIERS[0], out=p0)
+        torch.mul(c2, _MULTIPLIERS[1], out=p1)
+        torch.bitwise_right_shift(p1, 32, out=c0)
+        c0.bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_MASK)
+        torch.bitwise_right_shift(p0, 32, out=c2)
+        c2.bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_MASK)
+        torch.bitwise_and(p1, _MASK, out=c1)
+        torch.bitwise_and(p0, _MASK, out=c3)
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    for first, words in ((0, (c0, c1)), (2, (c2, c3))):
+        for word, wide in zip(words, (radius, angle), strict=True):
+            u.copy_(word.bitwise_right_shift_(8))
+            torch.mul(u.add_(0.5), 2**-24, out=wide)
+        radius.log_().mul_(-2).clamp_min_(0).sqrt_()
+        angle.mul_(2 * math.pi)
+        torch.mul(torch.cos(angle, out=p0.view(torch.float64)), radius, out=out[..., first])
+        torch.mul(angle.sin_(), radius, out=out[..., first + 1])
 
 
 def normals_ref(
@@ -277,6 +329,10 @@ def factor_ref(
     return rows.view(-1, length, kp)[:, :, :rank]
 
 
+KEPT_BYTES = 1 << 26
+"""Of noise that a plan keeps until its next call. A constant, so that memory does not grow with the population."""
+
+
 class NoisePlan:
     """All factors of many tensors in one call: the counters are laid out once, each `block` fills them for some pairs.
 
@@ -296,6 +352,7 @@ class NoisePlan:
         self.offsets = [0]
         for count in counts:
             self.offsets.append(self.offsets[-1] + 4 * count)
+        self._kept: tuple[tuple[int, int], int, torch.Tensor] | None = None
 
     def block(
         self, *, seed: int, step: int, pairs: torch.Tensor, slots: torch.Tensor | None = None
@@ -310,10 +367,38 @@ class NoisePlan:
         Returns:
             float32 [P, length, rank] for each factor, or [B, length, rank] with `slots`.
         """
-        noise = quads_ref(seed=seed, step=step, quads=self.quads, streams=self.streams, pairs=pairs[:, None]).flatten(1)
+        noise = self._numbers(seed, step, pairs)
         if slots is not None:
             noise = noise.index_select(0, slots)  # whole rows: gathering each factor by itself costs far more
         return [
             noise[:, start : start + length * self.kp].unflatten(1, (length, self.kp))[:, :, : self.rank]
             for start, (_, length) in zip(self.offsets, self.shapes, strict=False)
         ]
+
+    def stacks(self, *, seed: int, step: int, pairs: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
+        """As `block`, but as a function of a place in the plan and a count: so many factors of one length from there.
+
+        It returns float32 [P, count, length, rank], a view.
+        """
+        noise = self._numbers(seed, step, pairs)
+
+        def stack(first: int, count: int) -> torch.Tensor:
+            (_, length), start, end = self.shapes[first], self.offsets[first], self.offsets[first + count]
+            each = noise[:, start:end].unflatten(1, (count, -1))[:, :, : length * self.kp]
+            return each.unflatten(2, (length, self.kp))[..., : self.rank]
+
+        return stack
+
+    def _numbers(self, seed: int, step: int, pairs: torch.Tensor) -> torch.Tensor:
+        """float32 [P, offsets[-1]], not to be written into: what is small is kept, as an update follows a forward."""
+        first, count = int(pairs[0]) if len(pairs) else 0, len(pairs)
+        if self._kept is not None and self._kept[0] == (seed, step):
+            start = first - self._kept[1]
+            found = self._kept[2][max(start, 0) : max(start, 0) + count]
+            if start >= 0 and len(found) == count and torch.equal(pairs, first + torch.arange(count).to(pairs)):
+                return found
+        counter = dict(quads=self.quads, streams=self.streams, pairs=pairs[:, None])
+        noise = quads_ref(seed=seed, step=step, **counter).flatten(1)
+        if noise.nbytes <= KEPT_BYTES and torch.equal(pairs, first + torch.arange(count).to(pairs)):
+            self._kept = (seed, step), first, noise
+        return noise

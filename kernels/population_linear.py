@@ -79,12 +79,12 @@ def population_linear_torch(
     c: torch.Tensor,
     scale: float = 1.0,
 ) -> torch.Tensor:
-    """The batched torch path: one shared GEMM, and the low-rank columns of all members in three small batched products.
+    """The batched torch path: the shared GEMMs, and the noise of all pairs in small batched products.
 
     Args:
         x, weight, bias, a, b, scale: as in `population_linear_ref`.
-        factors: V [B, in, k], U [B, r, k], V' [B, r, k], U' [B, out, k], fp32, of each batch row's pair; U and V' are
-            None in the direct form.
+        factors: V [P, in, k], U [P, r, k], V' [P, r, k], U' [P, out, k], fp32, of pairs: batch rows p B / P to
+            (p + 1) B / P are of pair p. U and V' are None in the direct form.
         c: fp32 [B], sign * sigma / sqrt(k) of each batch row.
 
     Returns:
@@ -94,23 +94,18 @@ def population_linear_torch(
     y = F.linear(x, weight, bias)
     if y.numel() == 0:
         return y
-    batch, n = len(x), len(weight)
-    x_bkt = x.reshape(batch, -1, x.shape[-1]).float().mT
-    c = c[:, None, None]
-    if a is None:
-        h = c * torch.bmm(v.mT, x_bkt)
-        expand = u_out.mT
-    else:
-        r = len(a)
-        g = torch.bmm(torch.cat((a.expand(batch, -1, -1), v.mT), 1), x_bkt)  # [B, r + k, T]
-        h = torch.baddbmm(g[:, :r], c * u, g[:, r:], beta=scale, alpha=scale)
-        h = torch.cat((h, torch.bmm((c * v_out).mT, h)), 1)
-        expand = torch.cat((b.T.expand(batch, -1, -1), u_out.mT), 1)  # [B, r + k, out]
-    y_btn = y.view(batch, -1, n)
-    if x.dtype == torch.float32:
-        y_btn.baddbmm_(h.mT, expand)
-        return y
-    return torch.baddbmm(y_btn.float(), h.mT, expand).to(x.dtype).view(y.shape)
+    pairs, n = len(v), len(weight)
+    x_pmk = x.reshape(pairs, -1, x.shape[-1]).float()  # m: rows of a pair, of all its batch rows
+    c_pm1 = c.repeat_interleave(x_pmk.shape[0] * x_pmk.shape[1] // len(c)).view(pairs, -1, 1)
+    y_pmn = y.view(pairs, -1, n)
+    wide = y_pmn if x.dtype == torch.float32 else y_pmn.float()
+    h = torch.bmm(x_pmk, v).mul_(c_pm1)  # [P, m, k]
+    if a is not None:
+        low = torch.baddbmm(F.linear(x_pmk, a), h, u.mT, beta=scale, alpha=scale)  # [P, m, r]
+        h = torch.bmm(low, v_out).mul_(c_pm1)
+        wide.view(-1, n).addmm_(low.view(-1, len(a)), b.T)
+    wide.baddbmm_(h, u_out.mT)
+    return y if wide is y_pmn else wide.to(x.dtype).view(y.shape)
 
 
 def population_linear(

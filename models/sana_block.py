@@ -23,7 +23,9 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from diffusers import SanaTransformer2DModel
+from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
 from diffusers.models.normalization import RMSNorm
+from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from torch import nn
 
 from esengine.kernels import (
@@ -65,25 +67,40 @@ def stacked(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     return first.data.as_strided((len(tensors) * len(first), *first.shape[1:]), first.stride())
 
 
+class CannotFuse(ValueError):
+    """A module has no fused form, and why: a sentence for people."""
+
+
 class Stack:
     """Linears that read the same x: one shrink, one GEMM."""
 
     def __init__(self, *layers: nn.Module):
-        """Raises ValueError for linears that cannot be stacked: some targets and some not, or of unlike ranks
-        or scales.
-        """
+        """Raises CannotFuse as `check`."""
+        self.check(*layers)
         targets = [t for t in layers if isinstance(t, Target) and not t.disable_adapters]
-        weights = [layer.base_weight if isinstance(layer, Target) else layer.weight for layer in layers]
-        unlike = len({(t.lengths(), t.scale) for t in targets}) > 1 or len({w.shape for w in weights}) > 1
-        if unlike or len(targets) not in (0, len(layers)) or len({t.bias is None for t in layers}) > 1:
-            raise ValueError(f"layers: expected {len(layers)} alike, all targets or none, got {layers}")
-        self.weight, self.bias = stacked(weights), stacked([t.bias for t in layers])
+        self.weight, self.bias = stacked(_weights(layers)), stacked([t.bias for t in layers])
         self.layers = targets
         self.adapters = None
         if targets:
             a, b = stacked([t.a for t in targets]), stacked([t.b for t in targets])
             table = stream_table(tuple(t.streams for t in targets), self.weight.device)
             self.adapters = Adapters(a, b, table, targets[0].scale)
+
+    @staticmethod
+    def check(*layers: nn.Module) -> None:
+        """Raises CannotFuse for linears that cannot be stacked: some targets and some not, of unlike ranks, scales or
+        shapes, or something other than a linear.
+        """
+        for layer in layers:
+            if not isinstance(layer, (nn.Linear, Target)) or _changed(layer):
+                raise CannotFuse(f"{type(layer).__name__} stands where a plain linear is expected")
+        targets = [t for t in layers if isinstance(t, Target) and not t.disable_adapters]
+        unlike = len({(t.lengths(), t.scale) for t in targets}) > 1 or len({w.shape for w in _weights(layers)}) > 1
+        if unlike or len(targets) not in (0, len(layers)) or len({t.bias is None for t in layers}) > 1:
+            raise CannotFuse(
+                f"of {len(layers)} linears that read the same input, expected all targets or none, of equal rank, "
+                "alpha and shape"
+            )
 
     def after(self, keys: Perturbation, dtype: torch.dtype) -> Adapters | None:
         """The targets, if what makes x in this dtype can leave shares of their shrink for them."""
@@ -110,20 +127,48 @@ class Stack:
         return fused_linear(x, self.weight, self.bias, perturbation=keys, then=then, **options)
 
 
+def _weights(layers: Sequence[nn.Module]) -> list[torch.Tensor]:
+    return [layer.base_weight if isinstance(layer, Target) else layer.weight for layer in layers]
+
+
 class FusedBlock:
     """One block's stacked weights and its forward for the members that `keys` names; its signature is diffusers'."""
 
     def __init__(self, block: nn.Module, keys: Perturbation):
-        """Raises ValueError for a block with parts that the launches do not have."""
+        """Raises CannotFuse as `check`."""
+        self.check(block)
         attention, cross = block.attn1, block.attn2
-        extras = cross is None or not (_plain(block.ff) and _alike(attention) and _alike(cross))
-        extras |= attention.inner_dim // attention.heads > 64 or "forward" in vars(block)  # such as a hook's
-        if extras or block.norm2.elementwise_affine or cross.rescale_output_factor != 1:
-            raise ValueError(f"block: expected SANA-Sprint's, got {block}")
         self.module, self.keys = block, keys
         self.qkv = Stack(attention.to_q, attention.to_k, attention.to_v)
         self.q, self.kv = Stack(cross.to_q), Stack(cross.to_k, cross.to_v)
         self.out, self.cross_out = Stack(attention.to_out[0]), Stack(cross.to_out[0])
+
+    @staticmethod
+    def check(block: nn.Module) -> None:
+        """Raises CannotFuse for a block with parts that the launches do not have."""
+        attention, cross = block.attn1, block.attn2
+        if cross is None:
+            raise CannotFuse("it has no cross-attention")
+        for name, each, processor in (
+            ("attn1", attention, SanaLinearAttnProcessor2_0),
+            ("attn2", cross, SanaAttnProcessor2_0),
+        ):
+            if type(each.processor) is not processor:
+                raise CannotFuse(f"{name} has {type(each.processor).__name__} in place of {processor.__name__}")
+            if not _alike(each):
+                raise CannotFuse(f"the norms of {name} are not the RMS norms of SANA-Sprint")
+        if attention.inner_dim // attention.heads > 64:
+            raise CannotFuse(f"heads of attn1 are {attention.inner_dim // attention.heads} wide, more than 64")
+        if block.norm2.elementwise_affine or block.norm1.elementwise_affine or cross.rescale_output_factor != 1:
+            raise CannotFuse("a norm has weights, or attn2 rescales its output")
+        for each in (block, attention, cross):
+            if _changed(each):
+                raise CannotFuse(f"{type(each).__name__} has a forward of its own or a hook")
+        TokenConv.check(block.ff)
+        Stack.check(attention.to_q, attention.to_k, attention.to_v)
+        Stack.check(cross.to_k, cross.to_v)
+        for layer in (cross.to_q, attention.to_out[0], cross.to_out[0]):
+            Stack.check(layer)
 
     def forward(
         self,
@@ -169,12 +214,21 @@ class FusedCaption:
     """The projection of the text states, GELU between two linears; its signature is diffusers'."""
 
     def __init__(self, projection: nn.Module, keys: Perturbation):
-        """Raises ValueError for a projection with another activation, or a hook."""
-        act = getattr(projection, "act_1", None)
-        if not isinstance(act, nn.GELU) or act.approximate != "tanh" or "forward" in vars(projection):
-            raise ValueError(f"caption projection: expected SANA-Sprint's, got {projection}")
+        """Raises CannotFuse as `check`."""
+        self.check(projection)
         self.module, self.keys = projection, keys
         self.first, self.second = Stack(projection.linear_1), Stack(projection.linear_2)
+
+    @staticmethod
+    def check(projection: nn.Module) -> None:
+        """Raises CannotFuse for a projection with another activation, or a hook."""
+        act = getattr(projection, "act_1", None)
+        if not isinstance(act, nn.GELU) or act.approximate != "tanh":
+            raise CannotFuse(f"its activation is {act}, not GELU by tanh")
+        if _changed(projection):
+            raise CannotFuse("it has a forward of its own or a hook")
+        for layer in (projection.linear_1, projection.linear_2):
+            Stack.check(layer)
 
     def forward(self, text_blc: torch.Tensor) -> torch.Tensor:
         _check(self.keys, text_blc)
@@ -186,10 +240,17 @@ class TokenConv:
     """GLUMBConv in torch, on tokens: channels last, SiLU and gate in place. Its signature is diffusers'."""
 
     def __init__(self, conv: nn.Module):
-        """Raises ValueError for a GLUMBConv with a norm, a residual or a hook."""
-        if not _plain(conv):
-            raise ValueError(f"conv: expected SANA-Sprint's GLUMBConv, got {conv}")
+        """Raises CannotFuse as `check`."""
+        self.check(conv)
         self.module = conv
+
+    @staticmethod
+    def check(conv: nn.Module) -> None:
+        """Raises CannotFuse for a GLUMBConv with a norm, a residual or a hook."""
+        if conv.norm_type is not None or conv.residual_connection:
+            raise CannotFuse("its GLUMBConv has a norm or a residual")
+        if _changed(conv):
+            raise CannotFuse("its GLUMBConv has a forward of its own or a hook")
 
     def forward(self, x_bchw: torch.Tensor) -> torch.Tensor:
         inverted, depth, point = self.module.conv_inverted, self.module.conv_depth, self.module.conv_point
@@ -209,6 +270,11 @@ def _check(keys: Perturbation, *states: torch.Tensor) -> None:
         raise RuntimeError("hidden states: fused blocks have no gradient; call them under torch.no_grad")
 
 
+def _changed(module: nn.Module) -> bool:
+    """Whether somebody put another forward in place of a module's own, or a hook beside it."""
+    return "forward" in vars(module) or bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def _alike(attention: nn.Module) -> bool:
     """Whether q and k have RMS norms with weights over all heads, of one eps, or both have none."""
     norms = attention.norm_q, attention.norm_k
@@ -216,27 +282,42 @@ def _alike(attention: nn.Module) -> bool:
     return norms == (None, None) or (rms and norms[0].eps == norms[1].eps)
 
 
-def _plain(conv: nn.Module) -> bool:
-    return conv.norm_type is None and not conv.residual_connection and "forward" not in vars(conv)
-
-
 Part = FusedBlock | FusedCaption | TokenConv
+
+
+def why_not_fused(transformer: SanaTransformer2DModel, triton: bool) -> str | None:
+    """Why a transformer has no fused form, in a sentence; None if it has one. Nothing is changed.
+
+    Args:
+        triton: whether its blocks would run fused in Triton; else only the convolutions have another form.
+    """
+    blocks = {f"transformer_blocks.{i}": block for i, block in enumerate(transformer.transformer_blocks)}
+    if not triton:
+        checks = [(name, TokenConv, block.ff) for name, block in blocks.items()]
+    elif transformer.dtype == torch.float16:
+        return "in float16 diffusers clamps overflows, which the fused blocks do not"
+    else:
+        checks = [("caption_projection", FusedCaption, transformer.caption_projection)]
+        checks += [(name, FusedBlock, block) for name, block in blocks.items()]
+    for name, form, module in checks:
+        try:
+            form.check(module)
+        except CannotFuse as reason:
+            return f"{name}: {reason}"
+    return None
 
 
 def fused_parts(transformer: SanaTransformer2DModel, keys: Perturbation | None) -> list[Part]:
     """What stands in for the text's projection and the blocks (Triton, `keys` given) or for the convolutions (torch).
 
-    Empty if one of them has no such form. Whole blocks have none in fp16, whose overflows diffusers clamps.
+    Empty if `why_not_fused` has a reason. Weights that are read together are moved next to each other.
     """
-    blocks = transformer.transformer_blocks
-    try:
-        if keys is None:
-            return [TokenConv(block.ff) for block in blocks]
-        if transformer.dtype == torch.float16:
-            return []
-        return [FusedCaption(transformer.caption_projection, keys), *(FusedBlock(block, keys) for block in blocks)]
-    except ValueError:
+    if why_not_fused(transformer, keys is not None) is not None:
         return []
+    blocks = transformer.transformer_blocks
+    if keys is None:
+        return [TokenConv(block.ff) for block in blocks]
+    return [FusedCaption(transformer.caption_projection, keys), *(FusedBlock(block, keys) for block in blocks)]
 
 
 @contextmanager

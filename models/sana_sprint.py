@@ -27,7 +27,7 @@ from esengine.models.decoder import Decoder
 from esengine.models.latents import latents
 from esengine.models.loading import READ_ERRORS, download, first_line, load, load_vae, locate
 from esengine.models.lora_file import WEIGHT_NAME, check_diffusers_lora
-from esengine.models.sana_block import FusedBlock, fused_parts, in_place_of
+from esengine.models.sana_block import fused_parts, in_place_of, why_not_fused
 from esengine.models.settings import RenderSettings
 from esengine.models.text_cache import Progress, TextEmbeddings, embed_prompts, fingerprint
 from esengine.transfer import upload
@@ -388,6 +388,8 @@ class SanaSprint:
     def plan(self, population, settings: RenderSettings) -> str:
         """How a population is rendered here, in words for the record of a run."""
         forward = "fused blocks" if self.fuses(population) else "diffusers' blocks"
+        if population.backend == "triton" and (reason := why_not_fused(self.transformer, True)):
+            forward += f" ({reason})"
         captured = "CUDA graphs" if self._graphs(population, settings) is not None else "no CUDA graphs"
         return f"{forward}, {captured}, decode {settings.decode}{', overlapped' if settings.overlap else ''}"
 
@@ -424,8 +426,7 @@ class SanaSprint:
 
     def fuses(self, population) -> bool:
         """Whether a population's members render through fused blocks: on Triton, where the model has the parts."""
-        with population.perturbed(step=0, members=torch.zeros(0, dtype=torch.int64, device=self.device)):
-            return any(isinstance(part, FusedBlock) for part in self._parts(population))
+        return population.backend == "triton" and why_not_fused(self.transformer, True) is None
 
     def _parts(self, population) -> list:
         return fused_parts(self.transformer, population.perturbation if population.backend == "triton" else None)

@@ -38,7 +38,8 @@ class First:
         def noise(population, step, members):
             found = chunk(population, step, members)
             for row, member in enumerate(members.tolist() if step == 0 else []):
-                each = [factor[row].clone() for factors in found.factors.values() for factor in factors]
+                rows = len(members)
+                each = [f[row * len(f) // rows].clone() for layer in found.factors.values() for f in layer]
                 for one, other in zip(each, self.noise.setdefault(member, each), strict=True):
                     assert torch.equal(one, other)
             return found

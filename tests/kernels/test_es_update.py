@@ -6,7 +6,15 @@ import sys
 import pytest
 import torch
 
-from esengine.kernels import PAIRS_PER_CHUNK, es_update, es_update_chunk, es_update_ref, factor_ref, pair_weights
+from esengine.kernels import (
+    PAIRS_PER_CHUNK,
+    UpdatePlan,
+    es_update,
+    es_update_chunk,
+    es_update_ref,
+    factor_ref,
+    pair_weights,
+)
 from esengine.kernels.noise import uses_triton
 
 KEYS = dict(stream_u=3_000_000_001, stream_v=17, seed=(1 << 63) + 9, step=5)
@@ -152,3 +160,19 @@ def test_wrong_fitness(device, op, fitness, got):
 def test_keys_out_of_range(device, name, value):
     with pytest.raises(ValueError, match=rf"{name}: expected an integer in \[0, 2\^.*, got {value}"):
         es_update(torch.zeros(4, device=device), shape=(2, 2), rank=1, **(KEYS | {name: value}))
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_plan_sums_every_tensor_as_the_op_does(rank):
+    tensors = [((2, 9), 1, 2), ((7, 2), 3, 4), ((2, 9), 5, 6), ((1, 1), 7, 8)]
+    fitness = fitness_of(2 * PAIRS_PER_CHUNK + 20)
+    plan = UpdatePlan(tensors, rank, "cpu")
+    for _ in range(2):  # the second from noise that was kept
+        found = plan.sums(fitness, seed=3, step=2)
+        for (shape, u, v), got in zip(tensors, found, strict=True):
+            expected = es_update_ref(fitness, shape=shape, stream_u=u, stream_v=v, seed=3, step=2, rank=rank)
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="fitness"):
+        plan.sums(fitness[:3], seed=3, step=2)
+    with pytest.raises(ValueError, match="step"):
+        plan.sums(fitness, seed=3, step=-1)

@@ -20,6 +20,7 @@ from esengine.kernels import (
     stream_id,
     uses_triton,
 )
+from esengine.kernels import noise as contract
 from esengine.kernels.noise import INTERPRET
 
 TRITON_ATOL = 2e-6
@@ -324,3 +325,45 @@ def test_neighbouring_elements_are_uncorrelated():
     for lag in (1, 2, 3, 4, 8, 64, 1024):
         assert abs(float((x[lag:] * x[:-lag]).mean())) * math.sqrt(n - lag) < 4
         assert abs(float((x[lag:].square() - 1).mul(x[:-lag].square() - 1).mean() / 2)) * math.sqrt(n - lag) < 4.5
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (700, 300), (2, 140_000)])
+def test_what_a_cpu_fills_in_place_has_the_bits_of_the_reference(shape):
+    """Some shapes take several blocks, in one direction or the other."""
+    quads, streams = torch.arange(shape[1]), torch.full((shape[1],), 0xFFFFFFFF)
+    pairs = torch.arange(shape[0])[:, None] + (1 << 32) - shape[0]
+    seed, step = (1 << 64) - 3, (1 << 32) - 1
+    got = contract.quads_ref(seed=seed, step=step, quads=quads, streams=streams, pairs=pairs)
+    expected = contract._quads(quads, pairs, streams, torch.tensor(step), contract.key_words(seed, step))
+    assert torch.equal(got.view(torch.int32), expected.view(torch.int32))
+
+
+def test_a_plan_keeps_what_is_small_and_gives_the_same_bits(monkeypatch):
+    plan, made, quads_ref = NoisePlan([(7, 5), (8, 3)], 2), [], contract.quads_ref
+    monkeypatch.setattr(contract, "quads_ref", lambda **counter: made.append(1) or quads_ref(**counter))
+
+    def made_anew(pairs, seed=0, step=1):
+        """How many times the plan made numbers, which must be those of another plan."""
+        made.clear()
+        got = plan.block(seed=seed, step=step, pairs=pairs)
+        count = len(made)
+        expected = NoisePlan(plan.shapes, plan.rank).block(seed=seed, step=step, pairs=pairs)
+        assert all(map(torch.equal, got, expected))
+        return count
+
+    assert made_anew(torch.arange(3, 9)) == 1
+    for kept in (torch.arange(3, 9), torch.arange(4, 7), torch.arange(3, 4), torch.arange(8, 9)):
+        assert made_anew(kept) == 0
+    for others in (torch.tensor([4, 6, 5]), torch.tensor([3, 5]), torch.tensor([4, 4]), torch.arange(4, 10)):
+        assert made_anew(others) == 1
+    assert made_anew(torch.arange(4, 10), step=2) == made_anew(torch.arange(4, 10), step=2, seed=1) == 1
+    made_anew(torch.empty(0, dtype=torch.int64))
+    monkeypatch.setattr(contract, "KEPT_BYTES", 0)
+    assert made_anew(torch.arange(3)) == made_anew(torch.arange(3)) == 1
+
+
+def test_a_stack_is_the_factors_of_one_length():
+    plan, pairs = NoisePlan([(1, 5), (2, 5), (3, 3), (4, 3)], 3), torch.tensor([2, 7])
+    block, stack = (getattr(plan, name)(seed=3, step=4, pairs=pairs) for name in ("block", "stacks"))
+    for first in (0, 2):
+        assert torch.equal(stack(first, 2), torch.stack(block[first : first + 2], 1))

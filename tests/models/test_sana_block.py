@@ -10,7 +10,16 @@ from peft import LoraConfig
 
 import esengine
 from esengine.kernels.noise import INTERPRET
-from esengine.models.sana_block import FusedBlock, FusedCaption, TokenConv, fused_parts, in_place_of, stacked
+from esengine.models import sana_block
+from esengine.models.sana_block import (
+    FusedBlock,
+    FusedCaption,
+    TokenConv,
+    fused_parts,
+    in_place_of,
+    stacked,
+    why_not_fused,
+)
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "linear_1", "linear_2", "proj_out", "linear"]
 MEMBERS = [5, 0]
@@ -337,3 +346,62 @@ def test_convolutions_with_norms_residuals_and_hooks_stay(transformer):
         assert fused_parts(transformer, None) == []
         delattr(conv, name) if name == "forward" else setattr(conv, name, before)
     assert fused_parts(transformer, None) != []
+
+
+class OwnProcessor:
+    """Attention of the user's own."""
+
+    def __call__(self, attention, hidden_states, *args, **kwargs):
+        return hidden_states
+
+
+def own_processor(block):
+    block.attn1.processor = OwnProcessor()
+
+
+def hook_on_a_linear(block):
+    block.attn2.to_q.register_forward_hook(lambda module, args, y: 2 * y)
+
+
+def hook_on_attention(block):
+    block.attn1.register_forward_pre_hook(lambda module, args: None)
+
+
+def no_cross_attention(block):
+    block.attn2 = None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (own_processor, "attn1 has OwnProcessor in place of SanaLinearAttnProcessor2_0"),
+        (hook_on_a_linear, "PopulationLinear stands where a plain linear is expected"),
+        (hook_on_attention, "has a forward of its own or a hook"),
+        (no_cross_attention, "it has no cross-attention"),
+    ],
+)
+def test_why_blocks_do_not_run_fused_is_a_sentence(transformer, change, words):
+    population = attach(transformer)
+    assert why_not_fused(transformer, True) is None
+    change(transformer.transformer_blocks[0])
+    reason = why_not_fused(transformer, True)
+    assert reason.startswith("transformer_blocks.0: ")
+    assert words in reason
+    assert parts_of(transformer, population) == []
+    assert why_not_fused(transformer, False) is None
+    assert why_not_fused(transformer.half(), True).startswith("in float16")
+
+
+def test_asking_why_moves_no_weight_and_hides_no_bug(transformer, monkeypatch):
+    attach(transformer)
+    places = [p.data_ptr() for p in transformer.parameters()]
+    assert why_not_fused(transformer, True) is None
+    assert [p.data_ptr() for p in transformer.parameters()] == places
+
+    def broken(*layers):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(sana_block, "stacked", broken)
+    keys = esengine.kernels.Perturbation(torch.zeros(0, dtype=torch.int64), 0, 0, 1e-2, 2)
+    with pytest.raises(ValueError, match="a bug"):
+        fused_parts(transformer, keys)
