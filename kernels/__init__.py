@@ -1,6 +1,5 @@
 """One op a file: formula, Triton kernel, launcher, public function and beside it the reference, `_ref`."""
 
-from esengine.kernels.adapters import Adapters, Perturbation, stream_table
 from esengine.kernels.augmented_linear import population_linear_augmented
 from esengine.kernels.depthwise_gate import depthwise_gate, depthwise_gate_ref
 from esengine.kernels.es_update import (
@@ -31,6 +30,7 @@ from esengine.kernels.noise import (
     stream_id,
     uses_triton,
 )
+from esengine.kernels.operands import Adapters, Perturbation, stream_table
 from esengine.kernels.population_linear import (
     population_linear,
     population_linear_ref,

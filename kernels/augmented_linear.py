@@ -27,8 +27,8 @@ Source: as `esengine.kernels.population_linear`.
 import torch
 import torch.nn.functional as F
 
-from esengine.kernels.adapters import Adapters, Perturbation, check_linear, stream_table
 from esengine.kernels.noise import Streams, factor, key_words, uses_triton
+from esengine.kernels.operands import Adapters, Perturbation, check_linear, stream_table
 from esengine.kernels.shrink import shrink, shrink_ref
 
 

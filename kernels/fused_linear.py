@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 
 from esengine.kernels import configs
-from esengine.kernels.adapters import Adapters, Perturbation
-from esengine.kernels.noise import INTERPRET, factor_ref, padded_rank, signed64, step_tensor, triton
+from esengine.kernels.noise import INTERPRET, factor_ref, padded_rank, signed64, step_tensor, triton, uses_triton
+from esengine.kernels.operands import Adapters, Perturbation, check, check_adapters, check_noise, check_x, refuse
 from esengine.kernels.shrink import check_then, shares_ref
 
 if triton is not None:
@@ -160,9 +160,16 @@ def fused_linear(
     gate: torch.Tensor | None = None,
     then: Adapters | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """The Triton path of `fused_linear_ref`. Same arguments. A row's result does not depend on its batch mates."""
-    if activation not in (None, *get_args(Activation)):
-        raise ValueError(f"activation: expected one of {', '.join(get_args(Activation))} or None, got {activation!r}")
+    """`fused_linear_ref` by the fastest way the device has: Triton on a GPU, the reference itself elsewhere.
+
+    A row's result does not depend on its batch mates.
+    """
+    if not uses_triton(x.device):
+        return fused_linear_ref(
+            x, weight, bias, h=h, adapters=adapters, perturbation=perturbation, activation=activation,
+            residual=residual, gate=gate, then=then,
+        )  # fmt: skip
+    _check(x, weight, bias, h, adapters, perturbation, activation, residual, gate, then)
     batch, t, k = x.shape
     m, targets = batch * t, adapters.targets if adapters else 1
     n = len(weight) // targets
@@ -171,8 +178,6 @@ def fused_linear(
     config = linear_config(x.device, dtype=x.dtype, t=t, k=k, n=n, gated=gate is not None)
     parts, shares = targets * triton.cdiv(n, config["BLOCK_N"]), y
     if then is not None:
-        if targets != 1:
-            raise ValueError(f"then: expected to follow one target, got {targets}")
         columns = check_then(then, perturbation, x.dtype)
         shares = torch.empty(parts, batch, t, columns, dtype=torch.float32, device=x.device)
     if y.numel() == 0:
@@ -238,7 +243,11 @@ def fused_linear_ref(
 
     Returns:
         y [B, T, G N], dtype of x, contiguous; with `then` also its shares for `mix`, fp32 [P, B, T, r + k], P >= 1.
+
+    Raises:
+        ValueError: an operand is of another shape, dtype or device, or of strides that are not said here; by its name.
     """
+    _check(x, weight, bias, h, adapters, perturbation, activation, residual, gate, then)
     y = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
     if adapters is not None:
         g, r, rank = adapters.targets, adapters.r, perturbation.rank
@@ -260,3 +269,34 @@ def fused_linear_ref(
         y = y + residual.float()
     y = y.to(x.dtype)
     return y if then is None else (y, shares_ref(y, then, perturbation))
+
+
+def _check(x, weight, bias, h, adapters, perturbation, activation, residual, gate, then) -> None:
+    """Raises ValueError for what does not fit, by its name. See `fused_linear_ref`."""
+    if activation not in (None, *get_args(Activation)):
+        raise ValueError(f"activation: expected one of {', '.join(get_args(Activation))} or None, got {activation!r}")
+    check_x(x)
+    batch, t, k = x.shape
+    targets = adapters.targets if adapters else 1
+    if then is not None and targets != 1:
+        raise ValueError(f"then: expected to follow one target, got {targets}")
+    if weight.dim() != 2 or len(weight) % targets:
+        refuse("weight", f"[G N, {k}] of G = {targets} targets", weight)
+    n, like = len(weight), dict(dtype=x.dtype, device=x.device)
+    check("weight", weight, (n, k), **like)
+    check("bias", bias, (n,), **like)
+    check("residual", residual, (batch, t, n), **like)
+    check("gate", gate, (batch, n), **like, strides="last")
+    if (adapters is None) != (h is None):
+        raise ValueError("h, adapters: expected both or neither, got one of them")
+    if perturbation is None and (adapters or then):
+        raise ValueError("perturbation: expected the noise of the batch beside adapters or then, got None")
+    if perturbation is not None:
+        check_noise(perturbation, batch, x.device)
+    if adapters is not None:
+        check_adapters("adapters", adapters, k, n // targets, x.device)
+        columns = targets * (adapters.r + perturbation.rank)
+        check("h", h, (batch, t, columns), torch.float32, x.device, strides="all")
+    if then is not None:
+        check_then(then, perturbation, x.dtype)
+        check_adapters("then", then, n, None, x.device)

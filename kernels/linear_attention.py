@@ -28,8 +28,8 @@ import math
 import torch
 
 from esengine.kernels import configs
-from esengine.kernels.adapters import Adapters, Perturbation
 from esengine.kernels.noise import INTERPRET, padded_rank, signed64, step_tensor, triton, uses_triton
+from esengine.kernels.operands import Adapters, Perturbation
 from esengine.kernels.shrink import check_then, shares_ref
 
 if triton is not None:

@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 
 from esengine.kernels import configs
-from esengine.kernels.adapters import Adapters, Perturbation, check_linear, stream_table
 from esengine.kernels.augmented_linear import population_linear_augmented
 from esengine.kernels.fused_linear import fused_linear
 from esengine.kernels.noise import Streams, factor, factor_ref, key_words, signed_sigma, uses_triton
+from esengine.kernels.operands import Adapters, Perturbation, check_linear, stream_table
 from esengine.kernels.shrink import shrink
 
 

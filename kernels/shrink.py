@@ -22,8 +22,17 @@ import torch
 import torch.nn.functional as F
 
 from esengine.kernels import configs
-from esengine.kernels.adapters import Adapters, Perturbation
-from esengine.kernels.noise import INTERPRET, factor_ref, padded_rank, signed64, signed_sigma, step_tensor, triton
+from esengine.kernels.noise import (
+    INTERPRET,
+    factor_ref,
+    padded_rank,
+    signed64,
+    signed_sigma,
+    step_tensor,
+    triton,
+    uses_triton,
+)
+from esengine.kernels.operands import Adapters, Perturbation, check, check_adapters, check_noise, check_x, refuse
 
 if triton is not None:
     import triton.language as tl
@@ -196,7 +205,13 @@ def shrink(
     perturbation: Perturbation | None,
     modulation: Modulation | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The Triton path of `shrink_ref`. Same arguments. Sums of a row do not depend on its batch mates."""
+    """`shrink_ref` by the fastest way the device has: Triton on a GPU, the reference itself elsewhere.
+
+    Sums of a row do not depend on its batch mates.
+    """
+    if not uses_triton(x.device):
+        return shrink_ref(x, adapters, perturbation, modulation)
+    _check(x, adapters, perturbation, modulation)
     if modulation is None and adapters is None:
         return x, None
     batch, t, k = x.shape
@@ -250,7 +265,10 @@ def check_then(then: Adapters, perturbation: Perturbation, dtype: torch.dtype) -
 
 
 def mix(shares: torch.Tensor, adapters: Adapters, perturbation: Perturbation) -> torch.Tensor:
-    """The Triton path of `mix_ref`. Same arguments. Shares are summed in their order."""
+    """`mix_ref` by the fastest way the device has. Same arguments. Shares are summed in their order."""
+    if not uses_triton(shares.device):
+        return mix_ref(shares, adapters, perturbation)
+    _check_shares(shares, adapters, perturbation)
     parts, batch, t, columns = shares.shape
     h = torch.empty(batch, t, columns, dtype=torch.float32, device=shares.device)
     if h.numel() == 0:
@@ -277,7 +295,11 @@ def mix_ref(shares: torch.Tensor, adapters: Adapters, perturbation: Perturbation
 
     Returns:
         h fp32 [B, T, r + k], as `shrink_ref` gives it.
+
+    Raises:
+        ValueError: an operand is of another shape, dtype, device or strides; by its name.
     """
+    _check_shares(shares, adapters, perturbation)
     g, r, rank, h = shares.sum(0), adapters.r, perturbation.rank, torch.empty_like(shares[0])
     (_, a_u, b_v, _), seed, step = adapters.streams.tolist()[0], perturbation.seed, int(perturbation.step)
     for row, member in enumerate(perturbation.members.tolist()):
@@ -319,7 +341,11 @@ def shrink_ref(
     Returns:
         x' [B, T, K], dtype of x, and h fp32 [B, T, G (r + k)] or None. Columns are r of each target, then k of each.
         h is of the rounded x', which is what the linear multiplies.
+
+    Raises:
+        ValueError: an operand is of another shape, dtype or device, or of strides that are not said here; by its name.
     """
+    _check(x, adapters, perturbation, modulation)
     if modulation is not None:
         normed = F.layer_norm(x.float(), x.shape[-1:], eps=modulation.eps)
         x = (normed * (1 + modulation.scale.float()[:, None]) + modulation.shift.float()[:, None]).to(x.dtype)
@@ -342,3 +368,26 @@ def shrink_ref(
             low.copy_(adapters.scale * (x_tk @ (a + c * u @ v.T).T))
             high.copy_(c * (low @ factor_ref(stream=b_v, length=r, **noise)[0]))
     return x, h
+
+
+def _check(x, adapters, perturbation, modulation) -> None:
+    """Raises ValueError for what does not fit, by its name. See `shrink_ref`."""
+    check_x(x)
+    batch, _, k = x.shape
+    if modulation is not None:
+        for name, each in (("shift", modulation.shift), ("scale", modulation.scale)):
+            check(name, each, (batch, k), x.dtype, x.device, strides="last")
+    if adapters is not None:
+        if perturbation is None:
+            raise ValueError("perturbation: expected the noise of the batch beside adapters, got None")
+        check_noise(perturbation, batch, x.device)
+        check_adapters("adapters", adapters, k, None, x.device)
+
+
+def _check_shares(shares, adapters, perturbation) -> None:
+    """Raises ValueError for what does not fit, by its name. See `mix_ref`."""
+    columns = adapters.r + perturbation.rank
+    if adapters.targets != 1 or shares.dim() != 4 or shares.dtype != torch.float32 or not shares.is_contiguous():
+        refuse("shares", f"float32 [P, B, T, {columns}], contiguous, of one target", shares)
+    check("shares", shares, (*shares.shape[:3], columns), torch.float32, adapters.streams.device)
+    check_noise(perturbation, shares.shape[1], shares.device)

@@ -16,7 +16,6 @@ from esengine.kernels import (
     stream_table,
     uses_triton,
 )
-from esengine.kernels.adapters import Adapters, Perturbation
 from esengine.kernels.augmented_linear import (
     augment_input,
     augment_weight,
@@ -24,6 +23,7 @@ from esengine.kernels.augmented_linear import (
     augmented_operands,
     population_linear_augmented,
 )
+from esengine.kernels.operands import Adapters, Perturbation
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 UNIT = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
