@@ -46,9 +46,9 @@ import esengine.kernels
 import esengine.population
 from esengine.config import REFERENCE_TARGETS
 from esengine.kernels import (
-    Adapters,
+    Lora,
+    MemberNoise,
     Modulation,
-    Perturbation,
     configs,
     depthwise_gate,
     es_update,
@@ -180,7 +180,7 @@ def attention_cases() -> Iterator[Case]:
 def block_cases() -> Iterator[Case]:
     """What a fused block launches beside the plain linear in fp32 and at other ranks than the forward's."""
     width, channels = 2240, 5600
-    keys = Perturbation(empty(64, dtype=torch.int64), seed=0, step=1, sigma=1e-2, rank=1)
+    keys = MemberNoise(empty(64, dtype=torch.int64), seed=0, step=1, sigma=1e-2, rank=1)
     for dtype in (torch.bfloat16, torch.float32):
         ranks = (16, 64) if dtype == torch.bfloat16 else (2, 16, 64)
         table = empty(64, 6, width, dtype=dtype)
@@ -202,7 +202,7 @@ def block_cases() -> Iterator[Case]:
             stacks = [(3, r, {}) for r in ranks] + ([(2, 2, {}), (1, 2, gated)] if 2 in ranks else [])
             for targets, r, options in stacks:
                 streams = empty(targets, 4, dtype=torch.int64)
-                adapters = Adapters(empty(r * targets, width), empty(targets * width, r), streams, 4.0)
+                adapters = Lora(empty(r * targets, width), empty(targets * width, r), 4.0, streams)
                 h = empty(64, tokens, (r + 1) * targets)
                 calls[f"modulated, {targets} targets of r{r}"] = partial(shrink, x, adapters, keys, modulation)
                 calls[f"{targets} targets of r{r}{', gated' if options else ''}"] = partial(

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from suite_context import Context
 
 from esengine.kernels import (
-    Adapters,
-    Perturbation,
+    Lora,
+    MemberNoise,
     depthwise_gate,
     depthwise_gate_ref,
     fused_linear,
@@ -102,7 +102,7 @@ def sizes_of(scale: str) -> Sizes:
 
 def leaves_shares(dtype: torch.dtype) -> bool:
     """Whether what makes x in this dtype leaves shares for the linear that reads it."""
-    return takes_shares(Adapters(torch.empty(R, 1), torch.empty(1, R), torch.empty(1, 4)), K, dtype)
+    return takes_shares(Lora(torch.empty(R, 1), torch.empty(1, R), 1.0, torch.empty(1, 4)), K, dtype)
 
 
 def drawn(device: torch.device, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
@@ -115,15 +115,15 @@ def drawn(device: torch.device, dtype: torch.dtype) -> Callable[..., torch.Tenso
     return draw
 
 
-def adapted(draw: Callable, members: int, targets: int, k: int, n: int) -> tuple[Adapters, Perturbation]:
-    """Adapters of `targets` linears [n, k], and the noise of as many members; the step lies on the device."""
+def adapted(draw: Callable, members: int, targets: int, k: int, n: int) -> tuple[Lora, MemberNoise]:
+    """Lora of `targets` linears [n, k], and the noise of as many members; the step lies on the device."""
     a, b = (
         draw(targets * R, k, to=torch.float32) * k**-0.5,
         draw(targets * n, R, to=torch.float32),
     )
     ids, streams = (torch.arange(size, device=a.device) for size in (members, 4 * targets))
     step = torch.full((1,), NOISE["step"], dtype=torch.int64, device=a.device)
-    return Adapters(a, b, streams.view(targets, 4), SCALE), Perturbation(ids, NOISE["seed"], step, SIGMA, K)
+    return Lora(a, b, SCALE, streams.view(targets, 4)), MemberNoise(ids, NOISE["seed"], step, SIGMA, K)
 
 
 def roofline_share(context: Context, seconds: dict, work: roofline.Work, dtype: torch.dtype) -> float | None:

@@ -16,7 +16,7 @@ from suite_checks import bounded, full_precision, worst_error
 from suite_context import Context
 from suite_ops import FP32_BOUND, REFERENCE, K, Ops, R, Sizes, adapted, drawn, leaves_shares, ops, sizes_of
 
-from esengine.kernels import Adapters, Modulation, Perturbation
+from esengine.kernels import Lora, MemberNoise, Modulation
 
 
 class Producer(NamedTuple):
@@ -33,7 +33,7 @@ class Producer(NamedTuple):
     shares: bool
 
 
-def attention(sizes: Sizes, draw: Callable, members: int, t: int, then: Adapters, keys: Perturbation) -> Producer:
+def attention(sizes: Sizes, draw: Callable, members: int, t: int, then: Lora, keys: MemberNoise) -> Producer:
     w = sizes.width
     qkv = draw(members, t, 3 * w).split(w, dim=-1)
     options = dict(heads=sizes.heads, norm_q=draw(w), norm_k=draw(w))
@@ -44,7 +44,7 @@ def attention(sizes: Sizes, draw: Callable, members: int, t: int, then: Adapters
     )
 
 
-def to_out(sizes: Sizes, draw: Callable, members: int, t: int, then: Adapters, keys: Perturbation) -> Producer:
+def to_out(sizes: Sizes, draw: Callable, members: int, t: int, then: Lora, keys: MemberNoise) -> Producer:
     w = sizes.width
     x, weight, bias = draw(members, t, w), draw(w, w) * w**-0.5, draw(w)
     own, _ = adapted(draw, members, 1, w, w)
@@ -57,7 +57,7 @@ def to_out(sizes: Sizes, draw: Callable, members: int, t: int, then: Adapters, k
     )
 
 
-def modulation(sizes: Sizes, draw: Callable, members: int, t: int, then: Adapters, keys: Perturbation) -> Producer:
+def modulation(sizes: Sizes, draw: Callable, members: int, t: int, then: Lora, keys: MemberNoise) -> Producer:
     x, table = draw(members, t, sizes.width), draw(members, 6, sizes.width)
     given = Modulation(table[:, 0], table[:, 1])
     return Producer(
@@ -90,12 +90,12 @@ def case(context: Context, producer: str, n_in: int, n_out: int, tokens: int) ->
     draw = drawn(device, dtype)
     weight, bias = draw(n_out, n_in) * n_in**-0.5, draw(n_out) if targets == 1 else None
 
-    def built(members: int) -> tuple[Producer, Adapters, Perturbation]:
+    def built(members: int) -> tuple[Producer, Lora, MemberNoise]:
         draw = drawn(device, dtype)
         then, keys = adapted(draw, members, targets, n_in, n_out // targets)
         return PRODUCERS[producer](sizes, draw, members, tokens, then, keys), then, keys
 
-    def produced(made: Producer, then: Adapters, keys: Perturbation) -> tuple[torch.Tensor, ...]:
+    def produced(made: Producer, then: Lora, keys: MemberNoise) -> tuple[torch.Tensor, ...]:
         x, left = made.leaving(op)
         return x, left, op.mix(left, then, keys) if made.shares else left
 

@@ -34,9 +34,9 @@ import record
 import torch
 
 from esengine.kernels import (
-    Adapters,
+    Lora,
+    MemberNoise,
     Modulation,
-    Perturbation,
     configs,
     depthwise_gate,
     depthwise_gate_ref,
@@ -252,13 +252,13 @@ def update_task(rows: int, cols: int, population: int) -> Task:
 
 
 def adapted(draw: Callable[..., torch.Tensor], rows: int, targets: int, k: int, n: int) -> dict[str, Any]:
-    """Adapters of `targets` linears and the noise of as many members as rows."""
+    """Lora of `targets` linears and the noise of as many members as rows."""
     device = draw(1).device
     ids, streams = (torch.arange(size, device=device) for size in (rows, 4 * targets))
     a = draw(targets * LORA_RANK, k, to=torch.float32) * k**-0.5
     b = draw(targets * n, LORA_RANK, to=torch.float32)
-    adapters = Adapters(a, b, streams.view(targets, 4), 4.0)
-    return {"adapters": adapters, "perturbation": Perturbation(ids, 0, 1, SIGMA, NOISE_RANK)}
+    adapters = Lora(a, b, 4.0, streams.view(targets, 4))
+    return {"adapters": adapters, "perturbation": MemberNoise(ids, 0, 1, SIGMA, NOISE_RANK)}
 
 
 def normals(device: torch.device) -> Callable[..., torch.Tensor]:

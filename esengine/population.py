@@ -34,7 +34,7 @@ from esengine.errors import UnperturbedError
 from esengine.files import replace_file
 from esengine.kernels import (
     CONTRACT,
-    Perturbation,
+    MemberNoise,
     UpdatePlan,
     check_fitness,
     es_update,
@@ -213,12 +213,12 @@ class Population:
         return "triton" if uses_triton(self.device) else "torch"
 
     @property
-    def perturbation(self) -> Perturbation:
+    def perturbation(self) -> MemberNoise:
         """The noise of the batch in force, as kernels take it. Raises RuntimeError outside `perturbed`."""
         if self._scope.chunk is None:
             raise RuntimeError("perturbation: expected to be inside perturbed")
         chunk = self._scope.chunk
-        return Perturbation(chunk.members.contiguous(), chunk.seed, chunk.step, chunk.sigma, chunk.rank)
+        return MemberNoise(chunk.members.contiguous(), chunk.seed, chunk.step, chunk.sigma, chunk.rank)
 
     @contextmanager
     def perturbed(self, *, step: int | torch.Tensor, members: torch.Tensor) -> Iterator["Population"]:

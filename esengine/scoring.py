@@ -91,7 +91,7 @@ def draw(
 ) -> Iterator[Batch]:
     """Render and score chunks of a plan, in the order given, with at most one adapter in memory.
 
-    Adapters are loaded as diffusers loads them, in the model's dtype, where training kept them in float32: this
+    Lora are loaded as diffusers loads them, in the model's dtype, where training kept them in float32: this
     measures what its users get. The base model carries none.
 
     Raises:

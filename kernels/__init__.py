@@ -30,7 +30,7 @@ from esengine.kernels.noise import (
     stream_id,
     uses_triton,
 )
-from esengine.kernels.operands import Adapters, Perturbation, stream_table
+from esengine.kernels.operands import Lora, MemberNoise, stream_table
 from esengine.kernels.population_linear import (
     population_linear,
     population_linear_ref,
@@ -45,10 +45,10 @@ resolve_vml()  # at import, because any later op may be the racing one
 __all__ = [
     "CONTRACT",
     "PAIRS_PER_CHUNK",
-    "Adapters",
+    "Lora",
+    "MemberNoise",
     "Modulation",
     "NoisePlan",
-    "Perturbation",
     "Streams",
     "UpdatePlan",
     "check_fitness",

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from esengine.kernels.noise import Streams, factor, key_words, uses_triton
-from esengine.kernels.operands import Adapters, Perturbation, check_linear, stream_table
+from esengine.kernels.operands import Lora, MemberNoise, check_linear, stream_table
 from esengine.kernels.shrink import shrink, shrink_ref
 
 
@@ -117,8 +117,8 @@ def augmented_operands(
     scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Both operands of the GEMM, [B, T, C] and [N, C], of x [B, T, K]. Arguments as in `population_linear_ref`."""
-    adapters = Adapters(a, b, stream_table((streams,), x.device), scale)
-    perturbation = Perturbation(members.contiguous(), seed, step, sigma, rank)
+    adapters = Lora(a, b, scale, stream_table((streams,), x.device))
+    perturbation = MemberNoise(members.contiguous(), seed, step, sigma, rank)
     _, h = (shrink if uses_triton(x.device) else shrink_ref)(x, adapters, perturbation)
     u = factor(seed=seed, step=step, stream=streams.b_u, pairs=members >> 1, length=len(weight), rank=rank)
     slots = torch.arange(len(x), device=x.device)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from esengine.kernels import configs
 from esengine.kernels.noise import INTERPRET, factor_ref, padded_rank, signed64, step_tensor, triton, uses_triton
-from esengine.kernels.operands import Adapters, Perturbation, check, check_adapters, check_noise, check_x, refuse
+from esengine.kernels.operands import Lora, MemberNoise, check, check_adapters, check_noise, check_x, refuse
 from esengine.kernels.shrink import check_then, shares_ref
 
 if triton is not None:
@@ -153,12 +153,12 @@ def fused_linear(
     bias: torch.Tensor | None = None,
     *,
     h: torch.Tensor | None = None,
-    adapters: Adapters | None = None,
-    perturbation: Perturbation | None = None,
+    adapters: Lora | None = None,
+    perturbation: MemberNoise | None = None,
     activation: Activation | None = None,
     residual: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
-    then: Adapters | None = None,
+    then: Lora | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`fused_linear_ref` by the fastest way the device has: Triton on a GPU, the reference itself elsewhere.
 
@@ -183,7 +183,7 @@ def fused_linear(
     if y.numel() == 0:
         return y.to(x.dtype) if then is None else (y.to(x.dtype), shares)
     h = x if h is None else h
-    keys = perturbation or Perturbation(x, 0, 0, 0.0, 1)
+    keys = perturbation or MemberNoise(x, 0, 0, 0.0, 1)
     step = x if perturbation is None else step_tensor(keys.step, x.device)
     b = None if adapters is None else adapters.b
     block_m, r = config["BLOCK_M"], adapters.r if adapters else 0
@@ -220,12 +220,12 @@ def fused_linear_ref(
     bias: torch.Tensor | None = None,
     *,
     h: torch.Tensor | None = None,
-    adapters: Adapters | None = None,
-    perturbation: Perturbation | None = None,
+    adapters: Lora | None = None,
+    perturbation: MemberNoise | None = None,
     activation: Activation | None = None,
     residual: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
-    then: Adapters | None = None,
+    then: Lora | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The linear and its epilogue in fp32, one member and target at a time, rounded once.
 

@@ -29,7 +29,7 @@ import torch
 
 from esengine.kernels import configs
 from esengine.kernels.noise import INTERPRET, padded_rank, signed64, step_tensor, triton, uses_triton
-from esengine.kernels.operands import Adapters, Perturbation
+from esengine.kernels.operands import Lora, MemberNoise
 from esengine.kernels.shrink import check_then, shares_ref
 
 if triton is not None:
@@ -164,8 +164,8 @@ def linear_attention_triton(
     norm_q: torch.Tensor | None = None,
     norm_k: torch.Tensor | None = None,
     eps: float = 1e-5,
-    then: Adapters | None = None,
-    perturbation: Perturbation | None = None,
+    then: Lora | None = None,
+    perturbation: MemberNoise | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The Triton path: rstd of k's rows, then one program for each head of a batch row. Arguments as in the reference.
 
@@ -178,7 +178,7 @@ def linear_attention_triton(
     batch, t, c = q.shape
     # under the interpreter a store to bf16 truncates, so it writes fp32 and torch rounds
     y = torch.empty(batch, t, c, dtype=torch.float32 if INTERPRET else q.dtype, device=q.device)
-    shares, keys = y, perturbation or Perturbation(q, 0, 0, 0.0, 1)
+    shares, keys = y, perturbation or MemberNoise(q, 0, 0, 0.0, 1)
     if then is not None:
         if c // heads % 4:
             raise ValueError(f"then: expected heads of a multiple of 4 columns, got {c // heads}")
@@ -223,8 +223,8 @@ def linear_attention(
     norm_q: torch.Tensor | None = None,
     norm_k: torch.Tensor | None = None,
     eps: float = 1e-5,
-    then: Adapters | None = None,
-    perturbation: Perturbation | None = None,
+    then: Lora | None = None,
+    perturbation: MemberNoise | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`linear_attention_ref` by the fastest way the device has: Triton on a GPU, the reference elsewhere."""
     op = linear_attention_triton if uses_triton(q.device) else linear_attention_ref
@@ -241,8 +241,8 @@ def linear_attention_ref(
     norm_q: torch.Tensor | None = None,
     norm_k: torch.Tensor | None = None,
     eps: float = 1e-5,
-    then: Adapters | None = None,
-    perturbation: Perturbation | None = None,
+    then: Lora | None = None,
+    perturbation: MemberNoise | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Linear attention of all heads, in fp32, rounded once at the end.
 

@@ -12,7 +12,7 @@ import torch
 from esengine.kernels.noise import Streams, key_words, step_tensor
 
 
-class Perturbation(NamedTuple):
+class MemberNoise(NamedTuple):
     """The noise of a batch: members int64 [B] on the device; seed, step, sigma and rank k of contract v1.
 
     A step that is a tensor, int64 [1] on the device, is read when the kernels run: a CUDA graph replays the next step
@@ -26,20 +26,20 @@ class Perturbation(NamedTuple):
     rank: int
 
 
-class Adapters(NamedTuple):
+class Lora(NamedTuple):
     """G >= 1 targets of equal shape, rank and scale that read the same x, such as to_q, to_k and to_v.
 
     Attributes:
         a: fp32 [G r, K], the targets' A one below the other; None for the direct form.
         b: fp32 [G N, r], likewise; None for the direct form.
-        streams: int64 [G, 4] on the device, `Streams` of each target; `stream_table` makes it.
         scale: s = lora_alpha / r.
+        streams: int64 [G, 4] on the device, `Streams` of each target; `stream_table` makes it.
     """
 
     a: torch.Tensor | None
     b: torch.Tensor | None
+    scale: float
     streams: torch.Tensor
-    scale: float = 1.0
 
     @property
     def targets(self) -> int:
@@ -108,7 +108,7 @@ def check_x(x: torch.Tensor, k: int | None = None) -> None:
         refuse("x", f"float32, bfloat16 or float16 [B, T, {'K' if k is None else k}]", x)
 
 
-def check_noise(noise: Perturbation, batch: int, device: torch.device) -> None:
+def check_noise(noise: MemberNoise, batch: int, device: torch.device) -> None:
     """Raises ValueError for noise that is not of `batch` rows on `device`, or out of the contract's range."""
     check("members", noise.members, (batch,), torch.int64, device, strides="all")
     if isinstance(noise.step, torch.Tensor):  # to look at it is to wait for the device
@@ -118,9 +118,9 @@ def check_noise(noise: Perturbation, batch: int, device: torch.device) -> None:
         raise ValueError(f"rank: expected at least 1, got {noise.rank}")
 
 
-def check_adapters(name: str, adapters: Adapters, k: int, n: int | None, device: torch.device) -> None:
+def check_adapters(name: str, adapters: Lora, k: int, n: int | None, device: torch.device) -> None:
     """Raises ValueError for targets whose A does not read K columns, or, with `n`, whose B does not write N each."""
-    a, b, streams, _ = adapters
+    a, b, _, streams = adapters
     check(f"{name}.streams", streams, ("G", 4), torch.int64, device, strides="all")
     if n is not None and (a is None) != (b is None):
         raise ValueError(f"{name}: expected a and b, or neither, got one of them")

@@ -24,7 +24,7 @@ from esengine.kernels import configs
 from esengine.kernels.augmented_linear import population_linear_augmented
 from esengine.kernels.fused_linear import fused_linear
 from esengine.kernels.noise import Streams, factor, factor_ref, key_words, signed_sigma, uses_triton
-from esengine.kernels.operands import Adapters, Perturbation, check_linear, stream_table
+from esengine.kernels.operands import Lora, MemberNoise, check_linear, stream_table
 from esengine.kernels.shrink import shrink
 
 
@@ -61,8 +61,8 @@ def population_linear_triton(
     if configs.path("population_linear", x.device, **shape) == "augmented":
         noise = dict(members=members, streams=streams, seed=seed, step=step, sigma=sigma, rank=rank, scale=scale)
         return population_linear_augmented(x, weight, bias, a, b, **noise)
-    adapters = Adapters(a, b, stream_table((streams,), x.device), scale)
-    perturbation = Perturbation(members.contiguous(), seed, step, sigma, rank)
+    adapters = Lora(a, b, scale, stream_table((streams,), x.device))
+    perturbation = MemberNoise(members.contiguous(), seed, step, sigma, rank)
     _, h = shrink(x_btk, adapters, perturbation)
     y = fused_linear(x_btk, weight, bias, h=h, adapters=adapters, perturbation=perturbation)
     return y.view(*x.shape[:-1], len(weight))

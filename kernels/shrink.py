@@ -32,7 +32,7 @@ from esengine.kernels.noise import (
     triton,
     uses_triton,
 )
-from esengine.kernels.operands import Adapters, Perturbation, check, check_adapters, check_noise, check_x, refuse
+from esengine.kernels.operands import Lora, MemberNoise, check, check_adapters, check_noise, check_x, refuse
 
 if triton is not None:
     import triton.language as tl
@@ -201,8 +201,8 @@ class Modulation(NamedTuple):
 
 def shrink(
     x: torch.Tensor,
-    adapters: Adapters | None,
-    perturbation: Perturbation | None,
+    adapters: Lora | None,
+    perturbation: MemberNoise | None,
     modulation: Modulation | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`shrink_ref` by the fastest way the device has: Triton on a GPU, the reference itself elsewhere.
@@ -215,7 +215,7 @@ def shrink(
     if modulation is None and adapters is None:
         return x, None
     batch, t, k = x.shape
-    none = Adapters(None, None, x.new_empty(0)), Perturbation(x, 0, 0, 0.0, 1)  # its pointers are never read
+    none = Lora(None, None, 1.0, x.new_empty(0)), MemberNoise(x, 0, 0, 0.0, 1)  # its pointers are never read
     adapters, perturbation, h = adapters or none[0], perturbation or none[1], None
     g, r, rank = adapters.targets, adapters.r, perturbation.rank
     if g:
@@ -250,12 +250,12 @@ def mix_config(device: torch.device, *, t: int, columns: int) -> dict[str, int]:
     return found | {"CP": max(16, triton.next_power_of_2(columns))}
 
 
-def takes_shares(then: Adapters, rank: int, dtype: torch.dtype) -> bool:
+def takes_shares(then: Lora, rank: int, dtype: torch.dtype) -> bool:
     """Whether a producer of x leaves shares for these targets: one, of few columns, in bf16. Others use `shrink`."""
     return then.targets == 1 and then.r + rank <= 16 and dtype == torch.bfloat16
 
 
-def check_then(then: Adapters, perturbation: Perturbation, dtype: torch.dtype) -> int:
+def check_then(then: Lora, perturbation: MemberNoise, dtype: torch.dtype) -> int:
     """r + k of a target that takes shares. Raises ValueError for any other."""
     columns = then.r + perturbation.rank
     if not takes_shares(then, perturbation.rank, dtype):
@@ -264,7 +264,7 @@ def check_then(then: Adapters, perturbation: Perturbation, dtype: torch.dtype) -
     return columns
 
 
-def mix(shares: torch.Tensor, adapters: Adapters, perturbation: Perturbation) -> torch.Tensor:
+def mix(shares: torch.Tensor, adapters: Lora, perturbation: MemberNoise) -> torch.Tensor:
     """`mix_ref` by the fastest way the device has. Same arguments. Shares are summed in their order."""
     if not uses_triton(shares.device):
         return mix_ref(shares, adapters, perturbation)
@@ -285,7 +285,7 @@ def mix(shares: torch.Tensor, adapters: Adapters, perturbation: Perturbation) ->
     return h
 
 
-def mix_ref(shares: torch.Tensor, adapters: Adapters, perturbation: Perturbation) -> torch.Tensor:
+def mix_ref(shares: torch.Tensor, adapters: Lora, perturbation: MemberNoise) -> torch.Tensor:
     """h of one target from the shares of g that a producer of x has left.
 
     Args:
@@ -314,7 +314,7 @@ def mix_ref(shares: torch.Tensor, adapters: Adapters, perturbation: Perturbation
     return h
 
 
-def shares_ref(x: torch.Tensor, then: Adapters, perturbation: Perturbation) -> torch.Tensor:
+def shares_ref(x: torch.Tensor, then: Lora, perturbation: MemberNoise) -> torch.Tensor:
     """x [A^T | V] of the target `then`, fp32 [1, B, T, r + k]: all of it in one share."""
     check_then(then, perturbation, x.dtype)
     members, (a_v, *_) = perturbation.members, then.streams.tolist()[0]
@@ -326,8 +326,8 @@ def shares_ref(x: torch.Tensor, then: Adapters, perturbation: Perturbation) -> t
 
 def shrink_ref(
     x: torch.Tensor,
-    adapters: Adapters | None,
-    perturbation: Perturbation | None,
+    adapters: Lora | None,
+    perturbation: MemberNoise | None,
     modulation: Modulation | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """x', and the low-rank columns of every target that reads it, one member at a time in fp32.

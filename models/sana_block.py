@@ -29,9 +29,9 @@ from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from torch import nn
 
 from esengine.kernels import (
-    Adapters,
+    Lora,
+    MemberNoise,
     Modulation,
-    Perturbation,
     depthwise_gate,
     fused_linear,
     linear_attention,
@@ -84,7 +84,7 @@ class Stack:
         if targets:
             a, b = stacked([t.a for t in targets]), stacked([t.b for t in targets])
             table = stream_table(tuple(t.streams for t in targets), self.weight.device)
-            self.adapters = Adapters(a, b, table, targets[0].scale)
+            self.adapters = Lora(a, b, targets[0].scale, table)
 
     @staticmethod
     def check(*layers: nn.Module) -> None:
@@ -102,14 +102,14 @@ class Stack:
                 "alpha and shape"
             )
 
-    def after(self, keys: Perturbation, dtype: torch.dtype) -> Adapters | None:
+    def after(self, keys: MemberNoise, dtype: torch.dtype) -> Lora | None:
         """The targets, if what makes x in this dtype can leave shares of their shrink for them."""
         return self.adapters if self.adapters and takes_shares(self.adapters, keys.rank, dtype) else None
 
     def __call__(
         self,
         x: torch.Tensor,
-        keys: Perturbation,
+        keys: MemberNoise,
         modulation: Modulation | None = None,
         shares: torch.Tensor | None = None,
         reader: "Stack | None" = None,
@@ -134,7 +134,7 @@ def _weights(layers: Sequence[nn.Module]) -> list[torch.Tensor]:
 class FusedBlock:
     """One block's stacked weights and its forward for the members that `keys` names; its signature is diffusers'."""
 
-    def __init__(self, block: nn.Module, keys: Perturbation):
+    def __init__(self, block: nn.Module, keys: MemberNoise):
         """Raises CannotFuse as `check`."""
         self.check(block)
         attention, cross = block.attn1, block.attn2
@@ -213,7 +213,7 @@ class FusedBlock:
 class FusedCaption:
     """The projection of the text states, GELU between two linears; its signature is diffusers'."""
 
-    def __init__(self, projection: nn.Module, keys: Perturbation):
+    def __init__(self, projection: nn.Module, keys: MemberNoise):
         """Raises CannotFuse as `check`."""
         self.check(projection)
         self.module, self.keys = projection, keys
@@ -262,7 +262,7 @@ class TokenConv:
         return F.linear(y_bhwc, point.weight.flatten(1)).movedim(3, 1)
 
 
-def _check(keys: Perturbation, *states: torch.Tensor) -> None:
+def _check(keys: MemberNoise, *states: torch.Tensor) -> None:
     if len(keys.members) != len(states[0]):
         given = f"int64 [{len(states[0])}], got int64 [{len(keys.members)}]"
         raise ValueError(f"members: expected one for each batch row, {given}")
@@ -307,7 +307,7 @@ def why_not_fused(transformer: SanaTransformer2DModel, triton: bool) -> str | No
     return None
 
 
-def fused_parts(transformer: SanaTransformer2DModel, keys: Perturbation | None) -> list[Part]:
+def fused_parts(transformer: SanaTransformer2DModel, keys: MemberNoise | None) -> list[Part]:
     """What stands in for the text's projection and the blocks (Triton, `keys` given) or for the convolutions (torch).
 
     Empty if `why_not_fused` has a reason. Weights that are read together are moved next to each other.

@@ -23,7 +23,7 @@ from esengine.kernels.augmented_linear import (
     augmented_operands,
     population_linear_augmented,
 )
-from esengine.kernels.operands import Adapters, Perturbation
+from esengine.kernels.operands import Lora, MemberNoise
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 UNIT = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -60,8 +60,8 @@ def call(op, args):
 def columns(args):
     """h [B, T, r + k] and the columns [B, N, r + k] that it meets, fp32."""
     x = args["x"].reshape(len(args["x"]), -1, args["x"].shape[-1])
-    adapters = Adapters(args["a"], args["b"], stream_table((args["streams"],), x.device), args["scale"])
-    perturbation = Perturbation(args["members"], args["seed"], args["step"], args["sigma"], args["rank"])
+    adapters = Lora(args["a"], args["b"], args["scale"], stream_table((args["streams"],), x.device))
+    perturbation = MemberNoise(args["members"], args["seed"], args["step"], args["sigma"], args["rank"])
     u = noise_out(args, args["members"] >> 1)
     e = u if args["b"] is None else torch.cat((args["b"].expand(len(x), -1, -1), u), 2)
     return shrink_ref(x, adapters, perturbation)[1], e

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from esengine.kernels import (
-    Adapters,
+    Lora,
+    MemberNoise,
     Modulation,
-    Perturbation,
     fused_linear,
     fused_linear_ref,
     linear_streams,
@@ -46,9 +46,9 @@ def case(*, batch=3, t=5, k=33, n=21, targets=3, r=2, rank=1, dtype=torch.float3
     names = tuple(linear_streams(f"layer{i}", direct=not r) for i in range(targets))
     a = draw(targets * r, k, seed=1, device=device) / k**0.5 if r else None
     b = draw(targets * n, r, seed=2, device=device) if r else None
-    adapters = Adapters(a, b, stream_table(names, torch.device(device)), 1.5 if r else 1.0)
+    adapters = Lora(a, b, 1.5 if r else 1.0, stream_table(names, torch.device(device)))
     members = torch.tensor([7, 2, 2, 0, 3][:batch], device=device)
-    perturbation = Perturbation(members, seed=(1 << 63) + 5, step=4, sigma=0.1, rank=rank)
+    perturbation = MemberNoise(members, seed=(1 << 63) + 5, step=4, sigma=0.1, rank=rank)
     weight = draw(targets * n, k, seed=3, dtype=dtype, device=device) / k**0.5
     x, bias = draw(batch, t, k, seed=4, dtype=dtype, device=device), draw(targets * n, dtype=dtype, device=device)
     return x, weight, bias, adapters, perturbation, names
@@ -254,7 +254,7 @@ def target(k, r, rank, device):
     streams = stream_table((linear_streams("next", direct=not r),), torch.device(device))
     a = draw(r, k, seed=8, device=device) / k**0.5 if r else None
     members = torch.tensor([7, 2, 2, 0], device=device)
-    return Adapters(a, None, streams, 1.5 if r else 1.0), Perturbation(members, (1 << 63) + 5, 4, 0.1, rank)
+    return Lora(a, None, 1.5 if r else 1.0, streams), MemberNoise(members, (1 << 63) + 5, 4, 0.1, rank)
 
 
 @pytest.mark.parametrize(("r", "rank"), [(0, 1), (2, 1), (2, 2), (8, 3), (15, 1)])
@@ -298,7 +298,7 @@ def test_shares_of_a_linear(device, r, rank, t, n):
 def test_shares_after_low_rank_columns_of_its_own(device, activation):
     """The last tile has columns that y has not: what noise puts there is no part of the shares."""
     then, perturbation = target(70, 2, 1, device)
-    own = Adapters(draw(2, 40, device=device), draw(70, 2, device=device), then.streams, 1.5)
+    own = Lora(draw(2, 40, device=device), draw(70, 2, device=device), 1.5, then.streams)
     x, weight = draw(4, 17, 40, device=device).bfloat16(), draw(70, 40, seed=3, device=device).bfloat16()
     options = dict(h=shrink(x, own, perturbation)[1], adapters=own, perturbation=perturbation, activation=activation)
     y, shares = fused_linear(x, weight, **options, then=then)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from esengine.kernels import (
-    Adapters,
-    Perturbation,
+    Lora,
+    MemberNoise,
     linear_attention,
     linear_attention_ref,
     linear_streams,
@@ -356,7 +356,7 @@ def following(c, r, rank, device):
     """A linear of C columns that reads what attention makes, and the noise of two members."""
     streams = stream_table((linear_streams("to_out", direct=not r),), torch.device(device))
     a = torch.randn(r, c, generator=torch.Generator().manual_seed(0)).to(device) if r else None
-    return Adapters(a, None, streams, 1.5), Perturbation(torch.tensor([5, 2], device=device), 1 << 63, 4, 0.1, rank)
+    return Lora(a, None, 1.5, streams), MemberNoise(torch.tensor([5, 2], device=device), 1 << 63, 4, 0.1, rank)
 
 
 @pytest.mark.parametrize(("heads", "d"), [(3, 16), (2, 32), (5, 12), (2, 40)])

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from esengine.kernels import (
-    Adapters,
+    Lora,
+    MemberNoise,
     Modulation,
-    Perturbation,
     fused_linear,
     fused_linear_ref,
     linear_streams,
@@ -32,12 +32,12 @@ def draw(*shape, device, dtype=torch.float32):
 
 def adapters(device, targets=G, k=K, n=N):
     table = stream_table(tuple(linear_streams(f"layer{i}") for i in range(targets)), device)
-    return Adapters(draw(targets * R, k, device=device), draw(targets * n, R, device=device), table, 1.5)
+    return Lora(draw(targets * R, k, device=device), draw(targets * n, R, device=device), 1.5, table)
 
 
 def operands(device, dtype=torch.float32):
     """All that `fused_linear` takes, for G targets."""
-    keys = Perturbation(torch.tensor([4, 1, 0], device=device), seed=3, step=2, sigma=0.1, rank=RANK)
+    keys = MemberNoise(torch.tensor([4, 1, 0], device=device), seed=3, step=2, sigma=0.1, rank=RANK)
     x, lora = draw(B, T, K, device=device, dtype=dtype), adapters(device)
     return {
         "x": x,

@@ -210,7 +210,7 @@ def test_bf16_leaves_shares_and_errs_no_more_than_diffusers(transformer, direct)
     exact = both(transformer, population)[0]
     transformer.to(torch.bfloat16)
     caption, block = parts_of(transformer, population)
-    keys = esengine.kernels.Perturbation(torch.zeros(0, dtype=torch.int64), 0, 0, 1e-2, 2)
+    keys = esengine.kernels.MemberNoise(torch.zeros(0, dtype=torch.int64), 0, 0, 1e-2, 2)
     assert block.out.after(keys, torch.bfloat16) is block.out.adapters is not None
     assert block.q.after(keys, torch.bfloat16) is block.q.adapters is not None
     assert caption.second.after(keys, torch.bfloat16) is caption.second.adapters is not None
@@ -303,7 +303,7 @@ def test_fp16_whose_overflows_diffusers_clamps_is_not_fused(transformer):
 def test_linears_of_unlike_adapters_are_not_stacked(transformer, options):
     population = attach(transformer, **options)
     assert parts_of(transformer, population) == []
-    keys = esengine.kernels.Perturbation(torch.zeros(0, dtype=torch.int64), 0, 0, 1e-2, 2)
+    keys = esengine.kernels.MemberNoise(torch.zeros(0, dtype=torch.int64), 0, 0, 1e-2, 2)
     with pytest.raises(ValueError, match="all targets or none"):
         FusedBlock(transformer.transformer_blocks[0], keys)
 
@@ -402,6 +402,6 @@ def test_asking_why_moves_no_weight_and_hides_no_bug(transformer, monkeypatch):
         raise ValueError("a bug")
 
     monkeypatch.setattr(sana_block, "stacked", broken)
-    keys = esengine.kernels.Perturbation(torch.zeros(0, dtype=torch.int64), 0, 0, 1e-2, 2)
+    keys = esengine.kernels.MemberNoise(torch.zeros(0, dtype=torch.int64), 0, 0, 1e-2, 2)
     with pytest.raises(ValueError, match="a bug"):
         fused_parts(transformer, keys)
