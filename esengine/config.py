@@ -265,8 +265,8 @@ class TrainConfig:
         _check_counts(self, "", population=(2, MOST), heldout_prompts=(1, MOST))
         if (images := self.population * self.es.prompts_per_step * self.es.repeats) > 1 << 24:
             raise ConfigError(
-                f"population: expected at most 2^24 images a step, got {images} with es.prompts_per_step "
-                f"{self.es.prompts_per_step} and es.repeats {self.es.repeats}"
+                "population times es.prompts_per_step times es.repeats: expected at most 2^24 images a step, got "
+                f"{images}"
             )
         for name in self.trackers:
             if name not in ("wandb", "trackio") or self.trackers.count(name) > 1:
@@ -491,6 +491,8 @@ def _file(source: str | Path) -> Path:
 
 def _settings(path: Path) -> dict[str, Any]:
     data = read_yaml(path)
+    if isinstance(data, dict) and data.get("config") is not None:
+        raise ConfigError(f"config {path}: config: expected no other file below this one, got {data['config']!r:.60}")
     if data is not None and not isinstance(data, dict):
         raise ConfigError(f"config {path}: expected a mapping of settings, got {type(data).__name__}")
     return data or {}
@@ -570,7 +572,9 @@ def as_typed(message: str, args: list[str]) -> str:
     typed = {arg.partition("=")[0].replace("_", "-"): arg.partition("=")[0] for arg in args if arg.startswith("--")}
     if not any(flags[name] in typed for name in found) and (file := _holder(found[0], args)):
         return f"{file}: {message}"
-    return f"{' times '.join(typed.get(flags[name], flags[name]) for name in found)}:{rest}"
+    some = any(flags[name] in typed for name in found)
+    spelt = [typed.get(flags[name], name if some else flags[name]) for name in found]
+    return f"{' times '.join(sorted(spelt, key=lambda each: not each.startswith('--')))}:{rest}"
 
 
 def _one(name: str, flags: Collection[str]) -> str | None:

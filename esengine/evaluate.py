@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esengine.benchmarks import PUBLISHED, Benchmark, read_benchmark
+from esengine.benchmarks import Benchmark, read_benchmark
 from esengine.config import EvalConfig, ImageSettings, TrainConfig, load_run
 from esengine.defaults import Defaults, defaults
 from esengine.entries import Entry, adapter_of, default_entries, parse_entries
@@ -46,7 +46,7 @@ def evaluate(config: EvalConfig, progress: "Progress") -> Evaluated:
         RewardError, RenderError: an image could not be drawn or scored; what was done before is kept.
     """
     run = load_run(config.run_dir) if config.run_dir else TrainConfig()
-    name = config.model or run.model
+    name, revision = config.model or run.model, config.revision or (None if config.model else run.revision)
     silent = defaults(name)
     prompts = config.prompts or (None if config.benchmark else run.eval_prompts or silent.heldout)
     with of_setting(_setting_of_prompts(config)):
@@ -61,13 +61,15 @@ def evaluate(config: EvalConfig, progress: "Progress") -> Evaluated:
     device = take_device(config.device)
     dtype = pick_dtype(run.dtype if config.dtype == "auto" else config.dtype, device)
     settings = render_settings(image)
-    require_pipeline(name, config.revision or run.revision, image.vae)
+    require_pipeline(name, revision, image.vae)
     with of_setting("reward"):
         reward = parse(_scored(config, run, silent), device=str(device))
+    with of_setting(_setting_of_prompts(config)):
+        reward.check_prompts(benchmark.prompts)
 
     labels = ", ".join(entry.label for entry in entries)
     progress.note(f"model {name} on {device} in {str(dtype).removeprefix('torch.')}: {labels}")
-    model = load_model(name, config.revision or run.revision, device, dtype, image.vae)
+    model = load_model(name, revision, device, dtype, image.vae)
     for entry in entries:
         load_entry(model, entry)  # a damaged adapter is told of before an hour of drawing
     repeats = 1 if config.benchmark else run.es.repeats
@@ -84,9 +86,7 @@ def evaluate(config: EvalConfig, progress: "Progress") -> Evaluated:
 
 
 def _setting_of_prompts(config: EvalConfig) -> str:
-    if config.benchmark and not (config.benchmark in PUBLISHED and config.prompts):
-        return "benchmark"
-    return "prompts" if config.prompts else "eval_prompts"
+    return "prompts" if config.prompts else "benchmark" if config.benchmark else "eval_prompts"
 
 
 def _scored(config: EvalConfig, run: TrainConfig, silent: Defaults) -> str:

@@ -22,7 +22,7 @@ from esengine.bearing import Bearing
 from esengine.errors import ConfigError, RunError, of_setting
 from esengine.rewards import COMBINED, Reward, Weighted
 from esengine.rewards.base import settings_of
-from esengine.rewards.registry import build
+from esengine.rewards.registry import BUILTIN, build, target
 from esengine.rewards.spec import Term, read
 from esengine.rollout import Renderer, render_all
 from esengine.runlog import RunLog
@@ -116,7 +116,16 @@ def load_rewards(
             note(f"held-out {error.__cause__}; left out")
     with of_setting("reward"):
         kept = build(chosen, device=device, encoders=encoders)
-    both = [(term, other) for term, (other, each, _) in product(held, kept) if _same(term[1], each)]
+    targets = {name: target(name) for name, _, _ in [*held, *kept]}
+    options = {term.name: term.options for term in [*watched, *chosen]}
+
+    def alike(one: str, other: str) -> bool:
+        named = one in BUILTIN and other in BUILTIN  # two of ours are two
+        return not named and targets[one] is targets[other] and options[one] == options[other]
+
+    both = [
+        (term, other[0]) for term, other in product(held, kept) if alike(term[0], other[0]) or _same(term[1], other[1])
+    ]
     if both and not auto:
         ((name, _, _), other), *_ = both
         raise ConfigError(
@@ -127,7 +136,10 @@ def load_rewards(
 
 
 def _same(one: Reward, other: Reward) -> bool:
-    """Whether two rewards are one, or of one class and what they say of themselves."""
+    """Whether two rewards are one, or of one class and what they say of themselves, or one is a sum with the other."""
+    if isinstance(one, Weighted) or isinstance(other, Weighted):
+        parts = [[r for _, r, _ in each.terms] if isinstance(each, Weighted) else [each] for each in (one, other)]
+        return any(_same(*pair) for pair in product(*parts))
     facts = settings_of(one)
     return one is other or (type(one) is type(other) and bool(facts) and facts == settings_of(other))
 

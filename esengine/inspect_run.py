@@ -110,9 +110,9 @@ def _model_with_adapter(config: RenderConfig, run: TrainConfig, vae: str | None,
         raise ConfigError("adapter: expected --run-dir or --adapter, got neither")
     device = take_device(config.device)
     dtype = pick_dtype(run.dtype if config.dtype == "auto" else config.dtype, device)
-    name = config.model or run.model
+    name, revision = config.model or run.model, config.revision or (None if config.model else run.revision)
     progress.note(f"model {name} on {device} in {str(dtype).removeprefix('torch.')}, adapter {adapter}")
-    model = load_model(name, config.revision or run.revision, device, dtype, vae)
+    model = load_model(name, revision, device, dtype, vae)
     model.load_adapter(adapter)
     return model
 

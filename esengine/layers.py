@@ -90,6 +90,10 @@ class Scope:
                 module.forward = before
 
 
+_LIKE_THE_SECOND = ("to", "type_as", "view_as", "expand_as", "reshape_as")
+"""Methods that take no more than dtype, device or shape from their second argument."""
+
+
 class WatchedWeight(torch.Tensor):
     """A target's frozen weight in the hands of other code, for which there is no noise.
 
@@ -105,10 +109,14 @@ class WatchedWeight(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func.__name__.endswith("_like") or func.__name__.startswith("new_"):
+            args_used: tuple = ()
+        else:
+            args_used = args[:1] if func.__name__ in _LIKE_THE_SECOND else (args, tuple(kwargs.values()))
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
         if func is torch.Tensor.data_ptr or any(isinstance(each, torch.Tensor) for each in _flat(result)):
-            for each in _flat((args, list(kwargs.values()))):
+            for each in _flat(args_used):
                 if isinstance(each, WatchedWeight):
                     each.note()
         return result
@@ -168,7 +176,7 @@ class Target:
         if self.scope is None or self.scope.chunk is None:
             return self.base_weight
         self.scope.read.add(self.name)
-        if issubclass(self.owner, nn.TransformerEncoderLayer):  # goes by whether its tensors are of a subclass
+        if self.owner.forward is nn.TransformerEncoderLayer.forward:  # goes by whether its tensors are of a subclass
             return self.base_weight
         return WatchedWeight.of(self.base_weight, lambda: self.scope.used.add(self.name))
 
@@ -178,15 +186,24 @@ class Target:
             self.scope.called.add(self.name)
 
     def require_in_force(self) -> None:
-        """Raises RuntimeError where another adapter would be computed than is perturbed."""
-        if self.merged:
-            what = "is merged into the weight and would count twice; take it out first: unmerge() or unfuse_lora()"
+        """Raises RuntimeError where something else would be computed than is perturbed."""
+        self.require_unmerged()
+        if changed(self.base_layer):
+            what = "has a base layer with a hook or a forward of its own, which would be left out; take that off"
         elif list(self.active_adapters) != [ADAPTER]:
             active = " and ".join(map(str, self.active_adapters)) or "none"
             what = f"is not the active one, which is {active}; make it so first: set_adapter('{ADAPTER}')"
         else:
             return
         raise RuntimeError(f"perturbed: the adapter of '{self.name}' {what}")
+
+    def require_unmerged(self) -> None:
+        """Raises RuntimeError where the adapter is in the frozen weight."""
+        if self.merged:
+            raise RuntimeError(
+                f"perturbed: the adapter of '{self.name}' is merged into the weight and would count twice; take it out "
+                "first: unmerge() or unfuse_lora()"
+            )
 
     def unperturbed(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         raise NotImplementedError
@@ -275,10 +292,20 @@ def make_layer(form: type[Target], target: nn.Module, adapter_name: str, **kwarg
     """PEFT's dispatch calls this for every target. Anything but a dense `torch.nn.Linear` is refused by name."""
     dense = isinstance(target, nn.Linear) and type(target).forward is nn.Linear.forward
     fused = isinstance(target, nn.modules.linear.NonDynamicallyQuantizableLinear)  # its owner reads the weight itself
+    name = kwargs.get("target_name", "?")
+    if dense and changed(target):
+        raise TypeError(
+            f"target_modules: expected a plain torch.nn.Linear at '{name}', got one with a hook or a forward of "
+            "its own, which perturbed rows would leave out"
+        )
     if not dense or fused or not target.weight.is_floating_point():
-        name = kwargs.get("target_name", "?")
         raise TypeError(f"target_modules: expected a dense torch.nn.Linear at '{name}', got {type(target).__name__}")
     return form(target, adapter_name, **kwargs)
+
+
+def changed(module: nn.Module) -> bool:
+    """Whether somebody put another forward in place of a module's own, or a hook beside it."""
+    return "forward" in vars(module) or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def shared_linears(module: nn.Module) -> dict[int, list[str]]:

@@ -302,8 +302,10 @@ class Population:
             ValueError: `fitness` is of another dtype or shape, of odd length, or not finite; nothing has changed then.
             UnperturbedError: `perturbed` was used since the last update, but some target never had its noise there, and
                 would be moved at random; nothing has changed then.
+            RuntimeError: an adapter is merged into the weight, from which a moved one could not be taken out.
             UpdateError, OutOfMemory: the adapter would not be finite, or there is no room; nothing has changed then.
         """
+        self._require_unmerged()
         if self._called is not None and (missed := [name for name in self.layers if name not in self._called]):
             why = {True: "its adapter was switched off", False: "it was not called since the last update"}
             raise UnperturbedError({name: why[bool(self.layers[name].disable_adapters)] for name in missed})
@@ -344,6 +346,7 @@ class Population:
         Raises:
             ValueError: the state is of other noise settings, layers, shapes or another optimizer; nothing has changed.
         """
+        self._require_unmerged()
         mine, parameters = self.state_dict(), self.parameters()
         if state["noise"] != mine["noise"]:
             raise ValueError(f"state: expected noise {mine['noise']}, got {state['noise']}")
@@ -374,10 +377,15 @@ class Population:
         replace_file(path / "adapter_config.json", json.dumps(facts, indent=2).encode())
 
     def detach(self) -> nn.Module:
-        """Take the adapter off and return the module as it was. The population is spent."""
+        """Take the adapter off and return the module as it was. The population is spent.
+
+        Raises:
+            RuntimeError: inside `perturbed`, after another `detach`, or while an adapter is merged.
+        """
         self._check_attached()
         if self._scope.chunk is not None:
             raise RuntimeError("detach: inside perturbed; leave it first")
+        self._require_unmerged()
         strip(self.module, self._trainable)
         self.layers = {}
         return self.module
@@ -391,6 +399,10 @@ class Population:
     def _refresh(self) -> None:
         for layer in self.layers.values():
             layer.refresh()
+
+    def _require_unmerged(self) -> None:
+        for layer in self.layers.values():
+            layer.require_unmerged()
 
     def _check_attached(self) -> None:
         if not self.layers:

@@ -38,8 +38,13 @@ _OTHER = frozenset((
 """Formats that hold prompts at times and would be read here as lines of text."""
 
 _OTHER_NAMES = ("caption", "captions", "text")
-"""What the column of prompts is called elsewhere: enough to know a table by, which is then refused by its names."""
-_NAME = re.compile(r"[a-z_][a-z0-9_]*")
+"""What the column of prompts is called elsewhere. Such a table is refused, with the columns that it has."""
+_BESIDE = frozenset((
+    *("id", "index", "category", "challenge", "note", "notes", "label", "split", "source", "seed", "url", "image"),
+    *("image_id", "key", "file", "filename", "file_name", "path", "lang", "language", "score", "negative_prompt"),
+))  # fmt: skip
+"""What other columns are called often."""
+_LONGEST_NAME = 32
 
 _COMMENTS = re.compile(rb"(?m)^[ \t]*#[^\r\n]*")
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"')
@@ -71,6 +76,8 @@ def read_prompt_file(path: str | Path, needed: Sequence[str] = ("prompt",)) -> C
         raise ConfigError(f"{where}: expected {ACCEPTED}, got {form}")
     if form not in (*_TABLES, *_JSON_LINES, _JSON):
         form = _looks_like(data) or (".tsv" if len(needed) > 1 else ".txt")
+        if form in _OTHER:
+            raise ConfigError(f"{where}: expected {ACCEPTED}, got what looks like {form}")
         data = _COMMENTS.sub(b"", data) if form == ".tsv" else data
     if form == ".txt":
         rows: Iterable[tuple[str, dict[str, Any]]] = _text(data, where)
@@ -92,37 +99,53 @@ def _bytes(path: Path, where: str) -> bytes:
 
 def _looks_like(data: bytes) -> str | None:
     """The form of a text that no list of prompts looks like: a table, or JSON."""
-    lines = [line.decode("utf-8", "replace").strip() for line in data.splitlines()]
-    lines = [line for line in lines if line and (_names(line) or not line.startswith("#"))]
+    lines = [line.decode("utf-8", "replace") for line in data.splitlines()]
+    lines = [line for line in lines if line.strip() and (_names(line) or not line.lstrip().startswith("#"))]
     if not lines:
         return None
-    if lines[0][0] in "[{":
-        return _json_like(data, lines)
-    tabs = {line.count("\t") for line in lines}
-    same = len(lines) > 1 and len(tabs) == 1 and tabs != {0}
-    return ".tsv" if same or _names(lines[0], alone=len(lines) > 1) else None
+    first = lines[0].strip()
+    if first[0] in "[{":
+        return _json_like(data, first, lines)
+    if first.lower() in [f"{name}:" for name in COLUMNS["prompt"]]:
+        return ".yaml"
+    titled = any("\t" in line and _names(line) for line in lines[1:5])  # a title or a comment stands above the names
+    table = titled or _names(first, alone=len(lines) > 1) or (len(lines) > 1 and all("\t" in line for line in lines))
+    return ".tsv" if table else None
 
 
-def _json_like(data: bytes, lines: list[str]) -> str | None:
+def _json_like(data: bytes, first: str, lines: list[str]) -> str | None:
     with contextlib.suppress(ValueError, RecursionError):
-        if isinstance(json.loads(lines[0]), dict):
+        if isinstance(json.loads(first), dict):
             return ".jsonl"
     with contextlib.suppress(ValueError, RecursionError):
         items = json.loads(data)
-        if isinstance(items, dict) or any(isinstance(item, (str, dict)) for item in items):
+        if isinstance(items, dict) or any(isinstance(item, (str, dict, list)) for item in items):
             return _JSON
-    over_lines = len(lines) > 1 and (lines[0], lines[-1]) in (("[", "]"), ("{", "}"))
-    return _JSON if over_lines else None  # to be refused with what is wrong in it
+    over_lines = len(lines) > 1 and (first, lines[-1].strip()) in (("[", "]"), ("{", "}"))
+    begun = first.startswith(('{"', "{'", "[{", '["', "['"))
+    return _JSON if over_lines or begun else None  # to be refused with what is wrong in it
 
 
 def _names(line: str, alone: bool = False) -> bool:
-    """Whether a line is a table's first, with the names of its columns; `alone`: one name is enough."""
+    """Whether a line is a table's first, with the names of its columns; `alone`: one name is enough.
+
+    "a city, prompt, 4k" is a prompt, "Prompt, Category" and "id,prompt" are not.
+    """
     cells = [cell.strip().strip('"').lower() for cell in re.split(r"[\t,;|]", line)]
-    ours, others = (any(cell in names for cell in cells) for names in (COLUMNS["prompt"], _OTHER_NAMES))
-    if len(cells) == 1 or "\t" in line:
-        return (ours or others) and (len(cells) > 1 or alone)
-    # "a city, prompt, 4k" is a prompt
-    return all(map(_NAME.fullmatch, cells)) and (ours or (others and " " not in line))
+    cells = cells[1:-1] if line.strip().startswith("|") else cells  # Markdown's
+    exact = any(cell in COLUMNS["prompt"] for cell in cells)
+    words = [set(re.split(r"[^a-z]+", cell)) for cell in cells if len(cell) <= _LONGEST_NAME]
+    near = any(each & {*COLUMNS["prompt"], *_OTHER_NAMES} for each in words)
+    if len(cells) == 1:
+        return alone and (exact or cells[0] in _OTHER_NAMES[:2])
+    if "\t" in line:
+        return exact or near
+    if len(words) < len(cells):
+        return False
+    known = any(cell in _BESIDE for cell in cells)
+    return ((exact or near) and known) or (
+        any(each & {*COLUMNS["prompt"]} for each in words) and not re.search(r"[,;|] ", line)
+    )
 
 
 def _columns(rows: Iterable[tuple[str, dict[str, Any]]], where: str, needed: Sequence[str]) -> Columns:

@@ -63,7 +63,9 @@ def replay(config: ReplayConfig, progress: Progress) -> Replayed:
     device = take_device(run.device if config.device == "auto" else config.device)
     progress.note(f"model {run.model} on {device}, for the shapes of its layers")
     now = logged[0].config
-    model = load_model(config.model or run.model, run.revision, device, pick_dtype(now.dtype, device))
+    model = load_model(
+        config.model or run.model, None if config.model else run.revision, device, pick_dtype(now.dtype, device)
+    )
     population, agreed = attach_population(model, now), None
     for step, each in enumerate(logged):
         if stored is not None and next(_parted(population, stored), None) is None:

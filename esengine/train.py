@@ -131,6 +131,10 @@ def _train(config: TrainConfig, progress: Progress, group: Group, stop: Stop) ->
             watched = silent.watched(reward_names(config.reward), bool(config.prompts or config.eval_prompts))
         auto = config.heldout_reward == "auto"
         rewards = load_rewards(config.reward, watched, device=str(device), note=progress.note, auto=auto)
+        with of_setting("prompts"):
+            rewards.everything.check_prompts(prompts)
+        with of_setting("eval_prompts"):
+            rewards.everything.check_prompts(eval_prompts)
         progress.note(f"model {config.model} on {device} in {str(dtype).removeprefix('torch.')}")
         with group.first():
             model = load_model(config.model, config.revision, device, dtype, config.image.vae)
@@ -265,7 +269,7 @@ def attach_population(model: SanaSprint, config: TrainConfig) -> Population:
     try:
         return attach(model.transformer, form, noise, rule=config.update)
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"lora: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"lora.targets: {str(error).splitlines()[0].removeprefix('target_modules: ')}") from error
 
 
 def encode(

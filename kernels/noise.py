@@ -227,7 +227,7 @@ def philox_ref(counter: Sequence[torch.Tensor], key: tuple[int, int]) -> list[to
 
 def quads_ref(*, seed: int, step: int, quads: torch.Tensor, streams: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
     """Normals of whole counters: float32 [..., 4] for int64 `quads` (e >> 2), `streams` and `pairs` that broadcast."""
-    if quads.is_cuda or pairs.dim() != 2:
+    if quads.device.type != "cpu" or pairs.dim() != 2:
         return _quads(quads, pairs, streams, torch.tensor(step, device=quads.device), key_words(seed, step))
     shape = torch.broadcast_shapes(quads.shape, pairs.shape, streams.shape)
     out, key = torch.empty(*shape, 4, dtype=torch.float32), key_words(seed, step)

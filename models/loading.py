@@ -41,11 +41,15 @@ def locate(model: str, revision: str | None, local_files_only: bool) -> tuple[Pa
     A name of `NAMED` goes before a folder of that name in the current one, which is ./nano.
     """
     if model in NAMED:
+        if revision is not None:
+            raise ConfigError(f"revision: {model} is part of this package and has none, got {revision}")
         from esengine.models import nano, tiny  # tiny imports from here
 
         return nano.PIPELINE if model == "nano" else tiny.tiny_model(), {}
     folder = Path(os.path.expanduser(model))
     if folder.is_dir():
+        if revision is not None:
+            raise ConfigError(f"revision: {model} is a folder and has none, got {revision}")
         return folder, {}
     if folder.is_absolute() or model.startswith(("~", ".")) or model.count("/") != 1:
         raise ConfigError(f"model: {model} is neither a folder nor a hub id")

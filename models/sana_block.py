@@ -40,7 +40,7 @@ from esengine.kernels import (
     stream_table,
     takes_shares,
 )
-from esengine.layers import Target
+from esengine.layers import Target, changed
 
 
 @torch.inference_mode(False)
@@ -92,7 +92,7 @@ class Stack:
         shapes, or something other than a linear.
         """
         for layer in layers:
-            if not isinstance(layer, (nn.Linear, Target)) or _changed(layer):
+            if not isinstance(layer, (nn.Linear, Target)) or changed(layer):
                 raise CannotFuse(f"{type(layer).__name__} stands where a plain linear is expected")
         targets = [t for t in layers if isinstance(t, Target) and not t.disable_adapters]
         unlike = len({(t.lengths(), t.scale) for t in targets}) > 1 or len({w.shape for w in _weights(layers)}) > 1
@@ -162,7 +162,7 @@ class FusedBlock:
         if block.norm2.elementwise_affine or block.norm1.elementwise_affine or cross.rescale_output_factor != 1:
             raise CannotFuse("a norm has weights, or attn2 rescales its output")
         for each in (block, attention, cross):
-            if _changed(each):
+            if changed(each):
                 raise CannotFuse(f"{type(each).__name__} has a forward of its own or a hook")
         TokenConv.check(block.ff)
         Stack.check(attention.to_q, attention.to_k, attention.to_v)
@@ -225,7 +225,7 @@ class FusedCaption:
         act = getattr(projection, "act_1", None)
         if not isinstance(act, nn.GELU) or act.approximate != "tanh":
             raise CannotFuse(f"its activation is {act}, not GELU by tanh")
-        if _changed(projection):
+        if changed(projection):
             raise CannotFuse("it has a forward of its own or a hook")
         for layer in (projection.linear_1, projection.linear_2):
             Stack.check(layer)
@@ -249,7 +249,7 @@ class TokenConv:
         """Raises CannotFuse for a GLUMBConv with a norm, a residual or a hook."""
         if conv.norm_type is not None or conv.residual_connection:
             raise CannotFuse("its GLUMBConv has a norm or a residual")
-        if _changed(conv):
+        if changed(conv):
             raise CannotFuse("its GLUMBConv has a forward of its own or a hook")
 
     def forward(self, x_bchw: torch.Tensor) -> torch.Tensor:
@@ -268,11 +268,6 @@ def _check(keys: MemberNoise, *states: torch.Tensor) -> None:
         raise ValueError(f"members: expected one for each batch row, {given}")
     if torch.is_grad_enabled() and any(x.requires_grad for x in states):
         raise RuntimeError("hidden states: fused blocks have no gradient; call them under torch.no_grad")
-
-
-def _changed(module: nn.Module) -> bool:
-    """Whether somebody put another forward in place of a module's own, or a hook beside it."""
-    return "forward" in vars(module) or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _alike(attention: nn.Module) -> bool:

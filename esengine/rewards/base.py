@@ -14,7 +14,8 @@ class Reward(Protocol):
 
     Optional attributes: `settings()`, a dict for the record of a result; `reads_only = True`, a promise never to write
     into `images`, for which it is given the batch itself and not a copy; `overlaps = True` for one that mostly waits,
-    as for a service: in training it is asked from a thread of its own while the next chunk renders.
+    as for a service: in training it is asked from a thread of its own while the next chunk renders;
+    `check_prompts(prompts)`, which raises ConfigError for prompts that it cannot score, before anything is drawn.
     """
 
     def __call__(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
@@ -40,6 +41,8 @@ def as_scores(returned: object, count: int) -> torch.Tensor:
         if returned.layout != torch.strided:
             raise RewardError(f"returned a tensor of layout {returned.layout}; expected a dense one")
         scores = returned.detach()
+        if scores.dtype in (torch.uint16, torch.uint32, torch.uint64):
+            return as_scores(scores.cpu().numpy(), count)
     elif isinstance(returned, np.ndarray) and returned.dtype.kind in "fiu":
         if np.ma.is_masked(returned):
             returned = returned.astype(np.float64).filled(np.nan)
@@ -75,7 +78,7 @@ def _number(value: object, place: int, expected: str) -> float:
         value = value.item()
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise RewardError(f"returned {plain(repr(value))[:60]} for image {place}; {expected}")
-    if isinstance(value, numbers.Integral) and (abs(value) >= 1 << 128 or int(np.float32(int(value))) != value):
+    if isinstance(value, numbers.Integral) and (abs(value) >= 1 << 127 or int(np.float32(int(value))) != value):
         raise RewardError(_INEXACT)
     return float(value)
 

@@ -26,13 +26,14 @@ Source: the facts are those of GenEval (Ghosh et al., arXiv 2310.11513), here wi
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from esengine.errors import RewardError
+from esengine.errors import ConfigError, RewardError
 from esengine.models.nano import world
 from esengine.models.nano.world import COLOURS, SHAPES, SIDE, Spec, Wanted
 
@@ -105,6 +106,17 @@ class Checker:
         for start in range(0, len(specs), _CHUNK):
             found += self._facts(_pixels(images[start : start + _CHUNK]), specs[start : start + _CHUNK])
         return found
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raises ConfigError for a prompt that is no caption of the world."""
+        for prompt in prompts:
+            try:
+                world.parse(prompt)
+            except ValueError as error:
+                raise ConfigError(
+                    f"expected captions of the nano world, as reward checker reads them, got {prompt!r:.80}: {error}; "
+                    "other prompts need another --reward"
+                ) from error
 
     def settings(self) -> dict[str, int]:
         return {"version": VERSION}

@@ -91,13 +91,18 @@ def _checked(terms: list[Term]) -> list[Term]:
     return terms
 
 
+def target(name: str) -> object:
+    """What a reward's name stands for: a class, a function or an object. Raises ConfigError as `load`."""
+    return BUILTIN.get(name) or _import(name)
+
+
 def _build(term: Term, shared: dict[str, Any]) -> Reward:
     """The reward of a term with its own options, and those of `shared` that it has parameters for."""
     name, options = term.name, term.options
     shared = shared | ({} if term.device is None else {"device": term.device})
-    target = BUILTIN.get(name) or _import(name)
-    if name in BUILTIN or isinstance(target, type):
-        parameters = _parameters(target)
+    found = target(name)
+    if name in BUILTIN or isinstance(found, type):
+        parameters = _parameters(found)
         known = [each for each in parameters if each != "encoders"]  # that one is ours to share
         unknown = sorted(set(options) - set(known))
         if unknown and name in BUILTIN:
@@ -107,14 +112,14 @@ def _build(term: Term, shared: dict[str, Any]) -> Reward:
         if name not in BUILTIN:
             shared = {key: value for key, value in shared.items() if key == "device"}
         try:
-            target = target(**{key: value for key, value in shared.items() if key in parameters} | options)
+            found = found(**{key: value for key, value in shared.items() if key in parameters} | options)
         except (Exception, SystemExit) as e:
             raise ConfigError(f"reward {name}: cannot be built with options {options}: {reason(e)}") from e
     elif options:
         raise ConfigError(f"reward {name}: takes no options because it is not a class, got {sorted(options)}")
-    if not callable(target):
-        raise ConfigError(f"reward {name}: expected a callable, got {type(target).__name__}")
-    return target
+    if not callable(found):
+        raise ConfigError(f"reward {name}: expected a callable, got {type(found).__name__}")
+    return found
 
 
 def _parameters(target: Any) -> list[str]:

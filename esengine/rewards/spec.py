@@ -112,7 +112,7 @@ class _Reader:
         start = self.at
         text = self.spec[start : self.spec.find(",", start) if "," in self.spec[start:] else None].rstrip()
         try:
-            weight = float(text)
+            weight = float("" if "_" in text else text)
         except ValueError:
             raise self._error(f"expected a number for its weight, got {text!r}", start, name) from None
         self.at = start + len(text)

@@ -48,6 +48,12 @@ class Weighted:
         if not any(weight for _, weight in weights):
             raise ConfigError(f"rewards: expected at least one with a weight other than 0, got {names}")
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raises ConfigError for prompts that a reward says it cannot score: see `Reward`."""
+        for _, reward, _ in self.terms:
+            if callable(check := getattr(reward, "check_prompts", None)):
+                check(prompts)
+
     @property
     def names(self) -> list[str]:
         return [name for name, _, _ in self.terms]

@@ -352,6 +352,17 @@ def test_the_module_is_the_console_script(workspace, cache):
         (["--config", "c.yaml", "--es.prompts_per_step", "500"], "--es.prompts_per_step: expected prompts per step"),
         (["--config", "d.yaml"], "config d.yaml: prompts: prompts file nope.txt: No such file"),
         (["--config", "e.yaml"], "config e.yaml: model: ./nope is neither"),
+        (["--config", "f.yaml"], "config f.yaml: config: expected no other file below this one, got 'reference'"),
+        (["--config", "g.yaml"], "config g.yaml: lora.targets: 'nolayer' matches nothing"),
+        (["--lora.targets", "nolayer"], "--lora.targets: 'nolayer' matches nothing"),
+        (
+            ["--es.repeats", "1000000"],
+            "--es.repeats times population times es.prompts_per_step: expected at most 2^24",
+        ),
+        (["--update.lr-scale=1e10"], "--update.lr-scale times es.sigma: expected at most"),
+        (["--revision", "main"], "--revision: tiny is part of this package and has none, got main"),
+        (["--reward", "checker", "--prompts", "p.txt"], "--prompts: expected captions of the nano world"),
+        (["--reward", "checker", "--prompts", "n.txt", "--eval-prompts=p.txt"], "--eval-prompts: expected captions"),
     ],
 )
 def test_an_error_begins_with_the_flag_as_it_was_typed(flags, beginning, capsys, tmp_path, monkeypatch):
@@ -359,9 +370,14 @@ def test_an_error_begins_with_the_flag_as_it_was_typed(flags, beginning, capsys,
     (tmp_path / "c.yaml").write_text("model: tiny\nes: {prompts_per_step: 400}\n")
     (tmp_path / "d.yaml").write_text("model: tiny\nprompts: nope.txt\n")
     (tmp_path / "e.yaml").write_text("model: ./nope\n")
+    (tmp_path / "f.yaml").write_text("model: tiny\nconfig: reference\n")
+    (tmp_path / "g.yaml").write_text("model: tiny\nlora: {targets: [nolayer]}\n")
+    (tmp_path / "p.txt").write_text("a submarine\n")
+    (tmp_path / "n.txt").write_text("a small red circle on a blue background\n")
     model = [] if "e.yaml" in flags else ["--model", "tiny"]
     assert cli.main(["train", *model, *flags]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"esengine: error: {beginning}")
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -378,6 +394,14 @@ def test_an_error_begins_with_the_flag_as_it_was_typed(flags, beginning, capsys,
         (["eval", "--run-dir", "run", "--entries", "base@1", "--prompts", "no.txt"], "--prompts: prompts file no.txt"),
         (["eval", "--run-dir", "run", "--entries", "base@1"], "run folder run: eval_prompts: prompts file gone.txt"),
         (["eval", "--entries", "base@1", "--benchmark", "p.txt", "--model", "tiny"], "--benchmark: prompts file p.txt"),
+        (
+            ["eval", "--entries", "base@1", "--benchmark", "p.txt", "--prompts", "p.txt"],
+            "--prompts: expected with parti",
+        ),
+        (
+            ["eval", "--entries", "base@1", "--model", "nano", "--prompts", "c.csv"],
+            "--prompts: expected captions of the",
+        ),
         (["eval", "--entries", "base@1", "--run-dir", "run", "--prompts", "c.csv"], "run folder run: model: ./gone is"),
         (["render", "--prompts_file", "no.txt", "--adapter", "run"], "--prompts_file: prompts file no.txt"),
         (

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import statistics
+import sys
+import types
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from esengine.errors import ConfigError, RewardError, RunError
 from esengine.guard import CLIP_FAMILY, Guard, Rewards, load_rewards, part_ways
 from esengine.models import SanaSprint, tiny_model
 from esengine.prompts import read_prompts
-from esengine.rewards import BUILTIN, Weighted
+from esengine.rewards import BUILTIN, Weighted, load
 from esengine.rollout import Renderer, render_all
 from esengine.run_folder import RunFolder
 from esengine.runlog import RunLog
@@ -337,11 +339,17 @@ def test_rewards_of_one_kind_and_other_options_are_two(family):
         ("pickscore", "clip_text,clip_text", "reward clip_text: given 2 times"),
         ("pickscore=0", "clip_text", "at least one with a weight"),
         ("esengine.rewards.jpeg:JpegIncompressibility", "jpeg_incompressibility", "which reward names too"),
+        ("my_scores:Scorer", "my_scores:Same", "which reward names too"),
+        ("my_scores:total", "jpeg_compressibility", "which reward names too"),
         ("combined(jpeg_compressibility=1)", "esengine.rewards:jpeg.JpegCompressibility", "which reward names too"),
     ],
 )
-def test_rewards_that_cannot_be_used(family, reward, held_out, words):
+def test_rewards_that_cannot_be_used(family, reward, held_out, words, monkeypatch):
     family("hpsv2")
+    module = types.ModuleType("my_scores")
+    module.Scorer = module.Same = type("Scorer", (), {"__call__": lambda self, images, prompts: [0.0] * len(images)})
+    module.total = load("combined", jpeg_compressibility=1)
+    monkeypatch.setitem(sys.modules, "my_scores", module)
     with pytest.raises(ConfigError, match=words):
         chosen(reward, held_out)
 

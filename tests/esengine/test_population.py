@@ -896,6 +896,87 @@ def test_a_merged_or_replaced_adapter_is_refused_until_it_is_back():
     assert torch.allclose(render(), before, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda w, x: x.to(w),
+        lambda w, x: x.type_as(w),
+        lambda w, x: x + w.new_zeros(8),
+        lambda w, x: x + 0 * torch.zeros_like(w)[0],
+        lambda w, x: x.view_as(x) if w.dim() == w.ndim and w.size(0) == 8 and w.device == x.device else None,
+    ],
+)
+def test_a_weight_may_lend_its_dtype_device_and_shape(use):
+    module = Branches("calls")
+    population = esengine.attach(module, FORMS[0])
+    with torch.no_grad(), population.perturbed(step=0, members=torch.arange(4)):
+        module(use(module.up.weight, torch.randn(4, 8)))
+
+
+class OwnEncoder(torch.nn.TransformerEncoderLayer):
+    def forward(self, x):
+        return self.linear1(x) + torch.nn.functional.linear(x, self.linear1.weight)
+
+
+def test_an_encoder_layer_of_ones_own_is_watched_as_any_module():
+    population = esengine.attach(OwnEncoder(8, 2, 16), LoraConfig(r=2, target_modules=["linear1"]))
+    with (
+        pytest.raises(UnperturbedError, match="computed with its weight too"),
+        torch.no_grad(),
+        population.perturbed(step=0, members=torch.arange(4)),
+    ):
+        population.module(torch.randn(4, 8))
+
+
+CHANGES = {
+    "hook": lambda linear: linear.register_forward_hook(lambda module, args, y: 10 * y),
+    "pre-hook": lambda linear: linear.register_forward_pre_hook(lambda module, args: (10 * args[0],)),
+    "forward": lambda linear: setattr(linear, "forward", lambda x: 10 * x),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("form", FORMS, ids=["lora", "direct"])
+def test_a_linear_with_a_hook_or_a_forward_of_its_own_is_refused_before_and_after(form, change):
+    module = Branches("calls")
+    CHANGES[change](module.up)
+    with pytest.raises(TypeError, match="'up', got one with a hook or a forward of its own"):
+        esengine.attach(module, form)
+    population = esengine.attach(Branches("calls"), form)
+    CHANGES[change](population.module.up.base_layer)
+    with pytest.raises(RuntimeError, match="'up' has a base layer with a hook"):
+        render(population)
+    # a hook on the target itself runs as on any module
+    population = esengine.attach(Branches("calls"), form, esengine.Noise(sigma=1e-8))
+    x = torch.randn(1, 8).expand(4, 8)
+    population.module.up.register_forward_hook(lambda module, args, y: 10 * y)
+    with torch.no_grad():
+        assert torch.allclose(render(population, x), population.module(x), atol=1e-5)
+
+
+def render(population, x=None):
+    with torch.no_grad(), population.perturbed(step=0, members=torch.arange(4)):
+        return population.module(torch.randn(4, 8) if x is None else x)
+
+
+def test_nothing_moves_or_leaves_while_an_adapter_is_merged():
+    population = esengine.attach(Branches("calls"), FORMS[0], esengine.Noise(sigma=0.5))
+    fitness, layer = torch.tensor([1.0, -1, 2, -2]), population.module.up
+    population.update(step=0, fitness=fitness)
+    frozen, state = layer.base_layer.weight.clone(), population.state_dict()
+    layer.merge()
+    for call in (
+        lambda: population.update(step=1, fitness=fitness),
+        lambda: population.load_state_dict(state),
+        population.detach,
+    ):
+        with pytest.raises(RuntimeError, match="'up' is merged into the weight"):
+            call()
+    layer.unmerge()
+    population.update(step=1, fitness=fitness)
+    assert torch.allclose(population.detach().up.weight, frozen, atol=1e-6)
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_torchs_fused_encoder_layer_is_named(nested):
     encoder = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()

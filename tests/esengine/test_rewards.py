@@ -274,7 +274,19 @@ def test_a_list_an_array_or_a_tensor_of_numbers_will_do(result):
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float16, torch.bfloat16, torch.int64, torch.uint8, np.float16, np.int32, np.uint16, np.uint64]
+    "dtype",
+    [
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.uint8,
+        np.float16,
+        np.int32,
+        np.uint16,
+        np.uint64,
+        torch.uint16,
+        torch.uint64,
+    ],
 )
 def test_other_number_types_will_do(dtype):
     make = torch.tensor if isinstance(dtype, torch.dtype) else np.array
@@ -287,6 +299,7 @@ def test_other_number_types_will_do(dtype):
     [
         [1, 2, 3, (1 << 24) + 1],
         (1, 2, 3, 10**400),
+        [1, 2, 3, 2**128 - 1],
         np.array([1, 2, 3, (1 << 24) + 1]),
         np.array([1, 2, 3, (1 << 63) + 1], np.uint64),
         torch.tensor([1, 2, 3, (1 << 24) + 1]),
