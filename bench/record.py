@@ -41,7 +41,12 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> dict[str, Any]:
-    """The commit that is checked out, and whether a tracked or new file differs from it; None outside a checkout."""
+    """The commit that is checked out, and whether a tracked or new file differs from it; None outside a checkout.
+
+    `ESENGINE_COMMIT` says it where there is no checkout.
+    """
+    if told := os.environ.get("ESENGINE_COMMIT"):
+        return {"commit": told, "dirty": None}
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()

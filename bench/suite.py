@@ -11,6 +11,7 @@ raised.
 
 import argparse
 import gc
+import json
 import os
 import re
 import signal
@@ -137,12 +138,20 @@ def _error(error: BaseException) -> dict[str, Any]:
 
 
 def run(
-    context: Context, *, chosen: list[str] | None = None, budget: float | None = None, json_path: Path | None = None
+    context: Context,
+    *,
+    chosen: list[str] | None = None,
+    budget: float | None = None,
+    json_path: Path | None = None,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Measures the chosen parts, or all, and writes the record before and after each.
 
+    Args:
+        resume: parts that are ok in the record at `json_path` are kept and not measured again.
+
     Raises:
-        ValueError: no part of that name.
+        ValueError: no part of that name, or a record to go on with that is of another device or of other versions.
     """
     known = parts(context.scale)
     for name in chosen or ():
@@ -171,8 +180,13 @@ def run(
         if json_path is not None:
             record.write(json_path, results)
 
+    kept = _finished(json_path, results) if resume and json_path is not None and json_path.exists() else {}
     lost = None
     for name, part in known.items():
+        if name in kept:
+            keep(name, kept[name])
+            print(f"{name:16} ok       of an earlier run", flush=True)
+            continue
         if chosen and name not in chosen:
             continue
         if lost is None:
@@ -184,6 +198,16 @@ def run(
         keep(name, outcome)
         print(f"{name:16} {outcome['status']:8} {outcome.get('reason', '')}", flush=True)
     return results
+
+
+def _finished(path: Path, now: dict[str, Any]) -> dict[str, Any]:
+    """The parts of a record that are ok. Raises ValueError if it was made on something else than `now`."""
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("device", "versions", "commit", "kernel_settings"):
+        was, is_ = before["environment"].get(name), now["environment"].get(name)
+        if was != is_:
+            raise ValueError(f"--resume: {path} has {name} {was}, this run {is_}; give another --json")
+    return {name: part for name, part in before["parts"].items() if part["status"] == "ok"}
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -204,6 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--budget", type=float, default=450, help=f"seconds (450); stopped is what runs {GRACE} s later"
     )
     parser.add_argument("--parts", nargs="+", help="only these")
+    parser.add_argument("--resume", action="store_true", help="keep the parts that are ok in the file of --json")
     parser.add_argument("--peer", nargs="+", default=[], metavar="MODULE:FUNCTION", help="more multi-adapter linears")
     parser.add_argument("--chunk", type=int, help="images in one forward of a step")
     parser.add_argument("--decode-chunk", type=int, help="images in one call of the decoder")
@@ -247,7 +272,8 @@ def main(arguments: list[str] | None = None) -> int:
         if path is None and scale.name == "full":
             name = re.sub(r"\W+", "_", record.device_name(device)).strip("_").lower()
             path = RESULTS / FILES.replace("*", name)
-        results = run(context, chosen=options.parts, budget=options.budget, json_path=path)
+        wanted = dict(chosen=options.parts, budget=options.budget, json_path=path, resume=options.resume)
+        results = run(context, **wanted)
     except (ValueError, ImportError) as error:
         parser.error(str(error))
     print(table(results["summary"]))

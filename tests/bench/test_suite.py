@@ -180,6 +180,35 @@ def test_without_time_nothing_is_measured_and_it_says_so(tmp_path, capsys):
     assert "not measured" in capsys.readouterr().out
 
 
+def test_a_second_run_goes_on_where_the_first_ended(monkeypatch, context, tmp_path):
+    path, measured = tmp_path / "r.json", []
+
+    def part(name, fails=False):
+        def measure(context):
+            measured.append(name)
+            if fails:
+                raise suite_checks.CheckFailed("wrong")
+            return {}
+
+        return measure
+
+    known = {"linear": part("linear"), "update": part("update", fails=True), "memory": part("memory")}
+    monkeypatch.setattr(suite, "parts", lambda scale: known)
+    monkeypatch.setattr(suite, "summarize", lambda results: {})
+    suite.run(context, chosen=["linear", "update"], json_path=path, resume=True)
+    known["update"] = part("update")
+    record = suite.run(context, json_path=path, resume=True)
+    assert measured == ["linear", "update", "update", "memory"]
+    assert {part["status"] for part in record["parts"].values()} == {"ok"}
+    suite.run(context, chosen=["linear"], json_path=path)
+    assert measured[-1] == "linear"
+    stored = json.loads(path.read_text())
+    stored["environment"]["versions"]["torch"] = "0.0"
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=r"--resume: .* has versions"):
+        suite.run(context, json_path=path, resume=True)
+
+
 def test_bars_pass_and_fail(stored):
     record = copy.deepcopy(stored[1])
     record["settings"]["bars"] = True
