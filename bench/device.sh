@@ -40,7 +40,7 @@ mkdir -p "$2"
 out=$(cd "$2" && pwd)
 python=${PYTHON:-python3} wheels=${WHEELS:-$root/wheels} device=${DEVICE:-cuda} budget=${BUDGET:-$budget}
 cache=${CACHE:-/tmp/esengine-device}
-exec > >(tee "$out/$mode.log") 2>&1
+exec > >(tee -a "$out/$mode.log") 2>&1
 
 # the package as it would be installed, and wheels of what is missing; -P, because transformers takes ./kernels for
 # another package of that name

@@ -59,6 +59,19 @@ def commit() -> dict[str, Any]:
         return {"commit": None, "dirty": None}
 
 
+def bench_environment() -> dict[str, str]:
+    """Of a process that measures: this one's, with `bench/` among the places where Python looks."""
+    return os.environ | {"PYTHONPATH": str(ROOT / "bench"), "OMP_NUM_THREADS": "1"}
+
+
+def commit_of(python: str) -> str | None:
+    """The commit of the checkout that an interpreter imports the package from; None if it is in none."""
+    code = "import esengine, pathlib; print(pathlib.Path(esengine.__file__).parent)"
+    folder = subprocess.run([python, "-c", code], cwd="/", capture_output=True, text=True, check=True).stdout.strip()
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True)
+    return done.stdout.strip() or None
+
+
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Device, driver, threads, load, versions and the kernels' launch settings, as of now."""
     cuda = torch.device(device).type == "cuda"
