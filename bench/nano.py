@@ -97,8 +97,7 @@ def score(judges: Weighted, images: torch.Tensor, captions: list[str]) -> list[t
 
 def render(model: SanaSprint, texts, options: argparse.Namespace, steps: int, scale: float) -> torch.Tensor:
     """uint8 [captions * repeats, 3, 64, 64]."""
-    between = 1.3 if steps == 2 else None
-    settings = RenderSettings(num_steps=steps, guidance_scale=scale, intermediate_timesteps=between, decode_chunk=CHUNK)
+    settings = RenderSettings(num_steps=steps, guidance_scale=scale, decode_chunk=CHUNK)
     prompts = torch.arange(options.count).repeat_interleave(options.repeats)
     repeats = torch.arange(options.repeats).repeat(options.count)
     length = texts.trimmed_length(prompts)

@@ -28,7 +28,7 @@ from esengine.models.latents import latents
 from esengine.models.loading import READ_ERRORS, download, first_line, load, load_vae, locate
 from esengine.models.lora_file import WEIGHT_NAME, check_diffusers_lora
 from esengine.models.sana_block import fused_parts, in_place_of, why_not_fused
-from esengine.models.settings import RenderSettings
+from esengine.models.settings import FIRST_ANGLE, SECOND_ANGLE, RenderSettings
 from esengine.models.text_cache import Progress, TextEmbeddings, embed_prompts, fingerprint
 from esengine.transfer import upload
 
@@ -470,8 +470,8 @@ class SanaSprint:
         """float32 [num_steps + 1] on the device, made on the CPU as the scheduler does."""
         self.scheduler.set_timesteps(
             settings.num_steps,
-            max_timesteps=settings.max_timesteps,
-            intermediate_timesteps=settings.intermediate_timesteps if settings.num_steps == 2 else None,
+            max_timesteps=FIRST_ANGLE,
+            intermediate_timesteps=SECOND_ANGLE if settings.num_steps == 2 else None,
         )
         return upload(self.scheduler.timesteps, self.device)
 

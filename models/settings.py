@@ -10,6 +10,9 @@ PIPELINE_MULTIPLE = 32
 MOST_GUIDANCE = 1e4
 """Far beyond any use, and finite in half precision."""
 
+FIRST_ANGLE, SECOND_ANGLE = 1.57080, 1.3
+"""Trigflow angles of the schedule: the first, and the second where there are two steps. The pipeline's own."""
+
 GRAPHS = ("auto", "always", "never")
 DECODES = ("eager", "compiled", "graphed")
 
@@ -24,10 +27,8 @@ class RenderSettings:
         num_steps: Denoising steps.
         guidance_scale: Embedded guidance.
         x0_angle: One step only. The angle at which x0 is read off the velocity, while the model is still called at
-            `max_timesteps`. None: the scheduler's own. The reference run used 1.3.
+            `FIRST_ANGLE`. None: the scheduler's own. The reference run used 1.3.
         decode_chunk: Images in one VAE call.
-        max_timesteps: First angle of the schedule.
-        intermediate_timesteps: Second angle of the two-step schedule. None: evenly spaced.
         graphs: Replay a population's forward from CUDA graphs: `auto` where its blocks run fused on a GPU, `always`
             (an error elsewhere) or `never`. Text is then padded to a multiple of `graphs.TEXT_MULTIPLE` tokens.
         decode: The VAE as it stands, through torch.compile, or replayed from a CUDA graph (GPU only).
@@ -41,8 +42,6 @@ class RenderSettings:
     guidance_scale: float = 4.5
     x0_angle: float | None = None
     decode_chunk: int = 8
-    max_timesteps: float = 1.57080
-    intermediate_timesteps: float | None = 1.3
     graphs: str = "auto"
     decode: str = "eager"
     overlap: bool = False
@@ -57,11 +56,6 @@ class RenderSettings:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not abs(self.guidance_scale) <= MOST_GUIDANCE:  # nor NaN
             raise ConfigError(f"guidance_scale: expected at most ±{MOST_GUIDANCE:g}, got {self.guidance_scale}")
-        if not 0 < self.max_timesteps <= 1.5708:
-            raise ConfigError(f"max_timesteps: expected an angle in (0, 1.5708], got {self.max_timesteps}")
-        middle = self.intermediate_timesteps
-        if self.num_steps == 2 and middle is not None and not 0 < middle < self.max_timesteps:
-            raise ConfigError(f"intermediate_timesteps: expected between 0 and max_timesteps, got {middle}")
         if self.x0_angle is not None and self.num_steps != 1:
             raise ConfigError(
                 f"x0_angle: expected None unless num_steps is 1, got {self.x0_angle} for {self.num_steps}"
