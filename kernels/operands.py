@@ -4,6 +4,7 @@ Legend: G targets stacked, r LoRA rank, k noise rank, K in, N out of one target,
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, NoReturn
 
@@ -24,6 +25,11 @@ class MemberNoise(NamedTuple):
     step: int | torch.Tensor
     sigma: float
     rank: int
+
+    @property
+    def c(self) -> float:
+        """sigma / sqrt(k): c of an even member."""
+        return self.sigma / math.sqrt(self.rank)
 
 
 class Lora(NamedTuple):

@@ -236,7 +236,7 @@ def shrink(
             T=t, stride_xb=x.stride(0), stride_xt=x.stride(1), stride_xk=x.stride(2),
             stride_sb=shift.stride(0), stride_cb=scale.stride(0),
             stride_ar=a.stride(0), stride_ak=a.stride(1),
-            sigma=float(signed_sigma(torch.tensor(0), perturbation.sigma, rank)), lora_scale=adapters.scale, eps=eps,
+            sigma=perturbation.c, lora_scale=adapters.scale, eps=eps,
             seed=signed64(perturbation.seed),
             K=k, G=g, R=r, RANK=rank, KP=padded_rank(rank), MODULATED=modulated,
             PRECISION="ieee" if x.dtype == torch.float32 else "tf32x3", **config,
@@ -278,7 +278,7 @@ def mix(shares: torch.Tensor, adapters: Lora, perturbation: MemberNoise) -> torc
         _mix_kernel[(batch, triton.cdiv(t, config["BLOCK_T"]))](
             shares, adapters.streams, perturbation.members, step_tensor(perturbation.step, shares.device), h,
             PARTS=parts, T=t, stride_sp=shares.stride(0),
-            sigma=float(signed_sigma(torch.tensor(0), perturbation.sigma, perturbation.rank)),
+            sigma=perturbation.c,
             lora_scale=adapters.scale, seed=signed64(perturbation.seed),
             R=adapters.r, RANK=perturbation.rank, KP=padded_rank(perturbation.rank), **config,
         )  # fmt: skip
