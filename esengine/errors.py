@@ -13,12 +13,12 @@ class ConfigError(EsengineError):
 
 
 @contextmanager
-def of_setting(name: str) -> Iterator[None]:
-    """A ConfigError inside begins with the name of this setting, such as `es.sigma`."""
+def of_setting(name: str, *others: str) -> Iterator[None]:
+    """A ConfigError inside begins with the name of this setting, such as `es.sigma`, or of one of the others."""
     try:
         yield
     except ConfigError as error:
-        if str(error).startswith(f"{name}:"):
+        if str(error).startswith(tuple(f"{each}:" for each in (name, *others))):
             raise
         raise ConfigError(f"{name}: {error}") from error
 

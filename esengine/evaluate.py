@@ -49,7 +49,7 @@ def evaluate(config: EvalConfig, progress: "Progress") -> Evaluated:
     name, revision = config.model or run.model, config.revision or (None if config.model else run.revision)
     silent = defaults(name)
     prompts = config.prompts or (None if config.benchmark else run.eval_prompts or silent.heldout)
-    with of_setting(_setting_of_prompts(config)):
+    with of_setting(_setting_of_prompts(config), "benchmark", "prompts"):
         benchmark = read_benchmark(config.benchmark, prompts).first(config.limit)
     image = config.image or run.image
     adapter = config.adapter

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from types import MethodType
 from typing import Any
 
 import torch
@@ -121,7 +122,11 @@ def load_rewards(
 
     def alike(one: str, other: str) -> bool:
         named = one in BUILTIN and other in BUILTIN  # two of ours are two
-        return not named and targets[one] is targets[other] and options[one] == options[other]
+        first, second = targets[one], targets[other]
+        same = first is second or (
+            isinstance(first, MethodType) and first == second
+        )  # a method is a new object each time
+        return not named and same and options[one] == options[other]
 
     both = [
         (term, other[0]) for term, other in product(held, kept) if alike(term[0], other[0]) or _same(term[1], other[1])

@@ -90,6 +90,15 @@ class Scope:
                 module.forward = before
 
 
+_LOOKS = frozenset((
+    *("dtype", "device", "shape", "ndim", "layout", "requires_grad", "is_leaf", "grad_fn", "names", "itemsize"),
+    *("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested", "is_mps", "is_xpu", "is_complex"),
+    *("nbytes", "size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "is_contiguous", "type"),
+    *("is_floating_point", "get_device", "is_inference", "is_signed", "__len__"),
+    *("new_zeros", "new_ones", "new_empty", "new_full"),
+))  # fmt: skip
+"""What of a tensor does not depend on its numbers."""
+_VIEWS = ("data", "detach")
 _LIKE_THE_SECOND = ("to", "type_as", "view_as", "expand_as", "reshape_as")
 """Methods that take no more than dtype, device or shape from their second argument."""
 
@@ -97,7 +106,7 @@ _LIKE_THE_SECOND = ("to", "type_as", "view_as", "expand_as", "reshape_as")
 class WatchedWeight(torch.Tensor):
     """A target's frozen weight in the hands of other code, for which there is no noise.
 
-    Its dtype, device or shape may be asked for, as many modules do. A computation with it is noted in the scope.
+    Its dtype, device or shape may be asked for, as many modules do. Any use of its numbers is noted in the scope.
     """
 
     @classmethod
@@ -109,16 +118,18 @@ class WatchedWeight(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func.__name__.endswith("_like") or func.__name__.startswith("new_"):
-            args_used: tuple = ()
-        else:
-            args_used = args[:1] if func.__name__ in _LIKE_THE_SECOND else (args, tuple(kwargs.values()))
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
-        if func is torch.Tensor.data_ptr or any(isinstance(each, torch.Tensor) for each in _flat(result)):
-            for each in _flat(args_used):
-                if isinstance(each, WatchedWeight):
-                    each.note()
+        name = func.__name__
+        if name == "__get__":  # a property, whose function is that of a descriptor
+            name = func.__self__.__name__
+        if name in _VIEWS and isinstance(args[0], WatchedWeight):
+            return cls.of(result, args[0].note)
+        if name in _LOOKS or name.endswith("_like"):
+            return result
+        for each in _flat(args[:1] if name in _LIKE_THE_SECOND else (args, tuple(kwargs.values()))):
+            if isinstance(each, WatchedWeight):
+                each.note()
         return result
 
 
@@ -176,7 +187,8 @@ class Target:
         if self.scope is None or self.scope.chunk is None:
             return self.base_weight
         self.scope.read.add(self.name)
-        if self.owner.forward is nn.TransformerEncoderLayer.forward:  # goes by whether its tensors are of a subclass
+        # torch's encoder layer goes by whether its tensors are of a subclass; a compiler sees no looks apart from uses
+        if self.owner.forward is nn.TransformerEncoderLayer.forward or torch.compiler.is_compiling():
             return self.base_weight
         return WatchedWeight.of(self.base_weight, lambda: self.scope.used.add(self.name))
 
@@ -201,8 +213,8 @@ class Target:
         """Raises RuntimeError where the adapter is in the frozen weight."""
         if self.merged:
             raise RuntimeError(
-                f"perturbed: the adapter of '{self.name}' is merged into the weight and would count twice; take it out "
-                "first: unmerge() or unfuse_lora()"
+                f"adapter of '{self.name}' is merged into the weight, where noise or a step would count twice; take it "
+                "out first: unmerge() or unfuse_lora()"
             )
 
     def unperturbed(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:

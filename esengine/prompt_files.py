@@ -37,14 +37,16 @@ _OTHER = frozenset((
 ))  # fmt: skip
 """Formats that hold prompts at times and would be read here as lines of text."""
 
-_OTHER_NAMES = ("caption", "captions", "text")
+_OTHER_NAMES = ("caption", "captions", "text", "description")
 """What the column of prompts is called elsewhere. Such a table is refused, with the columns that it has."""
 _BESIDE = frozenset((
     *("id", "index", "category", "challenge", "note", "notes", "label", "split", "source", "seed", "url", "image"),
-    *("image_id", "key", "file", "filename", "file_name", "path", "lang", "language", "score", "negative_prompt"),
+    *("key", "file", "filename", "path", "lang", "language", "score", "negative", "style", "model", "width", "height"),
 ))  # fmt: skip
-"""What other columns are called often."""
-_LONGEST_NAME = 32
+"""Words in the names of other columns."""
+_JSON_BEGUN = re.compile(r"""\{\s*["'][^"']*["']\s*:|\[\s*\{\s*["']|\[\s*("[^"]*"|'[^']*')\s*(,|\]?\s*$)""")
+_YAML = re.compile(r"---$|(prompts|captions)\s*:|-\s+(prompt|caption|text)\s*:")
+_MARKUP = re.compile(r"<(\?xml|!doctype|html)", re.IGNORECASE)
 
 _COMMENTS = re.compile(rb"(?m)^[ \t]*#[^\r\n]*")
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"')
@@ -106,8 +108,10 @@ def _looks_like(data: bytes) -> str | None:
     first = lines[0].strip()
     if first[0] in "[{":
         return _json_like(data, first, lines)
-    if first.lower() in [f"{name}:" for name in COLUMNS["prompt"]]:
+    if _YAML.match(first.lower()) or any(line.strip().lower() == "prompts:" for line in lines[1:5]):
         return ".yaml"
+    if _MARKUP.match(first) or re.match(r"prompts?\s*=\s*[\[\"']", first.lower()):
+        return ".xml" if first.startswith("<") else ".toml"
     titled = any("\t" in line and _names(line) for line in lines[1:5])  # a title or a comment stands above the names
     table = titled or _names(first, alone=len(lines) > 1) or (len(lines) > 1 and all("\t" in line for line in lines))
     return ".tsv" if table else None
@@ -122,8 +126,7 @@ def _json_like(data: bytes, first: str, lines: list[str]) -> str | None:
         if isinstance(items, dict) or any(isinstance(item, (str, dict, list)) for item in items):
             return _JSON
     over_lines = len(lines) > 1 and (first, lines[-1].strip()) in (("[", "]"), ("{", "}"))
-    begun = first.startswith(('{"', "{'", "[{", '["', "['"))
-    return _JSON if over_lines or begun else None  # to be refused with what is wrong in it
+    return _JSON if over_lines or _JSON_BEGUN.match(first) else None  # to be refused with what is wrong in it
 
 
 def _names(line: str, alone: bool = False) -> bool:
@@ -131,21 +134,23 @@ def _names(line: str, alone: bool = False) -> bool:
 
     "a city, prompt, 4k" is a prompt, "Prompt, Category" and "id,prompt" are not.
     """
-    cells = [cell.strip().strip('"').lower() for cell in re.split(r"[\t,;|]", line)]
+    cells = [cell.strip() for cell in re.split(r"[\t,;|]", line)]
     cells = cells[1:-1] if line.strip().startswith("|") else cells  # Markdown's
-    exact = any(cell in COLUMNS["prompt"] for cell in cells)
-    words = [set(re.split(r"[^a-z]+", cell)) for cell in cells if len(cell) <= _LONGEST_NAME]
-    near = any(each & {*COLUMNS["prompt"], *_OTHER_NAMES} for each in words)
+    quoted = all(_QUOTED.fullmatch(cell) for cell in cells)
+    cells = [cell.strip('"') for cell in cells]
+    exact = any(cell.lower() in COLUMNS["prompt"] for cell in cells)
     if len(cells) == 1:
-        return alone and (exact or cells[0] in _OTHER_NAMES[:2])
+        return alone and (exact or cells[0].lower() in _OTHER_NAMES[:2])
+    words = [re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cell).lower()) for cell in cells]
+    short = [set(each) for each in words if len(each) <= 2]  # as names are
+    ours, others = (any(each & set(names) for each in short) for names in (COLUMNS["prompt"], _OTHER_NAMES))
     if "\t" in line:
-        return exact or near
-    if len(words) < len(cells):
-        return False
-    known = any(cell in _BESIDE for cell in cells)
-    return ((exact or near) and known) or (
-        any(each & {*COLUMNS["prompt"]} for each in words) and not re.search(r"[,;|] ", line)
-    )
+        return exact or ours or others
+    if any(len(each) > 4 or (each and each[0] in ("a", "an", "the")) for each in words):
+        return exact and not re.search(r"[,;|] ", line)
+    beside = any(each & _BESIDE for each in short)
+    spaced = re.search(r"[,;|] ", line) is not None
+    return (exact and (beside or quoted)) or (not spaced and (ours or (others and beside)))
 
 
 def _columns(rows: Iterable[tuple[str, dict[str, Any]]], where: str, needed: Sequence[str]) -> Columns:

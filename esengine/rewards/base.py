@@ -1,5 +1,6 @@
 """What a reward is."""
 
+import math
 import numbers
 from typing import Any, Protocol, runtime_checkable
 
@@ -44,8 +45,8 @@ def as_scores(returned: object, count: int) -> torch.Tensor:
         if scores.dtype in (torch.uint16, torch.uint32, torch.uint64):
             return as_scores(scores.cpu().numpy(), count)
     elif isinstance(returned, np.ndarray) and returned.dtype.kind in "fiu":
-        if np.ma.is_masked(returned):
-            returned = returned.astype(np.float64).filled(np.nan)
+        if np.ma.is_masked(returned) and returned.ndim == 1:
+            return as_scores([math.nan if each is None else each for each in returned.tolist()], count)
         if returned.ndim == 1 and returned.dtype.newbyteorder("=") not in _ARRAYS:  # torch knows no such numbers
             return as_scores(returned.tolist(), count)
         scores = torch.from_numpy(np.array(returned, dtype=returned.dtype.newbyteorder("="), order="C"))
@@ -59,6 +60,8 @@ def as_scores(returned: object, count: int) -> torch.Tensor:
         raise RewardError(f"returned {describe(returned)}; {expected}")
     if scores.dtype == torch.float32:
         return scores
+    if scores.dtype == torch.int64 and len(scores) and scores.abs().max() > 1 << 53:  # beyond what fp64 can compare
+        return as_scores(scores.tolist(), count)
     found = scores.to(torch.float32)
     if scores.dtype in _INTEGERS and not torch.equal(found.to(torch.float64), scores.to(torch.float64)):
         raise RewardError(_INEXACT)
@@ -74,13 +77,18 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 def _number(value: object, place: int, expected: str) -> float:
     """One score of a list: a Python or numpy number, or a tensor or array that holds one."""
+    if isinstance(value, np.ma.MaskedArray) and value.ndim == 0 and np.ma.is_masked(value):
+        return math.nan
     if isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0:
         value = value.item()
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise RewardError(f"returned {plain(repr(value))[:60]} for image {place}; {expected}")
     if isinstance(value, numbers.Integral) and (abs(value) >= 1 << 127 or int(np.float32(int(value))) != value):
         raise RewardError(_INEXACT)
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise RewardError(f"returned a number for image {place} that float32 cannot hold; {expected}") from None
 
 
 def describe(value: object) -> str:

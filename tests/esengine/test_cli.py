@@ -402,6 +402,10 @@ def test_an_error_begins_with_the_flag_as_it_was_typed(flags, beginning, capsys,
             ["eval", "--entries", "base@1", "--model", "nano", "--prompts", "c.csv"],
             "--prompts: expected captions of the",
         ),
+        (
+            ["eval", "--entries", "base@1", "--benchmark", "no", "--prompts", "p.txt"],
+            "--benchmark: expected partiprompts",
+        ),
         (["eval", "--entries", "base@1", "--run-dir", "run", "--prompts", "c.csv"], "run folder run: model: ./gone is"),
         (["render", "--prompts_file", "no.txt", "--adapter", "run"], "--prompts_file: prompts file no.txt"),
         (

@@ -340,6 +340,7 @@ def test_rewards_of_one_kind_and_other_options_are_two(family):
         ("pickscore=0", "clip_text", "at least one with a weight"),
         ("esengine.rewards.jpeg:JpegIncompressibility", "jpeg_incompressibility", "which reward names too"),
         ("my_scores:Scorer", "my_scores:Same", "which reward names too"),
+        ("my_scores:one.score", "my_scores:other.score", "which reward names too"),
         ("my_scores:total", "jpeg_compressibility", "which reward names too"),
         ("combined(jpeg_compressibility=1)", "esengine.rewards:jpeg.JpegCompressibility", "which reward names too"),
     ],
@@ -348,6 +349,7 @@ def test_rewards_that_cannot_be_used(family, reward, held_out, words, monkeypatc
     family("hpsv2")
     module = types.ModuleType("my_scores")
     module.Scorer = module.Same = type("Scorer", (), {"__call__": lambda self, images, prompts: [0.0] * len(images)})
+    module.one = module.other = type("Has", (), {"score": lambda self, images, prompts: [0.0] * len(images)})()
     module.total = load("combined", jpeg_compressibility=1)
     monkeypatch.setitem(sys.modules, "my_scores", module)
     with pytest.raises(ConfigError, match=words):

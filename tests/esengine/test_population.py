@@ -844,7 +844,9 @@ def test_a_part_of_the_module_is_enough_to_render_and_not_to_update(form, enter)
             enter(module, x)
 
 
-@pytest.mark.parametrize("use", [lambda w: w.T, lambda w: torch.cat([w, w]), lambda w: w.to(torch.float64), torch.norm])
+@pytest.mark.parametrize(
+    "use", [lambda w: w.T, lambda w: torch.cat([w, w]), lambda w: w.to(torch.float64), torch.norm, lambda w: w.data + 1]
+)
 def test_every_computation_with_a_targets_weight_is_seen_and_gives_a_plain_tensor(use):
     module = Branches("calls")
     population = esengine.attach(module, FORMS[0])
@@ -904,6 +906,7 @@ def test_a_merged_or_replaced_adapter_is_refused_until_it_is_back():
         lambda w, x: x + w.new_zeros(8),
         lambda w, x: x + 0 * torch.zeros_like(w)[0],
         lambda w, x: x.view_as(x) if w.dim() == w.ndim and w.size(0) == 8 and w.device == x.device else None,
+        lambda w, x: x.to(w.data.dtype).to(w.detach()),
     ],
 )
 def test_a_weight_may_lend_its_dtype_device_and_shape(use):
@@ -911,6 +914,37 @@ def test_a_weight_may_lend_its_dtype_device_and_shape(use):
     population = esengine.attach(module, FORMS[0])
     with torch.no_grad(), population.perturbed(step=0, members=torch.arange(4)):
         module(use(module.up.weight, torch.randn(4, 8)))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda w: torch.zeros(8, 8).__setitem__(slice(None), w),
+        lambda w: w.tolist(),
+        lambda w: w.numpy(),
+        lambda w: torch.equal(w, w),
+        lambda w: w.new_tensor(w),
+        lambda w: w.data_ptr(),
+        lambda w: w.sum().item(),
+    ],
+)
+def test_a_use_of_a_weight_that_gives_no_tensor_is_seen_too(use):
+    population = esengine.attach(Branches("calls"), FORMS[0])
+
+    def run():
+        with torch.no_grad(), population.perturbed(step=0, members=torch.arange(4)):
+            use(population.module.up.weight)
+            population.module(torch.randn(4, 8))
+
+    with pytest.raises(UnperturbedError, match="'up'"):
+        run()
+
+
+def test_looks_are_no_uses_for_a_compiler():
+    population = esengine.attach(Branches("looks"), FORMS[0])
+    compiled, x = torch.compile(population.module, backend="eager"), torch.randn(4, 8)
+    with torch.no_grad(), population.perturbed(step=0, members=torch.arange(4)):
+        assert torch.allclose(compiled(x), population.module(x), atol=1e-6)
 
 
 class OwnEncoder(torch.nn.TransformerEncoderLayer):

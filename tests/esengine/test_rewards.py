@@ -300,6 +300,8 @@ def test_other_number_types_will_do(dtype):
         [1, 2, 3, (1 << 24) + 1],
         (1, 2, 3, 10**400),
         [1, 2, 3, 2**128 - 1],
+        torch.tensor([2**53 + 1] * 4),
+        np.ma.masked_array([2**53 + 1] * 4, mask=[1, 0, 0, 0]),
         np.array([1, 2, 3, (1 << 24) + 1]),
         np.array([1, 2, 3, (1 << 63) + 1], np.uint64),
         torch.tensor([1, 2, 3, (1 << 24) + 1]),
@@ -313,8 +315,9 @@ def test_an_integer_that_would_be_rounded_is_refused_in_every_form(result):
 @pytest.mark.parametrize("dtype", [float, int, np.float32])
 def test_what_a_mask_hides_is_no_score(dtype):
     result = np.ma.masked_array([1, 2, 3, 4], mask=[0, 1, 0, 0], dtype=dtype)
-    with pytest.raises(RewardError, match=r"member 1 .*returned nan"):
-        weighted(lambda images, prompts: result).score(noise_images(), PROMPTS, step=1, members=range(4))
+    for form in (result, [1, result[1], 3, 4]):
+        with pytest.raises(RewardError, match=r"member 1 .*returned nan"):
+            weighted(lambda images, prompts, form=form: form).score(noise_images(), PROMPTS, step=1, members=range(4))
 
 
 def test_what_is_kept_is_a_copy():
