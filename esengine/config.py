@@ -265,8 +265,8 @@ class TrainConfig:
         _check_counts(self, "", population=(2, MOST), heldout_prompts=(1, MOST))
         if (images := self.population * self.es.prompts_per_step * self.es.repeats) > 1 << 24:
             raise ConfigError(
-                "population times es.prompts_per_step times es.repeats: expected at most 2^24 images a step, got "
-                f"{images}"
+                f"population: expected at most 2^24 images a step, got {images} with es.prompts_per_step "
+                f"{self.es.prompts_per_step} and es.repeats {self.es.repeats}"
             )
         for name in self.trackers:
             if name not in ("wandb", "trackio") or self.trackers.count(name) > 1:
@@ -433,6 +433,8 @@ def parse_train(args: list[str]) -> TrainConfig:
     """
     source, run = _below(args)
     data = {} if source is None else _settings(source)
+    if not run and data.get("config") is not None:
+        raise ConfigError(f"config {source}: config: expected no other file below this one, got {data['config']!r:.60}")
     default = TrainConfig()
     packaged = source is not None and source.parent == PACKAGED
     if not run and not packaged and (_peek(args, "model") or data.get("model", "nano")) == "nano":
@@ -491,8 +493,6 @@ def _file(source: str | Path) -> Path:
 
 def _settings(path: Path) -> dict[str, Any]:
     data = read_yaml(path)
-    if isinstance(data, dict) and data.get("config") is not None:
-        raise ConfigError(f"config {path}: config: expected no other file below this one, got {data['config']!r:.60}")
     if data is not None and not isinstance(data, dict):
         raise ConfigError(f"config {path}: expected a mapping of settings, got {type(data).__name__}")
     return data or {}
@@ -570,6 +570,9 @@ def as_typed(message: str, args: list[str]) -> str:
     if not colon or None in found:
         return message
     typed = {arg.partition("=")[0].replace("_", "-"): arg.partition("=")[0] for arg in args if arg.startswith("--")}
+    said = [typed[flag] for name, flag in flags.items() if "." in name and name in rest and flag in typed]
+    if said and not any(flags[name] in typed for name in found):  # the setting is at odds with one that was typed
+        return f"{said[0]}: {message}"
     if not any(flags[name] in typed for name in found) and (file := _holder(found[0], args)):
         return f"{file}: {message}"
     some = any(flags[name] in typed for name in found)

@@ -357,7 +357,7 @@ def test_the_module_is_the_console_script(workspace, cache):
         (["--lora.targets", "nolayer"], "--lora.targets: 'nolayer' matches nothing"),
         (
             ["--es.repeats", "1000000"],
-            "--es.repeats times population times es.prompts_per_step: expected at most 2^24",
+            "--es.repeats: population: expected at most 2^24 images",
         ),
         (["--update.lr-scale=1e10"], "--update.lr-scale times es.sigma: expected at most"),
         (["--revision", "main"], "--revision: tiny is part of this package and has none, got main"),
