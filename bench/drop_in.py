@@ -56,7 +56,7 @@ def measure() -> dict[str, dict[str, float]]:
                 with torch.no_grad():
                     module(x)
                 marks.append(time.perf_counter())
-                for name, start, end in zip(times, marks, marks[1:], strict=True):
+                for name, start, end in zip(times, marks[:-1], marks[1:], strict=True):
                     times[name].append(end - start)
             found[f"{form} {n}"] = {name: statistics.median(each[1:]) for name, each in times.items()}
     return found
