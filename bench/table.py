@@ -74,7 +74,7 @@ class Section(NamedTuple):
 def sections() -> list[Section]:
     """Every section of the generated part, in the order of the page."""
     nano = [_demo(), _headline(), _fresh(), _base(), _checker(), _clip()]
-    return [*nano, _forward(), _kernels(), _scaling(), _aot(), *_suite()]
+    return [*nano, _forward(), _drop_in(), _kernels(), _scaling(), _aot(), *_suite()]
 
 
 def generated() -> list[str]:
@@ -167,6 +167,22 @@ def _demo() -> Section:
     head = ["score", "base of seed 0, 1, 2", *(f"seed {seed}" for seed in runs)]
     command = f"python bench/demo.py --json bench/results/{file}"
     return Section("The demo on a CPU", what, record["device"], [file], command, [_table(head, rows)])
+
+
+def _drop_in() -> Section:
+    file = "cpu_drop_in.json"
+    record = _read(file)
+    rows = [
+        [case, f"{1e3 * each['here']:.1f}", f"{each['ratio']['median']:.2f}"] for case, each in record["table"].items()
+    ]
+    head = ["form, N", "forward and update, ms", "of the older version"]
+    what = [
+        "The layer on an MLP 256-1024-1024-10, one row a member, one thread.",
+        f"The older version is commit {record['against'][:7]}. Both ran in turns; the ratio is the median of "
+        f"{len(record['rounds'])} rounds.",
+    ]
+    command = "python bench/drop_in.py --against PYTHON --json bench/results/cpu_drop_in.json"
+    return Section("The drop-in layer on a CPU", what, record["device"], [file], command, [_table(head, rows)])
 
 
 def _headline() -> Section:
