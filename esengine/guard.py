@@ -121,12 +121,11 @@ def load_rewards(
     options = {term.name: term.options for term in [*watched, *chosen]}
 
     def alike(one: str, other: str) -> bool:
-        named = one in BUILTIN and other in BUILTIN  # two of ours are two
+        """Whether two names, not both built in, stand for one thing. A bound method is a new object each time."""
+        if (one in BUILTIN and other in BUILTIN) or options[one] != options[other]:
+            return False
         first, second = targets[one], targets[other]
-        same = first is second or (
-            isinstance(first, MethodType) and first == second
-        )  # a method is a new object each time
-        return not named and same and options[one] == options[other]
+        return first is second or (isinstance(first, MethodType) and first == second)
 
     both = [
         (term, other[0]) for term, other in product(held, kept) if alike(term[0], other[0]) or _same(term[1], other[1])

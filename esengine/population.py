@@ -112,7 +112,7 @@ def attach(
     Raises:
         ValueError: an option of `config` that ES on frozen weights cannot honour, a target that matches nothing, an
             adapter already there or on a module below, a target that stands at two places, a clash of stream ids.
-        TypeError: a target that is not a dense linear.
+        TypeError: a target that is not a dense linear, or one with a hook or a forward of its own.
     """
     noise, rule = noise or Noise(), rule or UpdateRule()
     form = DirectLinear if isinstance(config, Direct) else PopulationLinear
@@ -238,7 +238,7 @@ class Population:
                 with a target's weight, which has no noise. Every member would compute the same there. An adapter that
                 you switched off is off, without an error; `update` then has one.
             RuntimeError: inside another `perturbed`, or after `detach`; or a target's adapter is merged into the weight
-                or not the active one.
+                or not the active one, or its base linear has a hook or a forward of its own.
         """
         self._check_attached()
         if self._scope.chunk is not None:

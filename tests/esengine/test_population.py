@@ -1089,3 +1089,17 @@ def test_layers_are_in_the_mode_of_the_module_they_are_on():
         population = esengine.attach(module, FORMS[0])
         assert {each.training for each in module.modules()} == {mode}
         population.detach()
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["lora", "direct"])
+def test_noise_that_was_made_in_inference_mode_serves_the_update(form):
+    fitness = torch.tensor([1.0, -1, 2, -2])
+    moved = []
+    for mode in (torch.inference_mode, torch.no_grad):
+        torch.manual_seed(0)
+        population = esengine.attach(Branches("calls"), form)
+        with mode(), population.perturbed(step=0, members=torch.arange(4)):
+            population.module(torch.randn(4, 8))
+        population.update(step=0, fitness=fitness)
+        moved.append({name: p.clone() for name, p in population.parameters().items()})
+    assert all(torch.equal(moved[0][name], moved[1][name]) for name in moved[0])

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from esengine.errors import ConfigError, UpdateError
 from esengine.update import Updater, UpdateRule
@@ -215,3 +216,24 @@ def test_an_error_in_the_middle_of_a_step_changes_nothing():
 def test_wrong_rules(settings, message):
     with pytest.raises(ConfigError, match=message):
         UpdateRule(**settings)
+
+
+class Count(TorchDispatchMode):
+    """How many operations torch was asked for."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
+def test_many_tensors_take_few_operations(optimizer):
+    parameters = {str(i): torch.nn.Parameter(torch.randn(2, 3), requires_grad=False) for i in range(336)}
+    updater = Updater(UpdateRule(optimizer=optimizer), parameters, 0.1)
+    gradient = {name: torch.randn(2, 3) for name in parameters}
+    updater.step(gradient)
+    with Count() as count:
+        updater.step(gradient)
+    assert 0 < count.calls <= 1000
