@@ -228,9 +228,9 @@ def forward_cases() -> Iterator[Case]:
     for side in (16, 32):
         x = empty(64, model.config.in_channels, side, side, dtype=torch.bfloat16)
         with torch.no_grad(), recorded_launches() as noted, population.perturbed(step=1, members=members):
-            parts = fused_parts(model, population.perturbation)
+            parts = fused_parts(model, True)
             assert parts, "the blocks have no fused form"
-            with in_place_of(parts):
+            with in_place_of(parts, population.perturbation):
                 model(x, text, **inputs)
         for kernel, args, kwargs in noted:
             sizes = {name: kwargs[name] for name in ("M", "N", "K", "T", "H", "W", "C", "PARTS") if name in kwargs}

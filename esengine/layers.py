@@ -14,7 +14,7 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
-from esengine.kernels import Streams, population_linear_torch, population_linear_triton
+from esengine.kernels import Lora, MemberNoise, Streams, population_linear, population_linear_torch, stream_table
 
 ADAPTER = "default"
 
@@ -35,19 +35,13 @@ class Chunk:
     """What the layers need to perturb one batch of B rows.
 
     Attributes:
-        members: int64 [B].
-        step: of the noise contract; for Triton int64 [1] on the device.
-        seed, sigma, rank: likewise.
+        noise: of the batch; its step is int64 [1] on the device where Triton runs.
         c: fp32 [B], sign * sigma / sqrt(k); torch path only, as is the next.
         factors: V, U, V', U' of each layer by name, fp32 [P, L, k] of pairs whose B / P rows stand together; None where
             a layer has no such factor.
     """
 
-    members: torch.Tensor
-    step: int | torch.Tensor
-    seed: int
-    sigma: float
-    rank: int
+    noise: MemberNoise
     c: torch.Tensor | None = None
     factors: dict[str, tuple[torch.Tensor, ...]] | None = None
 
@@ -182,6 +176,11 @@ class Target:
         raise NotImplementedError
 
     @property
+    def operands(self) -> Lora:
+        """The target as kernels take it."""
+        return Lora(self.a, self.b, self.scale, stream_table((self.streams,), self.base_weight.device))
+
+    @property
     def weight(self) -> torch.Tensor:
         """`base_weight`, for code that takes this layer for a plain linear. It has no noise, so its use is noted."""
         if self.scope is None or self.scope.chunk is None:
@@ -247,10 +246,10 @@ class Target:
         if self.disable_adapters:  # switched off by the user: no noise is wanted
             return self.unperturbed(x, *args, **kwargs)
         self.require_in_force()
-        if len(x) != len(chunk.members):
+        if len(x) != len(chunk.noise.members):
             raise ValueError(
                 f"members: expected one for each batch row of {self.name}, int64 [{len(x)}], "
-                f"got int64 [{len(chunk.members)}]"
+                f"got int64 [{len(chunk.noise.members)}]"
             )
         self.mark_called()
         if torch.is_autocast_enabled(x.device.type):
@@ -260,10 +259,7 @@ class Target:
 
     def _perturbed(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         if chunk.factors is None:
-            return population_linear_triton(
-                x, self.base_weight, self.bias, self.a, self.b, members=chunk.members, streams=self.streams,
-                seed=chunk.seed, step=chunk.step, sigma=chunk.sigma, rank=chunk.rank, scale=self.scale,
-            )  # fmt: skip
+            return population_linear(x, self.base_weight, self.bias, self.operands, chunk.noise)
         return population_linear_torch(
             x, self.base_weight, self.bias, self.a, self.b,
             factors=chunk.factors[self.name], c=chunk.c, scale=self.scale,

@@ -217,8 +217,7 @@ class Population:
         """The noise of the batch in force, as kernels take it. Raises RuntimeError outside `perturbed`."""
         if self._scope.chunk is None:
             raise RuntimeError("perturbation: expected to be inside perturbed")
-        chunk = self._scope.chunk
-        return MemberNoise(chunk.members.contiguous(), chunk.seed, chunk.step, chunk.sigma, chunk.rank)
+        return self._scope.chunk.noise
 
     @contextmanager
     def perturbed(self, *, step: int | torch.Tensor, members: torch.Tensor) -> Iterator["Population"]:
@@ -426,11 +425,11 @@ class Population:
     def _chunk(self, step: int | torch.Tensor, members: torch.Tensor) -> Chunk:
         members = self._check_members(members)
         key_words(self.noise.seed, step)
-        settings = dict(members=members, **vars(self.noise))
-        if self.backend == "triton":
-            return Chunk(**settings, step=step_tensor(step, self.device))
-        step = int(step)
-        settings["step"] = step
+        triton = self.backend == "triton"
+        step = step_tensor(step, self.device) if triton else int(step)
+        noise = MemberNoise(members.contiguous(), self.noise.seed, step, self.noise.sigma, self.noise.rank)
+        if triton:
+            return Chunk(noise)
         pairs, slots = torch.unique(members >> 1, return_inverse=True)
         c = signed_sigma(members, self.noise.sigma, self.noise.rank)
         each = len(members) // max(1, len(pairs))
@@ -438,7 +437,7 @@ class Population:
             slots = (
                 None  # as many batch rows of each pair, one after the other: no row needs a copy of its pair's noise
             )
-        return Chunk(**settings, c=c, factors=self._factors(step, pairs, slots))
+        return Chunk(noise, c, self._factors(step, pairs, slots))
 
     def _factors(self, step: int, pairs: torch.Tensor, slots: torch.Tensor | None) -> dict[str, tuple]:
         """V, U, V', U' [P, L, k] of every layer, [B, L, k] with `slots`; None where a layer has no such factor."""

@@ -1,6 +1,5 @@
 """One op a file: formula, Triton kernel, launcher, public function and beside it the reference, `_ref`."""
 
-from esengine.kernels.augmented_linear import population_linear_augmented
 from esengine.kernels.depthwise_gate import depthwise_gate, depthwise_gate_ref
 from esengine.kernels.es_update import (
     PAIRS_PER_CHUNK,
@@ -10,8 +9,10 @@ from esengine.kernels.es_update import (
     es_update_chunk,
     es_update_ref,
 )
+from esengine.kernels.factors import member_factors, member_factors_ref
 from esengine.kernels.fused_linear import fused_linear, fused_linear_ref
 from esengine.kernels.linear_attention import linear_attention, linear_attention_ref
+from esengine.kernels.low_rank_part import low_rank_part, low_rank_part_ref
 from esengine.kernels.noise import (
     CONTRACT,
     NoisePlan,
@@ -31,12 +32,7 @@ from esengine.kernels.noise import (
     uses_triton,
 )
 from esengine.kernels.operands import Lora, MemberNoise, stream_table
-from esengine.kernels.population_linear import (
-    population_linear,
-    population_linear_ref,
-    population_linear_torch,
-    population_linear_triton,
-)
+from esengine.kernels.population_linear import population_linear, population_linear_ref, population_linear_torch
 from esengine.kernels.shrink import Modulation, mix, mix_ref, shrink, shrink_ref, takes_shares
 from esengine.kernels.vml import resolve_vml
 
@@ -65,6 +61,10 @@ __all__ = [
     "linear_attention",
     "linear_attention_ref",
     "linear_streams",
+    "low_rank_part",
+    "low_rank_part_ref",
+    "member_factors",
+    "member_factors_ref",
     "mix",
     "mix_ref",
     "normals",
@@ -73,10 +73,8 @@ __all__ = [
     "pair_weights",
     "philox_ref",
     "population_linear",
-    "population_linear_augmented",
     "population_linear_ref",
     "population_linear_torch",
-    "population_linear_triton",
     "shrink",
     "shrink_ref",
     "signed_sigma",

@@ -19,7 +19,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,6 @@ import torch
 FOLDER = Path(__file__).with_name("configs")
 DEFAULT = FOLDER / "default.json"
 OVERRIDE = "ESENGINE_KERNEL_CONFIGS"
-DTYPES = ("float32", "bfloat16", "float16")
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +57,11 @@ OPS = {
         ("BLOCK_T", "BLOCK_K", "num_warps", "num_stages"),
         ("BLOCK_T", "BLOCK_K", "num_warps"),
     ),
+    "low_rank_part": Op(
+        ("dtype", "t", "k", "columns"),
+        ("BLOCK_T", "BLOCK_K", "BLOCK_N", "num_warps", "num_stages"),
+        ("BLOCK_T", "BLOCK_K", "num_warps"),
+    ),
     "mix": Op(("t", "columns"), ("BLOCK_T", "num_warps", "num_stages"), ("BLOCK_T", "num_warps")),
     "linear_attention": Op(("dtype", "t", "d"), ("BLOCK_T", "num_warps", "num_stages"), ("BLOCK_T", "num_warps")),
     "linear_attention_rstd": Op(
@@ -80,8 +84,8 @@ class Paths(NamedTuple):
     names: tuple[str, ...]
 
 
-PATHS = {"population_linear": Paths(("dtype", "t", "k", "n"), ("epilogue", "augmented"))}
-"""By op: expand in the GEMM's epilogue, or as columns of a longer K."""
+PATHS = {"population_linear": Paths(("dtype", "t", "k", "n"), ("epilogue", "addmm"))}
+"""By op: expand in our GEMM's epilogue, or write the low-rank part and let torch's GEMM add to it."""
 
 
 def settings(op: str, device: torch.device, **conditions: str | int | bool) -> dict[str, int]:
@@ -191,55 +195,30 @@ def _holds(rule: Any, value: str | int | bool) -> bool:
 
 
 def _check(document: Any) -> None:
-    _keys("file", document, {"made", "ops"}, {"made", "ops", "paths"})
-    made, ops = document["made"], document["ops"]
-    _keys("made", made, {"command", "device", "arch"})
-    arch = made["arch"]
-    _expect("made.arch", arch is None or type(arch) is int, "an integer, 90 for sm_90, or null", arch)
-    _keys("ops", ops, set(OPS), set(OPS))
-    for op, entries in ops.items():
-        _expect(op, isinstance(entries, list) and bool(entries), "a list of entries", entries)
+    """Raises ValueError, with the place, for a name that is missing or not known. Triton judges the numbers."""
+    _names("file", document, ("made", "ops"), ("paths",))
+    _names("ops", document["ops"], OPS)
+    _names("paths", document.get("paths", {}), (), PATHS)
+    for op, entries in document["ops"].items():
         for i, entry in enumerate(entries):
-            _keys(f"{op}[{i}]", entry, {"when", "launch"})
-            _check_when(f"{op}[{i}].when", entry["when"], OPS[op].conditions)
-            _check_launch(f"{op}[{i}].launch", entry["launch"], OPS[op])
-        _keys(f"{op}[{len(entries) - 1}].when", entries[-1]["when"], set(), set())  # the last is for every launch
-    paths = document.get("paths", {})
-    _keys("paths", paths, set(), set(PATHS))
-    for op, entries in paths.items():
-        _expect(f"paths.{op}", isinstance(entries, list), "a list of entries", entries)
+            _names(f"{op}[{i}]", entry, ("when", "launch"))
+            _names(f"{op}[{i}].when", entry["when"], (), OPS[op].conditions)
+            _names(f"{op}[{i}].launch", entry["launch"], OPS[op].settings)
+        if not entries or entries[-1]["when"]:
+            raise ValueError(f"{op}: expected a last entry for every launch, with an empty 'when'")
+    for op, entries in document.get("paths", {}).items():
         for i, entry in enumerate(entries):
-            _keys(f"paths.{op}[{i}]", entry, {"when", "path"})
-            _check_when(f"paths.{op}[{i}].when", entry["when"], PATHS[op].conditions)
-            names = PATHS[op].names
-            _expect(f"paths.{op}[{i}].path", entry["path"] in names, f"one of {', '.join(names)}", entry["path"])
+            _names(f"paths.{op}[{i}]", entry, ("when", "path"))
+            _names(f"paths.{op}[{i}].when", entry["when"], (), PATHS[op].conditions)
+            if entry["path"] not in PATHS[op].names:
+                names = ", ".join(PATHS[op].names)
+                raise ValueError(f"paths.{op}[{i}].path: expected one of {names}, got {entry['path']!r}")
 
 
-def _check_when(place: str, when: Any, conditions: tuple[str, ...]) -> None:
-    _keys(place, when, set(), set(conditions))
-    for name, rule in when.items():
-        if name == "dtype":
-            _expect(f"{place}.dtype", rule in DTYPES, f"one of {', '.join(DTYPES)}", rule)
-        bounds = isinstance(rule, list) and len(rule) == 2 and all(x is None or type(x) is int for x in rule)
-        _expect(f"{place}.{name}", bounds or isinstance(rule, (str, int)), "a value or [least, most]", rule)
-
-
-def _check_launch(place: str, launch: Any, op: Op) -> None:
-    _keys(place, launch, set(op.settings), set(op.settings))
-    for name, value in launch.items():
-        positive, free = type(value) is int and value > 0, name in ("GROUP_M", "num_stages")
-        expected = "a positive integer" if free else "a power of two"
-        _expect(f"{place}.{name}", positive and (free or value & (value - 1) == 0), expected, value)
-
-
-def _keys(place: str, got: Any, least: set[str], most: set[str] | None = None) -> None:
-    _expect(place, isinstance(got, dict), "an object", got)
-    for name in sorted(least - set(got)):
-        raise ValueError(f"{place}: expected '{name}' in it, got {', '.join(got) or 'nothing'}")
-    for name in sorted(set(got) - (set(got) if most is None else most)):
-        raise ValueError(f"{place}: expected only {', '.join(sorted(most)) or 'nothing'}, got '{name}'")
-
-
-def _expect(place: str, holds: bool, expected: str, got: Any) -> None:
-    if not holds:
-        raise ValueError(f"{place}: expected {expected}, got {got!r}")
+def _names(place: str, got: Any, needed: Iterable[str], possible: Iterable[str] = ()) -> None:
+    if not isinstance(got, dict):
+        raise ValueError(f"{place}: expected an object, got {got!r}")
+    needed, known = set(needed), {*needed, *possible}
+    if got.keys() - known or needed - got.keys():
+        names = ", ".join(sorted(known)) or "nothing"
+        raise ValueError(f"{place}: expected {names}, got {', '.join(sorted(got)) or 'nothing'}")

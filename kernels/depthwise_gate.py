@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from esengine.kernels import configs
-from esengine.kernels.noise import INTERPRET, triton, uses_triton
+from esengine.kernels.launch import output
+from esengine.kernels.noise import triton, uses_triton
 
 if triton is not None:
     import triton.language as tl
@@ -54,7 +55,7 @@ if triton is not None:
         x_ptr, w_ptr, bias_ptr, y_ptr,
         H, tiles_h, tiles_w,
         stride_xb, stride_yb, stride_wc, stride_wi, stride_wj,
-        W: tl.constexpr, C: tl.constexpr, stride_xt: tl.constexpr, HAS_BIAS: tl.constexpr,
+        W: tl.constexpr, C: tl.constexpr, stride_xt: tl.constexpr,
         STRIP: tl.constexpr, UNROLL: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
     ):  # fmt: skip
         # W, C and stride_xt are compile-time, so that the addresses of a row's loads are one register and constants
@@ -71,7 +72,7 @@ if triton is not None:
         gate_taps = _load_taps(w_ptr, C + c, mask, stride_wc, stride_wi, stride_wj)
         bias = tl.zeros((BLOCK_W, BLOCK_C), dtype=tl.float32)
         gate_bias = bias
-        if HAS_BIAS:
+        if bias_ptr is not None:
             bias += tl.load(bias_ptr + c, mask=mask, other=0.0).to(tl.float32)
             gate_bias += tl.load(bias_ptr + C + c, mask=mask, other=0.0).to(tl.float32)
 
@@ -138,8 +139,7 @@ def depthwise_gate(
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("x: requires a gradient, which the Triton path does not have; call it under torch.no_grad")
     batch, t, channels = x.shape
-    # under the interpreter a store to bf16 truncates, so it writes fp32 and torch rounds
-    y = torch.empty(batch, t, channels // 2, device=x.device, dtype=torch.float32 if INTERPRET else x.dtype)
+    y = output(x, batch, t, channels // 2)
     if y.numel() == 0:
         return y.to(x.dtype)
     if x.stride(2) != 1:
@@ -149,10 +149,10 @@ def depthwise_gate(
     grid = (batch * tiles_h * tiles_w * triton.cdiv(channels // 2, config["BLOCK_C"]),)
     with torch.cuda.device_of(x):
         _depthwise_gate_kernel[grid](
-            x, weight, weight if bias is None else bias.contiguous(), y,
+            x, weight, None if bias is None else bias.contiguous(), y,
             H=height, tiles_h=tiles_h, tiles_w=tiles_w, stride_xb=x.stride(0), stride_yb=y.stride(0),
             stride_wc=weight.stride(0), stride_wi=weight.stride(2), stride_wj=weight.stride(3),
-            W=width, C=channels // 2, stride_xt=x.stride(1), HAS_BIAS=bias is not None, **config,
+            W=width, C=channels // 2, stride_xt=x.stride(1), **config,
         )  # fmt: skip
     return y.to(x.dtype)
 

@@ -34,7 +34,7 @@ PAIRS_PER_CHUNK = 64
 if triton is not None:
     import triton.language as tl
 
-    from esengine.kernels.fused_linear import column
+    from esengine.kernels.low_rank import column
     from esengine.kernels.noise import noise_rows, offset
 
     @triton.jit(do_not_specialize=["PAIRS", "step", "stream_u", "stream_v"])

@@ -1,6 +1,6 @@
 """A GEMM whose epilogue does what would else be passes over y: low-rank columns, activation, gated residual.
 
-    z = x W^T + bias + h [B | U']^T          expand: U' rebuilt from (seed, step, stream, pair, column)
+    z = x W^T + bias + h [B | U']^T          expand: U' rebuilt, or read where it was stored
     z = z sigmoid(z)                         if asked, SiLU; or GELU by tanh, z sigmoid(1.596 (z + 0.044715 z^3))
     y = residual + gate z                    if asked; rounded once
     g_p = y_p [A^T | V]_p                    if asked: of the linear that reads y, tile p's share of its shrink
@@ -23,32 +23,31 @@ import torch
 import torch.nn.functional as F
 
 from esengine.kernels import configs
-from esengine.kernels.noise import INTERPRET, factor_ref, padded_rank, signed64, step_tensor, triton, uses_triton
+from esengine.kernels.factors import check_factors
+from esengine.kernels.launch import noise_arguments, output
+from esengine.kernels.noise import INTERPRET, factor_ref, triton, uses_triton
 from esengine.kernels.operands import Lora, MemberNoise, check, check_adapters, check_noise, check_x, refuse
 from esengine.kernels.shrink import check_then, shares_ref
 
 if triton is not None:
     import triton.language as tl
 
+    from esengine.kernels.low_rank import column, halves, low_rank_columns
     from esengine.kernels.noise import noise_rows, offset
-    from esengine.kernels.shrink import halves, low_rank_columns
 
-    @triton.jit
-    def column(tile, j, KP: tl.constexpr):
-        """float32 [ROWS]: column j of a [ROWS, KP] tile."""
-        return tl.sum(tl.where(tl.arange(0, KP)[None, :] == j, tile, 0.0), axis=1)
-
-    @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["members_ptr", "step_ptr"])
+    @triton.jit(
+        do_not_specialize=["M", "T", "seed"], do_not_specialize_on_alignment=["members_ptr", "step_ptr", "factors_ptr"]
+    )
     def _linear_kernel(
-        x_ptr, w_ptr, bias_ptr, b_ptr, h_ptr, streams_ptr, members_ptr, step_ptr, residual_ptr, gate_ptr, y_ptr,
-        a_ptr, then_ptr, shares_ptr,
+        x_ptr, w_ptr, bias_ptr, b_ptr, h_ptr, streams_ptr, members_ptr, step_ptr, factors_ptr, residual_ptr, gate_ptr,
+        y_ptr, a_ptr, then_ptr, shares_ptr,
         M, N, T,
         stride_xb, stride_xt, stride_xk, stride_wn, stride_wk, stride_bn, stride_br, stride_gb, stride_ar, stride_ak,
         seed: tl.int64,
         K: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, KP: tl.constexpr,
-        KD: tl.constexpr, QD: tl.constexpr, EXPAND: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-        RESIDUAL: tl.constexpr, GATED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-        THEN: tl.constexpr, THEN_R: tl.constexpr,
+        U_AT: tl.constexpr, V_OUT_AT: tl.constexpr, U_OUT_AT: tl.constexpr, WIDTH: tl.constexpr,
+        KD: tl.constexpr, QD: tl.constexpr, ACTIVATION: tl.constexpr,
+        UPCAST: tl.constexpr, PRECISION: tl.constexpr, THEN_R: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     ):  # fmt: skip
         # programs of one group of row tiles share columns of W in L2; no tile straddles two targets
@@ -76,15 +75,24 @@ if triton is not None:
                 x, w = x.to(tl.float32), w.to(tl.float32)
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
 
-        if EXPAND:
+        if h_ptr is not None:
             # columns of all members that the tile touches, gathered first: one product then costs half the registers
-            stream, step = tl.load(streams_ptr + 4 * target + 3), tl.load(step_ptr)
+            step = tl.load(step_ptr)
             for q0 in tl.range(0, KD, QD, num_stages=1):
                 q = q0 + tl.arange(0, QD)
-                b_ptrs = b_ptr + offset(n, stride_bn)[None, :] + offset(q, stride_br)[:, None]
-                columns = tl.load(b_ptrs, mask=(q < R)[:, None] & real_n[None, :], other=0.0)
-                if q0 + QD > R:
-                    member_row = first_row
+                columns = tl.zeros((QD, BLOCK_N), tl.float32)
+                if b_ptr is not None:
+                    b_ptrs = b_ptr + offset(n, stride_bn)[None, :] + offset(q, stride_br)[:, None]
+                    columns = tl.load(b_ptrs, mask=(q < R)[:, None] & real_n[None, :], other=0.0)
+                if factors_ptr is not None:
+                    place = q - R
+                    member = tl.minimum(first_row + place // RANK, last_row)
+                    rows = factors_ptr + (offset(member * G + target, WIDTH) + U_OUT_AT + place % RANK)[:, None]
+                    own = (place >= 0) & (first_row + place // RANK <= last_row)
+                    u_ptrs = rows + ((first_n + tl.arange(0, BLOCK_N)) * KP)[None, :]
+                    columns += tl.load(u_ptrs, mask=own[:, None] & real_n[None, :], other=0.0)
+                elif q0 + QD > R:
+                    stream, member_row = tl.load(streams_ptr + 4 * target + 3), first_row
                     while member_row <= last_row:  # Triton 3.6's interpreter has no range of a run-time number
                         pair = tl.load(members_ptr + member_row) >> 1
                         u = noise_rows(seed, step, stream, pair, first_n, BLOCK_N, KP)
@@ -97,33 +105,33 @@ if triton is not None:
                 h_ptrs = h_ptr + offset(m, G * (R + RANK))[:, None] + h_column[None, :]
                 h = tl.load(h_ptrs, mask=(m < M)[:, None] & own, other=0.0)
                 acc = tl.dot(h, columns, acc, input_precision=PRECISION)
-        if HAS_BIAS:
+        if bias_ptr is not None:
             acc += tl.load(bias_ptr + n, mask=real_n, other=0.0).to(tl.float32)[None, :]
         if ACTIVATION == "silu":
             acc = acc / (1 + tl.exp(-acc))
         elif ACTIVATION == "gelu_tanh":
             acc = acc / (1 + tl.exp(-1.5957691216057308 * (acc + 0.044715 * acc * acc * acc)))  # 2 sqrt(2 / pi)
         mask = (m[:, None] < M) & real_n[None, :]
-        if GATED:
+        if gate_ptr is not None:
             gated_row = first_row
             while gated_row <= last_row:  # a row of gates at a time: a tile of their addresses fills the registers
                 gates = tl.load(gate_ptr + offset(gated_row, stride_gb) + n, mask=real_n, other=0.0).to(tl.float32)
                 acc = tl.where((row == gated_row)[:, None], acc * gates[None, :], acc)
                 gated_row += 1
         y_offsets = offset(m, G * N)[:, None] + n[None, :]
-        if RESIDUAL:
+        if residual_ptr is not None:
             acc += tl.load(residual_ptr + y_offsets, mask=mask, other=0.0).to(tl.float32)
         y = acc.to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + y_offsets, y, mask=mask)
-        if THEN:
+        if then_ptr is not None:
             g, step = tl.zeros((BLOCK_M, 16), tl.float32), tl.load(step_ptr)
             y = tl.where(real_n[None, :], y, 0.0)
             then_row = first_row
             while then_row <= last_row:  # each member's own noise; few tiles touch more than one
                 pair = tl.load(members_ptr + then_row) >> 1
                 own = low_rank_columns(
-                    a_ptr, then_ptr, stride_ar, stride_ak, seed, step, pair, first_n, N,
-                    1, THEN_R, RANK, KP, 16, BLOCK_N,
+                    a_ptr, then_ptr, None, stride_ar, stride_ak, seed, step, pair, first_n, N,
+                    1, THEN_R, RANK, KP, 16, BLOCK_N, 0,
                 )  # fmt: skip
                 upper, lower = halves(own, True, UPCAST)
                 g = tl.where((row == then_row)[:, None], tl.dot(y, upper, tl.dot(y, lower)), g)
@@ -159,6 +167,7 @@ def fused_linear(
     residual: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
     then: Lora | None = None,
+    factors: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`fused_linear_ref` by the fastest way the device has: Triton on a GPU, the reference itself elsewhere.
 
@@ -167,48 +176,39 @@ def fused_linear(
     if not uses_triton(x.device):
         return fused_linear_ref(
             x, weight, bias, h=h, adapters=adapters, perturbation=perturbation, activation=activation,
-            residual=residual, gate=gate, then=then,
+            residual=residual, gate=gate, then=then, factors=factors,
         )  # fmt: skip
-    _check(x, weight, bias, h, adapters, perturbation, activation, residual, gate, then)
+    _check(x, weight, bias, h, adapters, perturbation, activation, residual, gate, then, factors)
     batch, t, k = x.shape
     m, targets = batch * t, adapters.targets if adapters else 1
     n = len(weight) // targets
-    # under the interpreter a store to bf16 truncates, so it writes fp32 and torch rounds
-    y = torch.empty(batch, t, len(weight), device=x.device, dtype=torch.float32 if INTERPRET else x.dtype)
+    y = output(x, batch, t, len(weight))
     config = linear_config(x.device, dtype=x.dtype, t=t, k=k, n=n, gated=gate is not None)
-    parts, shares = targets * triton.cdiv(n, config["BLOCK_N"]), y
+    parts, shares = targets * triton.cdiv(n, config["BLOCK_N"]), None
     if then is not None:
         columns = check_then(then, perturbation, x.dtype)
         shares = torch.empty(parts, batch, t, columns, dtype=torch.float32, device=x.device)
     if y.numel() == 0:
         return y.to(x.dtype) if then is None else (y.to(x.dtype), shares)
-    h = x if h is None else h
-    keys = perturbation or MemberNoise(x, 0, 0, 0.0, 1)
-    step = x if perturbation is None else step_tensor(keys.step, x.device)
-    b = None if adapters is None else adapters.b
-    block_m, r = config["BLOCK_M"], adapters.r if adapters else 0
+    noise = noise_arguments(adapters or then, perturbation, None if adapters is None else factors, k)
+    noise |= {"G": targets} | ({"R": 0} if adapters is None else {})
+    b, a = None if adapters is None else adapters.b, None if then is None else then.a
+    block_m, rank = config["BLOCK_M"], noise["RANK"]
     touched = 1 if t % block_m == 0 else (block_m + t - 2) // t + 1  # batch rows that one tile can touch
-    columns = max(16, triton.next_power_of_2(r + keys.rank * touched))
-    then_a = None if then is None else then.a
+    columns = max(16, triton.next_power_of_2(noise["R"] + rank * touched))
     with torch.cuda.device_of(x):
         _linear_kernel[(triton.cdiv(m, block_m) * parts,)](
-            x, weight, weight if bias is None else bias.contiguous(), h if b is None else b, h,
-            adapters.streams if adapters else x, keys.members, step, x if residual is None else residual.contiguous(),
-            x if gate is None else gate, y,
-            y if then_a is None else then_a, x if then is None else then.streams, shares,
+            x, weight, None if bias is None else bias.contiguous(), b, h,
+            residual_ptr=None if residual is None else residual.contiguous(), gate_ptr=gate, y_ptr=y,
+            a_ptr=a, then_ptr=None if then is None else then.streams, shares_ptr=shares,
             M=m, N=n, T=t, stride_xb=x.stride(0), stride_xt=x.stride(1), stride_xk=x.stride(2),
             stride_wn=weight.stride(0), stride_wk=weight.stride(1),
             stride_bn=0 if b is None else b.stride(0), stride_br=0 if b is None else b.stride(1),
             stride_gb=0 if gate is None else gate.stride(0),
-            stride_ar=0 if then_a is None else then_a.stride(0), stride_ak=0 if then_a is None else then_a.stride(1),
-            seed=signed64(keys.seed),
-            K=k, G=targets, R=r, RANK=keys.rank, KP=padded_rank(keys.rank),
-            KD=columns, QD=min(columns, 16 if x.dtype == torch.float32 else 64),
-            EXPAND=adapters is not None, HAS_BIAS=bias is not None, ACTIVATION=activation or "none",
-            RESIDUAL=residual is not None, GATED=gate is not None, UPCAST=INTERPRET,
-            PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-            THEN=then is not None, THEN_R=0 if then is None else then.r,
-            **config,
+            stride_ar=0 if a is None else a.stride(0), stride_ak=0 if a is None else a.stride(1),
+            K=k, KD=columns, QD=min(columns, 16 if x.dtype == torch.float32 else 64),
+            ACTIVATION=activation, UPCAST=INTERPRET, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+            THEN_R=0 if then is None else then.r, **noise, **config,
         )  # fmt: skip
     y = y.to(x.dtype)
     return y if then is None else (y, shares)
@@ -226,6 +226,7 @@ def fused_linear_ref(
     residual: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
     then: Lora | None = None,
+    factors: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The linear and its epilogue in fp32, one member and target at a time, rounded once.
 
@@ -240,6 +241,7 @@ def fused_linear_ref(
         residual: [B, T, G N], dtype of x, or None.
         gate: [B, G N], one for each batch row, last stride 1, or None.
         then: A target that reads y, with r + k of at most 16; with `perturbation`, and one target here.
+        factors: Of `member_factors` for `adapters` and `perturbation`, so that they are not rebuilt here.
 
     Returns:
         y [B, T, G N], dtype of x, contiguous; with `then` also its shares for `mix`, fp32 [P, B, T, r + k], P >= 1.
@@ -247,7 +249,7 @@ def fused_linear_ref(
     Raises:
         ValueError: an operand is of another shape, dtype or device, or of strides that are not said here; by its name.
     """
-    _check(x, weight, bias, h, adapters, perturbation, activation, residual, gate, then)
+    _check(x, weight, bias, h, adapters, perturbation, activation, residual, gate, then, factors)
     y = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
     if adapters is not None:
         g, r, rank = adapters.targets, adapters.r, perturbation.rank
@@ -271,7 +273,7 @@ def fused_linear_ref(
     return y if then is None else (y, shares_ref(y, then, perturbation))
 
 
-def _check(x, weight, bias, h, adapters, perturbation, activation, residual, gate, then) -> None:
+def _check(x, weight, bias, h, adapters, perturbation, activation, residual, gate, then, factors) -> None:
     """Raises ValueError for what does not fit, by its name. See `fused_linear_ref`."""
     if activation not in (None, *get_args(Activation)):
         raise ValueError(f"activation: expected one of {', '.join(get_args(Activation))} or None, got {activation!r}")
@@ -297,6 +299,7 @@ def _check(x, weight, bias, h, adapters, perturbation, activation, residual, gat
         check_adapters("adapters", adapters, k, n // targets, x.device)
         columns = targets * (adapters.r + perturbation.rank)
         check("h", h, (batch, t, columns), torch.float32, x.device, strides="all")
+    check_factors(factors, adapters, perturbation, batch, k, n // targets)
     if then is not None:
         check_then(then, perturbation, x.dtype)
         check_adapters("then", then, n, None, x.device)

@@ -28,15 +28,16 @@ import math
 import torch
 
 from esengine.kernels import configs
-from esengine.kernels.noise import INTERPRET, padded_rank, signed64, step_tensor, triton, uses_triton
+from esengine.kernels.launch import exact_products, output
+from esengine.kernels.noise import padded_rank, signed64, step_tensor, triton, uses_triton
 from esengine.kernels.operands import Lora, MemberNoise
 from esengine.kernels.shrink import check_then, shares_ref
 
 if triton is not None:
     import triton.language as tl
 
+    from esengine.kernels.low_rank import halves, low_rank_columns
     from esengine.kernels.noise import offset
-    from esengine.kernels.shrink import halves, low_rank_columns
 
     @triton.jit
     def relu(x):
@@ -68,7 +69,7 @@ if triton is not None:
             squares += x * x
         tl.store(rstd_ptr + m, 1 / tl.sqrt(tl.sum(squares, axis=1) / C + eps), mask=m < M)
 
-    @triton.jit(do_not_specialize_on_alignment=["members_ptr", "step_ptr"])
+    @triton.jit(do_not_specialize=["seed"], do_not_specialize_on_alignment=["members_ptr", "step_ptr"])
     def _attention_kernel(
         q_ptr, k_ptr, v_ptr, norm_q_ptr, norm_k_ptr, rstd_ptr, y_ptr,
         a_ptr, then_ptr, members_ptr, step_ptr, shares_ptr,
@@ -77,9 +78,8 @@ if triton is not None:
         tiny,
         seed: tl.int64,
         T: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-        HAS_NORM_Q: tl.constexpr, HAS_NORM_K: tl.constexpr,
         SPLIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-        THEN: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, KP: tl.constexpr, BLOCK_T: tl.constexpr,
+        R: tl.constexpr, RANK: tl.constexpr, KP: tl.constexpr, BLOCK_T: tl.constexpr,
     ):  # fmt: skip
         pid = tl.num_programs(0) - 1 - tl.program_id(0)
         b, d = pid // H, tl.arange(0, DP)
@@ -89,9 +89,9 @@ if triton is not None:
         v_cols = v_ptr + (offset(b, stride_vb) + offset(c, stride_vc))[None, :]
         weight_q = tl.full((DP,), 1.0, tl.float32)
         weight_k = tl.full((DP,), 1.0, tl.float32)
-        if HAS_NORM_Q:
+        if norm_q_ptr is not None:
             weight_q = tl.load(norm_q_ptr + c, mask=d < D, other=0.0).to(tl.float32)
-        if HAS_NORM_K:
+        if norm_k_ptr is not None:
             weight_k = tl.load(norm_k_ptr + c, mask=d < D, other=0.0).to(tl.float32)
 
         first = tl.arange(0, 16)[None, :] == 0  # a sum over rows or columns is a product with one column of 16
@@ -102,7 +102,7 @@ if triton is not None:
             mask = (t[:, None] < T) & (d[None, :] < D)
             k = tl.load(k_cols + offset(t, stride_kt)[:, None], mask=mask, other=0.0).to(tl.float32)
             v = tl.load(v_cols + offset(t, stride_vt)[:, None], mask=mask, other=0.0)
-            if HAS_NORM_K:
+            if norm_k_ptr is not None:
                 k *= weight_k[None, :]
                 k *= tl.load(rstd_ptr + offset(b, T) + t, mask=t < T, other=0.0)[:, None]
             upper, lower = halves(tl.trans(relu(k)), SPLIT, UPCAST)
@@ -115,10 +115,10 @@ if triton is not None:
         s_upper, s_lower = halves(state * weight, SPLIT, UPCAST)
         z_upper, z_lower = halves(keys * weight, SPLIT, UPCAST)
         sign = tl.where(weight_q < 0, -1.0, 1.0)
-        if THEN:
+        if then_ptr is not None:
             pair, step, c0 = tl.load(members_ptr + b) >> 1, tl.load(step_ptr), pid % H * D
             own = low_rank_columns(
-                a_ptr, then_ptr, stride_ar, stride_ak, seed, step, pair, c0, c0 + D, 1, R, RANK, KP, 16, DP
+                a_ptr, then_ptr, None, stride_ar, stride_ak, seed, step, pair, c0, c0 + D, 1, R, RANK, KP, 16, DP, 0
             )
             own_upper, own_lower = halves(own, SPLIT, UPCAST)
             shares = shares_ptr + offset(pid % H, tl.num_programs(0) // H * T) * (R + RANK)
@@ -126,7 +126,7 @@ if triton is not None:
             t = t0 + tl.arange(0, BLOCK_T)
             mask = (t[:, None] < T) & (d[None, :] < D)
             q = tl.load(q_cols + offset(t, stride_qt)[:, None], mask=mask, other=0.0).to(tl.float32)
-            if HAS_NORM_Q:
+            if norm_q_ptr is not None:
                 q *= sign[None, :]
             q = relu(q).to(s_upper.dtype)
             total = tl.zeros((BLOCK_T, 16), tl.float32)
@@ -136,7 +136,7 @@ if triton is not None:
             y_ptrs = y_ptr + (offset(b, T) + t)[:, None] * (H * D) + c[None, :]
             y = y.to(y_ptr.dtype.element_ty)
             tl.store(y_ptrs, y, mask=mask)
-            if THEN:
+            if then_ptr is not None:
                 g = tl.zeros((BLOCK_T, 16), tl.float32)
                 g = product(y, own_upper, y, own_lower, g, SPLIT, PRECISION)
                 column = tl.arange(0, 16)[None, :]
@@ -176,16 +176,15 @@ def linear_attention_triton(
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, norm_q, norm_k)):
         raise RuntimeError("q, k, v: one requires a gradient, which the Triton path does not have")
     batch, t, c = q.shape
-    # under the interpreter a store to bf16 truncates, so it writes fp32 and torch rounds
-    y = torch.empty(batch, t, c, dtype=torch.float32 if INTERPRET else q.dtype, device=q.device)
-    shares, keys = y, perturbation or MemberNoise(q, 0, 0, 0.0, 1)
+    y = output(q, batch, t, c)
+    shares, keys = None, perturbation or MemberNoise(None, 0, 0, 0.0, 1)
     if then is not None:
         if c // heads % 4:
             raise ValueError(f"then: expected heads of a multiple of 4 columns, got {c // heads}")
         shares = torch.empty(heads, batch, t, check_then(then, keys, q.dtype), dtype=torch.float32, device=q.device)
     if y.numel() == 0:
         return y.to(q.dtype) if then is None else (y.to(q.dtype), shares)
-    rstd, then_a = q, None if then is None else then.a
+    rstd, a = None, None if then is None else then.a
     if norm_k is not None:
         rstd = torch.empty(batch * t, dtype=torch.float32, device=q.device)
         block = rstd_config(q.device, dtype=q.dtype, c=c)
@@ -197,18 +196,16 @@ def linear_attention_triton(
     config = attention_config(q.device, dtype=q.dtype, t=t, d=c // heads)
     with torch.cuda.device_of(q):
         _attention_kernel[(batch * heads,)](
-            q, k, v, q if norm_q is None else norm_q.contiguous(), q if norm_k is None else norm_k.contiguous(),
-            rstd, y, y if then_a is None else then_a, q if then is None else then.streams, keys.members,
-            q if then is None else step_tensor(keys.step, q.device), shares,
+            q, k, v, None if norm_q is None else norm_q.contiguous(), None if norm_k is None else norm_k.contiguous(),
+            rstd, y, a, None if then is None else then.streams, keys.members,
+            None if then is None else step_tensor(keys.step, q.device), shares,
             stride_qb=q.stride(0), stride_qt=q.stride(1), stride_qc=q.stride(2),
             stride_kb=k.stride(0), stride_kt=k.stride(1), stride_kc=k.stride(2),
             stride_vb=v.stride(0), stride_vt=v.stride(1), stride_vc=v.stride(2),
-            stride_ar=0 if then_a is None else then_a.stride(0), stride_ak=0 if then_a is None else then_a.stride(1),
+            stride_ar=0 if a is None else a.stride(0), stride_ak=0 if a is None else a.stride(1),
             seed=signed64(keys.seed), tiny=1e-15 if norm_q is None else 1e-15 * math.sqrt(eps),
-            T=t, H=heads, D=c // heads, HAS_NORM_Q=norm_q is not None, HAS_NORM_K=norm_k is not None,
-            SPLIT=q.dtype == torch.bfloat16, UPCAST=INTERPRET,
-            PRECISION="ieee" if q.dtype == torch.float32 else "tf32x3",
-            THEN=then is not None, R=0 if then is None else then.r, RANK=keys.rank, KP=padded_rank(keys.rank), **config,
+            T=t, H=heads, D=c // heads, R=0 if then is None else then.r, RANK=keys.rank, KP=padded_rank(keys.rank),
+            **exact_products(q.dtype), **config,
         )  # fmt: skip
     y = y.to(q.dtype)
     return y if then is None else (y, shares)

@@ -137,20 +137,3 @@ def check_adapters(name: str, adapters: Lora, k: int, n: int | None, device: tor
         refuse(f"{name}.a", f"float32 [G r, {k}] of G = {len(streams)} targets", a)
     if n is not None:
         check(f"{name}.b", b, (n * len(streams), len(a) // len(streams)), torch.float32, device)
-
-
-def check_linear(x, weight, bias, a, b, members) -> None:
-    """Raises ValueError for an operand of a perturbed linear that does not fit. See `population_linear_ref`."""
-    if weight.dim() != 2:
-        refuse("weight", "[out, in]", weight)
-    n, k = weight.shape
-    if x.dim() < 2 or x.shape[-1] != k or x.dtype not in FLOATS:
-        refuse("x", f"float32, bfloat16 or float16 [B, ..., {k}]", x)
-    check("weight", weight, ("out", "in"), x.dtype, x.device)
-    check("bias", bias, (n,), x.dtype, x.device)
-    if (a is None) != (b is None):
-        raise ValueError("a, b: expected both tensors or both None, got one of each")
-    if a is not None:
-        check("a", a, ("r", k), torch.float32, x.device)
-        check("b", b, (n, len(a)), torch.float32, x.device)
-    check("members", members, x.shape[:1], torch.int64, x.device)

@@ -21,51 +21,58 @@ import torch
 import torch.nn.functional as F
 
 from esengine.kernels import configs
-from esengine.kernels.augmented_linear import population_linear_augmented
+from esengine.kernels.factors import STORE_FROM, member_factors
 from esengine.kernels.fused_linear import fused_linear
-from esengine.kernels.noise import Streams, factor, factor_ref, key_words, signed_sigma, uses_triton
-from esengine.kernels.operands import Lora, MemberNoise, check_linear, stream_table
+from esengine.kernels.low_rank_part import low_rank_part
+from esengine.kernels.noise import factor, factor_ref, signed_sigma, uses_triton
+from esengine.kernels.operands import FLOATS, Lora, MemberNoise, check, check_adapters, check_noise, refuse
 from esengine.kernels.shrink import shrink
 
 
-def population_linear_triton(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    a: torch.Tensor | None,
-    b: torch.Tensor | None,
-    *,
-    members: torch.Tensor,
-    streams: Streams,
-    seed: int,
-    step: int | torch.Tensor,
-    sigma: float,
-    rank: int,
-    scale: float = 1.0,
+def population_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, adapters: Lora, perturbation: MemberNoise
 ) -> torch.Tensor:
-    """The Triton path: shrink, then a GEMM whose epilogue rebuilds U' and expands. Arguments as in the reference.
+    """`population_linear_ref` by the fastest way the device has: Triton on a GPU, batched torch elsewhere.
 
-    Deterministic; a row's result depends on T, not on its batch mates. The LoRA columns stay in fp32, but for the
-    expand of a half-precision x, which rounds them to tf32. Where the device's launch settings say so for a shape,
-    `population_linear_augmented` instead, with its own accuracy.
+    On a GPU by one of two paths, which the device's launch settings choose by shape. `epilogue`: shrink, then a GEMM of
+    ours that expands in its epilogue, in fp32 (tf32 where x is of half precision). `addmm`: the low-rank part is
+    written in the dtype of x, and torch's own GEMM adds its product to it.
+
+    Deterministic. A row's result depends on T, not on its batch mates; by `addmm` its last bits may, as they do in
+    torch's GEMM.
+
+    Raises:
+        RuntimeError: x requires a gradient, which the Triton paths do not have.
     """
-    check_linear(x, weight, bias, a, b, members)
-    if not isinstance(step, torch.Tensor):  # to look at a tensor is to wait for the device
-        key_words(seed, step)
+    _check(x, weight, bias, adapters, perturbation)
+    if not uses_triton(x.device):
+        return _by_torch(x, weight, bias, adapters, perturbation)
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("x: requires a gradient, which the Triton path does not have; call it under torch.no_grad")
-    if x.numel() == 0 or len(weight) == 0:
-        return x.new_empty(*x.shape[:-1], len(weight))
-    x_btk = x.reshape(len(x), -1, x.shape[-1])
-    shape = dict(dtype=configs.named(x.dtype), t=x_btk.shape[1], k=x.shape[-1], n=len(weight))
-    if configs.path("population_linear", x.device, **shape) == "augmented":
-        noise = dict(members=members, streams=streams, seed=seed, step=step, sigma=sigma, rank=rank, scale=scale)
-        return population_linear_augmented(x, weight, bias, a, b, **noise)
-    adapters = Lora(a, b, scale, stream_table((streams,), x.device))
-    perturbation = MemberNoise(members.contiguous(), seed, step, sigma, rank)
-    _, h = shrink(x_btk, adapters, perturbation)
-    y = fused_linear(x_btk, weight, bias, h=h, adapters=adapters, perturbation=perturbation)
-    return y.view(*x.shape[:-1], len(weight))
+    n, k = weight.shape
+    if x.numel() == 0 or n == 0:
+        return x.new_empty(*x.shape[:-1], n)
+    x_btk = x.reshape(len(x), -1, k)
+    t = x_btk.shape[1]
+    factors = member_factors(adapters, perturbation, k=k, n=n) if t >= STORE_FROM else None
+    if configs.path("population_linear", x.device, dtype=configs.named(x.dtype), t=t, k=k, n=n) == "addmm":
+        y = low_rank_part(x_btk, bias, adapters, perturbation, n=n, factors=factors)
+        y.view(-1, n).addmm_(x_btk.reshape(-1, k), weight.T)
+    else:
+        _, h = shrink(x_btk, adapters, perturbation, factors=factors)
+        y = fused_linear(x_btk, weight, bias, h=h, adapters=adapters, perturbation=perturbation, factors=factors)
+    return y.view(*x.shape[:-1], n)
+
+
+def _by_torch(x, weight, bias, adapters, perturbation) -> torch.Tensor:
+    (v, u, v_out, u_out), rank = adapters.streams.tolist()[0], perturbation.rank
+    pairs, slots = torch.unique(perturbation.members >> 1, return_inverse=True)
+    noise = dict(seed=perturbation.seed, step=perturbation.step, pairs=pairs, rank=rank)
+    lengths = ((v, weight.shape[1]), (u, adapters.r), (v_out, adapters.r), (u_out, len(weight)))
+    factors = tuple(factor(stream=s, length=n, **noise)[slots] if n else None for s, n in lengths)
+    c = signed_sigma(perturbation.members, perturbation.sigma, rank)
+    a, b, scale, _ = adapters
+    return population_linear_torch(x, weight, bias, a, b, factors=factors, c=c, scale=scale)
 
 
 def population_linear_torch(
@@ -108,82 +115,55 @@ def population_linear_torch(
     return y if wide is y_pmn else wide.to(x.dtype).view(y.shape)
 
 
-def population_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    a: torch.Tensor | None,
-    b: torch.Tensor | None,
-    *,
-    members: torch.Tensor,
-    streams: Streams,
-    seed: int,
-    step: int | torch.Tensor,
-    sigma: float,
-    rank: int,
-    scale: float = 1.0,
-) -> torch.Tensor:
-    """`population_linear_ref` by the fastest way the device has: Triton on a GPU, batched torch elsewhere."""
-    settings = dict(members=members, seed=seed, step=step, streams=streams, sigma=sigma, rank=rank, scale=scale)
-    if uses_triton(x.device):
-        return population_linear_triton(x, weight, bias, a, b, **settings)
-    check_linear(x, weight, bias, a, b, members)
-    pairs, slots = torch.unique(members >> 1, return_inverse=True)
-    noise = dict(seed=seed, step=step, pairs=pairs, rank=rank)
-    lengths = (weight.shape[1], 0, 0, len(weight)) if a is None else (weight.shape[1], len(a), len(a), len(weight))
-    factors = [factor(stream=s, length=n, **noise)[slots] if n else None for s, n in zip(streams, lengths, strict=True)]
-    c = signed_sigma(members, sigma, rank)
-    return population_linear_torch(x, weight, bias, a, b, factors=tuple(factors), c=c, scale=scale)
-
-
 def population_linear_ref(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    a: torch.Tensor | None,
-    b: torch.Tensor | None,
-    *,
-    members: torch.Tensor,
-    streams: Streams,
-    seed: int,
-    step: int | torch.Tensor,
-    sigma: float,
-    rank: int,
-    scale: float = 1.0,
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, adapters: Lora, perturbation: MemberNoise
 ) -> torch.Tensor:
     """Each batch row through its own member's LoRA, one member at a time with its weights formed, in fp32.
 
     Args:
-        x: [B, ..., in], fp32, bf16 or fp16, any strides.
-        weight: [out, in], dtype of x.
-        bias: [out] or None.
-        a: LoRA A [r, in] fp32, or None for the direct form.
-        b: LoRA B [out, r] fp32, or None for the direct form.
-        members: int64 [B], the member of each batch row, in [0, 2^33).
-        streams: stream ids of the linear's factors, from `linear_streams`.
-        seed, step: of the noise contract; the step also as int64 [1] on the device of x, which is read there.
-        sigma: noise scale.
-        rank: noise rank k.
-        scale: s = lora_alpha / r.
+        x: [B, ..., K], fp32, bf16 or fp16, any strides.
+        weight: [N, K], dtype of x.
+        bias: [N], dtype of x, or None.
+        adapters: One target: A [r, K] and B [N, r], or None for both in the direct form.
+        perturbation: The noise of the batch; members int64 [B] in [0, 2^33).
 
     Returns:
-        [B, ..., out], dtype of x.
+        [B, ..., N], dtype of x.
+
+    Raises:
+        ValueError: an operand is of another shape, dtype or device, or of strides that are not said here; by its name.
     """
-    check_linear(x, weight, bias, a, b, members)
-    rows = []
+    _check(x, weight, bias, adapters, perturbation)
+    (a, b, scale, streams), (members, seed, step, sigma, rank) = adapters, perturbation
+    (a_v, a_u, b_v, b_u), rows = streams.tolist()[0], []
     for x_row, member in zip(x.float(), members.tolist(), strict=True):
         c = float(signed_sigma(torch.tensor(member), sigma, rank))
         noise = dict(seed=seed, step=step, pairs=torch.tensor([member // 2], device=x.device), rank=rank)
-        v = factor_ref(stream=streams.a_v, length=weight.shape[1], **noise)[0]
-        u_out = factor_ref(stream=streams.b_u, length=weight.shape[0], **noise)[0]
+        v = factor_ref(stream=a_v, length=weight.shape[1], **noise)[0]
+        u_out = factor_ref(stream=b_u, length=weight.shape[0], **noise)[0]
         if a is None:
             rows.append(F.linear(x_row, weight.float() + c * u_out @ v.T, _float(bias)))
             continue
-        a_member = a + c * factor_ref(stream=streams.a_u, length=len(a), **noise)[0] @ v.T
-        b_member = b + c * u_out @ factor_ref(stream=streams.b_v, length=len(a), **noise)[0].T
+        a_member = a + c * factor_ref(stream=a_u, length=len(a), **noise)[0] @ v.T
+        b_member = b + c * u_out @ factor_ref(stream=b_v, length=len(a), **noise)[0].T
         rows.append(F.linear(x_row, weight.float(), _float(bias)) + scale * (x_row @ a_member.T) @ b_member.T)
     return torch.stack(rows).to(x.dtype) if rows else x.new_empty(*x.shape[:-1], len(weight))
 
 
 def _float(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.float()
+
+
+def _check(x, weight, bias, adapters, perturbation) -> None:
+    """Raises ValueError for what does not fit, by its name. See `population_linear_ref`."""
+    if weight.dim() != 2:
+        refuse("weight", "[N, K]", weight)
+    n, k = weight.shape
+    if x.dim() < 2 or x.shape[-1] != k or x.dtype not in FLOATS:
+        refuse("x", f"float32, bfloat16 or float16 [B, ..., {k}]", x)
+    check("weight", weight, ("N", "K"), x.dtype, x.device)
+    check("bias", bias, (n,), x.dtype, x.device)
+    check_noise(perturbation, len(x), x.device)
+    check_adapters("adapters", adapters, k, n, x.device)
+    if adapters.targets != 1:
+        refuse("adapters.streams", "int64 [1, 4], of one target,", adapters.streams)

@@ -7,8 +7,8 @@
 Direct mode (r = 0): h = c g. `shrink` does all of it. An op that makes x can leave shares of g instead, which `mix`
 sums and mixes: `then` of `fused_linear` and of `linear_attention`. That saves the pass of x.
 
-One pass of x per output when it is not modulated; three when it is, the last two from
-cache. The noise is built once for each tile of rows: about 54 / BLOCK_T instructions an element of x and target.
+One pass of x when it is not modulated; two when it is, the second from cache. A bf16 x is exact, so only the columns
+are split, into two bf16 halves. Without stored factors the noise is rebuilt for each tile of rows.
 
 Legend: B batch rows, T rows a batch row, M = B T, K in, G targets, r LoRA rank, k noise rank (kp padded),
 c = sign * sigma / sqrt(k), s = lora_alpha / r. A tile's columns are r of each target, then k of each, padded to CP.
@@ -22,143 +22,85 @@ import torch
 import torch.nn.functional as F
 
 from esengine.kernels import configs
-from esengine.kernels.noise import (
-    INTERPRET,
-    factor_ref,
-    padded_rank,
-    signed64,
-    signed_sigma,
-    step_tensor,
-    triton,
-    uses_triton,
-)
+from esengine.kernels.factors import check_factors
+from esengine.kernels.launch import exact_products, noise_arguments, output
+from esengine.kernels.noise import factor_ref, padded_rank, signed64, signed_sigma, step_tensor, triton, uses_triton
 from esengine.kernels.operands import Lora, MemberNoise, check, check_adapters, check_noise, check_x, refuse
 
 if triton is not None:
     import triton.language as tl
 
-    from esengine.kernels.noise import noise_at, noise_rows, offset
+    from esengine.kernels.low_rank import low_rank_columns, mixed, product, within
+    from esengine.kernels.noise import offset
 
-    @triton.jit
-    def product(a, b, ROWS: tl.constexpr, PRECISION: tl.constexpr):
-        """a [ROWS, L] @ b [L, C] in fp32: on the tensor cores from 16 rows on, their minimum."""
-        if ROWS >= 16:
-            y = tl.dot(a, b, input_precision=PRECISION)
-        else:
-            y = tl.sum(a[:, :, None] * b[None, :, :], axis=1)
-        return y
-
-    @triton.jit
-    def halves(x, SPLIT: tl.constexpr, UPCAST: tl.constexpr):
-        """Two bf16 parts of an fp32 tile, the larger first, that sum to x within 2^-16 of it. If not split, x twice."""
-        upper, lower = x, x
-        if SPLIT:
-            upper = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-            lower = (x - upper).to(tl.bfloat16)
-            if UPCAST:
-                lower = lower.to(tl.float32)
-            else:
-                upper = upper.to(tl.bfloat16)
-        return upper, lower
-
-    @triton.jit
-    def low_rank_columns(
-        a_ptr, streams_ptr, stride_ar, stride_ak, seed, step, pair, k0, K,
-        G: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, KP: tl.constexpr, CP: tl.constexpr,
-        BLOCK_K: tl.constexpr,
-    ):  # fmt: skip
-        """float32 [BLOCK_K, CP]: rows k0.. of [A_1^T .. A_G^T | V_1 .. V_G]; those from K on must meet zeros of x."""
-        k, column = k0 + tl.arange(0, BLOCK_K), tl.arange(0, CP)
-        a_ptrs = a_ptr + offset(column, stride_ar)[None, :] + offset(k, stride_ak)[:, None]
-        columns = tl.load(a_ptrs, mask=(column < G * R)[None, :] & (k[:, None] < K), other=0.0)
-        for i in tl.static_range(G):
-            v = noise_rows(seed, step, tl.load(streams_ptr + 4 * i), pair, k0, BLOCK_K, KP)
-            for j in tl.static_range(RANK):
-                v_j = tl.sum(tl.where(tl.arange(0, KP)[None, :] == j, v, 0.0), axis=1)
-                columns = tl.where(column[None, :] == G * R + i * RANK + j, v_j[:, None], columns)
-        return columns
-
-    @triton.jit
-    def mixed(
-        g, streams_ptr, seed, step, pair, c, lora_scale,
-        G: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, KP: tl.constexpr, CP: tl.constexpr,
-    ):  # fmt: skip
-        """h [ROWS, CP] of g. Column i R + q is row q of target i's A, column G R + i k + j its noise."""
-        column = tl.arange(0, CP)
-        h = tl.where((column < G * R)[None, :], lora_scale * g, 0.0)
-        if R == 0:
-            h = c * g
-        for i in tl.static_range(G if R > 0 else 0):
-            own = (column >= i * R) & (column < (i + 1) * R)
-            for j in tl.static_range(RANK):
-                u = noise_at(seed, step, tl.load(streams_ptr + 4 * i + 1), pair, (column - i * R) * KP + j)
-                g_v = tl.sum(tl.where((column == G * R + i * RANK + j)[None, :], g, 0.0), axis=1)
-                h += (lora_scale * c * g_v)[:, None] * tl.where(own, u, 0.0)[None, :]
-            for j in tl.static_range(RANK):
-                v = noise_at(seed, step, tl.load(streams_ptr + 4 * i + 2), pair, (column - i * R) * KP + j)
-                h_v = c * tl.sum(h * tl.where(own, v, 0.0)[None, :], axis=1)
-                h = tl.where((column == G * R + i * RANK + j)[None, :], h_v[:, None], h)
-        return h
-
-    @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["members_ptr", "step_ptr"])
+    @triton.jit(do_not_specialize=["T", "seed"], do_not_specialize_on_alignment=["members_ptr", "step_ptr"])
     def _shrink_kernel(
-        x_ptr, shift_ptr, scale_ptr, a_ptr, streams_ptr, members_ptr, step_ptr, x_out_ptr, h_ptr,
+        x_ptr, shift_ptr, scale_ptr, a_ptr, streams_ptr, members_ptr, step_ptr, factors_ptr, x_out_ptr, h_ptr,
         T,
         stride_xb, stride_xt, stride_xk, stride_sb, stride_cb, stride_ar, stride_ak,
         sigma, lora_scale, eps,
         seed: tl.int64,
         K: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, KP: tl.constexpr, CP: tl.constexpr,
-        MODULATED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+        U_AT: tl.constexpr, V_OUT_AT: tl.constexpr, U_OUT_AT: tl.constexpr, WIDTH: tl.constexpr,
+        MODULATED: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+        BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
         b = tl.program_id(0)
         t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-        x_rows = x_ptr + (offset(b, stride_xb) + offset(t, stride_xt))[:, None]
+        x_rows, real = x_ptr + (offset(b, stride_xb) + offset(t, stride_xt))[:, None], t[:, None] < T
         mean = tl.zeros((BLOCK_T,), tl.float32)
         rstd = tl.zeros((BLOCK_T,), tl.float32)
         if MODULATED:
+            # sums of what differs from the row's first element: a mean far from zero then cancels nothing
+            first = tl.load(x_rows, mask=real, other=0.0).to(tl.float32)
+            sums = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
+            squares = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
             for k0 in range(0, K, BLOCK_K):
-                k = k0 + tl.arange(0, BLOCK_K)
-                mask = (t[:, None] < T) & (k[None, :] < K)
-                mean += tl.sum(tl.load(x_rows + offset(k, stride_xk)[None, :], mask=mask, other=0.0).to(tl.float32), 1)
-            mean = mean / K
-            for k0 in range(0, K, BLOCK_K):
-                k = k0 + tl.arange(0, BLOCK_K)
-                mask = (t[:, None] < T) & (k[None, :] < K)
-                x = tl.load(x_rows + offset(k, stride_xk)[None, :], mask=mask, other=0.0).to(tl.float32)
-                centred = tl.where(k[None, :] < K, x - mean[:, None], 0.0)
-                rstd += tl.sum(centred * centred, 1)
-            rstd = 1 / tl.sqrt(rstd / K + eps)
+                k, inside = k0 + tl.arange(0, BLOCK_K), within(k0, K, BLOCK_K)[None, :]
+                x = tl.load(x_rows + offset(k, stride_xk)[None, :], mask=real & inside, other=0.0).to(tl.float32)
+                x = tl.where(inside, x - first, 0.0)
+                sums += x
+                squares += x * x
+            shifted = tl.sum(sums, axis=1) / K
+            mean = tl.sum(first, axis=1) + shifted
+            rstd = 1 / tl.sqrt(tl.maximum(tl.sum(squares, axis=1) / K - shifted * shifted, 0.0) + eps)
 
-        pair, c, step = b, 0.0, 0
+        pair, c, step, factors = b, 0.0, 0, factors_ptr
         if G > 0:
             member, step = tl.load(members_ptr + b), tl.load(step_ptr)
             pair = member >> 1
             c = sigma * (1 - 2 * (member & 1)).to(tl.float32)
+        if factors_ptr is not None:
+            factors = factors_ptr + offset(b * G, WIDTH)
         g = tl.zeros((BLOCK_T, CP), tl.float32)
         for k0 in range(0, K, BLOCK_K):
-            k = k0 + tl.arange(0, BLOCK_K)
-            mask = (t[:, None] < T) & (k[None, :] < K)
-            x = tl.load(x_rows + offset(k, stride_xk)[None, :], mask=mask, other=0.0).to(tl.float32)
+            k, inside = k0 + tl.arange(0, BLOCK_K), within(k0, K, BLOCK_K)
+            x = tl.load(x_rows + offset(k, stride_xk)[None, :], mask=real & inside[None, :], other=0.0)
             if MODULATED:
-                scale = tl.load(scale_ptr + offset(b, stride_cb) + k, mask=k < K, other=0.0).to(tl.float32)
-                shift = tl.load(shift_ptr + offset(b, stride_sb) + k, mask=k < K, other=0.0).to(tl.float32)
-                x = (x - mean[:, None]) * rstd[:, None] * (1 + scale)[None, :] + shift[None, :]
-                x = tl.where(mask, x, 0.0).to(x_out_ptr.dtype.element_ty)
-                tl.store(x_out_ptr + offset(b * T + t, K)[:, None] + k[None, :], x, mask=mask)
+                scale = tl.load(scale_ptr + offset(b, stride_cb) + k, mask=inside, other=0.0).to(tl.float32)
+                shift = tl.load(shift_ptr + offset(b, stride_sb) + k, mask=inside, other=0.0).to(tl.float32)
+                x = (x.to(tl.float32) - mean[:, None]) * rstd[:, None] * (1 + scale)[None, :] + shift[None, :]
+                x = tl.where(inside[None, :], x, 0.0).to(x_out_ptr.dtype.element_ty)
+                places = x_out_ptr + offset(b * T + t, K)[:, None] + k[None, :]
+                tl.store(places, x, mask=real & inside[None, :])
+            if UPCAST:
                 x = x.to(tl.float32)
             if G > 0:
                 columns = low_rank_columns(
-                    a_ptr, streams_ptr, stride_ar, stride_ak, seed, step, pair, k0, K, G, R, RANK, KP, CP, BLOCK_K
-                )
-                g += product(x, columns, BLOCK_T, PRECISION)
+                    a_ptr, streams_ptr, factors, stride_ar, stride_ak, seed, step, pair, k0, K,
+                    G, R, RANK, KP, CP, BLOCK_K, WIDTH,
+                )  # fmt: skip
+                g = product(x, columns, g, BLOCK_T, SPLIT, UPCAST, PRECISION)
 
         if G > 0:
             column = tl.arange(0, CP)
-            h = mixed(g, streams_ptr, seed, step, pair, c, lora_scale, G, R, RANK, KP, CP)
+            h = mixed(
+                g, streams_ptr, factors, seed, step, pair, c, lora_scale, G, R, RANK, KP, CP, U_AT, V_OUT_AT, WIDTH
+            )
             h_ptrs = h_ptr + offset(b * T + t, G * (R + RANK))[:, None] + column[None, :]
             tl.store(h_ptrs, h, mask=(t[:, None] < T) & (column < G * (R + RANK))[None, :])
 
-    @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["members_ptr", "step_ptr"])
+    @triton.jit(do_not_specialize=["T", "seed"], do_not_specialize_on_alignment=["members_ptr", "step_ptr"])
     def _mix_kernel(
         shares_ptr, streams_ptr, members_ptr, step_ptr, h_ptr,
         T,
@@ -173,11 +115,13 @@ if triton is not None:
         places = offset(b * T + t, R + RANK)[:, None] + column[None, :]
         mask = (t[:, None] < T) & (column < R + RANK)[None, :]
         g = tl.zeros((BLOCK_T, CP), tl.float32)
-        for part in range(0, PARTS):
+        for part in tl.range(0, PARTS, loop_unroll_factor=8):  # loads of eight shares at once, summed in their order
             g += tl.load(shares_ptr + offset(part + 0 * b, stride_sp) + places, mask=mask, other=0.0)
         member = tl.load(members_ptr + b)
         c = sigma * (1 - 2 * (member & 1)).to(tl.float32)
-        h = mixed(g, streams_ptr, seed, tl.load(step_ptr), member >> 1, c, lora_scale, 1, R, RANK, KP, CP)
+        h = mixed(
+            g, streams_ptr, None, seed, tl.load(step_ptr), member >> 1, c, lora_scale, 1, R, RANK, KP, CP, 0, 0, 0
+        )
         tl.store(h_ptr + places, h, mask=mask)
 
 
@@ -204,42 +148,36 @@ def shrink(
     adapters: Lora | None,
     perturbation: MemberNoise | None,
     modulation: Modulation | None = None,
+    factors: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`shrink_ref` by the fastest way the device has: Triton on a GPU, the reference itself elsewhere.
 
     Sums of a row do not depend on its batch mates.
     """
     if not uses_triton(x.device):
-        return shrink_ref(x, adapters, perturbation, modulation)
-    _check(x, adapters, perturbation, modulation)
+        return shrink_ref(x, adapters, perturbation, modulation, factors)
+    _check(x, adapters, perturbation, modulation, factors)
     if modulation is None and adapters is None:
         return x, None
     batch, t, k = x.shape
-    none = Lora(None, None, 1.0, x.new_empty(0)), MemberNoise(x, 0, 0, 0.0, 1)  # its pointers are never read
-    adapters, perturbation, h = adapters or none[0], perturbation or none[1], None
-    g, r, rank = adapters.targets, adapters.r, perturbation.rank
-    if g:
-        h = torch.empty(batch, t, g * (r + rank), dtype=torch.float32, device=x.device)
-    # under the interpreter a store to bf16 truncates, so it writes fp32 and torch rounds
-    dtype = torch.float32 if INTERPRET else x.dtype
-    x_out = x if modulation is None else torch.empty(batch, t, k, dtype=dtype, device=x.device)
+    noise, h, scale = noise_arguments(adapters, perturbation, factors, k), None, 1.0
+    columns = noise["G"] * (noise["R"] + noise["RANK"])
+    if adapters is not None:
+        h, scale = torch.empty(batch, t, columns, dtype=torch.float32, device=x.device), adapters.scale
+    x_out = x if modulation is None else output(x, batch, t, k)
     if batch * t == 0:
         return x_out.to(x.dtype), h
-    shift, scale, eps = modulation or (x, x, 0.0)
-    a = x if r == 0 else adapters.a
-    step = step_tensor(perturbation.step, x.device) if g else x
-    modulated, columns = modulation is not None, g * (r + rank)
+    shift, gain, eps = modulation or (None, None, 0.0)
+    a, modulated = None if adapters is None else adapters.a, modulation is not None
     config = shrink_config(x.device, dtype=x.dtype, t=t, k=k, columns=columns, modulated=modulated)
     with torch.cuda.device_of(x):
         _shrink_kernel[(batch, triton.cdiv(t, config["BLOCK_T"]))](
-            x, shift, scale, a, adapters.streams, perturbation.members, step, x_out, x if h is None else h,
+            x, shift, gain, a, x_out_ptr=x_out, h_ptr=h,
             T=t, stride_xb=x.stride(0), stride_xt=x.stride(1), stride_xk=x.stride(2),
-            stride_sb=shift.stride(0), stride_cb=scale.stride(0),
-            stride_ar=a.stride(0), stride_ak=a.stride(1),
-            sigma=perturbation.c, lora_scale=adapters.scale, eps=eps,
-            seed=signed64(perturbation.seed),
-            K=k, G=g, R=r, RANK=rank, KP=padded_rank(rank), MODULATED=modulated,
-            PRECISION="ieee" if x.dtype == torch.float32 else "tf32x3", **config,
+            stride_sb=shift.stride(0) if modulated else 0, stride_cb=gain.stride(0) if modulated else 0,
+            stride_ar=0 if a is None else a.stride(0), stride_ak=0 if a is None else a.stride(1),
+            sigma=0.0 if perturbation is None else perturbation.c, lora_scale=scale, eps=eps,
+            K=k, MODULATED=modulated, **noise, **exact_products(x.dtype), **config,
         )  # fmt: skip
     return x_out.to(x.dtype), h
 
@@ -277,10 +215,9 @@ def mix(shares: torch.Tensor, adapters: Lora, perturbation: MemberNoise) -> torc
     with torch.cuda.device_of(shares):
         _mix_kernel[(batch, triton.cdiv(t, config["BLOCK_T"]))](
             shares, adapters.streams, perturbation.members, step_tensor(perturbation.step, shares.device), h,
-            PARTS=parts, T=t, stride_sp=shares.stride(0),
-            sigma=perturbation.c,
-            lora_scale=adapters.scale, seed=signed64(perturbation.seed),
-            R=adapters.r, RANK=perturbation.rank, KP=padded_rank(perturbation.rank), **config,
+            PARTS=parts, T=t, stride_sp=shares.stride(0), sigma=perturbation.c, lora_scale=adapters.scale,
+            seed=signed64(perturbation.seed), R=adapters.r, RANK=perturbation.rank, KP=padded_rank(perturbation.rank),
+            **config,
         )  # fmt: skip
     return h
 
@@ -329,6 +266,7 @@ def shrink_ref(
     adapters: Lora | None,
     perturbation: MemberNoise | None,
     modulation: Modulation | None = None,
+    factors: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """x', and the low-rank columns of every target that reads it, one member at a time in fp32.
 
@@ -337,6 +275,7 @@ def shrink_ref(
         adapters: The G targets. None: only the modulation.
         perturbation: The noise of the batch; with `adapters`.
         modulation: What makes x' of x. None: x' is x.
+        factors: Of `member_factors` for the same adapters and perturbation, so that they are not rebuilt here.
 
     Returns:
         x' [B, T, K], dtype of x, and h fp32 [B, T, G (r + k)] or None. Columns are r of each target, then k of each.
@@ -345,7 +284,7 @@ def shrink_ref(
     Raises:
         ValueError: an operand is of another shape, dtype or device, or of strides that are not said here; by its name.
     """
-    _check(x, adapters, perturbation, modulation)
+    _check(x, adapters, perturbation, modulation, factors)
     if modulation is not None:
         normed = F.layer_norm(x.float(), x.shape[-1:], eps=modulation.eps)
         x = (normed * (1 + modulation.scale.float()[:, None]) + modulation.shift.float()[:, None]).to(x.dtype)
@@ -370,7 +309,7 @@ def shrink_ref(
     return x, h
 
 
-def _check(x, adapters, perturbation, modulation) -> None:
+def _check(x, adapters, perturbation, modulation, factors) -> None:
     """Raises ValueError for what does not fit, by its name. See `shrink_ref`."""
     check_x(x)
     batch, _, k = x.shape
@@ -382,6 +321,7 @@ def _check(x, adapters, perturbation, modulation) -> None:
             raise ValueError("perturbation: expected the noise of the batch beside adapters, got None")
         check_noise(perturbation, batch, x.device)
         check_adapters("adapters", adapters, k, None, x.device)
+    check_factors(factors, adapters, perturbation, batch, k, None)
 
 
 def _check_shares(shares, adapters, perturbation) -> None:

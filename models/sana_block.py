@@ -19,6 +19,7 @@ Source: Xie et al., SANA (arXiv 2410.10629); diffusers' `SanaTransformerBlock`.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -35,11 +36,13 @@ from esengine.kernels import (
     depthwise_gate,
     fused_linear,
     linear_attention,
+    member_factors,
     mix,
     shrink,
     stream_table,
     takes_shares,
 )
+from esengine.kernels.factors import STORE_FROM
 from esengine.layers import Target, changed
 
 
@@ -118,9 +121,15 @@ class Stack:
         """y, and the shares for the `reader` of y if it takes any. See `shrink`, `mix` and `fused_linear`."""
         for layer in self.layers:
             layer.mark_called()
-        own = keys if self.adapters else None
-        x, h = shrink(x, self.adapters, own, modulation) if shares is None else (x, mix(shares, self.adapters, own))
-        options = dict(h=h, adapters=self.adapters, **epilogue)
+        own, factors = keys if self.adapters else None, None
+        if shares is not None:
+            h = mix(shares, self.adapters, own)
+        else:
+            if self.adapters and x.shape[1] >= STORE_FROM:
+                n = len(self.weight) // self.adapters.targets
+                factors = member_factors(self.adapters, own, k=x.shape[-1], n=n)
+            x, h = shrink(x, self.adapters, own, modulation, factors)
+        options = dict(h=h, adapters=self.adapters, factors=factors, **epilogue)
         then = None if reader is None else reader.after(keys, x.dtype)
         if then is None:
             return fused_linear(x, self.weight, self.bias, perturbation=own, **options), None
@@ -132,13 +141,13 @@ def _weights(layers: Sequence[nn.Module]) -> list[torch.Tensor]:
 
 
 class FusedBlock:
-    """One block's stacked weights and its forward for the members that `keys` names; its signature is diffusers'."""
+    """One block's stacked weights and its forward for the members of a batch; then its signature is diffusers'."""
 
-    def __init__(self, block: nn.Module, keys: MemberNoise):
+    def __init__(self, block: nn.Module):
         """Raises CannotFuse as `check`."""
         self.check(block)
         attention, cross = block.attn1, block.attn2
-        self.module, self.keys = block, keys
+        self.module = block
         self.qkv = Stack(attention.to_q, attention.to_k, attention.to_v)
         self.q, self.kv = Stack(cross.to_q), Stack(cross.to_k, cross.to_v)
         self.out, self.cross_out = Stack(attention.to_out[0]), Stack(cross.to_out[0])
@@ -172,6 +181,7 @@ class FusedBlock:
 
     def forward(
         self,
+        keys: MemberNoise,
         z_btd: torch.Tensor,
         attention_mask: torch.Tensor | None,
         text_blc: torch.Tensor,
@@ -180,8 +190,7 @@ class FusedBlock:
         height: int,
         width: int,
     ) -> torch.Tensor:
-        block, keys = self.module, self.keys
-        attention, cross, conv = block.attn1, block.attn2, block.ff
+        block, attention, cross, conv = self.module, self.module.attn1, self.module.attn2, self.module.ff
         _check(keys, z_btd, text_blc)
         z_btd = z_btd.contiguous()  # the first block's has the patches' layout; the residual is copied either way
         table_b6d = block.scale_shift_table[None] + timestep.reshape(len(z_btd), 6, -1)
@@ -211,12 +220,12 @@ class FusedBlock:
 
 
 class FusedCaption:
-    """The projection of the text states, GELU between two linears; its signature is diffusers'."""
+    """The projection of the text states, GELU between two linears; signature as `FusedBlock`."""
 
-    def __init__(self, projection: nn.Module, keys: MemberNoise):
+    def __init__(self, projection: nn.Module):
         """Raises CannotFuse as `check`."""
         self.check(projection)
-        self.module, self.keys = projection, keys
+        self.module = projection
         self.first, self.second = Stack(projection.linear_1), Stack(projection.linear_2)
 
     @staticmethod
@@ -230,14 +239,14 @@ class FusedCaption:
         for layer in (projection.linear_1, projection.linear_2):
             Stack.check(layer)
 
-    def forward(self, text_blc: torch.Tensor) -> torch.Tensor:
-        _check(self.keys, text_blc)
-        y_blc, shares = self.first(text_blc, self.keys, reader=self.second, activation="gelu_tanh")
-        return self.second(y_blc, self.keys, shares=shares)[0]
+    def forward(self, keys: MemberNoise, text_blc: torch.Tensor) -> torch.Tensor:
+        _check(keys, text_blc)
+        y_blc, shares = self.first(text_blc, keys, reader=self.second, activation="gelu_tanh")
+        return self.second(y_blc, keys, shares=shares)[0]
 
 
 class TokenConv:
-    """GLUMBConv in torch, on tokens: channels last, SiLU and gate in place. Its signature is diffusers'."""
+    """GLUMBConv in torch, on tokens: channels last, SiLU and gate in place; signature as `FusedBlock`."""
 
     def __init__(self, conv: nn.Module):
         """Raises CannotFuse as `check`."""
@@ -252,7 +261,7 @@ class TokenConv:
         if changed(conv):
             raise CannotFuse("its GLUMBConv has a forward of its own or a hook")
 
-    def forward(self, x_bchw: torch.Tensor) -> torch.Tensor:
+    def forward(self, keys: MemberNoise, x_bchw: torch.Tensor) -> torch.Tensor:
         inverted, depth, point = self.module.conv_inverted, self.module.conv_depth, self.module.conv_point
         y_bhwc = F.linear(x_bchw.movedim(1, 3), inverted.weight.flatten(1), inverted.bias)
         y_bchw = F.silu(y_bhwc, inplace=True).movedim(3, 1)
@@ -302,25 +311,29 @@ def why_not_fused(transformer: SanaTransformer2DModel, triton: bool) -> str | No
     return None
 
 
-def fused_parts(transformer: SanaTransformer2DModel, keys: MemberNoise | None) -> list[Part]:
-    """What stands in for the text's projection and the blocks (Triton, `keys` given) or for the convolutions (torch).
+def fused_parts(transformer: SanaTransformer2DModel, triton: bool) -> list[Part]:
+    """What stands in for the text's projection and the blocks (Triton) or for the convolutions (torch).
 
-    Empty if `why_not_fused` has a reason. Weights that are read together are moved next to each other.
+    Empty if `why_not_fused` has a reason. Weights that are read together are moved next to each other: build once, and
+    again when the module's tensors were moved or its adapters switched.
     """
-    if why_not_fused(transformer, keys is not None) is not None:
+    if why_not_fused(transformer, triton) is not None:
         return []
     blocks = transformer.transformer_blocks
-    if keys is None:
+    if not triton:
         return [TokenConv(block.ff) for block in blocks]
-    return [FusedCaption(transformer.caption_projection, keys), *(FusedBlock(block, keys) for block in blocks)]
+    return [FusedCaption(transformer.caption_projection), *(FusedBlock(block) for block in blocks)]
 
 
 @contextmanager
-def in_place_of(parts: Sequence[Part]) -> Iterator[None]:
-    """Inside, the modules that `fused_parts` was given run in their other form; outside, as they did."""
+def in_place_of(parts: Sequence[Part], keys: MemberNoise | None) -> Iterator[None]:
+    """Inside, the modules of the parts run in their other form, for the members of `keys`; outside, as they did.
+
+    `TokenConv` needs no keys.
+    """
     try:
         for each in parts:
-            each.module.forward = each.forward
+            each.module.forward = partial(each.forward, keys)
         yield
     finally:
         for each in parts:

@@ -27,7 +27,7 @@ from esengine.models.decoder import Decoder
 from esengine.models.latents import latents
 from esengine.models.loading import READ_ERRORS, download, first_line, load, load_vae, locate
 from esengine.models.lora_file import WEIGHT_NAME, check_diffusers_lora
-from esengine.models.sana_block import fused_parts, in_place_of, why_not_fused
+from esengine.models.sana_block import Part, fused_parts, in_place_of, why_not_fused
 from esengine.models.settings import FIRST_ANGLE, SECOND_ANGLE, RenderSettings
 from esengine.models.text_cache import Progress, TextEmbeddings, embed_prompts, fingerprint
 from esengine.transfer import upload
@@ -71,6 +71,7 @@ class SanaSprint:
         self._local_files_only = local_files_only
         self._vae_identity = vae_identity
         self._captured: tuple[tuple, graphs.Graphs | None, graphs.Places] | None = None
+        self._built: tuple[tuple, list[Part], graphs.Places] | None = None
         self._checks = FiniteChecks()
 
     @property
@@ -382,7 +383,8 @@ class SanaSprint:
     @contextmanager
     def perturbed(self, population, *, step: int, members: torch.Tensor) -> Iterator[None]:
         """`population.perturbed`, inside which the transformer also runs in the fastest form that it has."""
-        with population.perturbed(step=step, members=members), in_place_of(self._parts(population)):
+        parts = self._parts(population)
+        with population.perturbed(step=step, members=members), in_place_of(parts, population.perturbation):
             yield
 
     def plan(self, population, settings: RenderSettings) -> str:
@@ -405,8 +407,7 @@ class SanaSprint:
             return None
         found = None
         if graphs.supported(self.device):
-            layers = tuple((layer.disable_adapters, layer.scale) for layer in population.layers.values())
-            state = population, population.noise, layers, population.backend
+            state = population, population.noise, _switches(population), population.backend
             if self._captured is None or self._captured[0] != state or not self._captured[2].hold():
                 found = graphs.Graphs(self._session(population)) if self.fuses(population) else None
                 # places now: stacking q, k and v may just have moved weights
@@ -428,8 +429,15 @@ class SanaSprint:
         """Whether a population's members render through fused blocks: on Triton, where the model has the parts."""
         return population.backend == "triton" and why_not_fused(self.transformer, True) is None
 
-    def _parts(self, population) -> list:
-        return fused_parts(self.transformer, population.perturbation if population.backend == "triton" else None)
+    def _parts(self, population) -> list[Part]:
+        """Fused blocks are built once, and again when tensors were moved or adapters switched since."""
+        if not self.fuses(population):
+            return fused_parts(self.transformer, False) if population.backend == "torch" else []
+        state = population, _switches(population)
+        if self._built is None or self._built[0] != state or not self._built[2].hold():
+            parts = fused_parts(self.transformer, True)
+            self._built = state, parts, graphs.Places(self.transformer)  # places now: stacking moves weights
+        return self._built[1]
 
     def load_adapter(self, path: str | Path) -> None:
         """Loads a LoRA folder with the pipeline's own loader, in place of one loaded before.
@@ -539,6 +547,11 @@ class SanaSprint:
 
 def _default_instruction() -> list[str]:
     return inspect.signature(SanaSprintPipeline.__call__).parameters["complex_human_instruction"].default
+
+
+def _switches(population) -> tuple:
+    """What of a population's layers decides how they are stacked, beside where their tensors lie."""
+    return tuple((layer.disable_adapters, layer.scale) for layer in population.layers.values())
 
 
 def _describe(texts: TextEmbeddings, step: int, prompts: torch.Tensor, members: torch.Tensor | None) -> Describe:

@@ -58,9 +58,9 @@ def forward(side, text):
     inputs = dict(encoder_attention_mask=empty(64, text, dtype=torch.int64), timestep=empty(64), guidance=empty(64))
     population = esengine.attach(model, LoraConfig(r=2, lora_alpha=8, target_modules=list(TARGETS)))
     with population.perturbed(step=1, members=torch.arange(64)), aot.recorded_launches() as noted:
-        parts = fused_parts(model, population.perturbation)
+        parts = fused_parts(model, True)
         assert parts
-        with in_place_of(parts):
+        with in_place_of(parts, population.perturbation):
             model(empty(64, 32, side, side), empty(64, text, 2304), **inputs)
     return kinds(noted)
 

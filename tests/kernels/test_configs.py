@@ -102,25 +102,16 @@ def test_a_device_has_its_own_file_or_the_default_one(monkeypatch, tmp_path, usu
 @pytest.mark.parametrize(
     ("place", "value", "said"),
     [
-        (("made", "device"), ..., "made: expected 'device' in it"),
-        (("made", "arch"), "90", "made.arch: expected an integer"),
         (("ops",), [], "ops: expected an object"),
-        (("ops", "nosuch"), [], "ops: expected only .*, got 'nosuch'"),
-        (("ops", "shrink"), ..., "ops: expected 'shrink' in it"),
-        (("ops", "shrink"), [], r"shrink: expected a list of entries, got \[\]"),
+        (("ops", "nosuch"), [], "ops: expected .*, got .*nosuch"),
+        (("ops", "shrink"), ..., "ops: expected .*shrink.*, got "),
+        (("ops", "shrink"), [], r"shrink: expected a last entry for every launch"),
         (("ops", "shrink", 0), 3, r"shrink\[0\]: expected an object, got 3"),
-        (("ops", "shrink", 0, "launch"), ..., r"shrink\[0\]: expected 'launch' in it"),
-        (("ops", "shrink", 0, "launch", "num_warps"), ..., r"shrink\[0\].launch: expected 'num_warps' in it"),
-        (("ops", "shrink", 0, "launch", "BLOCK_M"), 16, r"shrink\[0\].launch: expected only .*, got 'BLOCK_M'"),
-        (("ops", "shrink", 0, "launch", "BLOCK_K"), 48, r"launch.BLOCK_K: expected a power of two, got 48"),
-        (("ops", "shrink", 0, "launch", "BLOCK_K"), True, r"launch.BLOCK_K: expected a power of two, got True"),
-        (("ops", "shrink", 0, "launch", "BLOCK_K"), -64, r"launch.BLOCK_K: expected a power of two, got -64"),
-        (("ops", "shrink", 0, "launch", "num_stages"), 0, r"launch.num_stages: expected a positive integer, got 0"),
-        (("ops", "shrink", 0, "when", "batch"), 64, r"shrink\[0\].when: expected only .*, got 'batch'"),
-        (("ops", "shrink", 0, "when", "t"), [1], r"when.t: expected a value or \[least, most\], got \[1\]"),
-        (("ops", "shrink", 0, "when", "t"), [1, 2.5], r"when.t: expected a value or \[least, most\]"),
-        (("ops", "shrink", 0, "when", "dtype"), "bf16", r"when.dtype: expected one of float32, .*, got 'bf16'"),
-        (("ops", "shrink", -1, "when"), {"t": 4}, r"shrink\[4\].when: expected only nothing, got 't'"),
+        (("ops", "shrink", 0, "launch"), ..., r"shrink\[0\]: expected launch, when, got when"),
+        (("ops", "shrink", 0, "launch", "num_warps"), ..., r"shrink\[0\].launch: expected .*num_warps.*, got .*"),
+        (("ops", "shrink", 0, "launch", "BLOCK_M"), 16, r"shrink\[0\].launch: expected .*, got .*BLOCK_M"),
+        (("ops", "shrink", 0, "when", "batch"), 64, r"shrink\[0\].when: expected .*, got batch"),
+        (("ops", "shrink", -1, "when"), {"t": 4}, r"shrink: expected a last entry for every launch"),
     ],
 )
 def test_a_file_that_is_not_usable_is_refused_with_the_place(use, usual, place, value, said):
@@ -151,11 +142,11 @@ SHAPE = dict(dtype="bfloat16", t=256, k=64, n=64)
 def test_the_path_of_a_shape(use, usual):
     assert configs.path("population_linear", CPU, **SHAPE) == "epilogue"
     plain = configs.describe(CPU)["order"]
-    entries = [{"when": {"t": [256, None]}, "path": "augmented"}, {"when": {}, "path": "epilogue"}]
+    entries = [{"when": {"t": [256, None]}, "path": "addmm"}, {"when": {}, "path": "epilogue"}]
     use(usual | {"paths": {"population_linear": entries}})
-    assert configs.path("population_linear", CPU, **SHAPE) == "augmented"
+    assert configs.path("population_linear", CPU, **SHAPE) == "addmm"
     assert configs.path("population_linear", CPU, **SHAPE | {"t": 255}) == "epilogue"
-    assert configs.describe(CPU)["order"] != plain  # a sum over another K is in another order
+    assert configs.describe(CPU)["order"] != plain  # torch's product sums in an order of its own
     use(usual | {"paths": {"population_linear": entries[:1]}})
     assert configs.path("population_linear", CPU, **SHAPE | {"t": 255}) == "epilogue"
     use(usual | {"paths": {}})
@@ -167,16 +158,15 @@ def test_the_path_of_a_shape(use, usual):
     ("paths", "message"),
     [
         ([], r"paths: expected an object, got \[\]"),
-        ({"shrink": []}, "paths: expected only population_linear, got 'shrink'"),
-        ({"population_linear": {}}, r"paths\.population_linear: expected a list of entries, got \{\}"),
-        ({"population_linear": [{"when": {}}]}, r"paths\.population_linear\[0\]: expected 'path' in it, got when"),
+        ({"shrink": []}, "paths: expected population_linear, got shrink"),
+        ({"population_linear": [{"when": {}}]}, r"paths\.population_linear\[0\]: expected path, when, got when"),
         (
             {"population_linear": [{"when": {"gated": True}, "path": "epilogue"}]},
-            r"population_linear\[0\]\.when: expected only dtype, k, n, t, got 'gated'",
+            r"population_linear\[0\]\.when: expected dtype, k, n, t, got gated",
         ),
         (
             {"population_linear": [{"when": {}, "path": "loop"}]},
-            r"population_linear\[0\]\.path: expected one of epilogue, augmented, got 'loop'",
+            r"population_linear\[0\]\.path: expected one of epilogue, addmm, got 'loop'",
         ),
     ],
 )

@@ -128,10 +128,8 @@ def test_stacked_targets(device, dtype, targets, t, n):
     assert_close(y, fused_linear_ref(x, weight, bias, h=h, adapters=adapters, perturbation=perturbation), dtype)
     for i, streams in enumerate(names):
         rows, low = slice(i * n, (i + 1) * n), slice(2 * i, 2 * i + 2)
-        alone = population_linear_ref(
-            x, weight[rows], bias[rows], adapters.a[low], adapters.b[rows], members=perturbation.members,
-            streams=streams, seed=perturbation.seed, step=4, sigma=0.1, rank=1, scale=1.5,
-        )  # fmt: skip
+        target = Lora(adapters.a[low], adapters.b[rows], 1.5, stream_table((streams,), x.device))
+        alone = population_linear_ref(x, weight[rows], bias[rows], target, perturbation)
         assert_close(y[..., rows].contiguous(), alone, dtype)
 
 

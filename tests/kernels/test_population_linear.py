@@ -1,5 +1,6 @@
 """One linear, a whole population: every path against the per-member reference and against fp64."""
 
+import json
 import re
 import subprocess
 import sys
@@ -9,13 +10,16 @@ import torch
 import torch.nn.functional as F
 
 from esengine.kernels import (
+    Lora,
+    MemberNoise,
+    configs,
     factor_ref,
     linear_streams,
     padded_rank,
     population_linear,
     population_linear_ref,
-    population_linear_triton,
     signed_sigma,
+    stream_table,
     uses_triton,
 )
 from esengine.kernels.fused_linear import linear_config
@@ -85,15 +89,11 @@ def assert_right(y, args):
     assert relative(y, expected) <= 2 * relative(own, expected) + FLOOR
 
 
-def positional(args):
-    return [args[name] for name in ("x", "weight", "bias", "a", "b")], {
-        name: value for name, value in args.items() if name not in ("x", "weight", "bias", "a", "b")
-    }
-
-
 def call(op, args):
-    tensors, settings = positional(args)
-    return op(*tensors, **settings)
+    table = stream_table((args["streams"],), args["members"].device)
+    adapters = Lora(args["a"], args["b"], args["scale"], table)
+    noise = MemberNoise(*(args[name] for name in ("members", "seed", "step", "sigma", "rank")))
+    return op(args["x"], args["weight"], args["bias"], adapters, noise)
 
 
 @pytest.mark.parametrize("t", [1, 2, 5, 15, 16, 17, 33, 40])
@@ -152,7 +152,7 @@ def test_strides_of_x(device, layout, bias, dtype):
     assert_right(call(population_linear, args), args)
 
 
-@pytest.mark.parametrize("name", ["weight", "a", "b", "bias", "members"])
+@pytest.mark.parametrize("name", ["weight", "a", "b", "bias"])
 def test_strides_of_the_rest(device, name):
     args = case(members=(5, 0, 3), device=device)
     expected = call(population_linear, args)
@@ -290,6 +290,43 @@ def test_half_precision_does_not_eat_the_noise(device, dtype, least):
     assert 1 - ours < 0.5 * (1 - naive)
 
 
+@pytest.fixture
+def by_addmm(monkeypatch, tmp_path):
+    """Launch settings that send every linear down the other path."""
+    document = configs.load(configs.DEFAULT) | {"paths": {"population_linear": [{"when": {}, "path": "addmm"}]}}
+    (tmp_path / "addmm.json").write_text(json.dumps(document))
+    monkeypatch.setenv(configs.OVERRIDE, str(tmp_path / "addmm.json"))
+
+
+@pytest.mark.usefixtures("by_addmm")
+@pytest.mark.parametrize("t", [1, 5, 16, 40])
+@pytest.mark.parametrize(("r", "k"), [(0, 1), (2, 1), (3, 2), (16, 4)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_low_rank_part_then_torchs_gemm(device, t, r, k, dtype):
+    args = case(t=(t,), members=(7, 2, 2, 0), r=r, k=k, n_in=70, n_out=150, bias=t % 2 == 0, dtype=dtype, device=device)
+    assert_right(call(population_linear, args), args)
+
+
+@pytest.mark.usefixtures("by_addmm")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides_of_x_on_the_other_path(device, layout):
+    args = case(t=(6,), device=device)
+    args["x"] = LAYOUTS[layout](args["x"])
+    assert_right(call(population_linear, args), args)
+
+
+@pytest.mark.usefixtures("by_addmm")
+def test_which_path_was_taken(device, monkeypatch):
+    if not uses_triton(device):
+        pytest.skip("paths are the Triton kernels'")
+    module, taken = sys.modules["esengine.kernels.population_linear"], []
+    part = module.low_rank_part
+    monkeypatch.setattr(module, "low_rank_part", lambda *args, **kwargs: (taken.append(1), part(*args, **kwargs))[1])
+    monkeypatch.setattr(module, "fused_linear", lambda *args, **kwargs: pytest.fail("our GEMM ran"))
+    call(population_linear, case(device=device))
+    assert taken == [1]
+
+
 BAD = {
     "x of one dimension": (
         "x",
@@ -302,24 +339,29 @@ BAD = {
     "weight of another dtype": (
         "weight",
         lambda t: t.bfloat16(),
-        r"weight: expected float32 \[out, in\] on .* bfloat16",
+        r"weight: expected float32 \[N, K\] on .* bfloat16",
     ),
     "weight elsewhere": ("weight", lambda t: t.to("meta"), r"weight: expected .* on (cpu|cuda:0), got .* on meta"),
     "bias too long": ("bias", lambda t: F.pad(t, (0, 1)), r"bias: expected float32 \[21\] on .*, got float32 \[22\]"),
     "bias elsewhere": ("bias", lambda t: t.to("meta"), r"bias: expected .*, got .* on meta"),
-    "a without b": ("b", lambda t: None, "a, b: expected both tensors or both None, got one of each"),
-    "b without a": ("a", lambda t: None, "a, b: expected both tensors or both None, got one of each"),
-    "a of another width": ("a", lambda t: t[:, :-1], r"a: expected float32 \[r, 33\] on .*, got float32 \[2, 32\]"),
+    "a without b": ("b", lambda t: None, "adapters: expected a and b, or neither, got one of them"),
+    "b without a": ("a", lambda t: None, "adapters: expected a and b, or neither, got one of them"),
+    "a of another width": ("a", lambda t: t[:, :-1], r"a: expected float32 \[G r, 33\] on .*, got float32 \[2, 32\]"),
     "a of another dtype": ("a", lambda t: t.half(), r"a: expected float32 .*, got float16"),
     "a elsewhere": ("a", lambda t: t.to("meta"), r"a: expected .*, got .* on meta"),
     "b transposed": ("b", lambda t: t.mT, r"b: expected float32 \[21, 2\] on .*, got float32 \[2, 21\]"),
     "b of another dtype": ("b", lambda t: t.bfloat16(), r"b: expected float32 .*, got bfloat16"),
-    "members too few": ("members", lambda t: t[:-1], r"members: expected int64 \[3\] on .*, got int64 \[2\]"),
-    "members of int32": ("members", lambda t: t.int(), r"members: expected int64 \[3\] on .*, got int32 \[3\]"),
+    "members too few": ("members", lambda t: t[:-1], r"members: expected int64 \[3\], contiguous, on .*, got int64 \[2\]"),
+    "members of int32": ("members", lambda t: t.int(), r"members: expected int64 \[3\], contiguous, on .*, got int32 \[3\]"),
+    "members far apart": (
+        "members",
+        lambda t: torch.stack((t, t), -1)[:, 0],
+        r"members: expected int64 \[3\], contiguous, on .* with strides \[2\]",
+    ),
     "members of two dimensions": (
         "members",
         lambda t: t[:, None],
-        r"members: expected int64 \[3\] on .* int64 \[3, 1\]",
+        r"members: expected int64 \[3\], contiguous, on .* int64 \[3, 1\]",
     ),
     "members elsewhere": ("members", lambda t: t.to("meta"), r"members: expected .*, got .* on meta"),
 }
@@ -342,13 +384,13 @@ def test_keys_out_of_range(device, name, value):
 
 BIG_STRIDES = """
 import sys, torch, triton, triton.language as tl
-from esengine.kernels import linear_streams, population_linear as op, population_linear_ref
+from esengine.kernels import Lora, MemberNoise, linear_streams, population_linear as op, population_linear_ref, stream_table
 from esengine.kernels.noise import INTERPRET
 if sys.argv[1] == "32":
     @triton.jit
     def narrow(index, stride):
         return index * stride
-    for module in ("shrink", "fused_linear"):
+    for module in ("shrink", "fused_linear", "low_rank"):
         sys.modules[f"esengine.kernels.{module}"].offset = narrow
 device = "cpu" if INTERPRET else "cuda"
 try:
@@ -360,10 +402,9 @@ x = storage.as_strided((3, 2, 5), (1 << 30, 8, 1))
 for row in range(3):
     x[row] = torch.arange(10).view(2, 5) + row
 weight, a, b = torch.ones(3, 5, dtype=x.dtype), torch.ones(1, 5), torch.ones(3, 1)
-tensors = [x, weight.to(device), None, a.to(device), b.to(device)]
-settings = dict(seed=1, step=1, sigma=0.1, rank=1, streams=linear_streams("x"))
-settings["members"] = torch.tensor([0, 3, 4]).to(device)
-got, expected = op(*tensors, **settings), population_linear_ref(*tensors, **settings)
+adapters = Lora(a.to(device), b.to(device), 1.0, stream_table((linear_streams("x"),), x.device))
+operands = x, weight.to(device), None, adapters, MemberNoise(torch.tensor([0, 3, 4]).to(device), 1, 1, 0.1, 1)
+got, expected = op(*operands), population_linear_ref(*operands)
 sys.exit(0 if torch.allclose(got.float(), expected.float(), rtol=1e-2) else 3)
 """
 
@@ -390,10 +431,10 @@ def test_triton_is_what_the_interpreter_runs(monkeypatch):
 
     module = system.modules["esengine.kernels.population_linear"]
     seen = []
-    monkeypatch.setattr(module, "population_linear_triton", lambda *args, **kwargs: seen.append(args))
+    fused = module.fused_linear
+    monkeypatch.setattr(module, "fused_linear", lambda *args, **kwargs: (seen.append(args), fused(*args, **kwargs))[1])
     call(population_linear, case())
     assert len(seen) == 1
-    assert population_linear_triton is not module.population_linear_triton
 
 
 def test_padded_ranks():

@@ -431,7 +431,7 @@ def test_an_update_moves_no_weights(fresh_model, config):
     for optimizer in ("sgd", "momentum", "adam"):
         rule = esengine.UpdateRule(optimizer=optimizer, max_step_norm=1e-3, max_norm=1.0)
         population = esengine.attach(fresh_model.transformer, config, rule=rule)
-        fused_parts(fresh_model.transformer, None)
+        fused_parts(fresh_model.transformer, False)
         places = graphs.Places(fresh_model.transformer)
         before = {name: (p.data_ptr(), p.clone()) for name, p in population.parameters().items()}
         for step in range(2):

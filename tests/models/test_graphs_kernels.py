@@ -55,7 +55,7 @@ def test_fused_blocks_replay_other_members_and_steps(recorded, monkeypatch, conf
         arguments = dict(timestep=time, guidance=time, encoder_attention_mask=mask, return_dict=False)
         with ExitStack() as inside:
             inside.enter_context(population.perturbed(step=step, members=members))
-            inside.enter_context(in_place_of(fused_parts(transformer, population.perturbation)))
+            inside.enter_context(in_place_of(fused_parts(transformer, True), population.perturbation))
             yield lambda: transformer(x_bchw, encoder_hidden_states=text, **arguments)[0]
 
     captured = Graphs(session)

@@ -72,7 +72,7 @@ def attach(transformer, targets=TARGETS, **options):
 
 def parts_of(transformer, population):
     with population.perturbed(step=0, members=torch.zeros(0, dtype=torch.int64)):
-        return fused_parts(transformer, population.perturbation)
+        return fused_parts(transformer, True)
 
 
 @torch.no_grad()
@@ -81,9 +81,9 @@ def both(transformer, population):
     arguments = inputs(transformer)
     with population.perturbed(step=3, members=torch.tensor(MEMBERS, device=transformer.device)):
         plain = transformer(**arguments)[0]
-        parts = fused_parts(transformer, population.perturbation)
+        parts = fused_parts(transformer, True)
         assert [type(part) for part in parts] == [FusedCaption, FusedBlock]
-        with in_place_of(parts):
+        with in_place_of(parts, population.perturbation):
             return plain, transformer(**arguments)[0]
 
 
@@ -176,8 +176,8 @@ def test_members_of_any_stride(transformer):
     population = attach(transformer)
     column = torch.tensor([[member, 7] for member in MEMBERS], device=transformer.device)[:, 0]
     with torch.no_grad(), population.perturbed(step=3, members=column):
-        parts = fused_parts(transformer, population.perturbation)
-        with in_place_of(parts):
+        parts = fused_parts(transformer, True)
+        with in_place_of(parts, population.perturbation):
             got = transformer(**inputs(transformer))[0]
     assert torch.equal(got, both(transformer, population)[1])
 
@@ -196,7 +196,7 @@ def test_no_text_mask(transformer):
     population, arguments = attach(transformer, ["to_out.0"]), inputs(transformer) | {"encoder_attention_mask": None}
     with torch.no_grad(), population.perturbed(step=3, members=torch.tensor(MEMBERS, device=transformer.device)):
         plain = transformer(**arguments)[0]
-        with in_place_of(fused_parts(transformer, population.perturbation)):
+        with in_place_of(fused_parts(transformer, True), population.perturbation):
             assert relative(transformer(**arguments)[0], plain) <= 1e-5
 
 
@@ -250,11 +250,11 @@ def test_cross_attention_norms_by_torchs_op_alone(transformer, monkeypatch):
     population, cross, normed = attach(transformer), transformer.transformer_blocks[0].attn2, []
     rms_norm = F.rms_norm
     with population.perturbed(step=3, members=torch.tensor(MEMBERS, device=transformer.device)):
-        parts = fused_parts(transformer, population.perturbation)
+        parts = fused_parts(transformer, True)
         for norm in (cross.norm_q, cross.norm_k):
             monkeypatch.setattr(norm, "forward", lambda x: pytest.fail("the module was called"))
         monkeypatch.setattr(F, "rms_norm", lambda x, *args: normed.append(tuple(x.shape)) or rms_norm(x, *args))
-        with in_place_of(parts):
+        with in_place_of(parts, population.perturbation):
             transformer(**inputs(transformer))
     assert normed == [(2, 15, 32), (2, 5, 32)]
 
@@ -263,13 +263,13 @@ def test_wrong_batch_is_refused(transformer):
     population = attach(transformer, ["attn1.to_out.0"])
     z, text = torch.zeros(3, 4, 32), torch.zeros(3, 5, 32)
     with population.perturbed(step=0, members=torch.tensor(MEMBERS)):
-        caption, block = fused_parts(transformer, population.perturbation)
+        caption, block, keys = *fused_parts(transformer, True), population.perturbation
     with pytest.raises(ValueError, match=r"members: .* int64 \[3\], got int64 \[2\]"):
-        block.forward(z, None, text, None, torch.zeros(3, 6 * 32), 2, 2)
+        block.forward(keys, z, None, text, None, torch.zeros(3, 6 * 32), 2, 2)
     with pytest.raises(ValueError, match=r"members: .* int64 \[3\], got int64 \[2\]"):
-        caption.forward(torch.zeros(3, 5, 24))
+        caption.forward(keys, torch.zeros(3, 5, 24))
     with pytest.raises(RuntimeError, match="no gradient"):
-        block.forward(z[:2].requires_grad_(), None, text[:2], None, torch.zeros(2, 6 * 32), 2, 2)
+        block.forward(keys, z[:2].requires_grad_(), None, text[:2], None, torch.zeros(2, 6 * 32), 2, 2)
 
 
 def test_other_norms_and_hooks_are_not_fused(transformer):
@@ -303,17 +303,16 @@ def test_fp16_whose_overflows_diffusers_clamps_is_not_fused(transformer):
 def test_linears_of_unlike_adapters_are_not_stacked(transformer, options):
     population = attach(transformer, **options)
     assert parts_of(transformer, population) == []
-    keys = esengine.kernels.MemberNoise(torch.zeros(0, dtype=torch.int64), 0, 0, 1e-2, 2)
     with pytest.raises(ValueError, match="all targets or none"):
-        FusedBlock(transformer.transformer_blocks[0], keys)
+        FusedBlock(transformer.transformer_blocks[0])
 
 
 @torch.no_grad()
 def test_convolution_on_tokens_equals_diffusers(transformer):
     plain = transformer(**inputs(transformer))[0]
-    parts = fused_parts(transformer, None)
+    parts = fused_parts(transformer, False)
     assert [type(part) for part in parts] == [TokenConv]
-    with in_place_of(parts):
+    with in_place_of(parts, None):
         assert "forward" in vars(transformer.transformer_blocks[0].ff)
         assert relative(transformer(**inputs(transformer))[0], plain) <= 1e-6
     assert "forward" not in vars(transformer.transformer_blocks[0].ff)
@@ -325,15 +324,15 @@ def test_convolution_on_tokens_leaves_its_input_alone(transformer):
     conv = transformer.transformer_blocks[0].ff
     x = torch.randn(2, 32, 3, 5).to(transformer.device)
     before = x.clone()
-    y = TokenConv(conv).forward(x)
+    y = TokenConv(conv).forward(None, x)
     assert y.shape == x.shape
     assert torch.equal(x, before)
     assert relative(y, conv(x)) <= 1e-6
 
 
 def test_a_raising_forward_puts_everything_back(transformer):
-    parts = fused_parts(transformer, None)
-    with pytest.raises(KeyError), in_place_of(parts):
+    parts = fused_parts(transformer, False)
+    with pytest.raises(KeyError), in_place_of(parts, None):
         raise KeyError
     assert "forward" not in vars(transformer.transformer_blocks[0].ff)
 
@@ -343,9 +342,9 @@ def test_convolutions_with_norms_residuals_and_hooks_stay(transformer):
     for name, value in (("norm_type", "rms_norm"), ("residual_connection", True), ("forward", conv.forward)):
         before = getattr(conv, name)
         setattr(conv, name, value)
-        assert fused_parts(transformer, None) == []
+        assert fused_parts(transformer, False) == []
         delattr(conv, name) if name == "forward" else setattr(conv, name, before)
-    assert fused_parts(transformer, None) != []
+    assert fused_parts(transformer, False) != []
 
 
 class OwnProcessor:
@@ -402,6 +401,5 @@ def test_asking_why_moves_no_weight_and_hides_no_bug(transformer, monkeypatch):
         raise ValueError("a bug")
 
     monkeypatch.setattr(sana_block, "stacked", broken)
-    keys = esengine.kernels.MemberNoise(torch.zeros(0, dtype=torch.int64), 0, 0, 1e-2, 2)
     with pytest.raises(ValueError, match="a bug"):
-        fused_parts(transformer, keys)
+        fused_parts(transformer, True)

@@ -1,0 +1,143 @@
+"""The factors of a batch's members, rebuilt once for all rows that use them.
+
+    [V | U | V' | U'] of each target, for the pair of each batch row
+
+A kernel that rebuilds a factor for each of its tiles does so once for every 32 to 128 rows. Where a batch row has more,
+it reads them from here instead: E numbers a target of a batch row, as many as one or two of its own rows. They live
+for one linear and do not grow with the population.
+
+Legend: B batch rows, G targets, K in, N out, r LoRA rank, kp padded noise rank.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from esengine.kernels.noise import factor_ref, padded_rank, signed64, step_tensor, triton, uses_triton
+from esengine.kernels.operands import Lora, MemberNoise, check, check_noise
+
+BLOCK = 512
+"""Numbers that a program makes; each factor begins at a multiple of it."""
+
+STORE_FROM = 16
+"""Rows a batch row from which storing pays: 4 (K + N) bytes are written and read again beside 2 K for each row."""
+
+if triton is not None:
+    import triton.language as tl
+
+    from esengine.kernels.noise import noise_rows, offset
+
+    @triton.jit(do_not_specialize=["seed"], do_not_specialize_on_alignment=["members_ptr", "step_ptr"])
+    def _factors_kernel(
+        out_ptr, streams_ptr, members_ptr, step_ptr,
+        seed: tl.int64,
+        G: tl.constexpr, U_AT: tl.constexpr, V_OUT_AT: tl.constexpr, U_OUT_AT: tl.constexpr, WIDTH: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        b, blocks = tl.program_id(0), WIDTH // BLOCK
+        target, first = tl.program_id(1) // blocks, tl.program_id(1) % blocks * BLOCK
+        factor, start = 0, 0
+        if first >= U_OUT_AT:
+            factor, start = 3, U_OUT_AT
+        elif first >= V_OUT_AT:
+            factor, start = 2, V_OUT_AT
+        elif first >= U_AT:
+            factor, start = 1, U_AT
+        pair, stream = tl.load(members_ptr + b) >> 1, tl.load(streams_ptr + 4 * target + factor)
+        noise = noise_rows(seed, tl.load(step_ptr), stream, pair, first - start, BLOCK, 1)
+        out = out_ptr + offset(b * G + target, WIDTH) + first + tl.arange(0, BLOCK)
+        tl.store(out, tl.reshape(noise, (BLOCK,)))
+
+
+class Places(NamedTuple):
+    """Where a target's factors begin in its E numbers: V at 0, then these, each row-major [length, kp]."""
+
+    u: int
+    v_out: int
+    u_out: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """By the names that kernels have."""
+        return {"U_AT": self.u, "V_OUT_AT": self.v_out, "U_OUT_AT": self.u_out}
+
+
+def places(k: int, r: int, rank: int) -> Places:
+    """Of targets that read K columns. What N is, is seen from E alone."""
+    u = _span(k, rank)
+    return Places(u, u + _span(r, rank), u + 2 * _span(r, rank))
+
+
+def width(k: int, n: int, r: int, rank: int) -> int:
+    """E: numbers a target of a batch row."""
+    return places(k, r, rank).u_out + _span(n, rank)
+
+
+def _span(length: int, rank: int) -> int:
+    return -(-length * padded_rank(rank) // BLOCK) * BLOCK
+
+
+def check_factors(
+    factors: torch.Tensor | None,
+    adapters: Lora | None,
+    perturbation: MemberNoise | None,
+    batch: int,
+    k: int,
+    n: int | None,
+) -> None:
+    """Raises ValueError for factors that are not of these operands; None passes, as does any N where `n` is None."""
+    if factors is None:
+        return
+    if adapters is None:
+        raise ValueError("factors: expected adapters beside them, got None")
+    rank, least = perturbation.rank, places(k, adapters.r, perturbation.rank).u_out
+    size = "E" if n is None else width(k, n, adapters.r, rank)
+    check("factors", factors, (batch, adapters.targets, size), torch.float32, adapters.streams.device, strides="all")
+    if factors.shape[-1] < least or factors.shape[-1] % BLOCK:
+        raise ValueError(f"factors: expected at least {least} numbers a target, of member_factors, got {factors.shape[-1]}")
+
+
+def member_factors(adapters: Lora, perturbation: MemberNoise, *, k: int, n: int) -> torch.Tensor:
+    """`member_factors_ref` by the fastest way the device has. Same arguments."""
+    device = adapters.streams.device
+    if not uses_triton(device):
+        return member_factors_ref(adapters, perturbation, k=k, n=n)
+    batch, g, rank = len(perturbation.members), adapters.targets, perturbation.rank
+    check_noise(perturbation, batch, device)
+    out = torch.empty(batch, g, width(k, n, adapters.r, rank), dtype=torch.float32, device=device)
+    if out.numel():
+        with torch.cuda.device_of(out):
+            _factors_kernel[(batch, g * (out.shape[-1] // BLOCK))](
+                out, adapters.streams, perturbation.members, step_tensor(perturbation.step, device),
+                seed=signed64(perturbation.seed),
+                G=g, WIDTH=out.shape[-1], BLOCK=BLOCK, **places(k, adapters.r, rank).constants,
+            )  # fmt: skip
+    return out
+
+
+def member_factors_ref(adapters: Lora, perturbation: MemberNoise, *, k: int, n: int) -> torch.Tensor:
+    """All factors of the targets for each batch row, by the noise contract.
+
+    Args:
+        adapters: The G targets.
+        perturbation: The noise of the batch.
+        k, n: Columns that they read, and that each writes.
+
+    Returns:
+        fp32 [B, G, E]: V [K, kp], U [r, kp], V' [r, kp], U' [N, kp], row-major, each begun at its place in `places`.
+        Numbers between them, and columns from k on, have no meaning; here they are zero.
+
+    Raises:
+        ValueError: noise that does not fit; by its name.
+    """
+    r, rank, device = adapters.r, perturbation.rank, adapters.streams.device
+    check_noise(perturbation, len(perturbation.members), device)
+    out = torch.zeros(len(perturbation.members), adapters.targets, width(k, n, r, rank), device=device)
+    noise = dict(seed=perturbation.seed, step=int(perturbation.step), pairs=perturbation.members >> 1, rank=rank)
+    for i, streams in enumerate(adapters.streams.tolist()):
+        for stream, length, start in zip(streams, (k, r, r, n), (0, *places(k, r, rank)), strict=True):
+            kp = padded_rank(rank)
+            rows = out[:, i, start : start + length * kp].unflatten(-1, (length, kp)) if length else None
+            if rows is not None:
+                rows[..., :rank] = factor_ref(stream=stream, length=length, **noise)
+    return out

@@ -1,0 +1,131 @@
+"""What kernels share on the device: the low-rank columns of a tile, their products, and how h is mixed of g.
+
+A member's factors are rebuilt where they are used, or loaded from what `member_factors` has stored for the batch: each
+number then serves all T rows of its batch row, where a rebuilt one serves a tile of them.
+
+Legend: G targets, r LoRA rank, k noise rank (kp padded), K rows of V; a tile's columns are r of each target, then k of
+each, padded to CP. `U_AT`, `V_OUT_AT`, `U_OUT_AT`, `WIDTH`: `Places` of the stored factors.
+"""
+
+import triton
+import triton.language as tl
+
+from esengine.kernels.noise import noise_at, noise_rows, offset
+
+
+@triton.jit
+def column(tile, j, KP: tl.constexpr):
+    """float32 [ROWS]: column j of a [ROWS, KP] tile."""
+    return tl.sum(tl.where(tl.arange(0, KP)[None, :] == j, tile, 0.0), axis=1)
+
+
+@triton.jit
+def within(k0, K, BLOCK_K: tl.constexpr):
+    """Which of the columns k0.. are among K: all, known at compile time, where K is a multiple of the block."""
+    inside = k0 + tl.arange(0, BLOCK_K) < K
+    if isinstance(K, tl.constexpr):
+        if K % BLOCK_K == 0:
+            inside = tl.full((BLOCK_K,), True, tl.int1)
+    return inside
+
+
+@triton.jit
+def halves(x, SPLIT: tl.constexpr, UPCAST: tl.constexpr):
+    """Two bf16 parts of an fp32 tile, the larger first, that sum to x within 2^-16 of it. If not split, x twice."""
+    upper, lower = x, x
+    if SPLIT:
+        upper = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+        lower = (x - upper).to(tl.bfloat16)
+        if UPCAST:
+            lower = lower.to(tl.float32)
+        else:
+            upper = upper.to(tl.bfloat16)
+    return upper, lower
+
+
+@triton.jit
+def product(x, columns, acc, ROWS: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + x [ROWS, L] @ columns [L, C] in fp32: on the tensor cores from 16 rows on, their minimum.
+
+    Split: x is bf16 and exact, columns are multiplied as two bf16 halves.
+    """
+    if ROWS < 16:
+        acc += tl.sum(x.to(tl.float32)[:, :, None] * columns[None, :, :], axis=1)
+    elif SPLIT:
+        upper, lower = halves(columns, True, UPCAST)
+        acc = tl.dot(x, upper, tl.dot(x, lower, acc))
+    else:
+        acc = tl.dot(x.to(tl.float32), columns, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def low_rank_columns(
+    a_ptr, streams_ptr, factors_ptr, stride_ar, stride_ak, seed, step, pair, k0, K,
+    G: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, KP: tl.constexpr, CP: tl.constexpr,
+    BLOCK_K: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """float32 [BLOCK_K, CP]: rows k0.. of [A_1^T .. A_G^T | V_1 .. V_G]; those from K on must meet zeros of x."""
+    k, column = k0 + tl.arange(0, BLOCK_K), tl.arange(0, CP)
+    inside, place = within(k0, K, BLOCK_K)[:, None], column - G * R
+    columns = tl.zeros((BLOCK_K, CP), tl.float32)
+    if factors_ptr is not None:  # one load for both: each column has a place and a stride of its own
+        starts = factors_ptr + (place // RANK * WIDTH + place % RANK)
+        strides = tl.full((CP,), KP, tl.int32)
+        if R > 0:
+            starts = tl.where(place < 0, a_ptr + offset(column, stride_ar), starts)
+            strides = tl.where(place < 0, stride_ak, strides)
+        ptrs = starts[None, :] + offset(k[:, None], strides[None, :])
+        columns = tl.load(ptrs, mask=inside & (place < G * RANK)[None, :], other=0.0)
+    else:
+        if R > 0:
+            a_ptrs = a_ptr + offset(column, stride_ar)[None, :] + offset(k, stride_ak)[:, None]
+            columns = tl.load(a_ptrs, mask=inside & (place < 0)[None, :], other=0.0)
+        for i in tl.static_range(G):
+            v = noise_rows(seed, step, tl.load(streams_ptr + 4 * i), pair, k0, BLOCK_K, KP)
+            for j in tl.static_range(RANK):
+                v_j = tl.sum(tl.where(tl.arange(0, KP)[None, :] == j, v, 0.0), axis=1)
+                columns = tl.where(column[None, :] == G * R + i * RANK + j, v_j[:, None], columns)
+    return columns
+
+
+@triton.jit
+def small_factor(
+    streams_ptr, factors_ptr, seed, step, pair, e, own,
+    FACTOR: tl.constexpr, AT: tl.constexpr,
+):  # fmt: skip
+    """float32, shape of e: elements of the U (1) or V' (2) of one target, zero where not `own`."""
+    if factors_ptr is not None:
+        numbers = tl.load(factors_ptr + AT + e, mask=own, other=0.0)
+    else:
+        numbers = tl.where(own, noise_at(seed, step, tl.load(streams_ptr + FACTOR), pair, e), 0.0)
+    return numbers
+
+
+@triton.jit
+def mixed(
+    g, streams_ptr, factors_ptr, seed, step, pair, c, lora_scale,
+    G: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, KP: tl.constexpr, CP: tl.constexpr,
+    U_AT: tl.constexpr, V_OUT_AT: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """h [ROWS, CP] of g. Column i R + q is row q of target i's A, column G R + i k + j its noise."""
+    column = tl.arange(0, CP)
+    h = tl.where((column < G * R)[None, :], lora_scale * g, 0.0)
+    if R == 0:
+        h = c * g
+    for i in tl.static_range(G if R > 0 else 0):
+        own = (column >= i * R) & (column < (i + 1) * R)
+        streams, factors = streams_ptr + 4 * i, factors_ptr
+        if factors_ptr is not None:
+            factors = factors_ptr + i * WIDTH
+        for j in tl.static_range(RANK):
+            e = (column - i * R) * KP + j
+            u = small_factor(streams, factors, seed, step, pair, e, own, 1, U_AT)
+            g_v = tl.sum(tl.where((column == G * R + i * RANK + j)[None, :], g, 0.0), axis=1)
+            h += (lora_scale * c * g_v)[:, None] * u[None, :]
+        for j in tl.static_range(RANK):
+            e = (column - i * R) * KP + j
+            v = small_factor(streams, factors, seed, step, pair, e, own, 2, V_OUT_AT)
+            h_v = c * tl.sum(h * v[None, :], axis=1)
+            h = tl.where((column == G * R + i * RANK + j)[None, :], h_v[:, None], h)
+    return h
