@@ -5,13 +5,13 @@
 A forward of the model and the public ops run on tensors without storage; each launch they make is compiled, with the
 launcher's own configuration and Triton's own specialisation, instead of run, once for all shapes that share a kernel.
 Where a device has settings of its own, so is each launch that they change. For each: registers, spill instructions,
-shared memory, tensor-core instructions, and the waits in the main loop, the innermost one with the most work of tensor
-cores, read from the machine code. `wgmma 1` leaves one group of products running into the next round; `wgmma 0` drains
-them all.
+shared memory, tensor-core instructions, and of the main loop, the innermost one with the most work of tensor cores, its
+instructions and waits, read from the machine code. `wgmma 1` leaves one group of products running into the next round;
+`wgmma 0` drains them all.
 
-Exit code 1 if a kernel spills, serialises its main loop, needs more shared memory than there is, or is launched by no
-entry of `OPS`; or if one does not compile for sm_90. Other architectures get the reference run's shapes only, and what
-Triton cannot compile for them is counted apart.
+Exit code 1 if a kernel spills, serialises its main loop, has more instructions in it than `LOOP_LIMITS` allows, needs
+more shared memory than there is, or is launched by no entry of `OPS`; or if one does not compile for sm_90. Other
+architectures get the reference run's shapes only, and what Triton cannot compile for them is counted apart.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from functools import cache, partial
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 from unittest.mock import patch
 
 import record
@@ -54,12 +54,13 @@ from esengine.kernels import (
     es_update,
     fused_linear,
     linear_attention,
-    linear_streams,
+    member_factors,
     normals,
     population_linear,
     shrink,
 )
 from esengine.kernels.configs import named
+from esengine.kernels.population_linear import Path as LinearPath
 from esengine.models.sana_block import fused_parts, in_place_of
 from esengine.population import attach
 
@@ -67,6 +68,11 @@ SUMMARY = "aot: kernels without spills or a serialised main loop: "
 TARGET = 90
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 """Bytes of shared memory that one block may have, by architecture."""
+
+LOOP_LIMITS = {("shrink", 3, 2, True, "tf32x3"): 400}
+"""Instructions that a round of the main loop, a step of K, may have: by kernel, targets, r, modulated and precision.
+
+q|k|v of the reference run: there the kernel is bound by issue slots, not by bytes."""
 
 TENSOR_CORES = {
     "wgmma": re.compile(r"\b[HQI]GMMA\.(\d+x\d+x\d+)"),
@@ -128,21 +134,19 @@ def linear_cases() -> Iterator[Case]:
         for r, k in pairs:
             reference = (dtype, r) == (torch.bfloat16, 2)
             for n_in, n_out, tokens in shapes if reference else shapes[1:4]:
+                bias = empty(n_out, dtype=dtype) if r else None
+                a, b = (empty(r, n_in), empty(n_out, r)) if r else (None, None)
                 call = partial(
                     population_linear,
                     empty(64, tokens, n_in, dtype=dtype),
                     empty(n_out, n_in, dtype=dtype),
-                    empty(n_out, dtype=dtype) if r else None,
-                    empty(r, n_in) if r else None,
-                    empty(n_out, r) if r else None,
-                    members=empty(64, dtype=torch.int64),
-                    streams=linear_streams("x", direct=r == 0),
-                    seed=0,
-                    step=1,
-                    sigma=1e-2,
-                    rank=k,
+                    bias,
+                    Lora(a, b, 4.0, empty(1, 4, dtype=torch.int64)),
+                    MemberNoise(empty(64, dtype=torch.int64), seed=0, step=1, sigma=1e-2, rank=k),
                 )
-                yield Case(f"{n_in}->{n_out} x{tokens} {named(dtype)} r{r} k{k}", call, reference)
+                for path in get_args(LinearPath):
+                    name = f"{n_in}->{n_out} x{tokens} {named(dtype)} r{r} k{k}, {path}"
+                    yield Case(name, partial(call, path=path), reference and path == "epilogue")
 
 
 def update_cases() -> Iterator[Case]:
@@ -204,10 +208,13 @@ def block_cases() -> Iterator[Case]:
                 streams = empty(targets, 4, dtype=torch.int64)
                 adapters = Lora(empty(r * targets, width), empty(targets * width, r), 4.0, streams)
                 h = empty(64, tokens, (r + 1) * targets)
-                calls[f"modulated, {targets} targets of r{r}"] = partial(shrink, x, adapters, keys, modulation)
+                with recorded_launches():
+                    factors = member_factors(adapters, keys, k=width, n=width)
+                given = (x, adapters, keys, modulation, factors)
+                calls[f"modulated, {targets} targets of r{r}"] = partial(shrink, *given)
                 calls[f"{targets} targets of r{r}{', gated' if options else ''}"] = partial(
                     fused_linear, x, weight(targets * width, width), empty(targets * width, dtype=dtype),
-                    h=h, adapters=adapters, perturbation=keys, **options,
+                    h=h, adapters=adapters, perturbation=keys, factors=factors, **options,
                 )  # fmt: skip
             for name, call in calls.items():
                 yield Case(f"block: {name} x{tokens} {named(dtype)}", call, reference=False)
@@ -415,6 +422,7 @@ def judge(kernel, log: str, arch: int) -> dict[str, Any]:
         "mma": sum(counts.values()),
         "mma_kind": next((kind for kind, count in counts.items() if count), None),
         "main_loop": bool(loop),
+        "loop_instructions": len(re.findall(r"/\*[0-9a-f]{4,}\*/ +\S", loop)),
         "waits": waits,
     }
     warning = re.search(r"wgmma\.mma_async instructions are serialized.*", log)
@@ -438,7 +446,12 @@ def row_of(index: int, arch: int) -> dict[str, Any]:
     try:
         kernel, log = compiled(launch.kernel, launch.args, launch.kwargs, arch)
         config |= {name: getattr(kernel.metadata, name) for name in ("num_warps", "num_stages")}
-        return row | judge(kernel, log, arch)
+        row |= judge(kernel, log, arch)
+        known = tuple(config.get(key) for key in ("G", "R", "MODULATED", "PRECISION"))
+        most = LOOP_LIMITS.get((head["kernel"].removesuffix("_kernel"), *known), math.inf)
+        if row["loop_instructions"] > most and arch == TARGET:
+            row.setdefault("fault", f"main loop of {row['loop_instructions']} instructions, {most} at most")
+        return row
     except Exception as error:  # the report names every kernel that fails, not only the first
         lines = f"{type(error).__name__}: {error}".strip().splitlines()
         return row | {"error": " ".join(dict.fromkeys((lines[0], lines[-1].strip())))}
@@ -458,6 +471,7 @@ def described(row: dict[str, Any]) -> str:
             f"[{config}]",
             f"registers {row['registers']}  spills {row['spills']}  shared {row['shared']}",
             f"{row['mma']} {row['mma_kind']}" if row["mma"] else "no tensor cores",
+            f"{row['loop_instructions']} instructions a round" if row["main_loop"] else "no main loop",
             f"waits in the main loop: {waits or ('none' if row['main_loop'] else 'no such loop')}",
             *([row["fault"]] if "fault" in row else []),
         ]

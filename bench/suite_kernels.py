@@ -31,6 +31,7 @@ from suite_ops import (
 )
 
 from esengine.kernels import Modulation, es_update, es_update_ref, normals, normals_ref
+from esengine.kernels.factors import STORE_FROM
 
 BOUND = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: FP32_BOUND}
 """Relative error: twice the most that rounding a norm costs, since op and reference round both. Wrong noise is 1."""
@@ -68,19 +69,20 @@ def block_launches(sizes: Sizes, side: int, text: int, shares: bool) -> Iterator
     w, c, n, t, heads = sizes.width, sizes.channels, sizes.blocks, side * side, sizes.heads
     at, words, left, then = f"x{t}", f"text x{text}", ", shares" if shares else "", w if shares else 0
     yield shrink_launch(f"shrink q|k|v, modulated {at}", n, t, w, targets=3, modulated=True)
-    yield linear_launch(f"linear q|k|v {at}", n, t, w, w, targets=3, bias=False)
+    yield linear_launch(f"linear q|k|v {at}", n, t, w, w, targets=3, bias=False, stored=True)
     yield attention_launch(f"linear_attention{left} {at}", n, t, w, heads, shares)
     yield low_rank_launch(f"to_out {at}", n, t, w, heads if shares else 0)
-    yield linear_launch(f"linear to_out, gated{left} {at}", n, t, w, w, targets=1, residual=True, gated=True, then=then)
+    gated = dict(targets=1, residual=True, gated=True, then=then, stored=not shares)
+    yield linear_launch(f"linear to_out, gated{left} {at}", n, t, w, w, **gated)
     yield low_rank_launch(f"to_q {at}", n, t, w, -(-w // TILE) if shares else 0)
-    yield linear_launch(f"linear to_q {at}", n, t, w, w, targets=1)
+    yield linear_launch(f"linear to_q {at}", n, t, w, w, targets=1, stored=not shares)
     yield shrink_launch(f"shrink k|v, {words}", n, text, w, targets=2)
-    yield linear_launch(f"linear k|v, {words}", n, text, w, w, targets=2)
+    yield linear_launch(f"linear k|v, {words}", n, text, w, w, targets=2, stored=True)
     yield norm_launch(f"rms norm of q {at}", n, t, w)
     yield norm_launch(f"rms norm of k, {words}", n, text, w)
     yield cross_launch(f"cross_attention {at}", n, t, text, w, sizes.cross_heads)
     yield shrink_launch(f"shrink cross to_out {at}", n, t, w, targets=1)
-    yield linear_launch(f"linear cross to_out, residual {at}", n, t, w, w, targets=1, residual=True)
+    yield linear_launch(f"linear cross to_out, residual {at}", n, t, w, w, targets=1, residual=True, stored=True)
     yield shrink_launch(f"modulation {at}", n, t, w, targets=0, modulated=True)
     yield linear_launch(f"linear inverted, SiLU {at}", n, t, w, 2 * c, activation="silu")
     yield gate_launch(f"depthwise_gate {at}", n, side, c)
@@ -90,11 +92,11 @@ def block_launches(sizes: Sizes, side: int, text: int, shares: bool) -> Iterator
 def caption_launches(sizes: Sizes, text: int, shares: bool) -> Iterator[Launch]:
     """The projection of the text states, before the first block."""
     w, k, words, left = sizes.width, sizes.text_width, f"text x{text}", ", shares" if shares else ""
-    first = dict(targets=1, activation="gelu_tanh", then=w if shares else 0)
-    yield shrink_launch(f"shrink caption, {words}", 1, text, k, targets=1)
+    first = dict(targets=1, activation="gelu_tanh", then=w if shares else 0, stored=True)
+    yield shrink_launch(f"shrink caption, {words}", 1, text, k, targets=1, n=w)
     yield linear_launch(f"linear caption, GELU{left}, {words}", 1, text, k, w, **first)
     yield low_rank_launch(f"caption 2, {words}", 1, text, w, -(-w // TILE) if shares else 0)
-    yield linear_launch(f"linear caption 2, {words}", 1, text, w, w, targets=1)
+    yield linear_launch(f"linear caption 2, {words}", 1, text, w, w, targets=1, stored=not shares)
 
 
 def low_rank_launch(name: str, times: int, t: int, width: int, parts: int) -> Launch:
@@ -104,13 +106,21 @@ def low_rank_launch(name: str, times: int, t: int, width: int, parts: int) -> La
     return shrink_launch(f"shrink {name}", times, t, width, targets=1)
 
 
-def shrink_launch(name: str, times: int, t: int, k: int, *, targets: int, modulated: bool = False) -> Launch:
+def shrink_launch(
+    name: str, times: int, t: int, k: int, *, targets: int, modulated: bool = False, n: int | None = None
+) -> Launch:
+    """h of so many targets [n, k], n = k if not given, and their stored factors."""
+    n = k if n is None else n
+
     def build(members, device, dtype):
         draw = drawn(device, dtype)
         x, table = draw(members, t, k), draw(members, 6, k)
         given = adapted(draw, members, targets, k, k) if targets else (None, None)
         modulation = Modulation(table[:, 0], table[:, 1]) if modulated else None
-        return lambda ops: ops.shrink(x, *given, modulation)
+        if not targets or t < STORE_FROM:
+            return lambda ops: ops.shrink(x, *given, modulation)
+        # as in a block: their factors are stored first, for the linear too
+        return lambda ops: ops.shrink(x, *given, modulation, ops.factors(*given, k=k, n=n))
 
     def work(members, itemsize):
         rank = dict(r=R, k=K) if targets else {}
@@ -133,8 +143,12 @@ def linear_launch(
     residual: bool = False,
     gated: bool = False,
     then: int = 0,
+    stored: bool = False,
 ) -> Launch:
-    """`targets` perturbed linears [n, k], 0 for a plain one; `then` is the width of the linear that gets shares."""
+    """`targets` perturbed linears [n, k], 0 for a plain one; `then` is the width of the linear that gets shares.
+
+    `stored`: its factors were stored for the shrink before it.
+    """
     out = max(targets, 1) * n
 
     def build(members, device, dtype):
@@ -144,6 +158,8 @@ def linear_launch(
             adapters, keys = adapted(draw, members, targets, k, n)
             options |= dict(adapters=adapters, perturbation=keys)
             options["h"] = draw(members, t, targets * (R + K), to=torch.float32)
+            if stored and t >= STORE_FROM:
+                options["factors"] = ops(device).factors(adapters, keys, k=k, n=n)
         if residual:
             options["residual"] = draw(members, t, n)
         if gated:

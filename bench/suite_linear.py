@@ -12,7 +12,7 @@ block makes (the caption's, from stored text; `attn2.to_out`, behind torch's att
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import record
 import roofline
@@ -25,21 +25,23 @@ from suite_context import Context
 from suite_ops import FP32_BOUND, NOISE, SCALE, SIGMA, K, R, roofline_share
 
 from esengine.kernels import (
+    Lora,
+    MemberNoise,
     factor,
     linear_streams,
     population_linear,
     population_linear_ref,
     population_linear_torch,
     signed_sigma,
-    uses_triton,
+    stream_table,
 )
-from esengine.kernels.augmented_linear import augmented_operands, population_linear_augmented
+from esengine.kernels.population_linear import Path
 
 
 @torch.no_grad()
 def linear(context: Context) -> dict[str, Any]:
-    """Every shape of the bar: plain, ours alone, batched torch, the challenger over an augmented K and the peers; and
-    ours in a block, behind each producer that a block has for the shape.
+    """Every shape of the bar: plain, ours alone by each of its paths, batched torch and the peers; and ours in a block,
+    behind each producer that a block has for the shape.
 
     One that fails is recorded, the rest go on.
     """
@@ -77,26 +79,26 @@ def linear_case(context: Context, n_in: int, n_out: int, tokens: int, *, peers: 
     x, weight, bias = normal(members, tokens, n_in), normal(n_out, n_in) * n_in**-0.5, normal(n_out)
     a, b = normal(R, n_in, to=torch.float32) * n_in**-0.5, normal(n_out, R, to=torch.float32)
     ids, streams = torch.arange(members, device=device), linear_streams("bench")
-    noise = dict(NOISE, streams=streams, sigma=SIGMA, rank=K, scale=SCALE)
+    lora = Lora(a, b, SCALE, stream_table((streams,), a.device))
+    noise = MemberNoise(ids, NOISE["seed"], NOISE["step"], SIGMA, K)
     # as the model gives it: a tensor that the kernels read
-    step = torch.full((1,), NOISE["step"], device=device) if uses_triton(device) else NOISE["step"]
-    ours = noise | {"step": step}
+    ours = noise._replace(step=torch.full((1,), NOISE["step"], dtype=torch.int64, device=device))
 
     some = [0, 1, members - 1]
     floats = x[some].float(), weight.float(), bias.float()
     with full_precision():
         plain = F.linear(*(t.double() for t in floats))
-        expected = population_linear_ref(*floats, a, b, members=ids[some], **noise)
+        expected = population_linear_ref(*floats, lora, noise._replace(members=ids[some]))
     own = worst_error(F.linear(x[some], weight, bias), plain)
     bound = max(2 * own, FP32_BOUND if dtype == torch.float32 else 0.0)
 
     prepared: dict[str, Callable[[], Callable[[torch.Tensor], torch.Tensor]]] = {
         "plain": lambda: lambda x: F.linear(x, weight, bias),
-        "population": lambda: lambda x: population_linear(x, weight, bias, a, b, members=ids, **ours),
+        "population": lambda: lambda x: population_linear(x, weight, bias, lora, ours),
         "stored_torch": lambda: stored_torch(weight, bias, a, b, ids, streams),
-        "augmented_k": lambda: lambda x: population_linear_augmented(x, weight, bias, a, b, members=ids, **noise),
-        "augmented_k_gemm_alone": lambda: augmented_gemm(x, weight, bias, a, b, ids, noise),
     }
+    for path in get_args(Path):
+        prepared[path] = lambda path=path: lambda x: population_linear(x, weight, bias, lora, ours, path=path)
     if peers:
         a_bri, b_bor = member_weights(a, b, ids, streams)
         for name, prepare in context.peers.items():
@@ -107,8 +109,8 @@ def linear_case(context: Context, n_in: int, n_out: int, tokens: int, *, peers: 
     timed = {}
     for name, prepare in prepared.items():
         aim = plain if name == "plain" else expected
-        # theirs round stored weights, and the sum once more; the challenger's, h, B and U'
-        most = 2 * bound if name in context.peers or name.startswith("augmented_k") else bound
+        # theirs round stored weights, and the sum once more
+        most = 2 * bound if name in context.peers else bound
         cases[name] = attempt(lambda given=(prepare, name, x, some, aim, most): _checked(*given))
         if "call" in cases[name]:
             call = cases[name].pop("call")
@@ -138,12 +140,6 @@ def stored_torch(weight, bias, a, b, ids, streams) -> Callable[[torch.Tensor], t
     v, u, v_out, u_out = _factors(a, b, ids, streams)
     c = signed_sigma(ids, SIGMA, K)
     return lambda x: population_linear_torch(x, weight, bias, a, b, factors=(v, u, v_out, u_out), c=c, scale=SCALE)
-
-
-def augmented_gemm(x, weight, bias, a, b, ids, noise) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The GEMM over an augmented K by itself: as if x's producer had written the operands of this x."""
-    operands = augmented_operands(x, weight, a, b, members=ids, **noise)
-    return lambda x: F.linear(*operands, bias)
 
 
 def member_weights(a, b, ids, streams) -> tuple[torch.Tensor, torch.Tensor]:

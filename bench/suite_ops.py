@@ -18,6 +18,8 @@ from esengine.kernels import (
     fused_linear_ref,
     linear_attention,
     linear_attention_ref,
+    member_factors,
+    member_factors_ref,
     mix,
     mix_ref,
     noise,
@@ -37,6 +39,7 @@ class Ops(NamedTuple):
     shrink: Callable
     mix: Callable
     linear: Callable
+    factors: Callable
     attention: Callable
     gate: Callable
     cross: Callable
@@ -64,9 +67,16 @@ def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return rms_norm(x.float(), weight.float()).to(x.dtype)
 
 
-TRITON = Ops(shrink, mix, fused_linear, linear_attention, depthwise_gate, cross_attention, rms_norm)
+TRITON = Ops(shrink, mix, fused_linear, member_factors, linear_attention, depthwise_gate, cross_attention, rms_norm)
 REFERENCE = Ops(
-    shrink_ref, mix_ref, fused_linear_ref, linear_attention_ref, depthwise_gate_ref, cross_attention_ref, rms_norm_ref
+    shrink_ref,
+    mix_ref,
+    fused_linear_ref,
+    member_factors_ref,
+    linear_attention_ref,
+    depthwise_gate_ref,
+    cross_attention_ref,
+    rms_norm_ref,
 )
 
 

@@ -62,7 +62,7 @@ def modulation(sizes: Sizes, draw: Callable, members: int, t: int, then: Lora, k
     given = Modulation(table[:, 0], table[:, 1])
     return Producer(
         lambda op: op.shrink(x, None, None, given)[0],
-        lambda op: op.shrink(x, then, keys, given),
+        lambda op: op.shrink(x, then, keys, given, op.factors(then, keys, k=sizes.width, n=sizes.width)),
         shares=False,
     )
 
@@ -99,6 +99,10 @@ def case(context: Context, producer: str, n_in: int, n_out: int, tokens: int) ->
         x, left = made.leaving(op)
         return x, left, op.mix(left, then, keys) if made.shares else left
 
+    def stored(made: Producer, then: Lora, keys: MemberNoise) -> torch.Tensor | None:
+        """As in a block, which stores factors where there is a shrink of their own."""
+        return None if made.shares else op.factors(then, keys, k=n_in, n=n_out // targets)
+
     few, then, keys = built(3)
     x, _, h = produced(few, then, keys)
     with full_precision():
@@ -107,14 +111,14 @@ def case(context: Context, producer: str, n_in: int, n_out: int, tokens: int) ->
         low = REFERENCE.shrink(floats[0], then, keys)[1]
         expected = REFERENCE.linear(*floats, h=low, adapters=then, perturbation=keys)
     bound = max(2 * worst_error(F.linear(x, weight, bias), plain), FP32_BOUND if dtype == torch.float32 else 0.0)
-    got = op.linear(x, weight, bias, h=h, adapters=then, perturbation=keys)
+    got = op.linear(x, weight, bias, h=h, adapters=then, perturbation=keys, factors=stored(few, then, keys))
     check = bounded(producer, worst_error(got, expected), bound, perturbation=worst_error(plain, expected))
 
     made, then, keys = built(context.scale.members)
-    x, left, h = produced(made, then, keys)
+    (x, left, h), factors = produced(made, then, keys), stored(made, then, keys)
     variants = {
         "plain": lambda: F.linear(x, weight, bias),
-        "linear": lambda: op.linear(x, weight, bias, h=h, adapters=then, perturbation=keys),
+        "linear": lambda: op.linear(x, weight, bias, h=h, adapters=then, perturbation=keys, factors=factors),
         "with": lambda: made.leaving(op),
         "without": lambda: made.without(op),
     }

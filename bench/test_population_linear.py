@@ -5,7 +5,14 @@ import torch
 import torch.nn.functional as F
 from roofline import linear_work, population_linear_work
 
-from esengine.kernels import linear_streams, population_linear, population_linear_ref
+from esengine.kernels import (
+    Lora,
+    MemberNoise,
+    linear_streams,
+    population_linear,
+    population_linear_ref,
+    stream_table,
+)
 from esengine.kernels.population_linear import population_linear_torch
 
 KEYS = {"seed": 0, "step": 1, "sigma": 1e-2}
@@ -51,10 +58,10 @@ def test_population_linear(clock, device_at_hand, n_in, n_out, rows, members, de
     x, weight, bias = normal(members, rows, n_in), normal(n_out, n_in) * n_in**-0.5, normal(n_out)
     a, b = normal(R, n_in, to=torch.float32) * n_in**-0.5, normal(n_out, R, to=torch.float32)
     ids, streams = torch.arange(members, device=device), linear_streams("bench")
-    member_noise = dict(KEYS, streams=streams, rank=RANK, scale=SCALE)
+    target, noise = Lora(a, b, SCALE, stream_table((streams,), ids.device)), MemberNoise(ids, *KEYS.values(), RANK)
 
     def population(x=x, ids=ids):
-        return population_linear(x, weight, bias, a, b, members=ids, **member_noise)
+        return population_linear(x, weight, bias, target, noise._replace(members=ids))
 
     calls = {
         "plain": lambda: F.linear(x, weight, bias),
@@ -67,7 +74,7 @@ def test_population_linear(clock, device_at_hand, n_in, n_out, rows, members, de
         expected = F.linear(x[some].double(), weight.double(), bias.double())
     else:
         expected = population_linear_ref(
-            x[some].float(), weight.float(), bias.float(), a, b, members=ids[some], **member_noise
+            x[some].float(), weight.float(), bias.float(), target, noise._replace(members=ids[some].contiguous())
         ).double()
     error = ((calls[peer]()[some].double() - expected).norm() / expected.norm()).item()
     assert error < (2e-6 if dtype == torch.float32 else 4e-3)  # bf16 rounds the result once: 2^-9 at most

@@ -94,7 +94,9 @@ def check_factors(
     size = "E" if n is None else width(k, n, adapters.r, rank)
     check("factors", factors, (batch, adapters.targets, size), torch.float32, adapters.streams.device, strides="all")
     if factors.shape[-1] < least or factors.shape[-1] % BLOCK:
-        raise ValueError(f"factors: expected at least {least} numbers a target, of member_factors, got {factors.shape[-1]}")
+        raise ValueError(
+            f"factors: expected at least {least} numbers a target, of member_factors, got {factors.shape[-1]}"
+        )
 
 
 def member_factors(adapters: Lora, perturbation: MemberNoise, *, k: int, n: int) -> torch.Tensor:

@@ -23,7 +23,7 @@ def column(tile, j, KP: tl.constexpr):
 def within(k0, K, BLOCK_K: tl.constexpr):
     """Which of the columns k0.. are among K: all, known at compile time, where K is a multiple of the block."""
     inside = k0 + tl.arange(0, BLOCK_K) < K
-    if isinstance(K, tl.constexpr):
+    if isinstance(K, tl.constexpr):  # noqa: SIM102  Triton decides the outer one first
         if K % BLOCK_K == 0:
             inside = tl.full((BLOCK_K,), True, tl.int1)
     return inside

@@ -17,6 +17,8 @@ Source: Sarkar et al., "Evolution Strategies at the Hyperscale" (arXiv 2511.1665
 2106.09685).
 """
 
+from typing import Literal, get_args
+
 import torch
 import torch.nn.functional as F
 
@@ -28,23 +30,35 @@ from esengine.kernels.noise import factor, factor_ref, signed_sigma, uses_triton
 from esengine.kernels.operands import FLOATS, Lora, MemberNoise, check, check_adapters, check_noise, refuse
 from esengine.kernels.shrink import shrink
 
+Path = Literal["epilogue", "addmm"]
+
 
 def population_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, adapters: Lora, perturbation: MemberNoise
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    adapters: Lora,
+    perturbation: MemberNoise,
+    *,
+    path: Path | None = None,
 ) -> torch.Tensor:
     """`population_linear_ref` by the fastest way the device has: Triton on a GPU, batched torch elsewhere.
-
-    On a GPU by one of two paths, which the device's launch settings choose by shape. `epilogue`: shrink, then a GEMM of
-    ours that expands in its epilogue, in fp32 (tf32 where x is of half precision). `addmm`: the low-rank part is
-    written in the dtype of x, and torch's own GEMM adds its product to it.
 
     Deterministic. A row's result depends on T, not on its batch mates; by `addmm` its last bits may, as they do in
     torch's GEMM.
 
+    Args:
+        path: On a GPU. `epilogue`: shrink, then a GEMM of ours that expands in its epilogue, in fp32, or tf32 where x
+            is of half precision. `addmm`: the low-rank part is written in the dtype of x, and torch's own GEMM adds its
+            product to it. None: what the device's launch settings say for the shape.
+
     Raises:
+        ValueError: as the reference, and for another path.
         RuntimeError: x requires a gradient, which the Triton paths do not have.
     """
     _check(x, weight, bias, adapters, perturbation)
+    if path not in (None, *get_args(Path)):
+        raise ValueError(f"path: expected one of {', '.join(get_args(Path))} or None, got {path!r}")
     if not uses_triton(x.device):
         return _by_torch(x, weight, bias, adapters, perturbation)
     if x.requires_grad and torch.is_grad_enabled():
@@ -55,7 +69,8 @@ def population_linear(
     x_btk = x.reshape(len(x), -1, k)
     t = x_btk.shape[1]
     factors = member_factors(adapters, perturbation, k=k, n=n) if t >= STORE_FROM else None
-    if configs.path("population_linear", x.device, dtype=configs.named(x.dtype), t=t, k=k, n=n) == "addmm":
+    shape = dict(dtype=configs.named(x.dtype), t=t, k=k, n=n)
+    if (path or configs.path("population_linear", x.device, **shape)) == "addmm":
         y = low_rank_part(x_btk, bias, adapters, perturbation, n=n, factors=factors)
         y.view(-1, n).addmm_(x_btk.reshape(-1, k), weight.T)
     else:

@@ -18,7 +18,7 @@ from peft import LoraConfig
 from suite_context import SCALES
 
 import esengine
-from esengine.kernels import linear_streams, population_linear
+from esengine.kernels import Lora, MemberNoise, population_linear
 from esengine.models.sana_block import fused_parts, in_place_of
 
 NOTES = Path(suite_predict.__file__).with_name("NOTES.md")
@@ -41,10 +41,15 @@ def test_predictions_follow_their_assumptions():
 
 def kinds(noted) -> Counter:
     """How often each launch was made, by what tells one of a kernel from another."""
-    told = ("M", "N", "K", "T", "G", "R", "H", "C", "PARTS", "ACTIVATION", "GATED", "RESIDUAL", "THEN", "HAS_BIAS")
-    return Counter(
-        (kernel.fn.__name__, *((name, kwargs[name]) for name in told if name in kwargs)) for kernel, _, kwargs in noted
-    )
+    told = ("M", "N", "K", "T", "G", "R", "H", "C", "PARTS", "ACTIVATION", "WIDTH")
+    given = ("bias_ptr", "factors_ptr", "residual_ptr", "gate_ptr", "then_ptr")
+
+    def kind(kernel, args, kwargs):
+        values = dict(zip((p.name for p in kernel.params), args, strict=False)) | kwargs
+        facts = [(name, values[name]) for name in told if name in values]
+        return kernel.fn.__name__, *facts, *((name, values[name] is not None) for name in given if name in values)
+
+    return Counter(kind(*launch) for launch in noted)
 
 
 def empty(*shape, dtype=torch.bfloat16):
@@ -69,16 +74,18 @@ def forward(side, text):
 def test_the_suite_has_every_launch_of_a_forward(side):
     text, measured = 40, Counter()
     for launch in suite_kernels.launches(suite_ops.sizes_of("full"), side, text, shares=True):
+        with aot.recorded_launches():
+            call = launch.build(64, torch.device("meta"), torch.bfloat16)
         with aot.recorded_launches() as noted:
-            launch.build(64, torch.device("meta"), torch.bfloat16)(suite_ops.TRITON)
+            call(suite_ops.TRITON)
         for kind, times in kinds(noted).items():
             measured[kind] += times * (2 if launch.times > 1 else 1)
     with aot.recorded_launches() as noted:
         for n_in, n_out, tokens in SCALES["full"].other_linears:
             x, weight, bias = empty(64, tokens, n_in), empty(n_out, n_in), empty(n_out)
             a, b = empty(2, n_in, dtype=torch.float32), empty(n_out, 2, dtype=torch.float32)
-            keys = dict(members=empty(64, dtype=torch.int64), streams=linear_streams("x"), seed=0, step=1)
-            population_linear(x, weight, bias, a, b, **keys, sigma=1e-2, rank=1)
+            lora = Lora(a, b, 4.0, empty(1, 4, dtype=torch.int64))
+            population_linear(x, weight, bias, lora, MemberNoise(empty(64, dtype=torch.int64), 0, 1, 1e-2, 1))
     others = kinds(noted)
     with torch.no_grad(), aot.recorded_launches():
         made = forward(side, text)

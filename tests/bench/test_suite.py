@@ -109,7 +109,9 @@ def test_step_stages_add_up_to_the_step(stored):
 
 def test_a_wrong_linear_fails_its_check_and_has_no_figure(monkeypatch, context):
     right = suite_linear.population_linear
-    monkeypatch.setattr(suite_linear, "population_linear", lambda *a, **k: right(*a, **{**k, "sigma": 2e-2}))
+    monkeypatch.setattr(
+        suite_linear, "population_linear", lambda *a, **k: right(*a[:-1], a[-1]._replace(sigma=2e-2), **k)
+    )
     record = suite.run(context, chosen=["linear"])
     for case in record["parts"]["linear"]["result"]["shapes"].values():
         assert "failed" in case["variants"]["population"]["check"]

@@ -8,7 +8,7 @@ from peft import LoraConfig
 from torch import nn
 
 import esengine
-from esengine.kernels import linear_streams, population_linear_ref
+from esengine.kernels import Lora, MemberNoise, linear_streams, population_linear_ref, stream_table
 from esengine.layers import ADAPTER, PopulationLinear, check_config, make_layer, strip
 
 
@@ -36,10 +36,8 @@ def test_a_layer_computes_the_reference():
     with torch.no_grad(), population.perturbed(step=6, members=members):
         y = layer(x)
     base = layer.base_layer
-    expected = population_linear_ref(
-        x, base.weight, base.bias, layer.a, layer.b,
-        members=members, streams=linear_streams("first"), seed=3, step=6, sigma=0.1, rank=2, scale=3.0,
-    )  # fmt: skip
+    target = Lora(layer.a, layer.b, 3.0, stream_table((linear_streams("first"),), x.device))
+    expected = population_linear_ref(x, base.weight, base.bias, target, MemberNoise(members, 3, 6, 0.1, 2))
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(layer(x), expected, atol=0.1)
 

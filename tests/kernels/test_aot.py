@@ -18,7 +18,7 @@ from peft import LoraConfig  # noqa: E402
 
 import esengine  # noqa: E402
 from esengine.config import REFERENCE_TARGETS  # noqa: E402
-from esengine.kernels import configs, linear_streams, population_linear  # noqa: E402
+from esengine.kernels import Lora, MemberNoise, configs, population_linear  # noqa: E402
 from esengine.models import sana_block  # noqa: E402
 
 SCRIPT = Path(aot.__file__)
@@ -166,36 +166,47 @@ def test_a_devices_file_adds_the_launches_that_it_changes(monkeypatch, tmp_path)
         aot.launches.cache_clear()
 
 
-PLAIN = dict(G=1, EXPAND=True, ACTIVATION="none", RESIDUAL=False, GATED=False, THEN=False)
+POINTERS = ("bias_ptr", "h_ptr", "factors_ptr", "residual_ptr", "gate_ptr", "then_ptr", "norm_k_ptr", "shift_ptr")
+
+
+def given(kernel, args, kwargs) -> set[str]:
+    """Operands of a launch that are not None."""
+    values = dict(zip((p.name for p in kernel.params), args, strict=False)) | kwargs
+    return {name.removesuffix("_ptr") for name in POINTERS if values.get(name) is not None}
+
+
 FORWARD = [
     # to_out of the attention, cross-attention's to_out, q|k|v, text's k|v, the Mix-FFN's two
-    ("_linear_kernel", PLAIN | dict(K=2240, HAS_BIAS=True, RESIDUAL=True, GATED=True, THEN=True), dict(T=256)),
-    ("_linear_kernel", PLAIN | dict(K=2240, HAS_BIAS=True, RESIDUAL=True), dict(T=256)),
-    ("_linear_kernel", PLAIN | dict(K=2240, HAS_BIAS=False, G=3), dict(T=256)),
-    ("_linear_kernel", PLAIN | dict(K=2240, HAS_BIAS=True, G=2), dict(T=40)),
-    ("_linear_kernel", PLAIN | dict(K=2240, HAS_BIAS=True, EXPAND=False, ACTIVATION="silu"), dict(T=256)),
-    ("_linear_kernel", PLAIN | dict(K=5600, EXPAND=False, HAS_BIAS=False, RESIDUAL=True, GATED=True), dict(T=256)),
+    ("_linear_kernel", "bias h residual gate then", dict(K=2240, G=1, T=256)),
+    ("_linear_kernel", "bias h factors residual", dict(K=2240, G=1, T=256)),
+    ("_linear_kernel", "h factors", dict(K=2240, G=3, T=256)),
+    ("_linear_kernel", "bias h factors", dict(K=2240, G=2, T=40)),
+    ("_linear_kernel", "bias", dict(K=2240, G=1, T=256, ACTIVATION="silu")),
+    ("_linear_kernel", "residual gate", dict(K=5600, G=1, T=256)),
     # caption, time
-    ("_linear_kernel", PLAIN | dict(K=2304, HAS_BIAS=True, ACTIVATION="gelu_tanh", THEN=True), dict(T=40)),
-    ("_linear_kernel", PLAIN | dict(K=2240, HAS_BIAS=True), dict(T=40)),
-    ("_linear_kernel", PLAIN | dict(K=256, HAS_BIAS=True), dict(T=1)),
-    ("_shrink_kernel", dict(G=3, MODULATED=True), dict(stride_xk=1)),
-    ("_shrink_kernel", dict(G=2, MODULATED=False), dict(T=40)),
-    ("_mix_kernel", dict(PARTS=70), {}),
-    ("_mix_kernel", dict(PARTS=18), {}),
-    ("_attention_kernel", dict(T=256, THEN=True, HAS_NORM_K=True), {}),
-    ("_attention_kernel", dict(T=1024, THEN=True, HAS_NORM_K=True), {}),
-    ("_depthwise_gate_kernel", dict(W=32, C=5600), {}),
+    ("_linear_kernel", "bias h factors then", dict(K=2304, ACTIVATION="gelu_tanh", T=40)),
+    ("_linear_kernel", "bias h", dict(K=2240, G=1, T=40)),
+    ("_linear_kernel", "bias h", dict(K=256, T=1)),
+    ("_shrink_kernel", "h factors shift", dict(G=3, MODULATED=True, stride_xk=1)),
+    ("_shrink_kernel", "h factors", dict(G=2, MODULATED=False, T=40)),
+    ("_factors_kernel", "", dict(G=3)),
+    ("_mix_kernel", "h", dict(PARTS=70)),
+    ("_mix_kernel", "h", dict(PARTS=18)),
+    ("_attention_kernel", "then norm_k", dict(T=256)),
+    ("_attention_kernel", "then norm_k", dict(T=1024)),
+    ("_depthwise_gate_kernel", "bias", dict(W=32, C=5600)),
 ]
 
 
-@pytest.mark.parametrize(("kernel", "compiled", "run"), FORWARD)
-def test_the_gate_compiles_what_a_forward_at_full_size_launches(kernel, compiled, run):
+@pytest.mark.parametrize(("kernel", "operands", "constants"), FORWARD)
+def test_the_gate_compiles_what_a_forward_at_full_size_launches(kernel, operands, constants):
     """Named one by one, as the forward's own record cannot show what is missing from it."""
     found = [
         launch
         for launch in aot.launches()
-        if launch.kernel.fn.__name__ == kernel and launch.kwargs | compiled | run == launch.kwargs
+        if launch.kernel.fn.__name__ == kernel
+        and launch.kwargs | constants == launch.kwargs
+        and given(*launch[-3:]) == set(operands.split())
     ]
     assert any(launch.reference and launch.shape.startswith("forward: ") for launch in found)
 
@@ -212,32 +223,32 @@ def test_a_forward_expands_every_target_of_the_reference_run_once():
     model.transformer_blocks = model.transformer_blocks[:2]
     targets = len(esengine.attach(model, LoraConfig(target_modules=list(REFERENCE_TARGETS))).layers)
     assert targets == 24
-    expanded = [kwargs["G"] for _, _, kwargs in forward_launches() if kwargs.get("EXPAND")]
+    linears = [launch for launch in forward_launches() if launch[0].fn.__name__ == "_linear_kernel"]
+    expanded = [launch[2]["G"] for launch in linears if "h" in given(*launch)]
     assert sum(expanded) == 2 * targets  # at two sizes
 
 
 def test_what_the_block_launches_is_what_is_compiled(monkeypatch):
     """The cases follow the block's own code."""
-    assert any(kwargs.get("THEN") for _, _, kwargs in forward_launches())
+    assert any("then" in given(*launch) for launch in forward_launches())
     assert {kwargs.get("stride_xk", 1) for _, _, kwargs in forward_launches()} == {1}  # also of the first block
     monkeypatch.setattr(sana_block, "takes_shares", lambda *args: False)
-    assert not any(kwargs.get("THEN") for _, _, kwargs in forward_launches())
+    assert not any("then" in given(*launch) for launch in forward_launches())
 
 
 def perturbed_linear(n_in, tokens, step):
     ids = aot.empty(6, dtype=torch.int64)
     tensors = [aot.empty(*shape, dtype=torch.bfloat16) for shape in ((6, tokens, n_in), (64, n_in), (64,))]
-    adapter = aot.empty(2, n_in), aot.empty(64, 2)
-    keys = dict(members=ids, streams=linear_streams("x"), seed=0, step=step, sigma=1e-2, rank=1)
-    return population_linear(*tensors, *adapter, **keys)
+    target = Lora(aot.empty(2, n_in), aot.empty(64, 2), 4.0, aot.empty(1, 4, dtype=torch.int64))
+    return population_linear(*tensors, target, MemberNoise(ids, 0, step, 1e-2, 1))
 
 
 @pytest.mark.parametrize("step", [3, "tensor"])
-def test_the_settings_choose_the_augmented_path_by_shape(monkeypatch, tmp_path, step):
+def test_the_settings_choose_the_path_by_shape(monkeypatch, tmp_path, step):
     """On `meta`, where nothing has a value: what waited for the device, as a graph's capture must not, would fail."""
     step = aot.empty(1, dtype=torch.int64) if step == "tensor" else step
     contents = json.loads(configs.DEFAULT.read_text())
-    contents["paths"] = {"population_linear": [{"when": {"t": [17, None], "k": 128}, "path": "augmented"}]}
+    contents["paths"] = {"population_linear": [{"when": {"t": [17, None], "k": 128}, "path": "addmm"}]}
     file = tmp_path / "paths.json"
     file.write_text(json.dumps(contents))
     monkeypatch.setenv(configs.OVERRIDE, str(file))
@@ -248,8 +259,9 @@ def test_the_settings_choose_the_augmented_path_by_shape(monkeypatch, tmp_path, 
         assert (y.shape, y.dtype) == ((6, tokens, 64), torch.bfloat16)
         return [kernel.fn.__name__ for kernel, *_ in noted]
 
-    assert launched(128, 17) == ["_shrink_kernel", "_normals_kernel"]
-    assert launched(128, 16) == launched(64, 17) == ["_shrink_kernel", "_linear_kernel"]
+    assert launched(128, 17) == ["_factors_kernel", "_low_rank_kernel"]
+    assert launched(128, 16) == launched(64, 17) == ["_factors_kernel", "_shrink_kernel", "_linear_kernel"]
+    assert launched(64, 15) == ["_shrink_kernel", "_linear_kernel"]  # few rows: rebuilding costs less than storing
 
 
 def test_launches_fold_only_into_one_kernel():
@@ -282,6 +294,8 @@ def test_every_kernel_compiles_without_a_fault(tmp_path):
     assert table["unlaunched"] == []
     assert all("error" not in row and "fault" not in row and row["spills"] == 0 for row in rows)
     assert all(row["config"]["num_warps"] and row["registers"] for row in rows)
+    shrinks = [row for row in rows if row["kernel"] == "shrink_kernel" and row["config"]["G"] == 3]
+    assert any(0 < row["loop_instructions"] <= 400 for row in shrinks if row["config"]["R"] == 2)
     wide = [row for row in rows if row["kernel"] == "linear_kernel" and row["config"]["BLOCK_M"] >= 64]
     wide = [row for row in wide if "float32" not in row["shape"]]
     assert wide

@@ -103,7 +103,8 @@ def test_members_elsewhere_are_refused(device, op):
 
 
 @pytest.mark.parametrize(
-    "change", [lambda f: f[:, :1], lambda f: f.bfloat16(), lambda f: f[..., :-1], lambda f: f[:3], lambda f: f[..., :512]]
+    "change",
+    [lambda f: f[:, :1], lambda f: f.bfloat16(), lambda f: f[..., :-1], lambda f: f[:3], lambda f: f[..., :512]],
 )
 def test_factors_of_other_operands_are_refused(device, change):
     adapters, noise = operands(device)

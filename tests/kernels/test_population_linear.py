@@ -89,11 +89,11 @@ def assert_right(y, args):
     assert relative(y, expected) <= 2 * relative(own, expected) + FLOOR
 
 
-def call(op, args):
+def call(op, args, **options):
     table = stream_table((args["streams"],), args["members"].device)
     adapters = Lora(args["a"], args["b"], args["scale"], table)
     noise = MemberNoise(*(args[name] for name in ("members", "seed", "step", "sigma", "rank")))
-    return op(args["x"], args["weight"], args["bias"], adapters, noise)
+    return op(args["x"], args["weight"], args["bias"], adapters, noise, **options)
 
 
 @pytest.mark.parametrize("t", [1, 2, 5, 15, 16, 17, 33, 40])
@@ -290,41 +290,39 @@ def test_half_precision_does_not_eat_the_noise(device, dtype, least):
     assert 1 - ours < 0.5 * (1 - naive)
 
 
-@pytest.fixture
-def by_addmm(monkeypatch, tmp_path):
-    """Launch settings that send every linear down the other path."""
-    document = configs.load(configs.DEFAULT) | {"paths": {"population_linear": [{"when": {}, "path": "addmm"}]}}
-    (tmp_path / "addmm.json").write_text(json.dumps(document))
-    monkeypatch.setenv(configs.OVERRIDE, str(tmp_path / "addmm.json"))
-
-
-@pytest.mark.usefixtures("by_addmm")
 @pytest.mark.parametrize("t", [1, 5, 16, 40])
 @pytest.mark.parametrize(("r", "k"), [(0, 1), (2, 1), (3, 2), (16, 4)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_low_rank_part_then_torchs_gemm(device, t, r, k, dtype):
     args = case(t=(t,), members=(7, 2, 2, 0), r=r, k=k, n_in=70, n_out=150, bias=t % 2 == 0, dtype=dtype, device=device)
-    assert_right(call(population_linear, args), args)
+    assert_right(call(population_linear, args, path="addmm"), args)
 
 
-@pytest.mark.usefixtures("by_addmm")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides_of_x_on_the_other_path(device, layout):
     args = case(t=(6,), device=device)
     args["x"] = LAYOUTS[layout](args["x"])
-    assert_right(call(population_linear, args), args)
+    assert_right(call(population_linear, args, path="addmm"), args)
 
 
-@pytest.mark.usefixtures("by_addmm")
-def test_which_path_was_taken(device, monkeypatch):
+def test_launch_settings_choose_the_path(device, monkeypatch, tmp_path):
     if not uses_triton(device):
         pytest.skip("paths are the Triton kernels'")
     module, taken = sys.modules["esengine.kernels.population_linear"], []
-    part = module.low_rank_part
-    monkeypatch.setattr(module, "low_rank_part", lambda *args, **kwargs: (taken.append(1), part(*args, **kwargs))[1])
-    monkeypatch.setattr(module, "fused_linear", lambda *args, **kwargs: pytest.fail("our GEMM ran"))
-    call(population_linear, case(device=device))
-    assert taken == [1]
+    for name in ("low_rank_part", "fused_linear"):
+        op = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, op=op, name=name, **k: (taken.append(name), op(*a, **k))[1])
+    args = case(device=device)
+    call(population_linear, args)
+    call(population_linear, args, path="addmm")
+    document = configs.load(configs.DEFAULT) | {"paths": {"population_linear": [{"when": {}, "path": "addmm"}]}}
+    (tmp_path / "addmm.json").write_text(json.dumps(document))
+    monkeypatch.setenv(configs.OVERRIDE, str(tmp_path / "addmm.json"))
+    call(population_linear, args)
+    call(population_linear, args, path="epilogue")
+    assert taken == ["fused_linear", "low_rank_part", "low_rank_part", "fused_linear"]
+    with pytest.raises(ValueError, match="path: expected one of epilogue, addmm or None, got 'cublas'"):
+        call(population_linear, args, path="cublas")
 
 
 BAD = {
@@ -351,8 +349,16 @@ BAD = {
     "a elsewhere": ("a", lambda t: t.to("meta"), r"a: expected .*, got .* on meta"),
     "b transposed": ("b", lambda t: t.mT, r"b: expected float32 \[21, 2\] on .*, got float32 \[2, 21\]"),
     "b of another dtype": ("b", lambda t: t.bfloat16(), r"b: expected float32 .*, got bfloat16"),
-    "members too few": ("members", lambda t: t[:-1], r"members: expected int64 \[3\], contiguous, on .*, got int64 \[2\]"),
-    "members of int32": ("members", lambda t: t.int(), r"members: expected int64 \[3\], contiguous, on .*, got int32 \[3\]"),
+    "members too few": (
+        "members",
+        lambda t: t[:-1],
+        r"members: expected int64 \[3\], contiguous, on .*, got int64 \[2\]",
+    ),
+    "members of int32": (
+        "members",
+        lambda t: t.int(),
+        r"members: expected int64 \[3\], contiguous, on .*, got int32 \[3\]",
+    ),
     "members far apart": (
         "members",
         lambda t: torch.stack((t, t), -1)[:, 0],
@@ -384,7 +390,8 @@ def test_keys_out_of_range(device, name, value):
 
 BIG_STRIDES = """
 import sys, torch, triton, triton.language as tl
-from esengine.kernels import Lora, MemberNoise, linear_streams, population_linear as op, population_linear_ref, stream_table
+from esengine.kernels import Lora, MemberNoise, linear_streams, population_linear_ref, stream_table
+from esengine.kernels import population_linear as op
 from esengine.kernels.noise import INTERPRET
 if sys.argv[1] == "32":
     @triton.jit
