@@ -5,8 +5,9 @@
 
 For each task, an op at a shape of SANA-Sprint's: the candidates that the gate of `bench/aot.py` faults are dropped,
 then those that are off the reference, and the rest are timed turn about, on a cold L2. The fastest becomes an entry,
-with its median and the default's; where that is the default, or not `MARGIN` faster, there is no entry. A task for
-which no time is left keeps the default and is named in the file.
+with its median and the default's; where that is the default, or not `MARGIN` faster, there is no entry. Then, with
+these settings, the paths of a linear are timed at each shape. A task for which no time is left keeps the default and is
+named in the file.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from datetime import datetime, timezone
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 from unittest.mock import patch
 
 import aot
@@ -46,12 +47,18 @@ from esengine.kernels import (
     fused_linear_ref,
     linear_attention,
     linear_attention_ref,
+    low_rank_part,
+    low_rank_part_ref,
+    member_factors,
     mix,
     mix_ref,
+    population_linear,
     shrink,
     shrink_ref,
 )
+from esengine.kernels.factors import STORE_FROM
 from esengine.kernels.noise import INTERPRET
+from esengine.kernels.population_linear import Path as LinearPath
 
 DTYPE = torch.bfloat16
 LORA_RANK, NOISE_RANK, SIGMA = 2, 1, 0.1
@@ -136,6 +143,7 @@ def tasks(scale: Scale) -> list[Task]:
     for t in images:
         for targets, modulated in ((3, True), (1, False), (0, True)):
             found.append(shrink_task(t, width, targets, images, modulated=modulated))
+        found.append(low_rank_task(t, width, width, images))
         found.append(attention_task(t, scale, images))
     found += [
         *(mix_task(t, width, images) for t in images),
@@ -159,7 +167,8 @@ def linear_task(t: int, k: int, n: int, images: list[int], *, targets: int = 1, 
             options |= {"residual": draw(rows, t, n), "gate": draw(rows, 6, n)[:, 2]}
         if targets:
             columns = targets * (LORA_RANK + NOISE_RANK)
-            options |= adapted(draw, rows, targets, k, n) | {"h": draw(rows, t, columns, to=torch.float32)}
+            given = adapted(draw, rows, targets, k, n)
+            options |= given | {"h": draw(rows, t, columns, to=torch.float32), "factors": stored(given, t, k, n)}
         args = draw(rows, t, k), draw(count * n, k) * k**-0.5, None if gated else draw(count * n)
         return partial(fused_linear, *args, **options), partial(fused_linear_ref, *args, **options)
 
@@ -170,7 +179,8 @@ def linear_task(t: int, k: int, n: int, images: list[int], *, targets: int = 1, 
         grid = product(BLOCK_M=block_m, BLOCK_N=(64, 128, 256), BLOCK_K=(64,), num_warps=(4, 8), num_stages=(3, 4))
     # of the accumulator, a thread has 128 registers at most
     grid = [each | {"GROUP_M": 8} for each in grid if each["BLOCK_M"] * each["BLOCK_N"] <= 4096 * each["num_warps"]]
-    values = dict(dtype=configs.named(DTYPE), t=t, k=k, n=n, gated=gated)
+    columns = LORA_RANK + NOISE_RANK if targets else 0
+    values = dict(dtype=configs.named(DTYPE), t=t, k=k, n=n, columns=columns, residual=gated, gated=gated)
     return Task("fused_linear", "_linear_kernel", values, {"t": band(t, images)}, grid, build)
 
 
@@ -180,6 +190,7 @@ def shrink_task(t: int, k: int, targets: int, images: list[int], *, modulated: b
         table = draw(rows, 6, k)
         more = adapted(draw, rows, targets, k, k) if targets else {"adapters": None, "perturbation": None}
         options = more | {"modulation": Modulation(table[:, 0], table[:, 1]) if modulated else None}
+        options["factors"] = stored(more, t, k, k) if targets else None
         x = draw(rows, t, k)
         return partial(shrink, x, **options), partial(shrink_ref, x, **options)
 
@@ -187,6 +198,41 @@ def shrink_task(t: int, k: int, targets: int, images: list[int], *, modulated: b
     columns = targets * (LORA_RANK + NOISE_RANK)
     values = dict(dtype=configs.named(DTYPE), t=t, k=k, columns=columns, modulated=modulated)
     return Task("shrink", "_shrink_kernel", values, {"t": band(t, images)}, grid, build)
+
+
+def path_shapes(scale: Scale) -> list[tuple[int, int, int]]:
+    """T, K, N of the linears whose path is chosen: attention's, text's, the time's and the output's."""
+    width, images = scale.width, [side * side for side in scale.sides]
+    found = [(t, width, width) for t in (*images, scale.text)]
+    return [*found, (scale.text, scale.text_width, width), (1, width, 6 * width), *((t, width, 32) for t in images)]
+
+
+def low_rank_task(t: int, k: int, n: int, images: list[int]) -> Task:
+    """`low_rank_part` of one target."""
+
+    def build(rows: int, device: torch.device) -> Calls:
+        draw = normals(device)
+        given, x, bias = adapted(draw, rows, 1, k, n), draw(rows, t, k), draw(n)
+        options = given | {"n": n, "factors": stored(given, t, k, n)}
+        return partial(low_rank_part, x, bias, **options), partial(low_rank_part_ref, x, bias, **options)
+
+    grid = product(BLOCK_T=(16, 32, 64), BLOCK_K=(32, 64, 128), BLOCK_N=(64, 128), num_warps=(4, 8), num_stages=(3,))
+    values = dict(dtype=configs.named(DTYPE), t=t, k=k, columns=LORA_RANK + NOISE_RANK)
+    return Task("low_rank_part", "_low_rank_kernel", values, {"t": band(t, images)}, grid, build)
+
+
+def path_of(t: int, k: int, n: int, scale: Scale, device: torch.device) -> dict[str, Any]:
+    """An entry for `paths`: the faster way of one linear at a shape, and both medians."""
+    draw = normals(device)
+    x, weight, bias, given = draw(scale.rows, t, k), draw(n, k) * k**-0.5, draw(n), adapted(draw, scale.rows, 1, k, n)
+    calls = {
+        way: partial(population_linear, x, weight, bias, *given.values(), path=way) for way in get_args(LinearPath)
+    }
+    taken = clock.interleaved(calls, scale.rounds, device=device, cold=True)
+    seconds = {way: each["median"] for way, each in taken.items()}
+    images = [side * side for side in scale.sides]
+    when = dict(dtype=configs.named(DTYPE), t=band(t, images), k=k, n=n)
+    return {"when": when, "path": min(seconds, key=seconds.get), "measured": {"rows": scale.rows, "seconds": seconds}}
 
 
 def attention_calls(t: int, width: int, heads: int, rows: int, device: torch.device) -> Calls:
@@ -258,7 +304,14 @@ def adapted(draw: Callable[..., torch.Tensor], rows: int, targets: int, k: int, 
     a = draw(targets * LORA_RANK, k, to=torch.float32) * k**-0.5
     b = draw(targets * n, LORA_RANK, to=torch.float32)
     adapters = Lora(a, b, 4.0, streams.view(targets, 4))
-    return {"adapters": adapters, "perturbation": MemberNoise(ids, 0, 1, SIGMA, NOISE_RANK)}
+    # as the model gives it: a tensor that the kernels read
+    step = torch.full((1,), 1, dtype=torch.int64, device=device)
+    return {"adapters": adapters, "perturbation": MemberNoise(ids, 0, step, SIGMA, NOISE_RANK)}
+
+
+def stored(given: dict[str, Any], t: int, k: int, n: int) -> torch.Tensor | None:
+    """Their factors, where a block stores them."""
+    return member_factors(*given.values(), k=k, n=n) if t >= STORE_FROM else None
 
 
 def normals(device: torch.device) -> Callable[..., torch.Tensor]:
@@ -327,12 +380,13 @@ def candidates(task: Task, most: int | None) -> list[dict[str, int]]:
 def fault(scale: Scale, index: int, launch: dict[str, int], arch: int) -> str | None:
     """What the compile gate says against a candidate, None where it passes."""
     task = tasks(scale)[index]
-    call, _ = task.build(scale.rows, torch.device("meta"))
     with (
         tempfile.TemporaryDirectory() as folder,
         using(Path(folder), task.op, launch),
         aot.recorded_launches() as noted,
     ):
+        call, _ = task.build(scale.rows, torch.device("meta"))
+        noted.clear()  # what the operands took
         call()
     try:
         for kernel, args, kwargs in noted:
@@ -434,11 +488,22 @@ def tune(scale: Scale, device: torch.device, *, deadline: float, jobs: int, comm
             figures = entry["measured"]
             gain = figures["default_seconds"] / figures["seconds"]
             print(f"{task.op}  {task.shape}  {1e6 * figures['seconds']:.1f} us, {gain:.3f}x the default", flush=True)
-    usual = configs.load(configs.DEFAULT)["ops"]
+    usual, paths = configs.load(configs.DEFAULT)["ops"], []
+    ops = {op: found + usual[op] for op, found in entries.items()}
+    with tempfile.TemporaryDirectory() as folder, choosing() as choose:
+        file = Path(folder) / "tuned.json"
+        file.write_text(json.dumps({"made": configs.load(configs.DEFAULT)["made"], "ops": ops}))
+        choose(file)
+        for t, k, n in path_shapes(scale):
+            if time.monotonic() > deadline:
+                unmeasured.append(f"paths t {t} k {k} n {n}")
+                continue
+            paths.append(path_of(t, k, n, scale, device))
+            print(f"path  t {t} k {k} n {n}  {paths[-1]['path']}", flush=True)
     about = record.environment(device) | {"kernel_settings": None}
     made = {"command": command, "arch": arch, "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     made |= about | {"default_kept": kept, "unmeasured": unmeasured}
-    return {"made": made, "ops": {op: found + usual[op] for op, found in entries.items()}}
+    return {"made": made, "ops": ops, "paths": {"population_linear": paths}}
 
 
 def main(words: list[str] | None = None) -> int:

@@ -2,6 +2,8 @@
 
     {"made": {"command": .., "device": .., "arch": .., ..}, "ops": {op: [{"when": {..}, "launch": {..}}, ..]}}
 
+An entry may also say what was `measured`.
+
 A launch takes the first entry of its op whose `when` holds: by name a value, or [least, most] with null for no bound.
 The last entry has none. No condition is of the batch: settings fix the order in which a row is summed, and that may not
 depend on its batch mates.
@@ -48,7 +50,7 @@ class Op(NamedTuple):
 
 OPS = {
     "fused_linear": Op(
-        ("dtype", "t", "k", "n", "gated"),
+        ("dtype", "t", "k", "n", "columns", "residual", "gated"),
         ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "num_warps", "num_stages"),
         ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps"),
     ),
@@ -114,7 +116,8 @@ def describe(device: torch.device) -> dict[str, str]:
     """
     file = config_file(device)
     document = load(file)
-    ordered = document.get("paths", {}) | {
+    paths = {op: [[e["when"], e["path"]] for e in entries] for op, entries in document.get("paths", {}).items()}
+    ordered = paths | {
         name: [[entry["when"], {s: entry["launch"][s] for s in OPS[name].order}] for entry in entries]
         for name, entries in document["ops"].items()
         if OPS[name].order
@@ -201,14 +204,14 @@ def _check(document: Any) -> None:
     _names("paths", document.get("paths", {}), (), PATHS)
     for op, entries in document["ops"].items():
         for i, entry in enumerate(entries):
-            _names(f"{op}[{i}]", entry, ("when", "launch"))
+            _names(f"{op}[{i}]", entry, ("when", "launch"), ("measured",))
             _names(f"{op}[{i}].when", entry["when"], (), OPS[op].conditions)
             _names(f"{op}[{i}].launch", entry["launch"], OPS[op].settings)
         if not entries or entries[-1]["when"]:
             raise ValueError(f"{op}: expected a last entry for every launch, with an empty 'when'")
     for op, entries in document.get("paths", {}).items():
         for i, entry in enumerate(entries):
-            _names(f"paths.{op}[{i}]", entry, ("when", "path"))
+            _names(f"paths.{op}[{i}]", entry, ("when", "path"), ("measured",))
             _names(f"paths.{op}[{i}].when", entry["when"], (), PATHS[op].conditions)
             if entry["path"] not in PATHS[op].names:
                 names = ", ".join(PATHS[op].names)

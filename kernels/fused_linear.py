@@ -81,17 +81,20 @@ if triton is not None:
             for q0 in tl.range(0, KD, QD, num_stages=1):
                 q = q0 + tl.arange(0, QD)
                 columns = tl.zeros((QD, BLOCK_N), tl.float32)
-                if b_ptr is not None:
+                if factors_ptr is not None:  # one load for both: each column has a place and a stride of its own
+                    member = first_row + (q - R) // RANK
+                    starts = factors_ptr + offset(member * G + target, WIDTH) + U_OUT_AT + (q - R) % RANK
+                    strides = tl.full((QD,), KP, tl.int32)
+                    if b_ptr is not None:
+                        own_b = b_ptr + offset(q, stride_br) + offset(target * N, stride_bn)
+                        starts = tl.where(q < R, own_b, starts)
+                        strides = tl.where(q < R, stride_bn, strides)
+                    ptrs = starts[:, None] + offset((first_n + tl.arange(0, BLOCK_N))[None, :], strides[:, None])
+                    columns = tl.load(ptrs, mask=(member <= last_row)[:, None] & real_n[None, :], other=0.0)
+                elif b_ptr is not None:
                     b_ptrs = b_ptr + offset(n, stride_bn)[None, :] + offset(q, stride_br)[:, None]
                     columns = tl.load(b_ptrs, mask=(q < R)[:, None] & real_n[None, :], other=0.0)
-                if factors_ptr is not None:
-                    place = q - R
-                    member = tl.minimum(first_row + place // RANK, last_row)
-                    rows = factors_ptr + (offset(member * G + target, WIDTH) + U_OUT_AT + place % RANK)[:, None]
-                    own = (place >= 0) & (first_row + place // RANK <= last_row)
-                    u_ptrs = rows + ((first_n + tl.arange(0, BLOCK_N)) * KP)[None, :]
-                    columns += tl.load(u_ptrs, mask=own[:, None] & real_n[None, :], other=0.0)
-                elif q0 + QD > R:
+                if factors_ptr is None and q0 + QD > R:
                     stream, member_row = tl.load(streams_ptr + 4 * target + 3), first_row
                     while member_row <= last_row:  # Triton 3.6's interpreter has no range of a run-time number
                         pair = tl.load(members_ptr + member_row) >> 1
@@ -145,14 +148,24 @@ Activation = Literal["silu", "gelu_tanh"]
 
 
 def linear_config(
-    device: torch.device, *, dtype: torch.dtype, t: int, k: int, n: int, gated: bool = False
+    device: torch.device,
+    *,
+    dtype: torch.dtype,
+    t: int,
+    k: int,
+    n: int,
+    columns: int = 0,
+    residual: bool = False,
+    gated: bool = False,
 ) -> dict[str, int]:
-    """Launch configuration for T rows a batch row.
+    """Launch configuration for T rows a batch row; columns: r + k, or 0 without adapters.
 
-    By default, up to 16 rows take a tile of 16: it touches few members, each of which costs it a pass of noise. In fp32
-    the tiles are such as no supported Triton spills.
+    By default, up to 16 rows take a tile of 16: it touches few members, each of which costs it a pass of noise. In bf16
+    many rows take 128 x 256, which balances products and shared memory, where no supported Triton spills: not with a
+    residual, nor with many columns. In fp32, too, the tiles are such as none spills.
     """
-    return configs.settings("fused_linear", device, dtype=configs.named(dtype), t=t, k=k, n=n, gated=gated)
+    values = dict(dtype=configs.named(dtype), t=t, k=k, n=n, columns=columns, residual=residual, gated=gated)
+    return configs.settings("fused_linear", device, **values)
 
 
 def fused_linear(
@@ -183,7 +196,8 @@ def fused_linear(
     m, targets = batch * t, adapters.targets if adapters else 1
     n = len(weight) // targets
     y = output(x, batch, t, len(weight))
-    config = linear_config(x.device, dtype=x.dtype, t=t, k=k, n=n, gated=gate is not None)
+    given = dict(columns=0 if h is None else h.shape[-1] // targets, residual=residual is not None)
+    config = linear_config(x.device, dtype=x.dtype, t=t, k=k, n=n, gated=gate is not None, **given)
     parts, shares = targets * triton.cdiv(n, config["BLOCK_N"]), None
     if then is not None:
         columns = check_then(then, perturbation, x.dtype)

@@ -384,7 +384,11 @@ class SanaSprint:
     def perturbed(self, population, *, step: int, members: torch.Tensor) -> Iterator[None]:
         """`population.perturbed`, inside which the transformer also runs in the fastest form that it has."""
         parts = self._parts(population)
-        with population.perturbed(step=step, members=members), in_place_of(parts, population.perturbation):
+        triton = population.backend == "triton"
+        with (
+            population.perturbed(step=step, members=members),
+            in_place_of(parts, population.perturbation if triton else None),
+        ):
             yield
 
     def plan(self, population, settings: RenderSettings) -> str:

@@ -122,6 +122,11 @@ def test_the_whole_path_writes_a_file_that_launches_can_read(tmp_path, monkeypat
     for entry in found + made["default_kept"]:
         assert 0 < entry["measured"]["seconds"] <= entry["measured"]["default_seconds"]
         assert entry["measured"]["timed"] == 2
+    paths = contents["paths"]["population_linear"]
+    assert len(paths) == len(tune.path_shapes(tune.SCALES["tiny"]))
+    for entry in paths:
+        seconds = entry["measured"]["seconds"]
+        assert entry["path"] == min(seconds, key=seconds.get)
     assert made["command"].endswith(str(out))
     assert {"commit", "dirty", "versions", "device", "driver", "date"} <= set(made)
     monkeypatch.setenv(configs.OVERRIDE, str(out))
@@ -132,7 +137,9 @@ def test_no_time_leaves_the_default_and_says_so(tmp_path):
     out = tmp_path / "toy.json"
     assert run("--scale", "tiny", "--out", out, "--budget-minutes", 0).returncode == 0
     contents = json.loads(out.read_text())
-    assert len(contents["made"]["unmeasured"]) == len(tune.tasks(tune.SCALES["tiny"]))
+    scale = tune.SCALES["tiny"]
+    assert len(contents["made"]["unmeasured"]) == len(tune.tasks(scale)) + len(tune.path_shapes(scale))
+    assert contents["paths"] == {"population_linear": []}
     assert contents["ops"] == json.loads(configs.DEFAULT.read_text())["ops"]
 
 

@@ -9,7 +9,7 @@ import torch
 from esengine.kernels import configs
 
 CPU = torch.device("cpu")
-LINEAR = dict(dtype="bfloat16", t=256, k=64, n=64, gated=False)
+LINEAR = dict(dtype="bfloat16", t=256, k=64, n=64, columns=3, residual=False, gated=False)
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def use(monkeypatch, tmp_path):
 
 
 def test_the_default_file_serves_every_op():
-    values = dict(dtype="float32", t=1, k=8, n=8, c=8, d=8, columns=3, gated=True, modulated=False)
+    values = dict(dtype="float32", t=1, k=8, n=8, c=8, d=8, columns=3, gated=True, residual=True, modulated=False)
     values |= dict(height=4, width=4, channels=8, rows=2, cols=8)
     for op, spec in configs.OPS.items():
         found = configs.settings(op, CPU, **{name: values[name] for name in spec.conditions})
@@ -107,7 +107,7 @@ def test_a_device_has_its_own_file_or_the_default_one(monkeypatch, tmp_path, usu
         (("ops", "shrink"), ..., "ops: expected .*shrink.*, got "),
         (("ops", "shrink"), [], r"shrink: expected a last entry for every launch"),
         (("ops", "shrink", 0), 3, r"shrink\[0\]: expected an object, got 3"),
-        (("ops", "shrink", 0, "launch"), ..., r"shrink\[0\]: expected launch, when, got when"),
+        (("ops", "shrink", 0, "launch"), ..., r"shrink\[0\]: expected launch, measured, when, got when"),
         (("ops", "shrink", 0, "launch", "num_warps"), ..., r"shrink\[0\].launch: expected .*num_warps.*, got .*"),
         (("ops", "shrink", 0, "launch", "BLOCK_M"), 16, r"shrink\[0\].launch: expected .*, got .*BLOCK_M"),
         (("ops", "shrink", 0, "when", "batch"), 64, r"shrink\[0\].when: expected .*, got batch"),
@@ -159,7 +159,10 @@ def test_the_path_of_a_shape(use, usual):
     [
         ([], r"paths: expected an object, got \[\]"),
         ({"shrink": []}, "paths: expected population_linear, got shrink"),
-        ({"population_linear": [{"when": {}}]}, r"paths\.population_linear\[0\]: expected path, when, got when"),
+        (
+            {"population_linear": [{"when": {}}]},
+            r"paths\.population_linear\[0\]: expected measured, path, when, got when",
+        ),
         (
             {"population_linear": [{"when": {"gated": True}, "path": "epilogue"}]},
             r"population_linear\[0\]\.when: expected dtype, k, n, t, got gated",
