@@ -1,5 +1,7 @@
 """Rewards that fail on some images: those have no score, NaN, up to a share of all of them."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 from esengine.errors import RewardError
@@ -54,6 +56,10 @@ class Bearing:
             parts.append(self.score(images[one], prompts[one], step=step, members=members and members[one]))
             row = row + 1 if self.bad > before else 0
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def deferred_checks(self) -> AbstractContextManager:
+        """Nothing is put off: a bad image shows at once, so that the others of its batch can be asked for alone."""
+        return nullcontext()
 
     def _nothing(self, error: RewardError, images: torch.Tensor, step: int | None) -> dict[str, torch.Tensor]:
         self.bad, self.first = self.bad + len(images), self.first or error

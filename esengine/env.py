@@ -35,6 +35,7 @@ def describe() -> dict[str, str]:
     else:
         facts["device"] = f"cpu, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     facts["kernels"] = _kernels(device)
+    facts["fused blocks"] = _fused(device)
     facts["kernel settings"] = _settings(device)
     facts["noise contract"] = f"v{CONTRACT}"
     return facts
@@ -53,6 +54,13 @@ def _settings(device: torch.device) -> str:
     except ValueError as error:
         raise ConfigError(f"kernel settings: {error}") from None
     return f"{used['file']} {used['sha256']}, order of sums {used['order']}"
+
+
+def _fused(device: torch.device) -> str:
+    """Whether a model's blocks can run fused here; a run's plan says it of its own model."""
+    if not uses_triton(device):
+        return f"none: they need the Triton kernels ({_kernels(device)})"
+    return "of SANA-Sprint in bfloat16 or float32; `esengine train` prints why where a model's blocks cannot"
 
 
 def _kernels(device: torch.device) -> str:

@@ -133,7 +133,11 @@ def score_task(
     mine = chunks[group.rank :: group.size]
     drawn = render.chunks(task.step, ((p, r, m) for m, p, r in mine), population, length=length)
     parts: list[Future] = []
-    with ThreadPoolExecutor(1) if overlapped else _AtOnce() as worker, render.model.deferred_checks():
+    with (
+        ThreadPoolExecutor(1) if overlapped else _AtOnce() as worker,
+        render.model.deferred_checks(),
+        reward.deferred_checks(),
+    ):
         for members, prompts, _ in mine:
             if stopped():
                 break

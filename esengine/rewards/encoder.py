@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from esengine.errors import ConfigError
 from esengine.rewards.loading import fingerprint, load_model, load_preprocess, load_tokenizer, locate
+from esengine.transfer import upload
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
@@ -119,7 +120,7 @@ class ClipEncoder:
         while len(self._texts) > PROMPTS_KEPT:
             del self._texts[next(iter(self._texts))]
         place = {text: i for i, text in enumerate(distinct)}
-        return torch.stack(found)[torch.tensor([place[text] for text in texts], device=self.device)]
+        return torch.stack(found)[upload(torch.tensor([place[text] for text in texts]), self.device)]
 
     def _text(self, text: str) -> torch.Tensor:
         feature = self._texts.pop(text, None)

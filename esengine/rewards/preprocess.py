@@ -104,7 +104,7 @@ class Preprocess:
         window = slice(top, top + crop[0]), slice(left, left + crop[1])
         parts = [resize(part, height, width, window) for part in images.split(at_once)]
         levels = torch.cat(parts) if len(images) else images.new_empty(0, 3, *crop)
-        mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (self.mean, self.std))
+        mean, std = (_of_channels(values, images.device) for values in (self.mean, self.std))
         return ((levels.double() * self.scale).float() - mean) / std
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
@@ -130,10 +130,10 @@ def resize(
     if images.shape[3] == width:
         images = images[..., columns.start : columns.stop]
     else:
-        images = _round(images.double() @ _coefficients(images.shape[3], width, columns).T.to(images.device))
+        images = _round(images.double() @ _coefficients(images.shape[3], width, columns, images.device).T)
     if images.shape[2] == height:
         return images[..., rows.start : rows.stop, :]
-    return _round(_coefficients(images.shape[2], height, rows).to(images.device) @ images.double())
+    return _round(_coefficients(images.shape[2], height, rows, images.device) @ images.double())
 
 
 def resize_ref(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -151,8 +151,16 @@ def _round(sums: torch.Tensor) -> torch.Tensor:
     return sums.add_(1 << (_BITS - 1)).div_(1 << _BITS).floor_().clamp_(0, 255).to(torch.uint8)
 
 
+# both kept on their device: copying them anew for each batch would make the host wait for it
+
+
 @functools.lru_cache(maxsize=32)
-def _coefficients(length: int, size: int, shown: range) -> torch.Tensor:
+def _of_channels(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, device=device).view(3, 1, 1)
+
+
+@functools.lru_cache(maxsize=32)
+def _coefficients(length: int, size: int, shown: range, device: torch.device) -> torch.Tensor:
     """Integers c_oi of the outputs shown, float64 [len(shown), length]."""
     step = length / size
     reach = max(step, 1.0)
@@ -165,4 +173,4 @@ def _coefficients(length: int, size: int, shown: range) -> torch.Tensor:
     far = (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5
     weights = np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0)) * ((i >= first) & (i < last))
     weights /= weights.cumsum(axis=1)[:, -1:]  # summed in Pillow's order
-    return torch.from_numpy(np.trunc(weights * (1 << _BITS) + np.copysign(0.5, weights)))
+    return torch.from_numpy(np.trunc(weights * (1 << _BITS) + np.copysign(0.5, weights))).to(device)

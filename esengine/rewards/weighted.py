@@ -4,7 +4,8 @@ import functools
 import logging
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class Weighted:
     def __init__(self, terms: Sequence[tuple[str, Reward, float]], note: Callable[[str], None] = _log.warning):
         self.terms, self.note = tuple(terms), note
         self.limit: int | None = None
+        self._deferred: list[tuple[dict[str, torch.Tensor], list[str], dict]] | None = None
         self.check([(name, weight) for name, _, weight in self.terms])
 
     @staticmethod
@@ -104,13 +106,35 @@ class Weighted:
         self, images: torch.Tensor, prompts: list[str], step: int | None, members: Sequence[int] | None
     ) -> dict[str, torch.Tensor]:
         passes: dict[Encoder, torch.Tensor] = {}
-        scores = {
-            name: checked(name, _shared(reward, passes), images, prompts, step=step, members=members)
-            for name, reward, _ in self.terms
-        }
+        where, at_once = dict(step=step, members=members), not _waits(images.device)
+        ask = checked if at_once else asked
+        scores = {name: ask(name, _shared(reward, passes), images, prompts, **where) for name, reward, _ in self.terms}
         total = functools.reduce(operator.add, (w * scores[name].double() for name, _, w in self.terms)).float()
-        _require_finite(COMBINED, total, prompts, step, members)
-        return {**scores, COMBINED: total}
+        scores[COMBINED] = total
+        if at_once:
+            _require_finite(COMBINED, total, prompts, **where)
+        elif self._deferred is not None:
+            self._deferred.append((scores, list(prompts), where))
+        else:
+            _require_all_finite(scores, prompts, **where)
+        return scores
+
+    @contextmanager
+    def deferred_checks(self) -> Iterator[None]:
+        """Inside, scores on a GPU that are not finite raise nothing; the end does, for the first of them.
+
+        So a step of many chunks waits for the device once. What was made of such scores is to be thrown away.
+
+        Raises:
+            RewardError: At the end, as `score` raises it.
+        """
+        self._deferred = []
+        try:
+            yield
+            for scores, prompts, where in self._deferred:
+                _require_all_finite(scores, prompts, **where)
+        finally:
+            self._deferred = None
 
     def __call__(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """The weighted sum alone, as a reward: images uint8 [B, 3, H, W] to float32 [B] on their device."""
@@ -139,7 +163,18 @@ def _shared(reward: Reward, passes: dict[Encoder, torch.Tensor]) -> Reward:
     return _FromFeatures(reward, passes) if isinstance(reward, FeatureReward) else reward
 
 
-def checked(
+def checked(name: str, reward: Reward, images: torch.Tensor, prompts: list[str], **where) -> torch.Tensor:
+    """`asked`, and an error for what is not finite. Same arguments.
+
+    Raises:
+        RewardError: also when a score is not finite.
+    """
+    score = asked(name, reward, images, prompts, **where)
+    _require_finite(name, score, prompts, **where)
+    return score
+
+
+def asked(
     name: str,
     reward: Reward,
     images: torch.Tensor,
@@ -156,8 +191,8 @@ def checked(
         float32 [B], a copy on the images' device.
 
     Raises:
-        RewardError: the reward raised (chained as the cause), or did not return finite float32 [B]. The text names
-            the reward, the step, the members of the offending images and their prompt.
+        RewardError: the reward raised (chained as the cause), or did not return float32 [B]. The text names the reward,
+            the step, the members of the offending images and their prompt.
         OutOfMemory: torch said so inside the reward.
         ValueError: images, prompts or members do not fit each other.
     """
@@ -174,7 +209,6 @@ def checked(
     except BaseException as e:  # somebody else's code may raise anything
         said = reason(e) if isinstance(e, RewardError) else f"raised {reason(e)}"
         raise RewardError(f"{_where(name, range(len(images)), prompts, step, members)}: {said}") from e
-    _require_finite(name, score, prompts, step, members)
     return score
 
 
@@ -185,7 +219,19 @@ def _asked(reward: Reward, images: torch.Tensor, prompts: list[str]) -> torch.Te
         return as_scores(score, len(images)).to(images.device, copy=True)
 
 
-def _require_finite(name, score, prompts, step, members) -> None:
+def _waits(device: torch.device) -> bool:
+    """Whether to look at numbers there is to wait for what was launched before."""
+    return device.type != "cpu"
+
+
+def _require_all_finite(scores: dict[str, torch.Tensor], prompts, step=None, members=None) -> None:
+    """Waits for the device once. The first that is not finite is named."""
+    if not torch.stack(list(scores.values())).isfinite().all():
+        for name, score in scores.items():
+            _require_finite(name, score, prompts, step, members)
+
+
+def _require_finite(name, score, prompts, step=None, members=None) -> None:
     bad = torch.nonzero(~torch.isfinite(score)).flatten().tolist()
     if bad:
         values = ", ".join(dict.fromkeys(str(v) for v in score[bad].tolist()))

@@ -41,3 +41,11 @@ def test_a_file_that_is_not_usable_is_one_line_for_the_user(triton_in_use, monke
     monkeypatch.setenv(configs.OVERRIDE, str(tmp_path / "absent.json"))
     with pytest.raises(ConfigError, match=r"kernel settings: .*absent\.json"):
         env.describe()
+
+
+def test_whether_blocks_can_run_fused_is_said_with_the_reason(monkeypatch):
+    monkeypatch.setattr(env, "uses_triton", lambda device: False)
+    facts = env.describe()
+    assert facts["fused blocks"] == f"none: they need the Triton kernels ({facts['kernels']})"
+    monkeypatch.setattr(env, "uses_triton", lambda device: True)
+    assert "SANA-Sprint" in env.describe()["fused blocks"]

@@ -207,6 +207,36 @@ def test_not_finite_names_reward_step_member_and_prompt(value, text):
     )
 
 
+def test_where_a_look_waits_for_the_device_it_is_put_off_to_the_end_of_a_step(monkeypatch):
+    monkeypatch.setattr(rewards.weighted, "_waits", lambda device: True)
+    values = iter((1.0, float("nan"), 2.0, float("inf")))
+    reward, images = weighted(lambda images, prompts: torch.full((len(images),), next(values))), noise_images()
+    asked = []
+
+    def step():
+        with reward.deferred_checks():
+            for first in (0, 4, 8):
+                asked.append(reward.score(images, PROMPTS, step=3, members=range(first, first + 4)))
+
+    with pytest.raises(RewardError, match=r"my_mod:score, step 3, members? 4.*a cat.*: returned nan"):
+        step()
+    assert len(asked) == 3
+    with pytest.raises(RewardError, match="returned inf"):  # outside, at once
+        reward.score(images, PROMPTS)
+
+
+def test_an_error_inside_a_step_is_not_hidden_by_those_put_off(monkeypatch):
+    monkeypatch.setattr(rewards.weighted, "_waits", lambda device: True)
+    reward = weighted(constant(float("nan")))
+
+    def step():
+        with reward.deferred_checks():
+            reward.score(noise_images(), PROMPTS)
+            raise KeyboardInterrupt
+
+    pytest.raises(KeyboardInterrupt, step)
+
+
 def test_several_offending_images():
     scores = torch.tensor([float("nan"), 0.0, float("inf"), float("nan")])
     reward = weighted(lambda images, prompts: scores)
