@@ -234,7 +234,8 @@ def test_an_error_inside_a_step_is_not_hidden_by_those_put_off(monkeypatch):
             reward.score(noise_images(), PROMPTS)
             raise KeyboardInterrupt
 
-    pytest.raises(KeyboardInterrupt, step)
+    with pytest.raises(KeyboardInterrupt):
+        step()
 
 
 def test_several_offending_images():

@@ -118,6 +118,18 @@ def test_modulated_by_torch(device):
     assert_close(shrink_ref(x, None, None, Modulation(shift, scale))[0], expected)
 
 
+@pytest.mark.parametrize("mean", [0.0, 300.0, -3e4])
+def test_statistics_in_one_pass_lose_no_digits_to_a_mean_far_from_zero(device, mean):
+    """The sums are of differences to a row's first element: as close to fp64 as torch's own norm of the same x."""
+    x, *_ = case(k=70, t=5, device=device)
+    x += mean
+    zero = torch.zeros(3, 70, device=device)
+    exact = F.layer_norm(x.double(), (70,), eps=1e-6)
+    own = (F.layer_norm(x, (70,), eps=1e-6).double() - exact).abs().max()
+    error = (shrink(x, None, None, Modulation(zero, zero))[0].double() - exact).abs().max()
+    assert error <= 4 * own + 4 * abs(mean) * 2.0**-24
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("targets", [1, 2, 3])
 @pytest.mark.parametrize(("t", "n"), [(1, 21), (17, 64), (40, 70)])
