@@ -1,6 +1,7 @@
 """Compile every Triton kernel at SANA-Sprint's shapes for GPUs that are not there, and judge what the compiler made.
 
     python bench/aot.py [--arch 90 80 100] [--json FOLDER] [--also FOLDER_WITH_ANOTHER_TRITON ...]
+    TRITON_CACHE_DIR=FOLDER python bench/aot.py --cache                 kernels for a machine that need not compile them
 
 A forward of the model and the public ops run on tensors without storage; each launch they make is compiled, with the
 launcher's own configuration and Triton's own specialisation, instead of run, once for all shapes that share a kernel.
@@ -356,6 +357,27 @@ def compiled(kernel: JITFunction, args: tuple, kwargs: dict[str, Any], arch: int
         return kernel.warmup(*args, grid=(1,), **kwargs), said.getvalue()
 
 
+def fill_cache(arch: int) -> tuple[int, int]:
+    """Every kernel of `launches()` into Triton's cache, TRITON_CACHE_DIR, as the runtime keeps it.
+
+    Returns:
+        How many kernels there are, and how many had to be compiled for it: none the second time.
+    """
+    compiles = 0
+
+    def heard(*, cache_hit: bool, **facts) -> None:
+        nonlocal compiles
+        compiles += not cache_hit
+
+    here = [launch for launch in launches() if launch.arch in (None, arch)]
+    with patch.object(triton.runtime.driver, "_active", AbsentGPU(arch)), triton.knobs.compilation.scope():
+        triton.knobs.compilation.listener = heard
+        for launch in here:
+            with patch.dict(launch.kernel.device_caches, clear=True):
+                launch.kernel.warmup(*launch.args, grid=(1,), **launch.kwargs)
+    return len(here), compiles
+
+
 def disassembly(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -502,7 +524,14 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="a folder: also write the table of each architecture there")
     parser.add_argument("--also", type=Path, nargs="+", default=[], help="folders of other Tritons to report on too")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
+    parser.add_argument(
+        "--cache", action="store_true", help="judge nothing, fill TRITON_CACHE_DIR for the first --arch"
+    )
     options = parser.parse_args()
+    if options.cache:
+        count, compiles = fill_cache(options.arch[0])
+        print(f"cache: {count} kernels for sm_{options.arch[0]}, {compiles} compiled, triton {triton.__version__}")
+        return 0
     tasks = [
         (index, arch)
         for arch in options.arch
