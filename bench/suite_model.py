@@ -11,7 +11,7 @@ import torch
 from clock import Laps, interleaved
 from forward import LiveBytes
 from peers import reference_loop
-from suite_checks import CheckFailed, attempt, bounded, full_precision, worst_error
+from suite_checks import CheckFailed, Checks, attempt, bounded, full_precision, worst_error
 from suite_context import STEP, Context, Exact
 from suite_decode import score_work
 from suite_ops import roofline_share
@@ -24,7 +24,7 @@ from esengine.models import SanaSprint, graphs
 @torch.no_grad()
 def forward(context: Context, pixels: int) -> dict[str, Any]:
     """Population forward, the plain one eager and compiled, same inputs, turn about. The plain ones have no adapter."""
-    check = context.check_members(pixels)
+    check = context.checks(lambda: context.check_members(pixels))
     exact = Exact(context).forward(pixels, [0])
     variants = {
         "population": lambda: context.forward(context.model, pixels, context.population),
@@ -34,7 +34,9 @@ def forward(context: Context, pixels: int) -> dict[str, Any]:
         variants["population launched"] = lambda: context.forward(
             context.model, pixels, context.population, graphs="never"
         )
-        _check_replay(pixels, variants, check["bound"])
+        replay = context.checks(lambda: _check_replay(pixels, variants, check["bound"]))
+    else:
+        replay = None
     modes: dict[str, Any] = {}
     compiled: dict[str, SanaSprint] = {}
     for number, mode in enumerate(context.compile_modes):
@@ -46,6 +48,10 @@ def forward(context: Context, pixels: int) -> dict[str, Any]:
             model = compiled[f"compiled {mode}"] = modes[mode].pop("model")
             variants[f"compiled {mode}"] = lambda model=model: context.forward(model, pixels)
     seconds = interleaved(variants, context.scale.rounds[1], device=context.device)
+    for mode, facts in modes.items():
+        if "failed" in facts.get("check", {}):
+            del compiled[f"compiled {mode}"]
+            facts["uncounted_ratio"] = record.ratio(seconds[f"compiled {mode}"], seconds["population"])
     fastest = min(compiled, key=lambda name: seconds[name]["median"], default=None)
     if fastest is not None:
         context.compiled[pixels] = compiled[fastest]
@@ -59,7 +65,13 @@ def forward(context: Context, pixels: int) -> dict[str, Any]:
         "plan": context.model.plan(context.population, context.settings(pixels)),
         "graphs": context.graphs(),
         "check": check,
-        "compile": {"backend": context.compile_backend, "modes": modes, "fastest": fastest},
+        "check_replay": replay,
+        "compile": {
+            "backend": context.compile_backend,
+            "unit": context.compile_unit,
+            "modes": modes,
+            "fastest": fastest,
+        },
         "seconds": seconds,
         "ratios": {
             "over_eager": record.ratio(seconds["eager"], seconds["population"]),
@@ -79,7 +91,7 @@ def step(context: Context, pixels: int) -> dict[str, Any]:
 
     Both decode in the mode, and beside the next chunk or not, that `Context.how` says.
     """
-    check = context.check_members(pixels)
+    check = context.checks(lambda: context.check_members(pixels))
     context.scorer  # noqa: B018  made before the clock starts
     engine, plain = context.engine(), context.compiled.get(pixels, context.plain)
     stages: dict[str, list[dict[str, float]]] = {"step": [], "inference": []}
@@ -96,7 +108,7 @@ def step(context: Context, pixels: int) -> dict[str, Any]:
         _score_task(context, plain, engine.ask(), pixels, laps, None, overlap)
         stages["inference"].append(laps.seconds())
 
-    _check_step(context, engine, pixels)
+    check_step = context.checks(lambda: _check_step(context, engine, pixels))
     overlap = context.overlaps()
     variants = {"step": lambda: es_step(overlap), "inference": lambda: inference(overlap)}
     seconds = interleaved(variants, context.scale.rounds[2], device=context.device)
@@ -122,6 +134,7 @@ def step(context: Context, pixels: int) -> dict[str, Any]:
         **context.how(pixels),
         "inference_transformer": "compiled" if pixels in context.compiled else "eager",
         "check": check,
+        "check_step": check_step,
         "seconds": seconds,
         "stages": median,
         "images_per_second": {**rates, "step": images / seconds["step"]["median"]},
@@ -136,7 +149,7 @@ def step(context: Context, pixels: int) -> dict[str, Any]:
 def loop(context: Context) -> dict[str, Any]:
     """The reference run's algorithm against ours at its settings, a few members of each, scaled to its population."""
     pixels, total = context.scale.pixels[0], context.scale.reference_population
-    check = context.check_members(pixels)
+    check = context.checks(lambda: context.check_members(pixels))
     settings, images = context.settings(pixels), reference_loop.PROMPTS * reference_loop.REPEATS
     peer = reference_loop.ReferenceLoop(
         context.copy_of_plain(),
@@ -145,7 +158,7 @@ def loop(context: Context) -> dict[str, Any]:
         settings=settings,
         text_length=context.scale.reference_text,
     )
-    peer_check = _check_loop(context, peer, pixels, check["bound"])
+    peer_check = context.checks(lambda: _check_loop(context, peer, pixels, check["bound"]))
     batch = max(1, context.scale.chunk // images) + max(1, context.scale.chunk // images) % 2  # members, even
     engine = context.engine(population=batch, prompts=reference_loop.PROMPTS, repeats=reference_loop.REPEATS)
     task, turn = engine.ask(), iter(range(1 << 30))
@@ -203,7 +216,7 @@ def update(context: Context) -> dict[str, Any]:
                 fitness, shape=tuple(gradient[key].shape), stream_u=streams[0], stream_v=streams[1], **noise
             )
         errors.append(worst_error(few * gradient[key][None], expected[None]))
-    check = bounded(f"gradient of {name}", max(errors), 1e-5)
+    check = context.checks(lambda: bounded(f"gradient of {name}", max(errors), 1e-5))
     full = torch.linspace(-1, 1, context.scale.update_members, device=context.device)
     seconds = interleaved(
         {"update": lambda: population.update(step=STEP, fitness=full)}, context.scale.rounds[1], device=context.device
@@ -219,7 +232,7 @@ def memory(context: Context) -> dict[str, Any]:
     the allocator, on a CPU the bytes of live tensors.
     """
     pixels = context.scale.pixels[0]
-    check = context.check_members(pixels)
+    check = context.checks(lambda: context.check_members(pixels))
     context.scorer  # noqa: B018
     peaks = {members: _peak(context, lambda n=members: _few_chunks(context, n, pixels)) for members in _sizes(context)}
     *_, few, many = peaks
@@ -266,21 +279,42 @@ def _peak(context: Context, work: Callable[[], None]) -> int:
 
 
 def _compile(context: Context, mode: str, pixels: int, exact: torch.Tensor, bound: float) -> dict[str, Any]:
-    """Compiles the plain transformer for this shape, and checks it; `model` and what its compilation took."""
+    """Compiles the plain transformer for this shape, and checks it; `model` and what its compilation took.
+
+    A check that fails is in the result: the model is timed, and its ratio does not count.
+    """
     options = {} if mode == "default" else {"mode": mode}
+    options |= {"backend": context.compile_backend, "dynamic": False}
     model = copy.copy(context.plain)
-    model.transformer = torch.compile(
-        context.plain.transformer, backend=context.compile_backend, dynamic=False, **options
-    )
+    if context.compile_unit == "model":
+        model.transformer = torch.compile(context.plain.transformer, **options)
+    else:
+        model.transformer = blocks_compiled(context.plain.transformer, **options)
     before = context.time_left()
     got = context.forward(model, pixels)[:1]
     if context.device.type == "cuda":
         torch.cuda.synchronize(context.device)
-    return {
-        "first_call_seconds": before - context.time_left(),
-        "check": bounded(f"compiled {mode}", worst_error(got, exact), bound),
-        "model": model,
-    }
+    seconds = before - context.time_left()
+    check = Checks()(lambda: bounded(f"compiled {mode}", worst_error(got, exact), bound))
+    return {"first_call_seconds": seconds, "check": check, "model": model}
+
+
+def blocks_compiled(transformer: torch.nn.Module, **options) -> torch.nn.Module:
+    """A transformer of the same weights whose blocks are compiled one by one; the given one stays eager.
+
+    Blocks are alike, so one artefact serves all but the first, whose input has the layout of the patches: two
+    compilations, however many blocks there are. diffusers calls this regional compilation.
+
+    Args:
+        transformer: has `transformer_blocks`.
+        options: of torch.compile.
+    """
+    model = copy.copy(transformer)
+    model._modules = dict(transformer._modules)
+    model.transformer_blocks = torch.nn.ModuleList(copy.copy(block) for block in transformer.transformer_blocks)
+    for block in model.transformer_blocks:
+        block.compile(**options)
+    return model
 
 
 def _score_task(
@@ -332,10 +366,10 @@ def _chunk(context, model, task, rows, pixels, laps: Laps | None, population) ->
     return scores
 
 
-def _check_replay(pixels: int, variants: dict[str, Callable[[], torch.Tensor]], bound: float) -> None:
+def _check_replay(pixels: int, variants: dict[str, Callable[[], torch.Tensor]], bound: float) -> dict[str, float]:
     """A forward that is a graph's, as `check_members` has made it, is that of single launches."""
     replayed = variants["population"]()
-    bounded(f"replay at {pixels} px", worst_error(replayed, variants["population launched"]()), bound)
+    return bounded(f"replay at {pixels} px", worst_error(replayed, variants["population launched"]()), bound)
 
 
 def _check_step(context: Context, engine: esengine.Engine, pixels: int) -> None:

@@ -23,13 +23,17 @@ BARS: dict[str, tuple[str, float]] = {
 
 FAILED, ERROR, MISSING = "failed check", "error", "not measured"
 
+UNCOUNTED = "does not count"
+"""Of a figure whose check failed, or whose peer has not been shown to be the published code's equal."""
+
 
 def summarize(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The summary of a record, which may be of a run that was cut off.
 
     Returns:
-        By figure: `value` (None where there is none), `bar`, `verdict` (pass, fail, no bar, failed check, error or
-        not measured), `reason` where there is no value, and the figures below it in `detail`.
+        By figure: `value` (None where none counts), `bar`, `verdict` (pass, fail, no bar, failed check, error, does not
+        count or not measured), `reason` where there is no value, and the figures below it in `detail`. What was
+        measured in spite of a failed check is in `uncounted`, with its own `value` and `detail`.
     """
     parts, pixels = record["parts"], [str(side) for side in record["settings"]["pixels"]]
     bars = BARS if record["settings"]["bars"] else {}
@@ -46,6 +50,9 @@ def summarize(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
         known = {part: parts[part]["result"] for part in needed if parts.get(part, {}).get("status") == "ok"}
         value, detail = find(known) if known else (None, None)
         result = {"value": value, "bar": shown, "verdict": MISSING, "detail": detail}
+        failed = {part: parts[part]["result"] for part in needed if _failed_with_figures(parts.get(part))}
+        if failed:
+            result["uncounted"] = dict(zip(("value", "detail"), find(known | failed), strict=True))
         gone = [part for part in needed if part not in known]
         if gone:
             result["reason"] = "; ".join(_why(part, parts.get(part)) for part in gone)
@@ -84,7 +91,8 @@ def summarize(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
         for part, side, which in sizes
     }
     for part, side in zip(steps, pixels, strict=True):
-        how = _how(parts[part]["result"]) if parts.get(part, {}).get("status") == "ok" else None
+        measured = parts.get(part, {}).get("status") == "ok" or _failed_with_figures(parts.get(part))
+        how = _how(parts[part]["result"]) if measured else None
         summary["images_per_second"][side]["how"] = how
     summary["update_share"] = figure("update_share", ["update", *steps], _update_share)
     decodes = [f"decode_{side}" for side in pixels]
@@ -106,6 +114,9 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     def add(name: str, entry: dict[str, Any]) -> None:
         value = "-" if entry["value"] is None else f"{entry['value']:.4g}"
         table.append((name, value, entry["bar"] or "-", entry["verdict"]))
+        uncounted = entry.get("uncounted", {}).get("value")
+        if uncounted is not None:
+            table.append((f"  {UNCOUNTED}, {entry['verdict']}", f"({uncounted:.4g})", "", ""))
 
     for name in ("linear_vs_gemm", "linear_in_block_vs_gemm", "forward_vs_compiled", "step_vs_inference"):
         add(name, summary[name])
@@ -133,6 +144,10 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     for part, shares in (summary["step_breakdown"]["detail"] or {}).items():
         table.append((f"what {part} is made of", ", ".join(f"{n} {100 * s:.1f} %" for n, s in shares.items()), "", ""))
     return table
+
+
+def _failed_with_figures(part: dict[str, Any] | None) -> bool:
+    return part is not None and part["status"] == "failed" and "result" in part
 
 
 def _why(name: str, part: dict[str, Any] | None) -> str:
@@ -191,9 +206,14 @@ def _forward(parts: dict[str, Any]) -> tuple[float | None, dict[str, float]]:
             if over in part["ratios"]:
                 detail[f"{name} {over}"] = part["ratios"][over]["of_medians"]
         detail[f"{name} graphs"] = part["graphs"]
+        detail[f"{name} compiled by"] = part["compile"]["unit"]
         compiled.append(detail.get(f"{name} over_compiled"))
         if compiled[-1] is None:
             detail[f"{name} over_compiled"] = _gone(next(iter(part["compile"]["modes"].values())))
+        for mode, facts in part["compile"]["modes"].items():
+            if "uncounted_ratio" in facts:
+                shown = f"({facts['uncounted_ratio']['of_medians']:.4g}) {UNCOUNTED}, {FAILED}"
+                detail[f"{name} over compiled {mode}"] = shown
     return (None if None in compiled else min(compiled)), detail
 
 
