@@ -4,7 +4,8 @@ The shapes are those of the published configurations and the time of a forward d
 are drawn on the device in the dtype they are used in. `scale="tiny"` gives the same objects at toy size for a CPU.
 
 Source: the config.json of Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers (transformer), of
-mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers (vae) and of laion/CLIP-ViT-H-14-laion2B-s32B-b79K, the tower of PickScore.
+mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers (vae) and of laion/CLIP-ViT-H-14-laion2B-s32B-b79K, the tower of PickScore;
+of openai/clip-vit-base-patch32, which the published run scores with too.
 DC-AE-Lite from its authors' definition of dc-ae-lite-f32c32-sana-1.1 (dc-ai-projects/DC-Gen), in diffusers' terms.
 """
 
@@ -150,6 +151,31 @@ FULL["vae-lite"] = FULL["vae"] | dict(
     upsample_block_type="pixel_shuffle",
     decoder_conv_act_fn="silu",
 )
+FULL["clip-small"] = dict(
+    projection_dim=512,
+    logit_scale_init_value=2.6592,
+    text_config=dict(
+        vocab_size=49408,
+        max_position_embeddings=77,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        hidden_act="quick_gelu",
+        projection_dim=512,
+    ),
+    vision_config=dict(
+        image_size=224,
+        patch_size=32,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        hidden_act="quick_gelu",
+        projection_dim=512,
+    ),
+)
+TINY["clip-small"] = TINY["clip"]
 TINY["vae-lite"] = TINY["vae"] | dict(
     decoder_block_types=(RES,) * 3,
     decoder_layers_per_block=(0, 1, 1),
@@ -185,10 +211,16 @@ def autoencoder(
 
 
 def clip(
-    scale: str = "full", *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
+    scale: str = "full",
+    *,
+    small: bool = False,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
 ) -> CLIPModel:
-    """CLIP-H/14 with both towers, 986 M parameters at full scale."""
-    return _build(lambda **config: CLIPModel(CLIPConfig(**config)), _config(scale)["clip"], device, dtype, seed)
+    """CLIP-H/14 with both towers, 986 M parameters at full scale; or CLIP B/32, 151 M."""
+    config = _config(scale)["clip-small" if small else "clip"]
+    return _build(lambda **config: CLIPModel(CLIPConfig(**config)), config, device, dtype, seed)
 
 
 def sana_sprint(

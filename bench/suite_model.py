@@ -2,15 +2,18 @@
 
 import copy
 import gc
+import itertools
 import statistics
 from collections.abc import Callable
 from typing import Any
 
+import peer_ratio
 import record
+import standin
 import torch
 from clock import Laps, interleaved
 from forward import LiveBytes
-from peers import reference_loop
+from peers import published, reference_loop
 from suite_checks import CheckFailed, Checks, attempt, bounded, full_precision, worst_error
 from suite_context import STEP, Context, Exact
 from suite_decode import score_work
@@ -147,57 +150,91 @@ def step(context: Context, pixels: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def loop(context: Context) -> dict[str, Any]:
-    """The reference run's algorithm against ours at its settings, a few members of each, scaled to its population."""
+    """A step of the published run by its two loops, `peers`, against ours; a few members of each, scaled to its N.
+
+    The figure against the loop as published counts if a stored record says that the loop is as slow as the published
+    code, see `bench/peer_ratio.py`.
+    """
     pixels, total = context.scale.pixels[0], context.scale.reference_population
     check = context.checks(lambda: context.check_members(pixels))
-    settings, images = context.settings(pixels), reference_loop.PROMPTS * reference_loop.REPEATS
-    peer = reference_loop.ReferenceLoop(
-        context.copy_of_plain(),
-        context.texts,
-        context.scorer,
-        settings=settings,
-        text_length=context.scale.reference_text,
-    )
-    peer_check = context.checks(lambda: _check_loop(context, peer, pixels, check["bound"]))
+    images = reference_loop.PROMPTS * reference_loop.REPEATS
+    loops = {"as_published": _published(context, pixels), "shared": _shared(context, pixels)}
+    checks = {
+        name: context.checks(lambda loop=loop, model=model: _check_loop(context, loop, model, pixels, check["bound"]))
+        for name, (loop, model) in loops.items()
+    }
     batch = max(1, context.scale.chunk // images) + max(1, context.scale.chunk // images) % 2  # members, even
     engine = context.engine(population=batch, prompts=reference_loop.PROMPTS, repeats=reference_loop.REPEATS)
-    task, turn = engine.ask(), iter(range(1 << 30))
-    variants = {
-        "reference_member": lambda: peer.evaluate(STEP, next(turn), task.prompts),
-        "our_members": lambda: _score_task(
-            context, context.model, task, pixels, Laps(context.device), context.population
-        ),
+    task, shared = engine.ask(), loops["shared"][0]
+    noise = shared.noise(STEP, total)
+    turns = {name: itertools.cycle(range(total)) for name in loops}
+    variants: dict[str, Callable[[], object]] = {
+        name: lambda name=name, loop=loop: loop.evaluate(STEP, noise[next(turns[name])], task.prompts)
+        for name, (loop, _) in loops.items()
     }
+    variants["our_members"] = lambda: _score_task(
+        context, context.model, task, pixels, Laps(context.device), context.population
+    )
     seconds = interleaved(variants, context.scale.rounds[2], device=context.device)
-    few = min(8, total)
-    scores = torch.randn(few, reference_loop.PROMPTS, reference_loop.REPEATS)
+    scores = torch.randn(total, reference_loop.PROMPTS, reference_loop.REPEATS)
+    fitness = torch.linspace(-1, 1, total, device=context.device)
     updates = interleaved(
         {
-            "reference_update": lambda: peer.update(STEP, scores),
-            "our_update": lambda: context.population.update(
-                step=STEP, fitness=torch.linspace(-1, 1, total, device=context.device)
-            ),
+            "reference_noise_and_update": lambda: shared.update(shared.noise(STEP, total), scores),
+            "our_update": lambda: context.population.update(step=STEP, fitness=fitness),
         },
         context.scale.rounds[2],
         device=context.device,
     )
-    reference = total * seconds["reference_member"]["median"] + total / few * updates["reference_update"]["median"]
+    outside = updates["reference_noise_and_update"]["median"]
+    step_seconds = {name: total * seconds[name]["median"] + outside for name in loops}
     ours = total / batch * seconds["our_members"]["median"] + updates["our_update"]["median"]
+    counts, why = peer_ratio.stored_verdict()
     return {
         "pixels": pixels,
         "population": total,
         "images_per_member": images,
         "reference_text_length": context.scale.reference_text,
+        "reference_compiled": "no",
         "scaled": (
-            f"from single members of the reference, {batch} members of ours and a reference update of {few} members, "
-            f"each to the population of {total}: members cost the same"
+            f"from single members of the reference and {batch} members of ours, each to the population of {total}: "
+            "members cost the same"
         ),
         **context.how(pixels),
-        "check": {"population": check, "reference": peer_check},
+        "check": {"population": check, **checks},
         "seconds": {**seconds, **updates},
-        "step_seconds": {"reference": reference, "ours": ours},
-        "ratio": reference / ours,
+        "step_seconds": {**step_seconds, "ours": ours},
+        "ratios": {name: spent / ours for name, spent in step_seconds.items()},
+        "as_published_counts": counts,
+        "as_published_counts_by": why,
     }
+
+
+def _shared(context: Context, pixels: int) -> tuple[reference_loop.SharedLoop, SanaSprint]:
+    """The loop in our dtype, with our decoder and scorer, and the model that it sets its weights in."""
+    model = context.copy_of_plain()
+    options = dict(settings=context.settings(pixels), text_length=context.scale.reference_text)
+    return reference_loop.SharedLoop(model, context.texts, context.scorer, **options), model
+
+
+def _published(context: Context, pixels: int) -> tuple[published.PublishedLoop, SanaSprint]:
+    """The loop as published, of float32 copies, and the model that it sets its weights in.
+
+    Texts that are no prompts get the token ids of one: the work is the same.
+    """
+    tokenize, prompts = context.scorer.encoder.tokenize, context.texts.prompts
+    model = context.copy_of_plain()
+    model.transformer.float()
+    vae = copy.deepcopy(context.plain.vae).float().to(memory_format=torch.contiguous_format)
+    pick = standin.clip(context.scale.name, device=context.device)
+    small = standin.clip(context.scale.name, small=True, device=context.device, seed=1)
+    judges = (
+        published.made_up_judge(clip, lambda text: tokenize(text if text in prompts else prompts[0]))
+        for clip in (pick, small)
+    )
+    scorer = published.Scorer(*judges)
+    options = dict(pixels=pixels, text_length=context.scale.reference_text)
+    return published.PublishedLoop(model.transformer, vae, context.texts, scorer, **options), model
 
 
 @torch.no_grad()
@@ -385,11 +422,13 @@ def _check_step(context: Context, engine: esengine.Engine, pixels: int) -> None:
         raise CheckFailed(f"step at {pixels} px: expected finite scores that differ between members")
 
 
-def _check_loop(context: Context, peer: reference_loop.ReferenceLoop, pixels: int, bound: float) -> dict[str, float]:
-    """The reference's transformer with one of our members' weights set, against that member in higher precision."""
+def _check_loop(
+    context: Context, loop: reference_loop.ReferenceLoop, model: SanaSprint, pixels: int, bound: float
+) -> dict[str, float]:
+    """The loop's transformer with one of our members' weights set, against that member in higher precision."""
     prefix = esengine.population.PEFT_PREFIX
     state = context.population.member_state_dict(step=STEP, member=1)
     expected = Exact(context).forward(pixels, [1], state)
-    peer.set_weights({name.removeprefix(prefix): tensor for name, tensor in state.items()})
-    got = context.forward(peer.model, pixels, rows=[1])
+    loop.set_weights(loop.joined({name.removeprefix(prefix): tensor for name, tensor in state.items()}))
+    got = context.forward(model, pixels, rows=[1])
     return bounded("reference loop", worst_error(got, expected), bound)

@@ -17,7 +17,7 @@ import suite_linear
 import suite_model
 import suite_summary
 import torch
-from peers import linears, reference_loop
+from peers import linears
 
 import esengine
 from esengine.errors import RenderError
@@ -60,7 +60,6 @@ def test_every_part_is_measured_and_every_figure_is_there(stored):
         "linear_in_block_vs_gemm",
         "forward_vs_compiled",
         "step_vs_inference",
-        "step_vs_reference_loop",
         "memory_per_extra_member",
         "update_share",
     ):
@@ -349,21 +348,47 @@ def test_bars_pass_and_fail(stored):
     assert any("not measured" in row for row in suite_summary.rows(summary))
 
 
-def test_the_reference_loop_moves_theta_as_its_formula_says(context):
-    loop = reference_loop.ReferenceLoop(
-        context.copy_of_plain(), context.texts, context.scorer, settings=context.settings(32), text_length=12
-    )
-    before = {name: value.clone() for name, value in loop.theta.items()}
-    even, odd = loop.noise(0, 2), loop.noise(0, 3)
-    name = next(iter(before))
-    assert torch.equal(even[name], -odd[name])
-    scores = loop.evaluate(0, 2, torch.tensor([0, 1]))
-    assert scores.shape == (2, 4)
-    assert scores.isfinite().all()
-    assert torch.allclose(loop.parameters[name].float(), before[name] + 1e-2 * even[name])
-    # two members, antithetic: f = +-1, so mean(f E) is E of the better one
-    loop.update(0, torch.tensor([[[1.0]], [[0.0]]]))
-    assert torch.allclose(loop.theta[name], before[name] + 0.1 * 1e-2 * loop.noise(0, 0)[name], atol=1e-6)
+def test_the_suite_measures_both_reference_loops(stored):
+    part = stored[1]["parts"]["reference_loop"]["result"]
+    assert set(part["check"]) == {"population", "as_published", "shared"}
+    assert set(part["ratios"]) == {"as_published", "shared"}
+    ours = part["step_seconds"]["ours"]
+    for name, ratio in part["ratios"].items():
+        spent = part["population"] * part["seconds"][name]["median"]
+        spent += part["seconds"]["reference_noise_and_update"]["median"]
+        assert ratio == pytest.approx(spent / ours)
+        assert part["check"][name]["error"] <= part["check"][name]["bound"]
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_the_published_loop_counts_only_where_a_record_says_that_it_matches(monkeypatch, tmp_path, stored, counts):
+    file = tmp_path / "cpu_peer_ratio.json"
+    file.write_text(json.dumps({"ratio": {"of_medians": 3.0}, "matches": counts}))
+    found, why = suite_model.peer_ratio.stored_verdict(file)
+    assert found is counts
+    assert "3.00 times our step" in why
+    record = copy.deepcopy(stored[1])
+    record["settings"]["bars"] = True
+    part = record["parts"]["reference_loop"]["result"]
+    part |= {"as_published_counts": found, "as_published_counts_by": why}
+    part["ratios"]["as_published"] = 11.0
+    summary = suite_summary.summarize(record)
+    figure, shown = summary["step_vs_reference_loop"], dict(enumerate(suite_summary.rows(summary)))
+    row = next(row for row in shown.values() if row[0] == "step_vs_reference_loop")
+    if counts:
+        assert (figure["value"], figure["verdict"], row[3]) == (11.0, "pass", "pass")
+    else:
+        assert (figure["value"], figure["verdict"], row[3]) == (None, "does not count", "does not count")
+        assert figure["uncounted"]["value"] == 11.0
+        assert figure["reason"] == why
+        assert ("  does not count", "(11)", "", "") in shown.values()
+    assert figure["detail"]["over the loop that shares ours"] == part["ratios"]["shared"]
+
+
+def test_without_a_record_the_published_loop_does_not_count(tmp_path):
+    counts, why = suite_model.peer_ratio.stored_verdict(tmp_path / "cpu_peer_ratio.json")
+    assert not counts
+    assert "is missing" in why
 
 
 def test_a_peer_by_path_is_measured_and_a_wrong_one_refused(monkeypatch, tmp_path):
