@@ -184,6 +184,9 @@ TINY["vae-lite"] = TINY["vae"] | dict(
     decoder_conv_act_fn="silu",
 )
 CONFIGS = {"full": FULL, "tiny": TINY}
+LENGTHS = 4
+"""Different numbers of tokens that made-up prompts have."""
+
 CONTRAST = 0.45
 """Standard deviation of a decoded channel in [-1, 1]: the images use the range of a byte and clip little."""
 
@@ -254,14 +257,14 @@ def sana_sprint(
 def text_embeddings(
     scale: str = "full", *, prompts: int = 8, tokens: int = 40, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> TextEmbeddings:
-    """Made-up embeddings of `prompts` prompts: tokens, tokens - 1, tokens - 2 and tokens - 3 of them in turn.
+    """Made-up embeddings of `prompts` prompts: tokens, tokens - 1, ... of them, `LENGTHS` lengths in turn.
 
     40 is what a prompt fills of the 300 tokens that the pipeline pads to.
     """
-    if prompts < 1 or tokens < 4:
-        raise ValueError(f"prompts, tokens: expected at least 1 and 4, got {prompts} and {tokens}")
+    if prompts < 1 or tokens < LENGTHS:
+        raise ValueError(f"prompts, tokens: expected at least 1 and {LENGTHS}, got {prompts} and {tokens}")
     width, generator = _config(scale)["transformer"]["caption_channels"], torch.Generator().manual_seed(seed)
-    embeddings = [torch.randn(tokens - i % 4, width, generator=generator).to(dtype) for i in range(prompts)]
+    embeddings = [torch.randn(tokens - i % LENGTHS, width, generator=generator).to(dtype) for i in range(prompts)]
     return TextEmbeddings([f"made-up prompt {i}" for i in range(prompts)], embeddings)
 
 

@@ -212,6 +212,7 @@ def run(
             "compile_backend": context.compile_backend,
             "compile_unit": context.compile_unit,
             "compile_decoder": context.compile_decoder,
+            "ceilings": context.limits.record(),
             "decode": context.decode,
             "overlap": context.overlap,
             "weights": "random, from the published configurations",
@@ -244,6 +245,18 @@ def run(
         keep(name, outcome)
         print(f"{name:16} {outcome['status']:8} {outcome.get('reason', '')}", flush=True)
     return results
+
+
+def smoke_ceilings(path: Path, device: torch.device) -> dict[str, float]:
+    """The ceilings in a record of `device_smoke.py`. Raises ValueError if it is none, or of another device."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        was, ceilings = found["environment"]["device"], found["ceilings"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--smoke: expected a record of device_smoke.py, got {path} ({error!r})") from error
+    if was != record.device_name(device):
+        raise ValueError(f"--smoke: expected a record of {record.device_name(device)}, {path} is of {was}")
+    return ceilings
 
 
 def _finished(path: Path, now: dict[str, Any]) -> dict[str, Any]:
@@ -282,6 +295,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--plan", action="store_true", help="print what each part is assumed to take, and end")
     parser.add_argument("--resume", action="store_true", help="keep the parts that are ok in the file of --json")
+    parser.add_argument("--smoke", type=Path, help="a record of device_smoke.py; its ceilings go before the known ones")
     parser.add_argument("--peer", nargs="+", default=[], metavar="MODULE:FUNCTION", help="more multi-adapter linears")
     parser.add_argument("--chunk", type=int, help="images in one forward of a step")
     parser.add_argument("--decode-chunk", type=int, help="images in one call of the decoder")
@@ -338,6 +352,7 @@ def main(arguments: list[str] | None = None) -> int:
             peers=tuple(options.peer),
             decode=options.decode,
             overlap=options.overlap,
+            smoke=None if options.smoke is None else smoke_ceilings(options.smoke, device),
         )
         path = options.json
         if path is None and scale.name == "full":

@@ -147,6 +147,7 @@ class Context:
         peers: further linears, `module:function`, see `peers/linears.py`.
         decode: how a step decodes, a mode of `RenderSettings.decode`; auto: the fastest one that `decode_<pixels>` of
             this run has measured, eager before that.
+        smoke: the ceilings in a record of `device_smoke.py` on this device, which go before the table's.
         overlap: whether a step decodes beside the next chunk; auto: if the part `overlap` has found it faster by
             `OVERLAP_MARGIN`.
 
@@ -171,6 +172,7 @@ class Context:
         peers: tuple[str, ...] = (),
         decode: str = "auto",
         overlap: str = "auto",
+        smoke: Mapping[str, float] | None = None,
     ):
         self.scale, self.device, self.deadline = scale, device, deadline
         self.dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -179,7 +181,7 @@ class Context:
         self.compile_unit, self.compile_decoder = compile_unit, compile_decoder
         self.checks = Checks()
         self.peers = {**linears.KNOWN, **{spec: linears.by_path(spec) for spec in peers}}
-        self.decode, self.overlap = decode, overlap
+        self.decode, self.overlap, self.smoke = decode, overlap, smoke
         self.decode_modes: dict[int, str] = {}
         self.overlap_pays: bool | None = None
         self.graphs_failed: str | None = None
@@ -217,8 +219,15 @@ class Context:
         return pickscore.Scorer(clip, self.texts.prompts, chunk=self.scale.chunk)
 
     @cached_property
+    def limits(self) -> roofline.Chosen:
+        """The device's ceilings and their source: by its name, and by `smoke` before that."""
+        if self.device.type != "cuda":
+            return roofline.Chosen(roofline.ceilings(self.device), "this process's own product and copy")
+        return roofline.choose(torch.cuda.get_device_name(self.device), self.smoke)
+
+    @property
     def ceilings(self) -> roofline.Ceilings | None:
-        return roofline.ceilings(self.device)
+        return self.limits.ceilings
 
     def copy_of_plain(self) -> SanaSprint:
         """`plain` with a transformer of its own."""

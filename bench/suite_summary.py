@@ -99,6 +99,7 @@ def summarize(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     decodes = [f"decode_{side}" for side in pixels]
     summary["roofline_share"] = figure("roofline_share", ["linear", "kernels", *decodes, *steps], _roofline)
     summary["roofline_share"]["missing"] = _without_share(parts)
+    summary["roofline_share"]["ceilings"] = record["settings"].get("ceilings", {}).get("source")
     summary["decode_and_overlap"] = figure(
         "decode_and_overlap", [*decodes, "overlap"], lambda p: (None, {name: _over(p[name]) for name in p})
     )
@@ -138,6 +139,8 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         for name, chosen in (entry["how"] or {}).items():
             table.append((f"  {name}", chosen, "", ""))
     add("update_share", summary["update_share"])
+    if summary["roofline_share"]["ceilings"]:
+        table.append((f"ceilings: {summary['roofline_share']['ceilings']}", "", "", ""))
     for name, share in (summary["roofline_share"]["detail"] or {}).items():
         shown = "-" if share is None else f"{share:.3g}"
         table.append((f"roofline share of {name}", shown, "", ""))

@@ -17,6 +17,7 @@ import suite_linear
 import suite_model
 import suite_summary
 import torch
+import torch.nn.functional as F
 from peers import linears
 
 import esengine
@@ -688,3 +689,44 @@ def test_an_overlapped_task_has_the_scores_of_one_in_turn(context):
     task, laps = engine.ask(), clock.Laps("cpu")
     given = context, context.model, task, 32, laps, engine.population
     assert torch.equal(suite_model._score_task(*given), suite_model._score_task(*given, overlap=True))
+
+
+def test_cross_attention_is_timed_with_the_mask_that_the_model_passes(monkeypatch, context):
+    passed, right = [], F.scaled_dot_product_attention
+
+    def noted(q, k, v, attn_mask=None, **options):
+        passed.append((q.shape, k.shape, attn_mask))
+        return right(q, k, v, attn_mask=attn_mask, **options)
+
+    model = suite_context.SCALES["tiny"]
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    context.forward(context.plain, 32)
+    (_, k, of_model), *_ = passed
+    heads, width = k[1], k[1] * k[3]
+    passed.clear()
+    launch = suite_kernels.cross_launch("x", 1, 16, model.text_tokens, width, heads)
+    launch.build(model.members, torch.device("cpu"), torch.float32)(suite_kernels.ops(torch.device("cpu")))
+    (_, _, ours), *_ = passed
+    assert ours.dtype == of_model.dtype
+    assert torch.equal(ours.expand_as(of_model), of_model)
+    assert (ours < 0).any()
+
+
+def test_ceilings_of_smoke_are_those_of_this_device(tmp_path, capsys):
+    path, device = tmp_path / "smoke.json", torch.device("cpu")
+    ceilings = {"copy_gb_per_second": 10.0, "matmul_tflop_per_second": 0.1}
+    path.write_text(json.dumps({"environment": {"device": suite.record.device_name(device)}, "ceilings": ceilings}))
+    assert suite.smoke_ceilings(path, device) == ceilings
+    path.write_text(json.dumps({"environment": {"device": "another"}, "ceilings": ceilings}))
+    with pytest.raises(ValueError, match=r"--smoke: expected a record of .*is of another"):
+        suite.smoke_ceilings(path, device)
+    path.write_text("{}")
+    with pytest.raises(SystemExit):
+        suite.main(["--scale", "tiny", "--device", "cpu", "--smoke", str(path)])
+    assert "--smoke: expected a record of device_smoke.py" in capsys.readouterr().err
+
+
+def test_a_record_says_whose_ceilings_it_took(stored):
+    source = stored[1]["settings"]["ceilings"]["source"]
+    assert source == "this process's own product and copy"
+    assert any(row[0] == f"ceilings: {source}" for row in suite_summary.rows(stored[1]["summary"]))
