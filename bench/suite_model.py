@@ -18,6 +18,7 @@ from suite_checks import CheckFailed, Checks, attempt, bounded, full_precision, 
 from suite_context import STEP, Context, Exact
 from suite_decode import score_work
 from suite_ops import roofline_share
+from torch._dynamo.utils import counters
 
 import esengine
 from esengine.kernels import es_update_ref
@@ -327,13 +328,19 @@ def _compile(context: Context, mode: str, pixels: int, exact: torch.Tensor, boun
         model.transformer = torch.compile(context.plain.transformer, **options)
     else:
         model.transformer = blocks_compiled(context.plain.transformer, **options)
-    before = context.time_left()
+    before, cached = context.time_left(), _inductor_cache()
     got = context.forward(model, pixels)[:1]
     if context.device.type == "cuda":
         torch.cuda.synchronize(context.device)
     seconds = before - context.time_left()
     check = Checks()(lambda: bounded(f"compiled {mode}", worst_error(got, exact), bound))
-    return {"first_call_seconds": seconds, "check": check, "model": model}
+    cache = {name: count - cached[name] for name, count in _inductor_cache().items()}
+    return {"first_call_seconds": seconds, "inductor_cache": cache, "check": check, "model": model}
+
+
+def _inductor_cache() -> dict[str, int]:
+    """How many graphs Inductor has taken from its cache in this process, and how many it has had to compile."""
+    return {many: counters["inductor"][f"fxgraph_cache_{one}"] for one, many in (("hit", "hits"), ("miss", "misses"))}
 
 
 def blocks_compiled(transformer: torch.nn.Module, **options) -> torch.nn.Module:

@@ -224,6 +224,7 @@ def test_a_record_says_what_was_compiled(unit):
     assert record["settings"]["compile_decoder"] is False
     part = record["parts"]["forward_32"]["result"]
     assert part["compile"]["unit"] == unit
+    assert part["compile"]["modes"]["default"]["inductor_cache"] == {"hits": 0, "misses": 0}  # the backend is eager
     assert part["compile"]["modes"]["default"]["check"]["error"] <= part["check"]["bound"]
     assert record["summary"]["forward_vs_compiled"]["detail"]["forward_32 compiled by"] == unit
 
