@@ -1,11 +1,15 @@
 """Is the reimplemented published loop as slow as the published code itself? A check of the peer, on a CPU.
 
     python bench/peer_ratio.py --json bench/results/cpu_peer_ratio.json
+    python bench/peer_ratio.py --checkout HyperscaleES_T2I      beside the published code itself, see peers/checkout.py
 
 On sana-sprint-nano the published code, run as it stands, was found to take 5.2 times a step of this engine, at 16
 members with 4 prompts of 4 images each. Here the same is measured with `bench/peers/published.py` in its place. Both
 make a whole step: noise, images, scores and update. Both compute the same four scores, of which PickScore is the
 reward. They take turns in one process.
+
+With `--checkout` the published code itself takes turns with them, so that the peer
+can be compared with it on this machine too.
 
 A ratio within a fifth of 5.2 matches. Until the stored record says so, the suite marks its figure against the published
 loop as one that does not count. No time is taken before the peer's images and scores agree with ours.
@@ -19,7 +23,7 @@ from typing import Any
 
 import record
 import torch
-from peers import published, reference_loop
+from peers import checkout, published, reference_loop
 from peers.reference_loop import ALPHA, LR_SCALE, MAX_NORM, PROMPTS, RANK, REPEATS, SIGMA, TARGETS, X0_ANGLE
 from peft import LoraConfig
 from PIL import Image
@@ -147,8 +151,14 @@ def levels(image: Image.Image) -> torch.Tensor:
     )
 
 
-def measure(rounds: int, members: int = MEMBERS) -> dict[str, Any]:
-    """The check, then seconds of a step of either loop, turn about; their ratio, and whether it matches."""
+def measure(rounds: int, members: int = MEMBERS, folder: Path | None = None) -> dict[str, Any]:
+    """The check, then seconds of a step of either loop, turn about; their ratio, and whether it matches.
+
+    Args:
+        rounds: samples of each.
+        members: N.
+        folder: a checkout of the published code, which is then measured beside them.
+    """
     prompts = world.captions("train", 64, 0)
     engine, render, reward = ours(prompts)
     engine.size = members
@@ -167,8 +177,16 @@ def measure(rounds: int, members: int = MEMBERS) -> dict[str, Any]:
         step = next(steps)
         loop.step(step, sampler.draw(step), members)
 
-    seconds = record.interleaved({"published": published_step, "ours": our_step}, rounds)
+    variants = {"published": published_step, "ours": our_step}
+    if folder is not None:
+        variants["published code"] = checkout.step(folder, render.texts, members)
+    seconds = record.interleaved(variants, rounds)
     ratio = record.ratio(seconds["published"], seconds["ours"])
+    itself = {}
+    if folder is not None:
+        itself["ratio"] = record.ratio(seconds["published code"], seconds["ours"])
+        itself["peer_over_it"] = record.ratio(seconds["published"], seconds["published code"])
+        itself["commit"] = record.commit_in(folder)
     return {
         "members": members,
         "prompts": PROMPTS,
@@ -178,6 +196,7 @@ def measure(rounds: int, members: int = MEMBERS) -> dict[str, Any]:
         "check": agreement,
         "seconds": seconds,
         "ratio": ratio,
+        "published_code": itself or None,
         "expected": EXPECTED,
         "tolerance": TOLERANCE,
         "matches": matches(ratio["of_medians"]),
@@ -191,14 +210,24 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=1, help="of torch (1)")
     parser.add_argument("--json", type=Path, help=f"store the record there; the suite reads bench/results/{FILE.name}")
+    parser.add_argument(
+        "--checkout", type=Path, help="a folder with the published code; it is run, so look at it first"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     environment = record.environment()
-    found = measure(options.rounds)
+    try:
+        found = measure(options.rounds, folder=options.checkout)
+    except ValueError as error:
+        parser.error(str(error))
     for name, taken in found["seconds"].items():
-        print(f"{name:10}", "  ".join(f"{p} {taken[p]:.3f} s" for p in ("median", "p20", "p80")))
+        print(f"{name:14}", "  ".join(f"{p} {taken[p]:.3f} s" for p in ("median", "p20", "p80")))
     ratio, low, high = found["ratio"], EXPECTED * (1 - TOLERANCE), EXPECTED * (1 + TOLERANCE)
     print(f"ratio {ratio['of_medians']:.2f}, by round {ratio['paired_p20']:.2f} to {ratio['paired_p80']:.2f}")
+    if found["published_code"]:
+        itself = found["published_code"]
+        print(f"the published code itself: ratio {itself['ratio']['of_medians']:.2f} on this machine;", end=" ")
+        print(f"the peer takes {itself['peer_over_it']['of_medians']:.2f} of its time")
     verdict = "within" if found["matches"] else "NOT within"
     print(f"{verdict} a fifth of {EXPECTED}, which is {low:.2f} to {high:.2f}")
     print(f"the suite's figure against the published loop {'counts' if found['matches'] else 'does not count'}")

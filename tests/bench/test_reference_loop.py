@@ -1,12 +1,13 @@
 """Both reference loops: the same scores for the same weights, and the update of the formula."""
 
 import copy
+import sys
 
 import peer_ratio
 import pytest
 import standin
 import torch
-from peers import published, reference_loop
+from peers import checkout, published, reference_loop
 from peers.reference_loop import LR_SCALE, MAX_NORM, REPEATS, SIGMA, SharedLoop
 from PIL import Image
 
@@ -155,3 +156,50 @@ def test_the_peer_is_measured_on_nano_after_its_check(monkeypatch):
     monkeypatch.setattr(peer_ratio, "X0_ANGLE", 1.2)
     with pytest.raises(RuntimeError, match=r"expected images within 1 level .* nothing was timed"):
         peer_ratio.measure(rounds=2, members=2)
+
+
+MAIN = """
+import wandb, lovely_tensors
+lovely_tensors.monkey_patch()
+flatten_params = lambda parameters: parameters[0]
+EggRollNoiser = lambda shapes, **settings: (shapes, settings)
+def es_step_unified(*, theta, backend, pop_size, epoch, **given):
+    print("a line that goes nowhere")
+    assert given["mix_weights"] == (0.0, 0.0, 0.0, 1.0)
+    return theta + pop_size + 100 * epoch, {}, {}, None, []
+"""
+BACKENDS = """
+import torch
+from models.VAR import VARClassGenerator
+SanaConfig = dict
+class SanaBackend:
+    def __init__(self, device, config):
+        self.config = config
+    def init_and_attach_lora(self):
+        print("nor this")
+        self.encoded = torch.load(self.config["encoded_prompt_path"])
+        assert self.encoded["prompt_embeds"].shape[1] == 300
+    def compile_if_requested(self):
+        pass
+    def collect_lora_params(self):
+        return [torch.zeros(1)], [(1,)]
+"""
+
+
+def test_a_checkout_is_run_as_it_stands(tmp_path, scorers, capsys):
+    (tmp_path / "unifed_es.py").write_text(MAIN)
+    (tmp_path / "es_backend.py").write_text(BACKENDS)
+    (tmp_path / "models").mkdir()
+    step = checkout.step(tmp_path, scorers[0], 4)
+    step()
+    step()
+    assert capsys.readouterr().out == ""
+    assert "wandb" not in sys.modules
+    assert str(tmp_path) not in sys.path
+    for name in ("unifed_es", "es_backend", "models"):
+        sys.modules.pop(name, None)
+
+
+def test_what_is_no_checkout_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"--checkout: expected a folder with the published code's unifed_es.py"):
+        checkout.step(tmp_path, None, 4)
