@@ -18,7 +18,7 @@ All results, logs and caches go to the folder OUT. What the environment may set:
   DEVICE           cuda, or cpu for a rehearsal at toy size (cuda)
   BUDGET           seconds (smoke 150, suite 450, tune 480)
   WORKERS          processes for the tests (14 on a GPU, 2 on a CPU)
-  PARTS            parts of the suite, by name (all)
+  PARTS            parts of the suite, by name and in order; cold for those of a first run, 300 s (all)
   TESTS            test files of smoke, instead of its own
   CACHE            where compiled kernels lie while it runs; Triton keeps whole paths, so take the same for each run
                    (/tmp/esengine-device). OUT/cache.tgz is unpacked there first and written at the end.
@@ -75,10 +75,12 @@ case $mode in
       -p no:cacheprovider --numprocesses "$workers" --dist worksteal --junit-xml "$out/smoke.xml" $tests || status=$?
     ;;
   suite)
-    scale=$([ "$device" = cpu ] && echo tiny || echo full)
+    scale=$([ "$device" = cpu ] && echo tiny || echo full) smoke=()
+    [ ! -e "$out/smoke.json" ] || smoke=(--smoke "$out/smoke.json")
     # shellcheck disable=SC2086
     "$python" -P bench/suite.py --scale "$scale" --device "$device" --budget "$budget" --resume \
-      --json "$out/gpu_suite.json" ${PARTS:+--parts $PARTS} || status=$?
+      --json "$out/gpu_suite.json" "${smoke[@]}" \
+      ${PARTS:+--parts $PARTS} || status=$?
     ;;
   tune)
     minutes=$(awk "BEGIN { print $budget / 60 }")

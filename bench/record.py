@@ -67,7 +67,13 @@ def bench_environment() -> dict[str, str]:
 def commit_of(python: str) -> str | None:
     """The commit of the checkout that an interpreter imports the package from; None if it is in none."""
     code = "import esengine, pathlib; print(pathlib.Path(esengine.__file__).parent)"
-    folder = subprocess.run([python, "-c", code], cwd="/", capture_output=True, text=True, check=True).stdout.strip()
+    return commit_in(
+        subprocess.run([python, "-c", code], cwd="/", capture_output=True, text=True, check=True).stdout.strip()
+    )
+
+
+def commit_in(folder: str | Path) -> str | None:
+    """The commit of the checkout that a folder is part of; None if it is in none."""
     done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True)
     return done.stdout.strip() or None
 

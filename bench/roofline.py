@@ -9,8 +9,10 @@ Legend: M rows in all, T rows a member, K in, N out, r LoRA rank, k noise rank (
 G targets that read the same x.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from record import interleaved
@@ -44,9 +46,48 @@ class Ceilings(NamedTuple):
 
 
 KNOWN = {
-    # achievable dense bf16 and copy bandwidth, below the data sheet; vector issue is 132 SMs x 128 lanes x 1.755 GHz
+    # achievable dense bf16 and copy bandwidth, below the data sheet: on paper for the H100, measured for the H200.
+    # vector issue is 132 SMs x 128 lanes x 1.755 GHz; both are the same chip beside another memory
     "H100": Ceilings({torch.bfloat16: 750e12, torch.float16: 750e12, torch.float32: 55e12}, 29.6e12, 3.0e12),
+    "H200": Ceilings({torch.bfloat16: 788e12, torch.float16: 788e12, torch.float32: 55e12}, 29.6e12, 4.3e12),
 }
+
+
+class Chosen(NamedTuple):
+    """A device's ceilings, None where it is unknown, and where they come from, in a sentence."""
+
+    ceilings: Ceilings | None
+    source: str
+
+    def record(self) -> dict[str, Any]:
+        """For a JSON file: `source`, and each ceiling a second, None where there is none."""
+        found = {"source": self.source}
+        if self.ceilings is None:
+            return found
+        flops = {str(dtype).removeprefix("torch."): value for dtype, value in self.ceilings.flops.items()}
+        operations = self.ceilings.operations if math.isfinite(self.ceilings.operations) else None
+        return found | {"flops": flops, "operations": operations, "bytes": self.ceilings.bytes}
+
+
+def choose(name: str, measured: Mapping[str, float] | None = None) -> Chosen:
+    """The ceilings of a GPU by its name, in which a part of `KNOWN` must stand as a word.
+
+    Args:
+        name: such as `NVIDIA H200`.
+        measured: `ceilings` of a record of `device_smoke.py` on this device: `copy_gb_per_second` and
+            `matmul_tflop_per_second`, which go before the table's.
+    """
+    part = next((part for part in KNOWN if re.search(rf"\b{part}\b", name)), None)
+    known = None if part is None else KNOWN[part]
+    if measured is None:
+        source = f"unknown device {name}: no ceilings" if known is None else f"bench/roofline.py, {part}"
+        return Chosen(known, source)
+    product, copied = 1e12 * measured["matmul_tflop_per_second"], 1e9 * measured["copy_gb_per_second"]
+    flops = {} if known is None else known.flops
+    flops = {**flops, torch.bfloat16: product, torch.float16: product}
+    rest = "of an unknown device, vector instructions unbounded" if known is None else f"else bench/roofline.py, {part}"
+    operations = math.inf if known is None else known.operations
+    return Chosen(Ceilings(flops, operations, copied), f"copy and bf16 product as measured by smoke, {rest}")
 
 
 def normals_work(*, rows: int, count: int) -> Work:
@@ -198,8 +239,7 @@ def ceilings(device: torch.device | str = "cpu") -> Ceilings | None:
     taken to last as long as one multiply-add, two FLOPs.
     """
     if torch.device(device).type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        return next((known for part, known in KNOWN.items() if part in name), None)
+        return choose(torch.cuda.get_device_name(device)).ceilings
     size, x = 1536, torch.randn(1536, 1536)
     source = torch.zeros(1 << 26)
     target = torch.empty_like(source)

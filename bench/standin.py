@@ -4,7 +4,8 @@ The shapes are those of the published configurations and the time of a forward d
 are drawn on the device in the dtype they are used in. `scale="tiny"` gives the same objects at toy size for a CPU.
 
 Source: the config.json of Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers (transformer), of
-mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers (vae) and of laion/CLIP-ViT-H-14-laion2B-s32B-b79K, the tower of PickScore.
+mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers (vae) and of laion/CLIP-ViT-H-14-laion2B-s32B-b79K, the tower of PickScore;
+of openai/clip-vit-base-patch32, which the published run scores with too.
 DC-AE-Lite from its authors' definition of dc-ae-lite-f32c32-sana-1.1 (dc-ai-projects/DC-Gen), in diffusers' terms.
 """
 
@@ -150,6 +151,31 @@ FULL["vae-lite"] = FULL["vae"] | dict(
     upsample_block_type="pixel_shuffle",
     decoder_conv_act_fn="silu",
 )
+FULL["clip-small"] = dict(
+    projection_dim=512,
+    logit_scale_init_value=2.6592,
+    text_config=dict(
+        vocab_size=49408,
+        max_position_embeddings=77,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        hidden_act="quick_gelu",
+        projection_dim=512,
+    ),
+    vision_config=dict(
+        image_size=224,
+        patch_size=32,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        hidden_act="quick_gelu",
+        projection_dim=512,
+    ),
+)
+TINY["clip-small"] = TINY["clip"]
 TINY["vae-lite"] = TINY["vae"] | dict(
     decoder_block_types=(RES,) * 3,
     decoder_layers_per_block=(0, 1, 1),
@@ -158,6 +184,9 @@ TINY["vae-lite"] = TINY["vae"] | dict(
     decoder_conv_act_fn="silu",
 )
 CONFIGS = {"full": FULL, "tiny": TINY}
+LENGTHS = 4
+"""Different numbers of tokens that made-up prompts have."""
+
 CONTRAST = 0.45
 """Standard deviation of a decoded channel in [-1, 1]: the images use the range of a byte and clip little."""
 
@@ -185,10 +214,16 @@ def autoencoder(
 
 
 def clip(
-    scale: str = "full", *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
+    scale: str = "full",
+    *,
+    small: bool = False,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
 ) -> CLIPModel:
-    """CLIP-H/14 with both towers, 986 M parameters at full scale."""
-    return _build(lambda **config: CLIPModel(CLIPConfig(**config)), _config(scale)["clip"], device, dtype, seed)
+    """CLIP-H/14 with both towers, 986 M parameters at full scale; or CLIP B/32, 151 M."""
+    config = _config(scale)["clip-small" if small else "clip"]
+    return _build(lambda **config: CLIPModel(CLIPConfig(**config)), config, device, dtype, seed)
 
 
 def sana_sprint(
@@ -222,14 +257,14 @@ def sana_sprint(
 def text_embeddings(
     scale: str = "full", *, prompts: int = 8, tokens: int = 40, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> TextEmbeddings:
-    """Made-up embeddings of `prompts` prompts: tokens, tokens - 1, tokens - 2 and tokens - 3 of them in turn.
+    """Made-up embeddings of `prompts` prompts: tokens, tokens - 1, ... of them, `LENGTHS` lengths in turn.
 
     40 is what a prompt fills of the 300 tokens that the pipeline pads to.
     """
-    if prompts < 1 or tokens < 4:
-        raise ValueError(f"prompts, tokens: expected at least 1 and 4, got {prompts} and {tokens}")
+    if prompts < 1 or tokens < LENGTHS:
+        raise ValueError(f"prompts, tokens: expected at least 1 and {LENGTHS}, got {prompts} and {tokens}")
     width, generator = _config(scale)["transformer"]["caption_channels"], torch.Generator().manual_seed(seed)
-    embeddings = [torch.randn(tokens - i % 4, width, generator=generator).to(dtype) for i in range(prompts)]
+    embeddings = [torch.randn(tokens - i % LENGTHS, width, generator=generator).to(dtype) for i in range(prompts)]
     return TextEmbeddings([f"made-up prompt {i}" for i in range(prompts)], embeddings)
 
 

@@ -1,12 +1,14 @@
 """The GPU suite: every figure of the speed issue, correctness first, in one run.
 
     python bench/suite.py                                        full size, on a CUDA device, within 8 minutes
+    python bench/suite.py --parts cold                           the parts worth most, planned for 300 s
+    python bench/suite.py --plan                                 what would be measured, and the time that is assumed
     python bench/suite.py --scale tiny --device cpu              the whole path at toy size; its figures mean nothing
 
-A part whose check fails is recorded as failed, one that raises as an error; the rest goes on, unless the device itself
-has failed. A part that would not be done within the budget is skipped, one that runs past it is stopped. The record is
-written before and after every part, so that it names the part in which a process died. Exit code 1 if a part failed or
-raised.
+A part whose check fails is recorded as failed; its figures are stored beside the reason and do not count. One that
+raises is recorded as an error. The rest goes on, unless the device itself has failed. A part that would not be done
+within the budget is skipped, one that runs past it is stopped. The record is written before and after every part, so
+that it names the part in which a process died. Exit code 1 if a part failed or raised.
 """
 
 import argparse
@@ -19,7 +21,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,8 +33,8 @@ import suite_kernels
 import suite_linear
 import suite_model
 import torch
-from suite_checks import CheckFailed
-from suite_context import SCALES, Context, Scale
+from suite_checks import CheckFailed, Checks
+from suite_context import COLD, SCALES, Context, Scale
 from suite_summary import ERROR, FAILED, FILES, rows, summarize
 
 from esengine.models.settings import DECODES
@@ -51,30 +53,72 @@ class TimeUp(BaseException):
 def parts(scale: Scale) -> dict[str, Callable[[Context], dict[str, Any]]]:
     """By name, in the order in which they are measured: what the budget cuts off is the end.
 
-    A step comes after what it takes its decoder's mode from.
+    First come the parts of a cold run, which is what a GPU is lent for. They decode in the eager mode and in turn;
+    `--parts decode_512 overlap step_512` measures a step in what the first two find fastest.
     """
     small, large = scale.pixels
     return {
         "linear": suite_linear.linear,
         "update": suite_model.update,
         f"forward_{small}": lambda context: suite_model.forward(context, small),
-        f"decode_{small}": lambda context: suite_decode.decode(context, small),
-        "overlap": suite_decode.overlap,
         f"step_{small}": lambda context: suite_model.step(context, small),
-        "reference_loop": suite_model.loop,
         "memory": suite_model.memory,
         f"forward_{large}": lambda context: suite_model.forward(context, large),
-        f"decode_{large}": lambda context: suite_decode.decode(context, large),
         f"step_{large}": lambda context: suite_model.step(context, large),
+        f"decode_{small}": lambda context: suite_decode.decode(context, small),
+        "overlap": suite_decode.overlap,
+        "reference_loop": suite_model.loop,
+        f"decode_{large}": lambda context: suite_decode.decode(context, large),
         "kernels": suite_kernels.kernels,
     }
 
 
+def kind(scale: Scale, name: str) -> str:
+    """A part's name in `PART_SECONDS` and `COLD`, where sizes of images are small and large."""
+    for pixels, size in zip(scale.pixels, ("small", "large"), strict=True):
+        if name.endswith(f"_{pixels}"):
+            return f"{name.removesuffix(str(pixels))}{size}"
+    return name
+
+
 def needed(scale: Scale, name: str) -> float:
-    """Seconds that a part is taken to need."""
-    sizes = {f"_{pixels}": which for pixels, which in zip(scale.pixels, ("_small", "_large"), strict=True)}
-    kind, _, size = name.rpartition("_")
-    return scale.part_seconds.get(kind + sizes[f"_{size}"] if f"_{size}" in sizes else name, 0.0)
+    """Seconds that a part is assumed to take."""
+    return scale.part_seconds.get(kind(scale, name), 0.0)
+
+
+def selected(scale: Scale, chosen: Sequence[str] | None = None) -> list[str]:
+    """The names of the parts to measure, in order: all, or those chosen in the order given.
+
+    Args:
+        chosen: names of parts; `cold` stands for those of a cold run.
+
+    Raises:
+        ValueError: no part of that name.
+    """
+    known = list(parts(scale))
+    if not chosen:
+        return known
+    names: list[str] = []
+    for name in chosen:
+        if name not in (*known, "cold"):
+            raise ValueError(f"parts: expected cold or some of {', '.join(known)}, got {name!r}")
+        names += [each for each in known if kind(scale, each) in COLD] if name == "cold" else [name]
+    return list(dict.fromkeys(names))
+
+
+def plan(scale: Scale, names: Iterable[str], budget: float) -> str:
+    """What each part is assumed to take, when it is assumed to end, and what would be skipped; a line each."""
+    lines, end, names = [], 0.0, list(names)
+    if not scale.part_seconds:
+        return f"plan: {', '.join(names)}; at the {scale.name} scale nothing is assumed of their time"
+    for name in names:
+        seconds = needed(scale, name)
+        if end + seconds > budget:
+            lines.append(f"{name:16} {seconds:5.0f} s  not within the budget of {budget:.0f} s")
+            continue
+        end += seconds
+        lines.append(f"{name:16} {seconds:5.0f} s  ends after {end:.0f} s")
+    return "\n".join(["plan, assumed and not measured:", *lines, f"{'in all':16} {end:5.0f} s"])
 
 
 @contextmanager
@@ -104,17 +148,20 @@ def run_part(part: Callable[[Context], dict[str, Any]], context: Context, *, lea
         least: seconds that it needs; with less left it is not begun.
 
     Returns:
-        With `fatal` true if the device no longer answers: what follows could only fail.
+        With `fatal` true if the device no longer answers: what follows could only fail. A part with a failed check has
+        a result too, whose figures do not count.
     """
     left = context.time_left()
     if left <= 0:
         return {"status": "skipped", "reason": "out of time"}
     if left < least:
         return {"status": "skipped", "reason": f"needs about {least:.0f} s, {left:.0f} s are left"}
-    start = time.monotonic()
+    start, context.checks = time.monotonic(), Checks()
     try:
         with stopped_after(left + GRACE):
             outcome = {"status": "ok", "result": part(context)}
+        if context.checks.failed:
+            outcome |= {"status": "failed", "reason": "; ".join(context.checks.failed)}
     except TimeUp:
         outcome = {"status": "skipped", "reason": f"stopped {GRACE} s past the end of the budget"}
     except CheckFailed as failure:
@@ -153,10 +200,7 @@ def run(
     Raises:
         ValueError: no part of that name, or a record to go on with that is of another device or of other versions.
     """
-    known = parts(context.scale)
-    for name in chosen or ():
-        if name not in known:
-            raise ValueError(f"parts: expected some of {', '.join(known)}, got {name!r}")
+    known, wanted = parts(context.scale), selected(context.scale, chosen)
     results: dict[str, Any] = {
         "benchmark": "gpu_suite",
         "settings": {
@@ -165,6 +209,10 @@ def run(
             "dtype": str(context.dtype).removeprefix("torch."),
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
             "budget_seconds": budget,
+            "compile_backend": context.compile_backend,
+            "compile_unit": context.compile_unit,
+            "compile_decoder": context.compile_decoder,
+            "ceilings": context.limits.record(),
             "decode": context.decode,
             "overlap": context.overlap,
             "weights": "random, from the published configurations",
@@ -182,22 +230,33 @@ def run(
 
     kept = _finished(json_path, results) if resume and json_path is not None and json_path.exists() else {}
     lost = None
-    for name, part in known.items():
-        if name in kept:
-            keep(name, kept[name])
-            print(f"{name:16} ok       of an earlier run", flush=True)
-            continue
-        if chosen and name not in chosen:
-            continue
+    for name in [each for each in known if each in kept]:
+        keep(name, kept[name])
+        print(f"{name:16} ok       of an earlier run", flush=True)
+    wanted = [name for name in wanted if name not in kept]
+    print(plan(context.scale, wanted, max(context.time_left(), 0.0)), flush=True)
+    for name in wanted:
         if lost is None:
             keep(name, {"status": "error", "reason": "the process ended in it"})
-            outcome = run_part(part, context, least=needed(context.scale, name))
+            outcome = run_part(known[name], context, least=needed(context.scale, name))
             lost = name if outcome.get("fatal") else None
         else:
             outcome = {"status": "skipped", "reason": f"the device failed in {lost}"}
         keep(name, outcome)
         print(f"{name:16} {outcome['status']:8} {outcome.get('reason', '')}", flush=True)
     return results
+
+
+def smoke_ceilings(path: Path, device: torch.device) -> dict[str, float]:
+    """The ceilings in a record of `device_smoke.py`. Raises ValueError if it is none, or of another device."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        was, ceilings = found["environment"]["device"], found["ceilings"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--smoke: expected a record of device_smoke.py, got {path} ({error!r})") from error
+    if was != record.device_name(device):
+        raise ValueError(f"--smoke: expected a record of {record.device_name(device)}, {path} is of {was}")
+    return ceilings
 
 
 def _finished(path: Path, now: dict[str, Any]) -> dict[str, Any]:
@@ -227,8 +286,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--budget", type=float, default=450, help=f"seconds (450); stopped is what runs {GRACE} s later"
     )
-    parser.add_argument("--parts", nargs="+", help="only these")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        metavar="PART",
+        help="only these, in this order; cold stands for linear, update, forward_512, step_512, memory, forward_1024 "
+        "and step_1024",
+    )
+    parser.add_argument("--plan", action="store_true", help="print what each part is assumed to take, and end")
     parser.add_argument("--resume", action="store_true", help="keep the parts that are ok in the file of --json")
+    parser.add_argument("--smoke", type=Path, help="a record of device_smoke.py; its ceilings go before the known ones")
     parser.add_argument("--peer", nargs="+", default=[], metavar="MODULE:FUNCTION", help="more multi-adapter linears")
     parser.add_argument("--chunk", type=int, help="images in one forward of a step")
     parser.add_argument("--decode-chunk", type=int, help="images in one call of the decoder")
@@ -248,8 +315,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--compile-modes", nargs="+", default=["default"], help="measured each; the fastest counts (default)"
     )
+    parser.add_argument(
+        "--compile-unit",
+        choices=("blocks", "model"),
+        default="blocks",
+        help="what torch.compile is given of the plain transformer: each block, or the whole, which takes minutes "
+        "(blocks)",
+    )
+    parser.add_argument(
+        "--compile-decoder", action="store_true", help="decode_512 and decode_1024 measure a compiled decoder too"
+    )
     options = parser.parse_args(arguments)
     deadline, device = time.monotonic() + options.budget, torch.device(options.device)
+    if options.plan:
+        try:
+            print(plan(SCALES[options.scale], selected(SCALES[options.scale], options.parts), options.budget))
+        except ValueError as error:
+            parser.error(str(error))
+        return 0
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device: torch sees no CUDA device; --scale tiny --device cpu runs without one")
     if device.type == "cuda":
@@ -264,9 +347,12 @@ def main(arguments: list[str] | None = None) -> int:
             deadline=deadline,
             compile_backend=options.compile_backend or ("inductor" if scale.name == "full" else "eager"),
             compile_modes=tuple(options.compile_modes),
+            compile_unit=options.compile_unit,
+            compile_decoder=options.compile_decoder,
             peers=tuple(options.peer),
             decode=options.decode,
             overlap=options.overlap,
+            smoke=None if options.smoke is None else smoke_ceilings(options.smoke, device),
         )
         path = options.json
         if path is None and scale.name == "full":

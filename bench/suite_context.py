@@ -13,7 +13,7 @@ import torch
 from peers import linears
 from peers.reference_loop import ALPHA, RANK, SIGMA, TARGETS, X0_ANGLE
 from peft import LoraConfig
-from suite_checks import bounded, full_precision, worst_error
+from suite_checks import CheckFailed, Checks, bounded, full_precision, worst_error
 from suite_summary import PIXELS
 
 import esengine
@@ -33,17 +33,28 @@ OVERLAP_MARGIN = 0.01
 PART_SECONDS = {
     "linear": 60,
     "update": 10,
-    "forward_small": 75,
-    "decode_small": 50,
+    "forward_small": 50,
+    "step_small": 25,
+    "memory": 25,
+    "forward_large": 55,
+    "step_large": 60,
+    "decode_small": 25,
     "overlap": 20,
-    "step_small": 30,
-    "reference_loop": 40,
-    "memory": 30,
-    "forward_large": 90,
-    "decode_large": 60,
-    "step_large": 90,
+    "reference_loop": 75,
+    "decode_large": 40,
     "kernels": 60,
 }
+"""What each part is assumed to take with empty caches, in seconds, in the order in which parts are measured.
+
+Nobody has measured one on a GPU. The first record has `wall_seconds` to put in their place. A forward has the making of
+the models, the capture of a graph and two compilations of a block in it; a whole model takes 100 to 200 s to compile.
+"""
+
+COLD = ("linear", "update", "forward_small", "step_small", "memory", "forward_large", "step_large")
+"""The parts that a first run on a new machine is for, in the order of what they are worth."""
+
+COLD_SECONDS = 300
+"""What they may be assumed to take together."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,7 @@ class Scale:
         reference_population: N of the reference run.
         reference_text: tokens that it pads to.
         compile_seconds: what a torch.compile is taken to need: with less of the budget left none is begun.
-        part_seconds: what each part is taken to need, at most: with less left it is skipped. Assumed, not measured.
+        part_seconds: what each part is assumed to take, see `PART_SECONDS`: with less left it is skipped.
         bars: whether the bars of the issue are meant for it.
     """
 
@@ -131,9 +142,12 @@ class Context:
         dtype: of the models; default bf16 on CUDA, fp32 elsewhere.
         compile_backend: of torch.compile for the plain transformer.
         compile_modes: each is measured; the fastest counts.
+        compile_unit: `blocks` compiles each of the plain transformer's blocks in place, `model` the whole of it.
+        compile_decoder: whether `decode_<pixels>` measures a compiled decoder too.
         peers: further linears, `module:function`, see `peers/linears.py`.
         decode: how a step decodes, a mode of `RenderSettings.decode`; auto: the fastest one that `decode_<pixels>` of
             this run has measured, eager before that.
+        smoke: the ceilings in a record of `device_smoke.py` on this device, which go before the table's.
         overlap: whether a step decodes beside the next chunk; auto: if the part `overlap` has found it faster by
             `OVERLAP_MARGIN`.
 
@@ -141,6 +155,7 @@ class Context:
         decode_modes: by pixels, the mode that was found fastest.
         overlap_pays: what `overlap` has found, None before.
         graphs_failed: why graphs are no longer tried, None where none has failed.
+        checks: of the part that is being measured.
     """
 
     def __init__(
@@ -152,21 +167,26 @@ class Context:
         dtype: torch.dtype | None = None,
         compile_backend: str = "inductor",
         compile_modes: tuple[str, ...] = ("default",),
+        compile_unit: str = "blocks",
+        compile_decoder: bool = False,
         peers: tuple[str, ...] = (),
         decode: str = "auto",
         overlap: str = "auto",
+        smoke: Mapping[str, float] | None = None,
     ):
         self.scale, self.device, self.deadline = scale, device, deadline
         self.dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         self.exact_dtype = torch.float64 if self.dtype == torch.float32 else torch.float32
         self.compile_backend, self.compile_modes = compile_backend, compile_modes
+        self.compile_unit, self.compile_decoder = compile_unit, compile_decoder
+        self.checks = Checks()
         self.peers = {**linears.KNOWN, **{spec: linears.by_path(spec) for spec in peers}}
-        self.decode, self.overlap = decode, overlap
+        self.decode, self.overlap, self.smoke = decode, overlap, smoke
         self.decode_modes: dict[int, str] = {}
         self.overlap_pays: bool | None = None
         self.graphs_failed: str | None = None
         self.compiled: dict[int, SanaSprint] = {}
-        self._checked: dict[int, dict[str, float]] = {}
+        self._checked: dict[int, dict[str, float] | CheckFailed] = {}
 
     @cached_property
     def plain(self) -> SanaSprint:
@@ -199,8 +219,15 @@ class Context:
         return pickscore.Scorer(clip, self.texts.prompts, chunk=self.scale.chunk)
 
     @cached_property
+    def limits(self) -> roofline.Chosen:
+        """The device's ceilings and their source: by its name, and by `smoke` before that."""
+        if self.device.type != "cuda":
+            return roofline.Chosen(roofline.ceilings(self.device), "this process's own product and copy")
+        return roofline.choose(torch.cuda.get_device_name(self.device), self.smoke)
+
+    @property
     def ceilings(self) -> roofline.Ceilings | None:
-        return roofline.ceilings(self.device)
+        return self.limits.ceilings
 
     def copy_of_plain(self) -> SanaSprint:
         """`plain` with a transformer of its own."""
@@ -314,6 +341,8 @@ class Context:
     def check_members(self, pixels: int) -> dict[str, float]:
         """The batched population forward against each of three members alone, its weights formed, in `exact_dtype`.
 
+        Made once for each size, whether it passes or fails.
+
         Returns:
             relative `error`, its `bound`, and how far a member is from the plain model, `perturbation`.
 
@@ -329,14 +358,19 @@ class Context:
             own = worst_error(self.forward(self.plain, pixels, rows=rows), plain)
             for _ in range(3 if graphs.supported(self.device) else 1):  # the third is a graph's
                 got = self.forward(self.model, pixels, self.population)[rows]
-            facts = bounded(
-                f"population forward at {pixels} px",
-                worst_error(got, expected),
-                max(2 * own, FLOOR[self.dtype]),
-                perturbation=worst_error(plain, expected),
-            )
-            self._checked[pixels] = facts
-        return self._checked[pixels]
+            try:
+                self._checked[pixels] = bounded(
+                    f"population forward at {pixels} px",
+                    worst_error(got, expected),
+                    max(2 * own, FLOOR[self.dtype]),
+                    perturbation=worst_error(plain, expected),
+                )
+            except CheckFailed as failure:
+                self._checked[pixels] = failure
+        found = self._checked[pixels]
+        if isinstance(found, CheckFailed):
+            raise found
+        return found
 
     def time_left(self) -> float:
         """Seconds of the budget."""

@@ -2,19 +2,23 @@
 
 import copy
 import gc
+import itertools
 import statistics
 from collections.abc import Callable
 from typing import Any
 
+import peer_ratio
 import record
+import standin
 import torch
 from clock import Laps, interleaved
 from forward import LiveBytes
-from peers import reference_loop
-from suite_checks import CheckFailed, attempt, bounded, full_precision, worst_error
+from peers import published, reference_loop
+from suite_checks import CheckFailed, Checks, attempt, bounded, full_precision, worst_error
 from suite_context import STEP, Context, Exact
 from suite_decode import score_work
 from suite_ops import roofline_share
+from torch._dynamo.utils import counters
 
 import esengine
 from esengine.kernels import es_update_ref
@@ -24,7 +28,7 @@ from esengine.models import SanaSprint, graphs
 @torch.no_grad()
 def forward(context: Context, pixels: int) -> dict[str, Any]:
     """Population forward, the plain one eager and compiled, same inputs, turn about. The plain ones have no adapter."""
-    check = context.check_members(pixels)
+    check = context.checks(lambda: context.check_members(pixels))
     exact = Exact(context).forward(pixels, [0])
     variants = {
         "population": lambda: context.forward(context.model, pixels, context.population),
@@ -34,7 +38,9 @@ def forward(context: Context, pixels: int) -> dict[str, Any]:
         variants["population launched"] = lambda: context.forward(
             context.model, pixels, context.population, graphs="never"
         )
-        _check_replay(pixels, variants, check["bound"])
+        replay = context.checks(lambda: _check_replay(pixels, variants, check["bound"]))
+    else:
+        replay = None
     modes: dict[str, Any] = {}
     compiled: dict[str, SanaSprint] = {}
     for number, mode in enumerate(context.compile_modes):
@@ -46,6 +52,10 @@ def forward(context: Context, pixels: int) -> dict[str, Any]:
             model = compiled[f"compiled {mode}"] = modes[mode].pop("model")
             variants[f"compiled {mode}"] = lambda model=model: context.forward(model, pixels)
     seconds = interleaved(variants, context.scale.rounds[1], device=context.device)
+    for mode, facts in modes.items():
+        if "failed" in facts.get("check", {}):
+            del compiled[f"compiled {mode}"]
+            facts["uncounted_ratio"] = record.ratio(seconds[f"compiled {mode}"], seconds["population"])
     fastest = min(compiled, key=lambda name: seconds[name]["median"], default=None)
     if fastest is not None:
         context.compiled[pixels] = compiled[fastest]
@@ -59,7 +69,13 @@ def forward(context: Context, pixels: int) -> dict[str, Any]:
         "plan": context.model.plan(context.population, context.settings(pixels)),
         "graphs": context.graphs(),
         "check": check,
-        "compile": {"backend": context.compile_backend, "modes": modes, "fastest": fastest},
+        "check_replay": replay,
+        "compile": {
+            "backend": context.compile_backend,
+            "unit": context.compile_unit,
+            "modes": modes,
+            "fastest": fastest,
+        },
         "seconds": seconds,
         "ratios": {
             "over_eager": record.ratio(seconds["eager"], seconds["population"]),
@@ -79,7 +95,7 @@ def step(context: Context, pixels: int) -> dict[str, Any]:
 
     Both decode in the mode, and beside the next chunk or not, that `Context.how` says.
     """
-    check = context.check_members(pixels)
+    check = context.checks(lambda: context.check_members(pixels))
     context.scorer  # noqa: B018  made before the clock starts
     engine, plain = context.engine(), context.compiled.get(pixels, context.plain)
     stages: dict[str, list[dict[str, float]]] = {"step": [], "inference": []}
@@ -96,7 +112,7 @@ def step(context: Context, pixels: int) -> dict[str, Any]:
         _score_task(context, plain, engine.ask(), pixels, laps, None, overlap)
         stages["inference"].append(laps.seconds())
 
-    _check_step(context, engine, pixels)
+    check_step = context.checks(lambda: _check_step(context, engine, pixels))
     overlap = context.overlaps()
     variants = {"step": lambda: es_step(overlap), "inference": lambda: inference(overlap)}
     seconds = interleaved(variants, context.scale.rounds[2], device=context.device)
@@ -122,6 +138,7 @@ def step(context: Context, pixels: int) -> dict[str, Any]:
         **context.how(pixels),
         "inference_transformer": "compiled" if pixels in context.compiled else "eager",
         "check": check,
+        "check_step": check_step,
         "seconds": seconds,
         "stages": median,
         "images_per_second": {**rates, "step": images / seconds["step"]["median"]},
@@ -134,57 +151,91 @@ def step(context: Context, pixels: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def loop(context: Context) -> dict[str, Any]:
-    """The reference run's algorithm against ours at its settings, a few members of each, scaled to its population."""
+    """A step of the published run by its two loops, `peers`, against ours; a few members of each, scaled to its N.
+
+    The figure against the loop as published counts if a stored record says that the loop is as slow as the published
+    code, see `bench/peer_ratio.py`.
+    """
     pixels, total = context.scale.pixels[0], context.scale.reference_population
-    check = context.check_members(pixels)
-    settings, images = context.settings(pixels), reference_loop.PROMPTS * reference_loop.REPEATS
-    peer = reference_loop.ReferenceLoop(
-        context.copy_of_plain(),
-        context.texts,
-        context.scorer,
-        settings=settings,
-        text_length=context.scale.reference_text,
-    )
-    peer_check = _check_loop(context, peer, pixels, check["bound"])
+    check = context.checks(lambda: context.check_members(pixels))
+    images = reference_loop.PROMPTS * reference_loop.REPEATS
+    loops = {"as_published": _published(context, pixels), "shared": _shared(context, pixels)}
+    checks = {
+        name: context.checks(lambda loop=loop, model=model: _check_loop(context, loop, model, pixels, check["bound"]))
+        for name, (loop, model) in loops.items()
+    }
     batch = max(1, context.scale.chunk // images) + max(1, context.scale.chunk // images) % 2  # members, even
     engine = context.engine(population=batch, prompts=reference_loop.PROMPTS, repeats=reference_loop.REPEATS)
-    task, turn = engine.ask(), iter(range(1 << 30))
-    variants = {
-        "reference_member": lambda: peer.evaluate(STEP, next(turn), task.prompts),
-        "our_members": lambda: _score_task(
-            context, context.model, task, pixels, Laps(context.device), context.population
-        ),
+    task, shared = engine.ask(), loops["shared"][0]
+    noise = shared.noise(STEP, total)
+    turns = {name: itertools.cycle(range(total)) for name in loops}
+    variants: dict[str, Callable[[], object]] = {
+        name: lambda name=name, loop=loop: loop.evaluate(STEP, noise[next(turns[name])], task.prompts)
+        for name, (loop, _) in loops.items()
     }
+    variants["our_members"] = lambda: _score_task(
+        context, context.model, task, pixels, Laps(context.device), context.population
+    )
     seconds = interleaved(variants, context.scale.rounds[2], device=context.device)
-    few = min(8, total)
-    scores = torch.randn(few, reference_loop.PROMPTS, reference_loop.REPEATS)
+    scores = torch.randn(total, reference_loop.PROMPTS, reference_loop.REPEATS)
+    fitness = torch.linspace(-1, 1, total, device=context.device)
     updates = interleaved(
         {
-            "reference_update": lambda: peer.update(STEP, scores),
-            "our_update": lambda: context.population.update(
-                step=STEP, fitness=torch.linspace(-1, 1, total, device=context.device)
-            ),
+            "reference_noise_and_update": lambda: shared.update(shared.noise(STEP, total), scores),
+            "our_update": lambda: context.population.update(step=STEP, fitness=fitness),
         },
         context.scale.rounds[2],
         device=context.device,
     )
-    reference = total * seconds["reference_member"]["median"] + total / few * updates["reference_update"]["median"]
+    outside = updates["reference_noise_and_update"]["median"]
+    step_seconds = {name: total * seconds[name]["median"] + outside for name in loops}
     ours = total / batch * seconds["our_members"]["median"] + updates["our_update"]["median"]
+    counts, why = peer_ratio.stored_verdict()
     return {
         "pixels": pixels,
         "population": total,
         "images_per_member": images,
         "reference_text_length": context.scale.reference_text,
+        "reference_compiled": "no",
         "scaled": (
-            f"from single members of the reference, {batch} members of ours and a reference update of {few} members, "
-            f"each to the population of {total}: members cost the same"
+            f"from single members of the reference and {batch} members of ours, each to the population of {total}: "
+            "members cost the same"
         ),
         **context.how(pixels),
-        "check": {"population": check, "reference": peer_check},
+        "check": {"population": check, **checks},
         "seconds": {**seconds, **updates},
-        "step_seconds": {"reference": reference, "ours": ours},
-        "ratio": reference / ours,
+        "step_seconds": {**step_seconds, "ours": ours},
+        "ratios": {name: spent / ours for name, spent in step_seconds.items()},
+        "as_published_counts": counts,
+        "as_published_counts_by": why,
     }
+
+
+def _shared(context: Context, pixels: int) -> tuple[reference_loop.SharedLoop, SanaSprint]:
+    """The loop in our dtype, with our decoder and scorer, and the model that it sets its weights in."""
+    model = context.copy_of_plain()
+    options = dict(settings=context.settings(pixels), text_length=context.scale.reference_text)
+    return reference_loop.SharedLoop(model, context.texts, context.scorer, **options), model
+
+
+def _published(context: Context, pixels: int) -> tuple[published.PublishedLoop, SanaSprint]:
+    """The loop as published, of float32 copies, and the model that it sets its weights in.
+
+    Texts that are no prompts get the token ids of one: the work is the same.
+    """
+    tokenize, prompts = context.scorer.encoder.tokenize, context.texts.prompts
+    model = context.copy_of_plain()
+    model.transformer.float()
+    vae = copy.deepcopy(context.plain.vae).float().to(memory_format=torch.contiguous_format)
+    pick = standin.clip(context.scale.name, device=context.device)
+    small = standin.clip(context.scale.name, small=True, device=context.device, seed=1)
+    judges = (
+        published.made_up_judge(clip, lambda text: tokenize(text if text in prompts else prompts[0]))
+        for clip in (pick, small)
+    )
+    scorer = published.Scorer(*judges)
+    options = dict(pixels=pixels, text_length=context.scale.reference_text)
+    return published.PublishedLoop(model.transformer, vae, context.texts, scorer, **options), model
 
 
 @torch.no_grad()
@@ -203,7 +254,7 @@ def update(context: Context) -> dict[str, Any]:
                 fitness, shape=tuple(gradient[key].shape), stream_u=streams[0], stream_v=streams[1], **noise
             )
         errors.append(worst_error(few * gradient[key][None], expected[None]))
-    check = bounded(f"gradient of {name}", max(errors), 1e-5)
+    check = context.checks(lambda: bounded(f"gradient of {name}", max(errors), 1e-5))
     full = torch.linspace(-1, 1, context.scale.update_members, device=context.device)
     seconds = interleaved(
         {"update": lambda: population.update(step=STEP, fitness=full)}, context.scale.rounds[1], device=context.device
@@ -219,7 +270,7 @@ def memory(context: Context) -> dict[str, Any]:
     the allocator, on a CPU the bytes of live tensors.
     """
     pixels = context.scale.pixels[0]
-    check = context.check_members(pixels)
+    check = context.checks(lambda: context.check_members(pixels))
     context.scorer  # noqa: B018
     peaks = {members: _peak(context, lambda n=members: _few_chunks(context, n, pixels)) for members in _sizes(context)}
     *_, few, many = peaks
@@ -266,21 +317,48 @@ def _peak(context: Context, work: Callable[[], None]) -> int:
 
 
 def _compile(context: Context, mode: str, pixels: int, exact: torch.Tensor, bound: float) -> dict[str, Any]:
-    """Compiles the plain transformer for this shape, and checks it; `model` and what its compilation took."""
+    """Compiles the plain transformer for this shape, and checks it; `model` and what its compilation took.
+
+    A check that fails is in the result: the model is timed, and its ratio does not count.
+    """
     options = {} if mode == "default" else {"mode": mode}
+    options |= {"backend": context.compile_backend, "dynamic": False}
     model = copy.copy(context.plain)
-    model.transformer = torch.compile(
-        context.plain.transformer, backend=context.compile_backend, dynamic=False, **options
-    )
-    before = context.time_left()
+    if context.compile_unit == "model":
+        model.transformer = torch.compile(context.plain.transformer, **options)
+    else:
+        model.transformer = blocks_compiled(context.plain.transformer, **options)
+    before, cached = context.time_left(), _inductor_cache()
     got = context.forward(model, pixels)[:1]
     if context.device.type == "cuda":
         torch.cuda.synchronize(context.device)
-    return {
-        "first_call_seconds": before - context.time_left(),
-        "check": bounded(f"compiled {mode}", worst_error(got, exact), bound),
-        "model": model,
-    }
+    seconds = before - context.time_left()
+    check = Checks()(lambda: bounded(f"compiled {mode}", worst_error(got, exact), bound))
+    cache = {name: count - cached[name] for name, count in _inductor_cache().items()}
+    return {"first_call_seconds": seconds, "inductor_cache": cache, "check": check, "model": model}
+
+
+def _inductor_cache() -> dict[str, int]:
+    """How many graphs Inductor has taken from its cache in this process, and how many it has had to compile."""
+    return {many: counters["inductor"][f"fxgraph_cache_{one}"] for one, many in (("hit", "hits"), ("miss", "misses"))}
+
+
+def blocks_compiled(transformer: torch.nn.Module, **options) -> torch.nn.Module:
+    """A transformer of the same weights whose blocks are compiled one by one; the given one stays eager.
+
+    Blocks are alike, so one artefact serves all but the first, whose input has the layout of the patches: two
+    compilations, however many blocks there are. diffusers calls this regional compilation.
+
+    Args:
+        transformer: has `transformer_blocks`.
+        options: of torch.compile.
+    """
+    model = copy.copy(transformer)
+    model._modules = dict(transformer._modules)
+    model.transformer_blocks = torch.nn.ModuleList(copy.copy(block) for block in transformer.transformer_blocks)
+    for block in model.transformer_blocks:
+        block.compile(**options)
+    return model
 
 
 def _score_task(
@@ -332,10 +410,10 @@ def _chunk(context, model, task, rows, pixels, laps: Laps | None, population) ->
     return scores
 
 
-def _check_replay(pixels: int, variants: dict[str, Callable[[], torch.Tensor]], bound: float) -> None:
+def _check_replay(pixels: int, variants: dict[str, Callable[[], torch.Tensor]], bound: float) -> dict[str, float]:
     """A forward that is a graph's, as `check_members` has made it, is that of single launches."""
     replayed = variants["population"]()
-    bounded(f"replay at {pixels} px", worst_error(replayed, variants["population launched"]()), bound)
+    return bounded(f"replay at {pixels} px", worst_error(replayed, variants["population launched"]()), bound)
 
 
 def _check_step(context: Context, engine: esengine.Engine, pixels: int) -> None:
@@ -351,11 +429,13 @@ def _check_step(context: Context, engine: esengine.Engine, pixels: int) -> None:
         raise CheckFailed(f"step at {pixels} px: expected finite scores that differ between members")
 
 
-def _check_loop(context: Context, peer: reference_loop.ReferenceLoop, pixels: int, bound: float) -> dict[str, float]:
-    """The reference's transformer with one of our members' weights set, against that member in higher precision."""
+def _check_loop(
+    context: Context, loop: reference_loop.ReferenceLoop, model: SanaSprint, pixels: int, bound: float
+) -> dict[str, float]:
+    """The loop's transformer with one of our members' weights set, against that member in higher precision."""
     prefix = esengine.population.PEFT_PREFIX
     state = context.population.member_state_dict(step=STEP, member=1)
     expected = Exact(context).forward(pixels, [1], state)
-    peer.set_weights({name.removeprefix(prefix): tensor for name, tensor in state.items()})
-    got = context.forward(peer.model, pixels, rows=[1])
+    loop.set_weights(loop.joined({name.removeprefix(prefix): tensor for name, tensor in state.items()}))
+    got = context.forward(model, pixels, rows=[1])
     return bounded("reference loop", worst_error(got, expected), bound)

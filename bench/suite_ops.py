@@ -1,5 +1,6 @@
 """What the suite's microbenchmarks share: a block's ops and their references, their operands, the model's sizes."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -46,10 +47,23 @@ class Ops(NamedTuple):
     norm: Callable
 
 
+@functools.lru_cache(maxsize=8)
+def text_mask(batch: int, text: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """What the model adds to a row's scores: 0 for a word, -10000 for padding; [B, 1, 1, L] in the model's dtype.
+
+    Row i has L - i % 4 words, as the stand-in's prompts have. It is made once for each shape, because the model makes
+    it once a forward and not in every block.
+    """
+    lengths = text - torch.arange(batch, device=device) % standin.LENGTHS
+    padding = torch.arange(text, device=device) >= lengths[:, None]
+    return (padding.to(dtype) * -10000.0)[:, None, None]
+
+
 def cross_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
-    """Attention on trimmed text between its projections, as the block calls torch: [B, T, C] and twice [B, L, C]."""
+    """Attention on padded text between its projections, as the block calls torch: [B, T, C] and twice [B, L, C]."""
+    mask = text_mask(len(k), k.shape[1], q.dtype, q.device)
     q, k, v = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 def cross_attention_ref(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:

@@ -1,21 +1,24 @@
-"""What the suite's summary should show on one H100, from the roofline and assumptions: predictions, never results.
+"""What the suite's summary should show on one GPU, from the roofline and assumptions: predictions, never results.
 
-    python bench/suite_predict.py        the tables of bench/NOTES.md, which a test holds to this
+    python bench/suite_predict.py                   the tables of bench/NOTES.md, which a test holds to this
+    python bench/suite_predict.py --device H200     the same for another device
 
-Every launch is taken to run at the ceilings of `roofline.KNOWN`, and one after the other, but for the two efficiencies
-of a `Case`. What is measured goes into bench/results and nowhere else.
+Every launch is taken to run at the device's ceilings in `roofline.KNOWN`, and one after the other, but for the two
+efficiencies of a `Case`. What is measured goes into bench/results and nowhere else.
 """
 
+import argparse
 from typing import NamedTuple
 
 import roofline
 import suite_decode
 import suite_kernels
 import torch
+from peers.reference_loop import PROMPTS, REPEATS
 from suite_context import SCALES
 from suite_ops import K, R, Sizes, sizes_of
 
-FULL, LIMITS, DTYPE = SCALES["full"], roofline.KNOWN["H100"], torch.bfloat16
+FULL, DTYPE = SCALES["full"], torch.bfloat16
 MEMBERS, ITEMSIZE = FULL.members, DTYPE.itemsize
 
 EXPAND_COLUMNS = 2 * 16
@@ -39,21 +42,26 @@ EAGER_PASSES = 2
 
 
 class Case(NamedTuple):
-    """Assumed efficiencies: our GEMMs over cuBLAS's, and the decoder's products over the ceiling."""
+    """Assumed efficiencies: our GEMMs over cuBLAS's, and the decoder's products over the ceiling; and the device."""
 
     gemm: float
     decode: float
+    device: str = "H100"
 
     @property
     def name(self) -> str:
         return f"GEMM {self.gemm:g}, decoder {self.decode:g}"
 
+    def seconds(self, work: roofline.Work) -> float:
+        """At the device's ceilings."""
+        return roofline.floor(work, roofline.KNOWN[self.device], DTYPE)
+
+    def gemm_seconds(self, n_in: int, n_out: int, tokens: int) -> float:
+        """Of cuBLAS's plain product, of all members with so many rows each."""
+        return self.seconds(roofline.linear_work(rows=MEMBERS * tokens, n_in=n_in, n_out=n_out, itemsize=ITEMSIZE))
+
 
 CASES = (Case(1.0, 1.0), Case(0.9, 0.6), Case(0.8, 0.5))
-
-
-def seconds(work: roofline.Work) -> float:
-    return roofline.floor(work, LIMITS, DTYPE)
 
 
 def floors(text: int = FULL.text_tokens) -> list[tuple[str, int, list[roofline.Work]]]:
@@ -72,32 +80,32 @@ def floors(text: int = FULL.text_tokens) -> list[tuple[str, int, list[roofline.W
 
 def linear_alone(n_in: int, n_out: int, tokens: int, case: Case) -> float:
     """Throughput over the plain GEMM of shrink pass and expanding GEMM."""
-    rows, plain = _rows(tokens), _gemm(n_in, n_out, tokens)
+    rows, plain = _rows(tokens), case.gemm_seconds(n_in, n_out, tokens)
     shrink = roofline.shrink_work(**rows, n_in=n_in, targets=1, r=R, k=K, itemsize=ITEMSIZE)
-    return plain / (seconds(shrink) + plain * (1 + EXPAND_COLUMNS / n_in) / case.gemm)
+    return plain / (case.seconds(shrink) + plain * (1 + EXPAND_COLUMNS / n_in) / case.gemm)
 
 
 def linear_in_block(producer: str, tokens: int, case: Case) -> float:
     """The same of the GEMM, mix and what the producer does for it."""
     sizes, targets = sizes_of("full"), 3 if producer == "behind the modulation" else 1
     width, rows = sizes.width, _rows(tokens)
-    plain, extra = _gemm(width, targets * width, tokens), 0.0
+    plain, extra = case.gemm_seconds(width, targets * width, tokens), 0.0
     if producer == "behind the modulation":
         options = dict(**rows, n_in=width, itemsize=ITEMSIZE, modulated=True)
-        extra += seconds(roofline.shrink_work(**options, targets=3, r=R, k=K))
-        extra -= seconds(roofline.shrink_work(**options, targets=0))
+        extra += case.seconds(roofline.shrink_work(**options, targets=3, r=R, k=K))
+        extra -= case.seconds(roofline.shrink_work(**options, targets=0))
     elif producer == "behind to_out":
         options = dict(**rows, n_in=width, n_out=width, itemsize=ITEMSIZE, targets=1, r=R, k=K)
         options |= dict(residual=True, gated=True)
         parts = -(-width // suite_kernels.TILE)
-        extra += seconds(roofline.fused_linear_work(**options, then=R + K, parts=parts)) / case.gemm
-        extra -= seconds(roofline.fused_linear_work(**options)) / case.gemm
-        extra += seconds(roofline.mix_work(rows=rows["rows"], parts=parts, r=R, k=K))
+        extra += case.seconds(roofline.fused_linear_work(**options, then=R + K, parts=parts)) / case.gemm
+        extra -= case.seconds(roofline.fused_linear_work(**options)) / case.gemm
+        extra += case.seconds(roofline.mix_work(rows=rows["rows"], parts=parts, r=R, k=K))
     else:
         shape = dict(batch=MEMBERS, tokens=tokens, heads=sizes.heads, width=width // sizes.heads, itemsize=ITEMSIZE)
-        extra += seconds(roofline.linear_attention_work(**shape, then=R + K))
-        extra -= seconds(roofline.linear_attention_work(**shape))
-        extra += seconds(roofline.mix_work(rows=rows["rows"], parts=sizes.heads, r=R, k=K))
+        extra += case.seconds(roofline.linear_attention_work(**shape, then=R + K))
+        extra -= case.seconds(roofline.linear_attention_work(**shape))
+        extra += case.seconds(roofline.mix_work(rows=rows["rows"], parts=sizes.heads, r=R, k=K))
     return plain / (plain * (1 + EXPAND_COLUMNS / width) / case.gemm + extra)
 
 
@@ -105,22 +113,28 @@ def forwards(side: int, case: Case) -> tuple[float, float]:
     """Seconds of the population's forward, and of the plain compiled one, of `MEMBERS` images."""
     sizes, ours = sizes_of("full"), 0.0
     for launch in suite_kernels.launches(sizes, side, FULL.text_tokens, shares=True):
-        spent = launch.times * seconds(launch.work(members=MEMBERS, itemsize=ITEMSIZE))
+        spent = launch.times * case.seconds(launch.work(members=MEMBERS, itemsize=ITEMSIZE))
         if launch.name.startswith("linear "):
             perturbed = not launch.name.startswith(("linear inverted", "linear point"))
             spent *= (1 + perturbed * EXPAND_COLUMNS / sizes.width) / case.gemm
         ours += spent
-    return ours, plain_forward(sizes, side)
+    return ours, plain_forward(sizes, side, case)
 
 
-def plain_forward(sizes: Sizes, side: int, *, text: int = FULL.text_tokens, passes: float = 1) -> float:
+def plain_forward(sizes: Sizes, side: int, case: Case, *, text: int = FULL.text_tokens, passes: float = 1) -> float:
     """The products of our launches without their low-rank columns, at cuBLAS's speed, and `COMPILED_PASSES`."""
     t, w, c = side * side, sizes.width, sizes.channels
-    block = _gemm(w, 3 * w, t) + 3 * _gemm(w, w, t) + _gemm(w, 2 * w, text) + _gemm(w, 2 * c, t) + _gemm(c, w, t)
+    block = (
+        case.gemm_seconds(w, 3 * w, t)
+        + 3 * case.gemm_seconds(w, w, t)
+        + case.gemm_seconds(w, 2 * w, text)
+        + case.gemm_seconds(w, 2 * c, t)
+        + case.gemm_seconds(c, w, t)
+    )
     cross = dict(batch=MEMBERS, tokens=t, text=text, heads=sizes.cross_heads, width=w // sizes.cross_heads)
-    block += seconds(roofline.cross_attention_work(**cross, itemsize=ITEMSIZE))
-    block += passes * sum(COMPILED_PASSES.values()) * MEMBERS * t * w * ITEMSIZE / LIMITS.bytes
-    return sizes.blocks * block + _gemm(sizes.text_width, w, text) + _gemm(w, w, text)
+    block += case.seconds(roofline.cross_attention_work(**cross, itemsize=ITEMSIZE))
+    block += passes * sum(COMPILED_PASSES.values()) * MEMBERS * t * w * ITEMSIZE / roofline.KNOWN[case.device].bytes
+    return sizes.blocks * block + case.gemm_seconds(sizes.text_width, w, text) + case.gemm_seconds(w, w, text)
 
 
 def stages(pixels: int, case: Case) -> dict[str, float]:
@@ -128,17 +142,24 @@ def stages(pixels: int, case: Case) -> dict[str, float]:
     ours, plain = forwards(pixels // 32, case)
     work = {"decode": suite_decode.decode_work("full", pixels, MEMBERS)}
     work["score"] = suite_decode.score_work("full", MEMBERS)
-    spent = {name: seconds(done) / MEMBERS / case.decode for name, done in work.items()}
+    spent = {name: case.seconds(done) / MEMBERS / case.decode for name, done in work.items()}
     return {"ours": ours / MEMBERS, "plain": plain / MEMBERS} | spent
 
 
-def reference_loop(pixels: int, case: Case) -> float:
-    """Seconds of an image of the published loop, over ours. Theirs: 300 tokens of text, the passes of an eager model,
-    the scorer's weights read for each image; the same decoder. Nothing for launches, noise and setting weights."""
-    spent, passes = stages(pixels, case), EAGER_PASSES
-    theirs = plain_forward(sizes_of("full"), pixels // 32, text=FULL.reference_text, passes=passes) / MEMBERS
-    theirs += spent["decode"] + seconds(suite_decode.score_work("full", 1)) / case.decode
-    return theirs / (spent["ours"] + spent["decode"] + spent["score"])
+def reference_loops(pixels: int, case: Case) -> dict[str, float]:
+    """Seconds of an image of either reference loop, over ours. Nothing for launches, noise, PIL and setting weights.
+
+    shared          300 tokens of text, the passes of an eager model, the scorer's weights read for 16 images; the same
+                    decoder
+    as published    the same in fp32 and TF32, so twice the bytes at half the rate, and the scorer's weights read for
+                    each image; nothing for the second CLIP
+    """
+    spent, passes, images = stages(pixels, case), EAGER_PASSES, PROMPTS * REPEATS
+    options = dict(text=FULL.reference_text, passes=passes)
+    theirs = plain_forward(sizes_of("full"), pixels // 32, case, **options) / MEMBERS + spent["decode"]
+    ours = spent["ours"] + spent["decode"] + spent["score"]
+    many, one = (case.seconds(suite_decode.score_work("full", each)) / each / case.decode for each in (images, 1))
+    return {"shared": (theirs + many) / ours, "as published": 2 * (theirs + one) / ours}
 
 
 def update_share(pixels: int, case: Case) -> float:
@@ -147,7 +168,7 @@ def update_share(pixels: int, case: Case) -> float:
     w, t = sizes.width, sizes.text_width
     shapes = [(w, w)] * (8 * sizes.blocks) + [(t, w), (w, w), (w, 6 * w), (w, 32)] + [(256, w), (w, w)] * 2
     update = sum(
-        seconds(roofline.es_update_work(shape=shape, pairs=members // 2, k=K))
+        case.seconds(roofline.es_update_work(shape=shape, pairs=members // 2, k=K))
         for n_in, n_out in shapes
         for shape in ((R, n_in), (n_out, R))
     )
@@ -172,22 +193,25 @@ def predictions(case: Case) -> dict[str, float]:
         after = spent["decode"] + spent["score"]
         found[f"`step_vs_inference`, {pixels} px"] = (spent["plain"] + after) / (spent["ours"] + after)
         found[f"images/s of a whole step, {pixels} px"] = 1 / (spent["ours"] + after)
-    found[f"`step_vs_reference_loop`, {FULL.pixels[0]} px"] = reference_loop(FULL.pixels[0], case)
+    for name, ratio in reference_loops(FULL.pixels[0], case).items():
+        found[f"`step_vs_reference_loop`, {name}, {FULL.pixels[0]} px"] = ratio
     found["share of the update, N 1024, 512 px"] = update_share(FULL.pixels[0], case)
     return found
 
 
-def tables() -> list[str]:
-    """Lines of Markdown: the floors, then the predictions."""
-    head, ceilings = " / ".join(map(str, FULL.pixels)), (LIMITS.flops[DTYPE], LIMITS.operations, LIMITS.bytes)
+def tables(device: str = "H100") -> list[str]:
+    """Lines of Markdown: the floors, then the predictions, of a device in `roofline.KNOWN`."""
+    limits = roofline.KNOWN[device]
+    head, ceilings = " / ".join(map(str, FULL.pixels)), (limits.flops[DTYPE], limits.operations, limits.bytes)
     lines = [f"| {MEMBERS} images, {head} px | a forward | products | vector | bytes |", "|---|---|---|---|---|"]
     for name, times, works in floors():
         cells = [name.replace("|", r"\|"), str(times)]
         for i, ceiling in enumerate(ceilings):
             cells.append(" / ".join(f"{1e6 * work[i] / ceiling:.0f}" for work in works))
         lines.append(f"| {' | '.join(cells)} |")
-    columns = [predictions(case) for case in CASES]
-    lines += ["", f"| figure | {' | '.join(case.name for case in CASES)} |", "|---|" + "---|" * len(CASES)]
+    cases = [case._replace(device=device) for case in CASES]
+    columns = [predictions(case) for case in cases]
+    lines += ["", f"| figure | {' | '.join(case.name for case in cases)} |", "|---|" + "---|" * len(cases)]
     for name in columns[0]:
         lines.append(f"| {name} | {' | '.join(f'{column[name]:.3g}' for column in columns)} |")
     return lines
@@ -197,9 +221,11 @@ def _rows(tokens: int) -> dict[str, int]:
     return dict(rows=MEMBERS * tokens, members=MEMBERS)
 
 
-def _gemm(n_in: int, n_out: int, tokens: int) -> float:
-    return seconds(roofline.linear_work(rows=MEMBERS * tokens, n_in=n_in, n_out=n_out, itemsize=ITEMSIZE))
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=roofline.KNOWN, default="H100", help="whose ceilings are taken (H100)")
+    print("\n".join(tables(parser.parse_args().device)))
 
 
 if __name__ == "__main__":
-    print("\n".join(tables()))
+    main()

@@ -23,13 +23,17 @@ BARS: dict[str, tuple[str, float]] = {
 
 FAILED, ERROR, MISSING = "failed check", "error", "not measured"
 
+UNCOUNTED = "does not count"
+"""Of a figure whose check failed, or whose peer has not been shown to be the published code's equal."""
+
 
 def summarize(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The summary of a record, which may be of a run that was cut off.
 
     Returns:
-        By figure: `value` (None where there is none), `bar`, `verdict` (pass, fail, no bar, failed check, error or
-        not measured), `reason` where there is no value, and the figures below it in `detail`.
+        By figure: `value` (None where none counts), `bar`, `verdict` (pass, fail, no bar, failed check, error, does not
+        count or not measured), `reason` where there is no value, and the figures below it in `detail`. What was
+        measured in spite of a failed check is in `uncounted`, with its own `value` and `detail`.
     """
     parts, pixels = record["parts"], [str(side) for side in record["settings"]["pixels"]]
     bars = BARS if record["settings"]["bars"] else {}
@@ -46,6 +50,9 @@ def summarize(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
         known = {part: parts[part]["result"] for part in needed if parts.get(part, {}).get("status") == "ok"}
         value, detail = find(known) if known else (None, None)
         result = {"value": value, "bar": shown, "verdict": MISSING, "detail": detail}
+        failed = {part: parts[part]["result"] for part in needed if _failed_with_figures(parts.get(part))}
+        if failed:
+            result["uncounted"] = dict(zip(("value", "detail"), find(known | failed), strict=True))
         gone = [part for part in needed if part not in known]
         if gone:
             result["reason"] = "; ".join(_why(part, parts.get(part)) for part in gone)
@@ -65,8 +72,9 @@ def summarize(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "linear_in_block_vs_gemm": figure("linear_in_block_vs_gemm", ["linear"], lambda p: _in_block(p["linear"])),
         "forward_vs_compiled": figure("forward_vs_compiled", forwards, lambda p: _forward(p)),
         "step_vs_inference": figure("step_vs_inference", steps, lambda p: _step(p)),
-        "step_vs_reference_loop": figure(
-            "step_vs_reference_loop", ["reference_loop"], lambda p: (p["reference_loop"]["ratio"], None)
+        "step_vs_reference_loop": _if_the_peer_counts(
+            figure("step_vs_reference_loop", ["reference_loop"], lambda p: _loops(p["reference_loop"])),
+            parts.get("reference_loop", {}),
         ),
         "memory_per_extra_member": figure(
             "memory_per_extra_member",
@@ -84,12 +92,14 @@ def summarize(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
         for part, side, which in sizes
     }
     for part, side in zip(steps, pixels, strict=True):
-        how = _how(parts[part]["result"]) if parts.get(part, {}).get("status") == "ok" else None
+        measured = parts.get(part, {}).get("status") == "ok" or _failed_with_figures(parts.get(part))
+        how = _how(parts[part]["result"]) if measured else None
         summary["images_per_second"][side]["how"] = how
     summary["update_share"] = figure("update_share", ["update", *steps], _update_share)
     decodes = [f"decode_{side}" for side in pixels]
     summary["roofline_share"] = figure("roofline_share", ["linear", "kernels", *decodes, *steps], _roofline)
     summary["roofline_share"]["missing"] = _without_share(parts)
+    summary["roofline_share"]["ceilings"] = record["settings"].get("ceilings", {}).get("source")
     summary["decode_and_overlap"] = figure(
         "decode_and_overlap", [*decodes, "overlap"], lambda p: (None, {name: _over(p[name]) for name in p})
     )
@@ -106,12 +116,18 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     def add(name: str, entry: dict[str, Any]) -> None:
         value = "-" if entry["value"] is None else f"{entry['value']:.4g}"
         table.append((name, value, entry["bar"] or "-", entry["verdict"]))
+        uncounted = entry.get("uncounted", {}).get("value")
+        if uncounted is not None:
+            why = UNCOUNTED if entry["verdict"] == UNCOUNTED else f"{UNCOUNTED}, {entry['verdict']}"
+            table.append((f"  {why}", f"({uncounted:.4g})", "", ""))
 
     for name in ("linear_vs_gemm", "linear_in_block_vs_gemm", "forward_vs_compiled", "step_vs_inference"):
         add(name, summary[name])
         for below, value in (summary[name]["detail"] or {}).items():
             table.append((f"  {below}", f"{value:.4g}" if isinstance(value, float) else value, "", ""))
     add("step_vs_reference_loop", summary["step_vs_reference_loop"])
+    for below, value in (summary["step_vs_reference_loop"]["detail"] or {}).items():
+        table.append((f"  {below}", f"{value:.4g}", "", ""))
     add("memory_per_extra_member, bytes", summary["memory_per_extra_member"])
     for members, peak in (summary["memory_per_extra_member"]["detail"] or {}).items():
         table.append((f"  peak MiB at N = {members}", f"{peak / 2**20:.2f}", "", ""))
@@ -123,6 +139,8 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         for name, chosen in (entry["how"] or {}).items():
             table.append((f"  {name}", chosen, "", ""))
     add("update_share", summary["update_share"])
+    if summary["roofline_share"]["ceilings"]:
+        table.append((f"ceilings: {summary['roofline_share']['ceilings']}", "", "", ""))
     for name, share in (summary["roofline_share"]["detail"] or {}).items():
         shown = "-" if share is None else f"{share:.3g}"
         table.append((f"roofline share of {name}", shown, "", ""))
@@ -133,6 +151,10 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     for part, shares in (summary["step_breakdown"]["detail"] or {}).items():
         table.append((f"what {part} is made of", ", ".join(f"{n} {100 * s:.1f} %" for n, s in shares.items()), "", ""))
     return table
+
+
+def _failed_with_figures(part: dict[str, Any] | None) -> bool:
+    return part is not None and part["status"] == "failed" and "result" in part
 
 
 def _why(name: str, part: dict[str, Any] | None) -> str:
@@ -191,15 +213,33 @@ def _forward(parts: dict[str, Any]) -> tuple[float | None, dict[str, float]]:
             if over in part["ratios"]:
                 detail[f"{name} {over}"] = part["ratios"][over]["of_medians"]
         detail[f"{name} graphs"] = part["graphs"]
+        detail[f"{name} compiled by"] = part["compile"]["unit"]
         compiled.append(detail.get(f"{name} over_compiled"))
         if compiled[-1] is None:
             detail[f"{name} over_compiled"] = _gone(next(iter(part["compile"]["modes"].values())))
+        for mode, facts in part["compile"]["modes"].items():
+            if "uncounted_ratio" in facts:
+                shown = f"({facts['uncounted_ratio']['of_medians']:.4g}) {UNCOUNTED}, {FAILED}"
+                detail[f"{name} over compiled {mode}"] = shown
     return (None if None in compiled else min(compiled)), detail
 
 
 def _step(parts: dict[str, Any]) -> tuple[float, dict[str, float]]:
     detail = {name: part["ratio"]["of_medians"] for name, part in parts.items()}
     return min(detail.values()), detail
+
+
+def _loops(part: dict[str, Any]) -> tuple[float, dict[str, float]]:
+    """Over the loop as published; beside it over the one that shares our dtype, decoder and scorer."""
+    return part["ratios"]["as_published"], {"over the loop that shares ours": part["ratios"]["shared"]}
+
+
+def _if_the_peer_counts(entry: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
+    """The figure, whose value is moved to `uncounted` unless the peer was found as slow as the published code."""
+    if part.get("status") != "ok" or part["result"]["as_published_counts"]:
+        return entry
+    moved = {"value": None, "verdict": UNCOUNTED, "reason": part["result"]["as_published_counts_by"]}
+    return entry | moved | {"uncounted": {"value": entry["value"], "detail": None}}
 
 
 def _update_share(parts: dict[str, Any]) -> tuple[float | None, dict[str, float] | None]:

@@ -74,7 +74,7 @@ class Section(NamedTuple):
 def sections() -> list[Section]:
     """Every section of the generated part, in the order of the page."""
     nano = [_demo(), _headline(), _fresh(), _base(), _checker(), _clip()]
-    return [*nano, _forward(), _drop_in(), _kernels(), _scaling(), _aot(), *_suite()]
+    return [*nano, _forward(), _drop_in(), _peer_ratio(), _kernels(), _scaling(), _aot(), *_suite()]
 
 
 def generated() -> list[str]:
@@ -183,6 +183,33 @@ def _drop_in() -> Section:
     ]
     command = "python bench/drop_in.py --against PYTHON --json bench/results/cpu_drop_in.json"
     return Section("The drop-in layer on a CPU", what, record["device"], [file], command, [_table(head, rows)])
+
+
+def _peer_ratio() -> Section:
+    file = "cpu_peer_ratio.json"
+    record = _read(file)
+    named = {"ours": "ours", "published": "the published loop, reimplemented", "published code": "the published code"}
+    itself = record["published_code"]
+    ratios = {"ours": "", "published": _ratio(record["ratio"])}
+    ratios["published code"] = _ratio(itself["ratio"]) if itself else ""
+    rows = [[named[name], f"{taken['median']:.2f}", ratios[name]] for name, taken in record["seconds"].items()]
+    what = [
+        "A step of the published run on sana-sprint-nano, noise, images, scores and update.",
+        f"{record['members']} members, {record['prompts']} prompts with {record['repeats']} images each, "
+        f"{record['environment']['threads']} thread, turn about.",
+        f"The published code itself was once found to take {record['expected']} times our step.",
+        "The suite's figure against this loop counts if the loop is within a fifth of that: "
+        + ("it is." if record["matches"] else "it is not."),
+    ]
+    if itself:
+        what.append(
+            f"On this machine the loop takes {itself['peer_over_it']['of_medians']:.2f} of the time of the published "
+            f"code (commit {(itself['commit'] or 'unknown')[:7]})."
+        )
+    command = f"python bench/peer_ratio.py --checkout HyperscaleES_T2I --json bench/results/{file}"
+    device = record["environment"]["device"]
+    table = _table(["step", "seconds", "over ours"], rows)
+    return Section("The published loop on a CPU", what, device, [file], command, [table])
 
 
 def _headline() -> Section:

@@ -86,3 +86,30 @@ def test_summary_and_ratio():
     assert slow["p20"] == pytest.approx(3.6)
     assert slow["p80"] == pytest.approx(8.4)
     assert record.ratio(slow, fast)["paired_p80"] == record.ratio(slow, fast)["of_medians"] == 2.0
+
+
+def test_a_device_is_known_by_its_name():
+    known = roofline.choose("NVIDIA H200")
+    assert known.ceilings == roofline.KNOWN["H200"]
+    assert (known.ceilings.flops[torch.bfloat16], known.ceilings.bytes) == (788e12, 4.3e12)
+    assert roofline.choose("NVIDIA H100 80GB HBM3").ceilings.flops[torch.bfloat16] == 750e12
+    for name in ("NVIDIA GH200 480GB", "NVIDIA A100-SXM4-80GB"):
+        unknown = roofline.choose(name)
+        assert unknown.ceilings is None
+        assert unknown.source == f"unknown device {name}: no ceilings"
+        assert unknown.record() == {"source": unknown.source}
+
+
+def test_what_smoke_has_measured_goes_before_the_table():
+    measured = {"copy_gb_per_second": 4000.0, "matmul_tflop_per_second": 700.0}
+    known = roofline.choose("NVIDIA H200", measured)
+    assert (known.ceilings.flops[torch.bfloat16], known.ceilings.bytes) == (700e12, 4e12)
+    assert known.ceilings.flops[torch.float32] == roofline.KNOWN["H200"].flops[torch.float32]
+    assert known.ceilings.operations == roofline.KNOWN["H200"].operations
+    assert "measured by smoke" in known.source
+    assert known.record()["flops"]["bfloat16"] == 700e12
+    unknown = roofline.choose("NVIDIA A100", measured)
+    assert "unknown device" in unknown.source
+    assert unknown.record()["operations"] is None
+    work = roofline.Work(7e12, 1e30, 0)
+    assert roofline.share(0.01, work, unknown.ceilings, torch.bfloat16) == 1.0

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import clock
 import pytest
+import standin
 import suite
 import suite_checks
 import suite_context
@@ -16,7 +17,8 @@ import suite_linear
 import suite_model
 import suite_summary
 import torch
-from peers import linears, reference_loop
+import torch.nn.functional as F
+from peers import linears
 
 import esengine
 from esengine.errors import RenderError
@@ -32,9 +34,9 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    """The record of the whole suite at toy size, as the command writes it."""
+    """The record of the whole suite at toy size, as the command writes it, with all that it measures if asked."""
     path = tmp_path_factory.mktemp("suite") / "record.json"
-    code = suite.main(["--scale", "tiny", "--device", "cpu", "--json", str(path)])
+    code = suite.main(["--scale", "tiny", "--device", "cpu", "--compile-decoder", "--json", str(path)])
     return code, json.loads(path.read_text())
 
 
@@ -59,7 +61,6 @@ def test_every_part_is_measured_and_every_figure_is_there(stored):
         "linear_in_block_vs_gemm",
         "forward_vs_compiled",
         "step_vs_inference",
-        "step_vs_reference_loop",
         "memory_per_extra_member",
         "update_share",
     ):
@@ -127,16 +128,138 @@ def test_a_forward_without_noise_fails_and_the_rest_goes_on(monkeypatch, context
     path = tmp_path / "record.json"
     suite.run(context, chosen=["forward_32", "step_32", "update"], json_path=path)
     record = json.loads(path.read_text())
-    assert [part["status"] for part in record["parts"].values()] == ["ok", "failed", "failed"]
-    assert not any("result" in record["parts"][name] for name in ("forward_32", "step_32"))
-    assert record["summary"]["forward_vs_compiled"] == {
-        "value": None,
-        "bar": None,
-        "verdict": "failed check",
-        "detail": None,
-        "reason": record["summary"]["forward_vs_compiled"]["reason"],
+    assert {name: part["status"] for name, part in record["parts"].items()} == {
+        "forward_32": "failed",
+        "step_32": "failed",
+        "update": "ok",
     }
     assert "relative error" in record["parts"]["forward_32"]["reason"]
+    check = record["parts"]["step_32"]["result"]["check"]
+    assert check["error"] > check["bound"]
+    assert check["failed"] in record["parts"]["step_32"]["reason"]
+
+
+@pytest.fixture
+def failed(monkeypatch, context):
+    """A record of two parts whose checks have failed, as a bar would see it."""
+    monkeypatch.setattr(esengine.Population, "perturbed", lambda self, step, members: contextlib.nullcontext())
+    record = suite.run(context, chosen=["forward_32", "forward_64", "step_32", "step_64", "memory", "reference_loop"])
+    record["settings"]["bars"] = True
+    return record
+
+
+def test_a_failed_check_is_stored_beside_the_timing_which_never_counts(failed):
+    for part in failed["parts"].values():
+        assert (part["status"], "result" in part) == ("failed", True)
+    assert failed["parts"]["forward_32"]["result"]["ratios"]["over_compiled"]["of_medians"] > 0
+    summary = suite_summary.summarize(failed)
+    named = {name: summary[name] for name in ("forward_vs_compiled", "step_vs_inference", "memory_per_extra_member")}
+    for name, figure in {**named, **summary["images_per_second"]}.items():
+        assert (figure["value"], figure["detail"], figure["verdict"]) == (None, None, "failed check"), name
+        assert figure["uncounted"]["value"] > 0
+    for name, value, _, verdict in suite_summary.rows(summary):
+        assert verdict not in ("pass", "fail", "no bar"), name
+        assert "does not count" not in name or value.startswith("(")
+    assert sum("does not count" in name for name, *_ in suite_summary.rows(summary)) >= len(named) + 2
+
+
+def test_a_failed_check_makes_the_exit_code_1(monkeypatch, tmp_path):
+    monkeypatch.setattr(esengine.Population, "perturbed", lambda self, step, members: contextlib.nullcontext())
+    command = ["--scale", "tiny", "--device", "cpu", "--parts", "forward_32", "--json", str(tmp_path / "r.json")]
+    assert suite.main(command) == 1
+
+
+def test_a_compiled_baseline_that_is_wrong_is_timed_and_does_not_count(monkeypatch, context):
+    right = suite_model.blocks_compiled
+
+    def wrong(transformer, **options):
+        model = right(transformer, **options)
+        model.transformer_blocks = model.transformer_blocks[:1]
+        return model
+
+    monkeypatch.setattr(suite_model, "blocks_compiled", wrong)
+    record = suite.run(context, chosen=["forward_32", "forward_64"])
+    part = record["parts"]["forward_32"]
+    assert part["status"] == "ok"
+    mode = part["result"]["compile"]["modes"]["default"]
+    assert "expected a relative error" in mode["check"]["failed"]
+    assert mode["uncounted_ratio"]["of_medians"] > 0
+    assert "over_compiled" not in part["result"]["ratios"]
+    assert context.compiled == {}
+    figure = record["summary"]["forward_vs_compiled"]
+    assert (figure["value"], figure["verdict"]) == (None, "failed check")
+    assert figure["detail"]["forward_32 over compiled default"].endswith("does not count, failed check")
+
+
+def test_blocks_are_compiled_in_place_of_the_model_and_share_what_is_compiled(monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setitem(standin.CONFIGS["tiny"]["transformer"], "num_layers", 5)
+    transformer = standin.transformer("tiny")
+    model = suite_model.blocks_compiled(transformer, backend=backend, dynamic=False)
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "hidden_states": torch.randn(4, 8, 4, 4, generator=generator),
+        "encoder_hidden_states": torch.randn(4, 8, 48, generator=generator),
+        "encoder_attention_mask": torch.ones(4, 8, dtype=torch.int64),
+        "guidance": torch.full((4,), 0.45),
+        "timestep": torch.ones(4),
+        "return_dict": False,
+    }
+    with torch.no_grad():
+        assert torch.equal(model(**inputs)[0], transformer(**inputs)[0])
+        assert len(graphs) == 2  # the first block's input is laid out otherwise
+        transformer(**inputs)
+    assert len(graphs) == 2  # the given one stays eager
+    assert {p.data_ptr() for p in model.parameters()} == {p.data_ptr() for p in transformer.parameters()}
+
+
+@pytest.mark.parametrize("unit", ["blocks", "model"])
+def test_a_record_says_what_was_compiled(unit):
+    context = tiny_context(compile_unit=unit)
+    record = suite.run(context, chosen=["forward_32"])
+    assert record["settings"]["compile_unit"] == unit
+    assert record["settings"]["compile_decoder"] is False
+    part = record["parts"]["forward_32"]["result"]
+    assert part["compile"]["unit"] == unit
+    assert part["compile"]["modes"]["default"]["inductor_cache"] == {"hits": 0, "misses": 0}  # the backend is eager
+    assert part["compile"]["modes"]["default"]["check"]["error"] <= part["check"]["bound"]
+    assert record["summary"]["forward_vs_compiled"]["detail"]["forward_32 compiled by"] == unit
+
+
+def test_a_cold_run_comes_first_and_is_planned_within_its_time(capsys):
+    scale = suite_context.SCALES["full"]
+    cold = ["linear", "update", "forward_512", "step_512", "memory", "forward_1024", "step_1024"]
+    assert list(suite.parts(scale))[: len(cold)] == cold
+    assert suite.selected(scale, ["cold"]) == cold
+    assert sum(suite.needed(scale, name) for name in cold) <= suite_context.COLD_SECONDS == 300
+    assert all(suite.needed(scale, name) > 0 for name in suite.parts(scale))
+    assert suite.main(["--plan", "--parts", "cold"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in shown[1:-1]] == cold
+    assert "assumed" in shown[0]
+    assert not any("not within" in line for line in shown)
+    assert "step_1024           60 s  not within the budget of 100 s" in suite.plan(scale, ["linear", "step_1024"], 100)
+
+
+def test_the_suite_prints_its_plan_before_it_measures(monkeypatch, context, capsys):
+    monkeypatch.setattr(suite_model, "update", lambda context: {})
+    context.scale = dataclasses.replace(context.scale, part_seconds={"update": 7})
+    monkeypatch.setattr(suite, "summarize", lambda results: {})
+    suite.run(context, chosen=["update"])
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[1] == "update               7 s  ends after 7 s"
+    assert shown[-1].startswith("update           ok")
+
+
+def test_parts_are_measured_in_the_order_given():
+    scale = suite_context.SCALES["tiny"]
+    assert suite.selected(scale, ["decode_32", "step_32", "decode_32"]) == ["decode_32", "step_32"]
+    assert suite.selected(scale)[:2] == ["linear", "update"]
 
 
 def test_a_blind_check_is_a_failed_one():
@@ -229,21 +352,47 @@ def test_bars_pass_and_fail(stored):
     assert any("not measured" in row for row in suite_summary.rows(summary))
 
 
-def test_the_reference_loop_moves_theta_as_its_formula_says(context):
-    loop = reference_loop.ReferenceLoop(
-        context.copy_of_plain(), context.texts, context.scorer, settings=context.settings(32), text_length=12
-    )
-    before = {name: value.clone() for name, value in loop.theta.items()}
-    even, odd = loop.noise(0, 2), loop.noise(0, 3)
-    name = next(iter(before))
-    assert torch.equal(even[name], -odd[name])
-    scores = loop.evaluate(0, 2, torch.tensor([0, 1]))
-    assert scores.shape == (2, 4)
-    assert scores.isfinite().all()
-    assert torch.allclose(loop.parameters[name].float(), before[name] + 1e-2 * even[name])
-    # two members, antithetic: f = +-1, so mean(f E) is E of the better one
-    loop.update(0, torch.tensor([[[1.0]], [[0.0]]]))
-    assert torch.allclose(loop.theta[name], before[name] + 0.1 * 1e-2 * loop.noise(0, 0)[name], atol=1e-6)
+def test_the_suite_measures_both_reference_loops(stored):
+    part = stored[1]["parts"]["reference_loop"]["result"]
+    assert set(part["check"]) == {"population", "as_published", "shared"}
+    assert set(part["ratios"]) == {"as_published", "shared"}
+    ours = part["step_seconds"]["ours"]
+    for name, ratio in part["ratios"].items():
+        spent = part["population"] * part["seconds"][name]["median"]
+        spent += part["seconds"]["reference_noise_and_update"]["median"]
+        assert ratio == pytest.approx(spent / ours)
+        assert part["check"][name]["error"] <= part["check"][name]["bound"]
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_the_published_loop_counts_only_where_a_record_says_that_it_matches(monkeypatch, tmp_path, stored, counts):
+    file = tmp_path / "cpu_peer_ratio.json"
+    file.write_text(json.dumps({"ratio": {"of_medians": 3.0}, "matches": counts}))
+    found, why = suite_model.peer_ratio.stored_verdict(file)
+    assert found is counts
+    assert "3.00 times our step" in why
+    record = copy.deepcopy(stored[1])
+    record["settings"]["bars"] = True
+    part = record["parts"]["reference_loop"]["result"]
+    part |= {"as_published_counts": found, "as_published_counts_by": why}
+    part["ratios"]["as_published"] = 11.0
+    summary = suite_summary.summarize(record)
+    figure, shown = summary["step_vs_reference_loop"], dict(enumerate(suite_summary.rows(summary)))
+    row = next(row for row in shown.values() if row[0] == "step_vs_reference_loop")
+    if counts:
+        assert (figure["value"], figure["verdict"], row[3]) == (11.0, "pass", "pass")
+    else:
+        assert (figure["value"], figure["verdict"], row[3]) == (None, "does not count", "does not count")
+        assert figure["uncounted"]["value"] == 11.0
+        assert figure["reason"] == why
+        assert ("  does not count", "(11)", "", "") in shown.values()
+    assert figure["detail"]["over the loop that shares ours"] == part["ratios"]["shared"]
+
+
+def test_without_a_record_the_published_loop_does_not_count(tmp_path):
+    counts, why = suite_model.peer_ratio.stored_verdict(tmp_path / "cpu_peer_ratio.json")
+    assert not counts
+    assert "is missing" in why
 
 
 def test_a_peer_by_path_is_measured_and_a_wrong_one_refused(monkeypatch, tmp_path):
@@ -267,11 +416,11 @@ def test_a_peer_by_path_is_measured_and_a_wrong_one_refused(monkeypatch, tmp_pat
 
 
 def test_what_is_asked_for_must_exist(context, capsys):
-    with pytest.raises(ValueError, match="parts: expected some of linear"):
+    with pytest.raises(ValueError, match="parts: expected cold or some of linear"):
         suite.run(context, chosen=["everything"])
     with pytest.raises(SystemExit):
         suite.main(["--scale", "tiny", "--device", "cpu", "--parts", "everything"])
-    assert "parts: expected some of" in capsys.readouterr().err
+    assert "parts: expected cold or some of" in capsys.readouterr().err
 
 
 def test_bf16_is_held_to_twice_torchs_own_error(monkeypatch):
@@ -344,6 +493,7 @@ def test_decoders_are_checked_and_compared(stored):
         for facts in part["variants"].values():
             assert facts["check"]["error"] <= facts["check"]["bound"] < facts["check"]["perturbation"]
         assert set(part["ratios"]) == set(part["variants"]) - {"contiguous"}
+        assert part["compiled"] == "by eager"
     part = stored[1]["parts"]["overlap"]["result"]
     assert not part["streams"]
     detail = stored[1]["summary"]["decode_and_overlap"]["detail"]
@@ -360,6 +510,8 @@ def test_a_wrong_decoder_fails_its_check_and_has_no_figure(monkeypatch, context)
 
     monkeypatch.setattr(suite_decode.Decoder, "_pixels", wrong)
     result = suite.run(context, chosen=["decode_32"])["parts"]["decode_32"]["result"]
+    assert "compiled" not in result["variants"]
+    assert result["compiled"] == "not asked for, see --compile-decoder"
     assert "failed" in result["variants"]["channels_last"]["check"]
     assert list(result["seconds"]) == ["contiguous"]
 
@@ -375,6 +527,8 @@ def test_overlapped_scores_must_be_the_same(monkeypatch, context):
     part = suite.run(context, chosen=["overlap"])["parts"]["overlap"]
     assert part["status"] == "failed"
     assert "same scores either way" in part["reason"]
+    assert part["result"]["seconds"]
+    assert context.overlap_pays is False
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (64, 192)])
@@ -521,13 +675,12 @@ def test_without_a_graph_all_is_measured_and_it_says_why(monkeypatch, context):
 
 def test_a_step_says_how_it_decodes(monkeypatch, context, stored):
     part = stored[1]["parts"]["step_32"]["result"]
-    chosen = stored[1]["parts"]["decode_32"]["result"]["chosen"]  # whichever was the fastest
-    assert (part["decode"], part["decode_by"]) == (chosen, "the fastest in decode_32")
+    assert (part["decode"], part["decode_by"]) == ("eager", "no figure of decode_32")  # measured after it
     assert (part["overlap"], part["overlap_by"]) == ("no", "no streams on this device")
     context.decode_modes[32] = "compiled"
     monkeypatch.setattr(suite_context.Context, "overlaps", lambda self: True)
     part = suite.run(context, chosen=["step_32"])["parts"]["step_32"]["result"]
-    assert (part["decode"], part["overlap"]) == ("compiled", "yes")
+    assert (part["decode"], part["overlap"], part["decode_by"]) == ("compiled", "yes", "the fastest in decode_32")
     assert set(part["stages"]["step"]) == {"transformer", "decode", "score", "update"}  # of steps in turn
     assert tiny_context(decode="compiled").how(32)["decode_by"] == "--decode"
     assert tiny_context().how(32)["decode_by"] == "no figure of decode_32"
@@ -539,3 +692,44 @@ def test_an_overlapped_task_has_the_scores_of_one_in_turn(context):
     task, laps = engine.ask(), clock.Laps("cpu")
     given = context, context.model, task, 32, laps, engine.population
     assert torch.equal(suite_model._score_task(*given), suite_model._score_task(*given, overlap=True))
+
+
+def test_cross_attention_is_timed_with_the_mask_that_the_model_passes(monkeypatch, context):
+    passed, right = [], F.scaled_dot_product_attention
+
+    def noted(q, k, v, attn_mask=None, **options):
+        passed.append((q.shape, k.shape, attn_mask))
+        return right(q, k, v, attn_mask=attn_mask, **options)
+
+    model = suite_context.SCALES["tiny"]
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    context.forward(context.plain, 32)
+    (_, k, of_model), *_ = passed
+    heads, width = k[1], k[1] * k[3]
+    passed.clear()
+    launch = suite_kernels.cross_launch("x", 1, 16, model.text_tokens, width, heads)
+    launch.build(model.members, torch.device("cpu"), torch.float32)(suite_kernels.ops(torch.device("cpu")))
+    (_, _, ours), *_ = passed
+    assert ours.dtype == of_model.dtype
+    assert torch.equal(ours.expand_as(of_model), of_model)
+    assert (ours < 0).any()
+
+
+def test_ceilings_of_smoke_are_those_of_this_device(tmp_path, capsys):
+    path, device = tmp_path / "smoke.json", torch.device("cpu")
+    ceilings = {"copy_gb_per_second": 10.0, "matmul_tflop_per_second": 0.1}
+    path.write_text(json.dumps({"environment": {"device": suite.record.device_name(device)}, "ceilings": ceilings}))
+    assert suite.smoke_ceilings(path, device) == ceilings
+    path.write_text(json.dumps({"environment": {"device": "another"}, "ceilings": ceilings}))
+    with pytest.raises(ValueError, match=r"--smoke: expected a record of .*is of another"):
+        suite.smoke_ceilings(path, device)
+    path.write_text("{}")
+    with pytest.raises(SystemExit):
+        suite.main(["--scale", "tiny", "--device", "cpu", "--smoke", str(path)])
+    assert "--smoke: expected a record of device_smoke.py" in capsys.readouterr().err
+
+
+def test_a_record_says_whose_ceilings_it_took(stored):
+    source = stored[1]["settings"]["ceilings"]["source"]
+    assert source == "this process's own product and copy"
+    assert any(row[0] == f"ceilings: {source}" for row in suite_summary.rows(stored[1]["summary"]))
