@@ -4,11 +4,13 @@ set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-usage: bench/device.sh smoke|suite|tune OUT
+usage: bench/device.sh smoke|suite|tune|cache OUT
 
   smoke   versions, ceilings of copies and matrix products, then the tests that matter on a GPU (at most 150 s)
   suite   every speed figure, correctness first; run it again with the same OUT to go on where it ended
   tune    measure launch settings and write them to OUT
+  cache   needs no GPU: compile every kernel for sm_90 into OUT/cache.tgz, so that a run with this OUT compiles none.
+          Do it under the Python and the Triton of the machine that will take it
 
 All results, logs and caches go to the folder OUT. What the environment may set:
 
@@ -30,6 +32,7 @@ case $mode in
   smoke) budget=150 ;;
   suite) budget=450 ;;
   tune) budget=480 ;;
+  cache) budget=0 ;;
   -h | --help) usage && exit 0 ;;
   *) usage >&2 && exit 2 ;;
 esac
@@ -81,6 +84,11 @@ case $mode in
     "$python" -P bench/suite.py --scale "$scale" --device "$device" --budget "$budget" --resume \
       --json "$out/gpu_suite.json" "${smoke[@]}" \
       ${PARTS:+--parts $PARTS} || status=$?
+    ;;
+  cache)
+    "$python" -P bench/aot.py --cache || status=$?
+    "$python" -P bench/aot.py --cache | tee "$out/cache.txt" || status=$?
+    grep -q ", 0 compiled," "$out/cache.txt" || { echo "device.sh: the second look found kernels to compile" && status=1; }
     ;;
   tune)
     minutes=$(awk "BEGIN { print $budget / 60 }")

@@ -337,7 +337,6 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--device: torch sees no CUDA device; --scale tiny --device cpu runs without one")
     if device.type == "cuda":
         torch.cuda.set_device(device if device.index is not None else 0)
-        torch.set_float32_matmul_precision("high")  # what torch.compile asks of its users, for every variant
     scale = SCALES[options.scale]
     scale = replace(scale, chunk=options.chunk or scale.chunk, decode_chunk=options.decode_chunk or scale.decode_chunk)
     try:

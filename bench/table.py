@@ -197,7 +197,8 @@ def _peer_ratio() -> Section:
         "A step of the published run on sana-sprint-nano, noise, images, scores and update.",
         f"{record['members']} members, {record['prompts']} prompts with {record['repeats']} images each, "
         f"{record['environment']['threads']} thread, turn about.",
-        f"The published code itself was once found to take {record['expected']} times our step.",
+        f"The published code itself takes {record['expected']:.2f} times our step"
+        + (" in this run." if itself else ", as was once found."),
         "The suite's figure against this loop counts if the loop is within a fifth of that: "
         + ("it is." if record["matches"] else "it is not."),
     ]

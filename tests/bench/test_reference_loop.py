@@ -145,6 +145,7 @@ def test_a_step_draws_scores_and_moves(loop):
 @pytest.mark.parametrize(("ratio", "fits"), [(4.15, False), (4.17, True), (5.2, True), (6.23, True), (6.25, False)])
 def test_a_fifth_of_the_published_ratio(ratio, fits):
     assert peer_ratio.matches(ratio) is fits
+    assert peer_ratio.matches(ratio / 2, 2.6) is fits
 
 
 def test_the_peer_is_measured_on_nano_after_its_check(monkeypatch):

@@ -367,7 +367,7 @@ def test_the_suite_measures_both_reference_loops(stored):
 @pytest.mark.parametrize("counts", [True, False])
 def test_the_published_loop_counts_only_where_a_record_says_that_it_matches(monkeypatch, tmp_path, stored, counts):
     file = tmp_path / "cpu_peer_ratio.json"
-    file.write_text(json.dumps({"ratio": {"of_medians": 3.0}, "matches": counts}))
+    file.write_text(json.dumps({"ratio": {"of_medians": 3.0}, "expected": 3.5, "matches": counts}))
     found, why = suite_model.peer_ratio.stored_verdict(file)
     assert found is counts
     assert "3.00 times our step" in why

@@ -280,6 +280,18 @@ def test_launches_fold_only_into_one_kernel():
     assert aot.built_for(other) != aot.built_for(first)
 
 
+def test_a_cache_that_was_filled_is_taken_by_the_next_process(tmp_path):
+    code = "import aot; every = aot.launches(); aot.launches = lambda: every[:2]; print(*aot.fill_cache(90))"
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(SCRIPT.parent)}
+    said = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300
+        )
+        said.append(done.stdout.split())
+    assert said == [["2", "2"], ["2", "0"]], done.stderr
+
+
 @pytest.mark.slow  # as `make aot` does
 def test_every_kernel_compiles_without_a_fault(tmp_path):
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
