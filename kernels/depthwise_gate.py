@@ -129,8 +129,16 @@ def depthwise_gate(
     Deterministic: an output is one sum in one order, whatever the batch. x is read in place where its channels are
     adjacent. Each (W, C, token stride of x) compiles once.
 
+    Args:
+        x: [B, T, 2C], fp32, bf16 or fp16, any strides: what `conv_inverted` and its SiLU give.
+        weight: [2C, 1, 3, 3], dtype of x, `conv_depth.weight`. The second half of the channels gates the first.
+        bias: [2C], dtype of x, `conv_depth.bias`, or None.
+        height, width: H and W, with H W = T.
+
+    Returns:
+        [B, T, C], dtype of x, contiguous.
+
     Raises:
-        ValueError: a shape, dtype or device does not fit.
         RuntimeError: x requires a gradient, which the Triton path does not have.
     """
     if not uses_triton(x.device):
@@ -160,16 +168,9 @@ def depthwise_gate(
 def depthwise_gate_ref(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, height: int, width: int
 ) -> torch.Tensor:
-    """The convolution and the gate in fp32, rounded once.
+    """y = z silu(gate), of z and gate the halves of the 3 x 3 convolution of x, in fp32, rounded once.
 
-    Args:
-        x: [B, T, 2C], fp32, bf16 or fp16, any strides: what `conv_inverted` and its SiLU give.
-        weight: [2C, 1, 3, 3], dtype of x, `conv_depth.weight`. The second half of the channels gates the first.
-        bias: [2C], dtype of x, `conv_depth.bias`, or None.
-        height, width: H and W, with H W = T.
-
-    Returns:
-        [B, T, C], dtype of x, contiguous.
+    Arguments as in `depthwise_gate`.
     """
     _check(x, weight, bias, height, width)
     x_bchw = x.float().unflatten(1, (height, width)).movedim(3, 1)

@@ -100,7 +100,20 @@ def check_factors(
 
 
 def member_factors(adapters: Lora, perturbation: MemberNoise, *, k: int, n: int) -> torch.Tensor:
-    """`member_factors_ref` by the fastest way the device has. Same arguments."""
+    """`member_factors_ref` by the fastest way the device has.
+
+    Args:
+        adapters: The G targets.
+        perturbation: The noise of the batch.
+        k, n: Columns that they read, and that each writes.
+
+    Returns:
+        fp32 [B, G, E]: V [K, kp], U [r, kp], V' [r, kp], U' [N, kp], row-major, each begun at its place in `places`.
+        Numbers between them, and columns from k on, have no meaning.
+
+    Raises:
+        ValueError: noise that does not fit; by its name.
+    """
     device = adapters.streams.device
     if not uses_triton(device):
         return member_factors_ref(adapters, perturbation, k=k, n=n)
@@ -118,20 +131,7 @@ def member_factors(adapters: Lora, perturbation: MemberNoise, *, k: int, n: int)
 
 
 def member_factors_ref(adapters: Lora, perturbation: MemberNoise, *, k: int, n: int) -> torch.Tensor:
-    """All factors of the targets for each batch row, by the noise contract.
-
-    Args:
-        adapters: The G targets.
-        perturbation: The noise of the batch.
-        k, n: Columns that they read, and that each writes.
-
-    Returns:
-        fp32 [B, G, E]: V [K, kp], U [r, kp], V' [r, kp], U' [N, kp], row-major, each begun at its place in `places`.
-        Numbers between them, and columns from k on, have no meaning; here they are zero.
-
-    Raises:
-        ValueError: noise that does not fit; by its name.
-    """
+    """All factors of the targets for each batch row, by the noise contract. Arguments as in `member_factors`."""
     r, rank, device = adapters.r, perturbation.rank, adapters.streams.device
     check_noise(perturbation, len(perturbation.members), device)
     out = torch.zeros(len(perturbation.members), adapters.targets, width(k, n, r, rank), device=device)

@@ -185,6 +185,25 @@ def fused_linear(
     """`fused_linear_ref` by the fastest way the device has: Triton on a GPU, the reference itself elsewhere.
 
     A row's result does not depend on its batch mates.
+
+    Args:
+        x: [B, T, K], fp32, bf16 or fp16, any strides.
+        weight: [G N, K], dtype of x.
+        bias: [G N] or None.
+        h: fp32 [B, T, G (r + k)], contiguous, from `shrink` with the same adapters and perturbation.
+        adapters: The G targets. None: one target without low-rank columns.
+        perturbation: The noise of the batch; with `adapters`.
+        activation: Applied before the gate and the residual.
+        residual: [B, T, G N], dtype of x, or None.
+        gate: [B, G N], one for each batch row, last stride 1, or None.
+        then: A target that reads y, with r + k of at most 16; with `perturbation`, and one target here.
+        factors: Of `member_factors` for `adapters` and `perturbation`, so that they are not rebuilt here.
+
+    Returns:
+        y [B, T, G N], dtype of x, contiguous; with `then` also its shares for `mix`, fp32 [P, B, T, r + k], P >= 1.
+
+    Raises:
+        ValueError: an operand is of another shape, dtype or device, or of strides that are not said here; by its name.
     """
     if not uses_triton(x.device):
         return fused_linear_ref(
@@ -242,26 +261,9 @@ def fused_linear_ref(
     then: Lora | None = None,
     factors: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """The linear and its epilogue in fp32, one member and target at a time, rounded once.
+    """y = residual + gate act(x W^T + bias + h [B | U']^T), in fp32, one member and target at a time, rounded once.
 
-    Args:
-        x: [B, T, K], fp32, bf16 or fp16, any strides.
-        weight: [G N, K], dtype of x.
-        bias: [G N] or None.
-        h: fp32 [B, T, G (r + k)], contiguous, from `shrink` with the same adapters and perturbation.
-        adapters: The G targets. None: one target without low-rank columns.
-        perturbation: The noise of the batch; with `adapters`.
-        activation: Applied before the gate and the residual.
-        residual: [B, T, G N], dtype of x, or None.
-        gate: [B, G N], one for each batch row, last stride 1, or None.
-        then: A target that reads y, with r + k of at most 16; with `perturbation`, and one target here.
-        factors: Of `member_factors` for `adapters` and `perturbation`, so that they are not rebuilt here.
-
-    Returns:
-        y [B, T, G N], dtype of x, contiguous; with `then` also its shares for `mix`, fp32 [P, B, T, r + k], P >= 1.
-
-    Raises:
-        ValueError: an operand is of another shape, dtype or device, or of strides that are not said here; by its name.
+    Arguments as in `fused_linear`.
     """
     _check(x, weight, bias, h, adapters, perturbation, activation, residual, gate, then, factors)
     y = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
@@ -288,7 +290,7 @@ def fused_linear_ref(
 
 
 def _check(x, weight, bias, h, adapters, perturbation, activation, residual, gate, then, factors) -> None:
-    """Raises ValueError for what does not fit, by its name. See `fused_linear_ref`."""
+    """Raises ValueError for what does not fit, by its name. See `fused_linear`."""
     if activation not in (None, *get_args(Activation)):
         raise ValueError(f"activation: expected one of {', '.join(get_args(Activation))} or None, got {activation!r}")
     check_x(x)

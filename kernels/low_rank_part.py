@@ -106,6 +106,20 @@ def low_rank_part(
     """`low_rank_part_ref` by the fastest way the device has: Triton on a GPU, the reference itself elsewhere.
 
     A row's result does not depend on its batch mates.
+
+    Args:
+        x: [B, T, K], fp32, bf16 or fp16, any strides.
+        bias: [N], dtype of x, or None.
+        adapters: One target.
+        perturbation: The noise of the batch.
+        n: N, the columns of y.
+        factors: Of `member_factors` for the same adapters and perturbation, so that they are not rebuilt here.
+
+    Returns:
+        [B, T, N], dtype of x, contiguous.
+
+    Raises:
+        ValueError: an operand is of another shape, dtype or device, or of strides that are not said here; by its name.
     """
     if not uses_triton(x.device):
         return low_rank_part_ref(x, bias, adapters, perturbation, n=n, factors=factors)
@@ -137,22 +151,7 @@ def low_rank_part_ref(
     n: int,
     factors: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """C, one member at a time in fp32, rounded once.
-
-    Args:
-        x: [B, T, K], fp32, bf16 or fp16, any strides.
-        bias: [N], dtype of x, or None.
-        adapters: One target.
-        perturbation: The noise of the batch.
-        n: N, the columns of y.
-        factors: Of `member_factors` for the same adapters and perturbation, so that they are not rebuilt here.
-
-    Returns:
-        [B, T, N], dtype of x, contiguous.
-
-    Raises:
-        ValueError: an operand is of another shape, dtype or device, or of strides that are not said here; by its name.
-    """
+    """C = bias + h [B | U']^T, in fp32, rounded once. Arguments as in `low_rank_part`."""
     _check(x, bias, adapters, perturbation, n, factors)
     _, h = shrink_ref(x, adapters, perturbation)
     c = torch.zeros(*x.shape[:2], n, device=x.device) if bias is None else bias.float().repeat(*x.shape[:2], 1)
@@ -166,7 +165,7 @@ def low_rank_part_ref(
 
 
 def _check(x, bias, adapters, perturbation, n, factors) -> None:
-    """Raises ValueError for what does not fit, by its name. See `low_rank_part_ref`."""
+    """Raises ValueError for what does not fit, by its name. See `low_rank_part`."""
     check_x(x)
     batch, _, k = x.shape
     check_noise(perturbation, batch, x.device)

@@ -48,12 +48,20 @@ def population_linear(
     torch's GEMM.
 
     Args:
+        x: [B, ..., K], fp32, bf16 or fp16, any strides.
+        weight: [N, K], dtype of x.
+        bias: [N], dtype of x, or None.
+        adapters: One target: A [r, K] and B [N, r], or None for both in the direct form.
+        perturbation: The noise of the batch; members int64 [B] in [0, 2^33).
         path: On a GPU. `epilogue`: shrink, then a GEMM of ours that expands in its epilogue, in fp32, or tf32 where x
             is of half precision. `addmm`: the low-rank part is written in the dtype of x, and torch's own GEMM adds its
             product to it. None: what the device's launch settings say for the shape.
 
+    Returns:
+        [B, ..., N], dtype of x.
+
     Raises:
-        ValueError: as the reference, and for another path.
+        ValueError: an operand is of another shape, dtype or device, or of strides that are not said here; by its name.
         RuntimeError: x requires a gradient, which the Triton paths do not have.
     """
     _check(x, weight, bias, adapters, perturbation)
@@ -133,20 +141,9 @@ def population_linear_torch(
 def population_linear_ref(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, adapters: Lora, perturbation: MemberNoise
 ) -> torch.Tensor:
-    """Each batch row through its own member's LoRA, one member at a time with its weights formed, in fp32.
+    """y_i = x_i W^T + bias + s (x_i A_i^T) B_i^T, one member at a time with A_i and B_i formed, in fp32.
 
-    Args:
-        x: [B, ..., K], fp32, bf16 or fp16, any strides.
-        weight: [N, K], dtype of x.
-        bias: [N], dtype of x, or None.
-        adapters: One target: A [r, K] and B [N, r], or None for both in the direct form.
-        perturbation: The noise of the batch; members int64 [B] in [0, 2^33).
-
-    Returns:
-        [B, ..., N], dtype of x.
-
-    Raises:
-        ValueError: an operand is of another shape, dtype or device, or of strides that are not said here; by its name.
+    Arguments as in `population_linear`, but for the path.
     """
     _check(x, weight, bias, adapters, perturbation)
     (a, b, scale, streams), (members, seed, step, sigma, rank) = adapters, perturbation
@@ -170,7 +167,7 @@ def _float(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _check(x, weight, bias, adapters, perturbation) -> None:
-    """Raises ValueError for what does not fit, by its name. See `population_linear_ref`."""
+    """Raises ValueError for what does not fit, by its name. See `population_linear`."""
     if weight.dim() != 2:
         refuse("weight", "[N, K]", weight)
     n, k = weight.shape

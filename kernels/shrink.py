@@ -153,6 +153,20 @@ def shrink(
     """`shrink_ref` by the fastest way the device has: Triton on a GPU, the reference itself elsewhere.
 
     Sums of a row do not depend on its batch mates.
+
+    Args:
+        x: [B, T, K], fp32, bf16 or fp16, any strides.
+        adapters: The G targets. None: only the modulation.
+        perturbation: The noise of the batch; with `adapters`.
+        modulation: What makes x' of x. None: x' is x.
+        factors: Of `member_factors` for the same adapters and perturbation, so that they are not rebuilt here.
+
+    Returns:
+        x' [B, T, K], dtype of x, and h fp32 [B, T, G (r + k)] or None. Columns are r of each target, then k of each.
+        h is of the rounded x', which is what the linear multiplies.
+
+    Raises:
+        ValueError: an operand is of another shape, dtype or device, or of strides that are not said here; by its name.
     """
     if not uses_triton(x.device):
         return shrink_ref(x, adapters, perturbation, modulation, factors)
@@ -203,7 +217,19 @@ def check_then(then: Lora, perturbation: MemberNoise, dtype: torch.dtype) -> int
 
 
 def mix(shares: torch.Tensor, adapters: Lora, perturbation: MemberNoise) -> torch.Tensor:
-    """`mix_ref` by the fastest way the device has. Same arguments. Shares are summed in their order."""
+    """`mix_ref` by the fastest way the device has. Shares are summed in their order.
+
+    Args:
+        shares: fp32 [P, B, T, r + k], contiguous; their sum over P is x [A^T | V].
+        adapters: The target that reads x.
+        perturbation: The noise of the batch.
+
+    Returns:
+        h fp32 [B, T, r + k], as `shrink` gives it.
+
+    Raises:
+        ValueError: an operand is of another shape, dtype, device or strides; by its name.
+    """
     if not uses_triton(shares.device):
         return mix_ref(shares, adapters, perturbation)
     _check_shares(shares, adapters, perturbation)
@@ -223,19 +249,7 @@ def mix(shares: torch.Tensor, adapters: Lora, perturbation: MemberNoise) -> torc
 
 
 def mix_ref(shares: torch.Tensor, adapters: Lora, perturbation: MemberNoise) -> torch.Tensor:
-    """h of one target from the shares of g that a producer of x has left.
-
-    Args:
-        shares: fp32 [P, B, T, r + k], contiguous; their sum over P is x [A^T | V].
-        adapters: The target that reads x.
-        perturbation: The noise of the batch.
-
-    Returns:
-        h fp32 [B, T, r + k], as `shrink_ref` gives it.
-
-    Raises:
-        ValueError: an operand is of another shape, dtype, device or strides; by its name.
-    """
+    """h = s g Mix of one target, g the sum of the shares that a producer of x has left. Arguments as in `mix`."""
     _check_shares(shares, adapters, perturbation)
     g, r, rank, h = shares.sum(0), adapters.r, perturbation.rank, torch.empty_like(shares[0])
     (_, a_u, b_v, _), seed, step = adapters.streams.tolist()[0], perturbation.seed, int(perturbation.step)
@@ -268,21 +282,9 @@ def shrink_ref(
     modulation: Modulation | None = None,
     factors: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x', and the low-rank columns of every target that reads it, one member at a time in fp32.
+    """x' = LayerNorm(x) (1 + scale) + shift, and of each target h = s [g + c (x' V) U^T | c (..) V'], g = x' A^T.
 
-    Args:
-        x: [B, T, K], fp32, bf16 or fp16, any strides.
-        adapters: The G targets. None: only the modulation.
-        perturbation: The noise of the batch; with `adapters`.
-        modulation: What makes x' of x. None: x' is x.
-        factors: Of `member_factors` for the same adapters and perturbation, so that they are not rebuilt here.
-
-    Returns:
-        x' [B, T, K], dtype of x, and h fp32 [B, T, G (r + k)] or None. Columns are r of each target, then k of each.
-        h is of the rounded x', which is what the linear multiplies.
-
-    Raises:
-        ValueError: an operand is of another shape, dtype or device, or of strides that are not said here; by its name.
+    One member at a time in fp32. Arguments as in `shrink`.
     """
     _check(x, adapters, perturbation, modulation, factors)
     if modulation is not None:
@@ -310,7 +312,7 @@ def shrink_ref(
 
 
 def _check(x, adapters, perturbation, modulation, factors) -> None:
-    """Raises ValueError for what does not fit, by its name. See `shrink_ref`."""
+    """Raises ValueError for what does not fit, by its name. See `shrink`."""
     check_x(x)
     batch, _, k = x.shape
     if modulation is not None:
@@ -325,7 +327,7 @@ def _check(x, adapters, perturbation, modulation, factors) -> None:
 
 
 def _check_shares(shares, adapters, perturbation) -> None:
-    """Raises ValueError for what does not fit, by its name. See `mix_ref`."""
+    """Raises ValueError for what does not fit, by its name. See `mix`."""
     columns = adapters.r + perturbation.rank
     if adapters.targets != 1 or shares.dim() != 4 or shares.dtype != torch.float32 or not shares.is_contiguous():
         refuse("shares", f"float32 [P, B, T, {columns}], contiguous, of one target", shares)
