@@ -31,12 +31,11 @@ class Updater:
     def __init__(self, rule: UpdateRule, parameters: dict[str, torch.nn.Parameter], sigma: float):
         self.rule, self.parameters = rule, parameters
         tensors, rate = list(parameters.values()), rule.lr_scale * sigma
-        upwards = dict(maximize=True, foreach=True)
         if rule.optimizer == "adam":
-            self.optimizer = torch.optim.Adam(tensors, lr=rate, betas=(rule.momentum, rule.beta2), **upwards)
+            self.optimizer = torch.optim.Adam(tensors, lr=rate, betas=(rule.momentum, rule.beta2), foreach=True)
         else:
             momentum = rule.momentum if rule.optimizer == "momentum" else 0.0
-            self.optimizer = torch.optim.SGD(tensors, lr=rate, momentum=momentum, **upwards)
+            self.optimizer = torch.optim.SGD(tensors, lr=rate, momentum=momentum, foreach=True)
 
     @torch.no_grad()
     def step(self, gradient: dict[str, torch.Tensor]) -> UpdateStats:
@@ -80,11 +79,13 @@ class Updater:
     ) -> UpdateStats:
         for parameter, each in zip(theta, gradient, strict=True):
             parameter.grad = each
+        torch._foreach_neg_(gradient)  # in place and back: maximize=True would make a copy
         self.optimizer.step()
-        moved = torch._foreach_sub(theta, before)
-        step_norm, norm = _norm(moved), _norm(theta)
+        torch._foreach_neg_(gradient)
+        step_norm, norm = _norm(theta, less=before), _norm(theta)
         capped = self.rule.max_step_norm is not None and step_norm > self.rule.max_step_norm
         if capped:
+            moved = torch._foreach_sub(theta, before)
             torch._foreach_mul_(moved, self.rule.max_step_norm / step_norm)
             torch._foreach_copy_(theta, torch._foreach_add(before, moved))
             norm = _norm(theta)
@@ -93,7 +94,7 @@ class Updater:
             torch._foreach_mul_(theta, self.rule.max_norm / norm)
             norm = _norm(theta)
         if capped:
-            step_norm = _norm(torch._foreach_sub(theta, before))
+            step_norm = _norm(theta, less=before)
         return UpdateStats(gradient_norm, step_norm, norm)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -139,8 +140,30 @@ def _copies(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return list(torch._foreach_mul(tensors, 1.0)) if tensors else []
 
 
-def _norm(tensors: Iterable[torch.Tensor]) -> float:
-    """The L2 norm of all of them, summed in fp64."""
-    if not (tensors := list(tensors)):
+_AT_ONCE = 1 << 15
+"""Elements of a tensor in one piece, where it is on a CPU: in fp64 they lie in its cache."""
+
+_PIECES = 8
+"""Pieces whose differences are formed together there."""
+
+
+def _norm(tensors: Iterable[torch.Tensor], less: Iterable[torch.Tensor] = ()) -> float:
+    """The L2 norm of all of them, or of their differences from others, summed in fp64."""
+    pieces, others = _pieces(tensors), _pieces(less)
+    if not pieces:
         return 0.0
-    return float(torch.stack(torch._foreach_norm(tensors, 2, torch.float64)).square_().sum().sqrt())
+    many = _PIECES if pieces[0].is_cpu and others else len(pieces)
+    norms = []
+    for at in range(0, len(pieces), many):
+        some = pieces[at : at + many]
+        some = torch._foreach_sub(some, others[at : at + many]) if others else some
+        norms += torch._foreach_norm(some, 2, torch.float64)
+    return float(torch.stack(norms).square_().sum().sqrt())
+
+
+def _pieces(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Flat parts of those that are long and on a CPU, the others as they are."""
+    found: list[torch.Tensor] = []
+    for each in tensors:
+        found += each.reshape(-1).split(_AT_ONCE) if each.is_cpu and each.numel() > _AT_ONCE else (each,)
+    return found

@@ -143,18 +143,18 @@ class UpdatePlan:
         """`es_update_ref` of every tensor, fp32 [L, S] each: views of one tensor for each shape."""
         check_fitness(fitness)
         key_words(seed, step)
-        like = dict(dtype=torch.float32, device=self.device)
-        totals = [torch.zeros(len(places), *shape, **like) for shape, places in self.groups.items()]
+        totals: dict[tuple[int, int], torch.Tensor] = {}
         for start, weights in enumerate(pair_weights(fitness).split(PAIRS_PER_CHUNK)):
             pairs = start * PAIRS_PER_CHUNK + torch.arange(len(weights), device=self.device)
             noise, first = self.noise.stacks(seed=seed, step=step, pairs=pairs), 0
-            for total, places in zip(totals, self.groups.values(), strict=True):
+            for shape, places in self.groups.items():
                 u, v = noise(first, len(places)), noise(first + len(places), len(places))
-                total.baddbmm_(*_factors(weights, u, v))
+                factors = _factors(weights, u, v)
+                totals[shape] = totals[shape].baddbmm_(*factors) if start else torch.bmm(*factors)
                 first += 2 * len(places)
         found: list[torch.Tensor] = [torch.empty(0)] * self.count
-        for total, places in zip(totals, self.groups.values(), strict=True):
-            for place, each in zip(places, total.unbind(), strict=True):
+        for shape, places in self.groups.items():
+            for place, each in zip(places, totals[shape].unbind(), strict=True):
                 found[place] = each
         return found
 

@@ -17,8 +17,8 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011); 
 """
 
 import hashlib
-import itertools
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -39,6 +39,7 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _FACTORS = np.array(_MULTIPLIERS, np.uint64)[:, None, None]
+_STEPS = np.arange(10, dtype=np.uint64)[:, None, None, None] * np.array(_WEYL, np.uint64)[:, None, None]
 _M0, _M1 = map(np.uint64, _MULTIPLIERS)
 _32, _LOW, _UPPER_24 = np.uint64(32), np.uint64(_MASK), np.uint64(0xFFFFFF00)
 
@@ -230,30 +231,61 @@ def philox_ref(counter: Sequence[torch.Tensor], key: tuple[int, int]) -> list[to
     return [c0, c1, c2, c3]
 
 
-def quads_ref(*, seed: int, step: int, quads: torch.Tensor, streams: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
-    """Normals of whole counters: float32 [..., 4] for int64 `quads` (e >> 2), `streams` and `pairs` that broadcast."""
+def quads_ref(
+    *,
+    seed: int,
+    step: int,
+    quads: torch.Tensor,
+    streams: torch.Tensor,
+    pairs: torch.Tensor,
+    memory: "Memory | None" = None,
+) -> torch.Tensor:
+    """Normals of whole counters: float32 [..., 4] for int64 `quads` (e >> 2), `streams` and `pairs` that broadcast.
+
+    `memory` is for a CPU, and for a caller that comes again.
+    """
     if quads.device.type != "cpu" or pairs.dim() != 2:
         return _quads(quads, pairs, streams, torch.tensor(step, device=quads.device), key_words(seed, step))
-    shape = torch.broadcast_shapes(quads.shape, pairs.shape, streams.shape)
-    out, keys = torch.empty(*shape, 4, dtype=torch.float32), _round_keys(key_words(seed, step))
-    width = min(shape[1], _AT_ONCE)
-    rows = math.ceil(shape[0] / max(1, math.ceil(shape[0] * width / _AT_ONCE)))  # blocks of one size
-    buffers = np.empty(6 * rows * width, np.uint64)
-    for at in itertools.product(range(0, shape[0], max(1, rows)), range(0, shape[1], max(1, width))):
-        block = tuple(slice(start, start + size) for start, size in zip(at, (rows, width), strict=True))
-        counter = [_part(word, block).numpy().view(np.uint64) for word in (quads, pairs, streams)]
-        _fill(out[block], counter, step, keys, buffers)
-    return out
-
-
-def _part(word: torch.Tensor, block: tuple[slice, slice]) -> torch.Tensor:
-    """Of what broadcasts to [rows, columns], the part that broadcasts to a block of these."""
-    word = word[(None,) * (2 - word.dim())]
-    return word[tuple(part if size > 1 else slice(None) for part, size in zip(block, word.shape, strict=True))]
+    counter = [word.numpy().view(np.uint64) for word in (quads, pairs, streams)]
+    counter = [word if word.ndim == 2 else word[None] for word in counter]
+    (height, length), memory = np.broadcast(*counter).shape, memory or Memory()
+    out, keys = memory.take((height, length, 4)), _round_keys(key_words(seed, step))
+    width = min(length, _AT_ONCE)
+    rows = math.ceil(height / max(1, math.ceil(height * width / _AT_ONCE)))  # blocks of one size
+    for row in range(0, height, max(1, rows)):
+        for column in range(0, length, max(1, width)):
+            block = slice(row, row + rows), slice(column, column + width)
+            words = [
+                word[tuple(part if size > 1 else slice(1) for part, size in zip(block, word.shape, strict=True))]
+                for word in counter
+            ]
+            _fill(out[block], words, step, keys, memory.buffers)
+    return torch.from_numpy(out)
 
 
 _AT_ONCE = 1 << 15
 """Counters that a CPU fills at once, in 1.5 MB of buffers."""
+
+KEPT_BYTES = 1 << 26
+"""Of noise that a plan keeps until its next call. A constant, so that memory does not grow with the population."""
+
+
+class Memory:
+    """Where a CPU makes noise, call after call. Memory that is new to a process may cost as much as the noise."""
+
+    def __init__(self):
+        self.buffers = np.empty(6 * _AT_ONCE, np.uint64)
+        self._last = np.empty(0, np.float32)
+
+    def take(self, shape: tuple[int, ...]) -> np.ndarray:
+        """float32, not initialised: on what was taken last, if nobody holds that any more."""
+        count = math.prod(shape)
+        if self._last.size < count or sys.getrefcount(self._last) > 2:
+            self._last = np.empty(count, np.float32)
+        taken = self._last[:count].reshape(shape)
+        if taken.nbytes > KEPT_BYTES:
+            self._last = np.empty(0, np.float32)
+        return taken
 
 
 def _quads(quads, pairs, streams, step, key: tuple[int, int]) -> torch.Tensor:
@@ -270,15 +302,12 @@ def _quads(quads, pairs, streams, step, key: tuple[int, int]) -> torch.Tensor:
     return out
 
 
-def _round_keys(key: tuple[int, int]) -> list[np.ndarray]:
-    """The key in each of Philox's ten rounds: uint64 [2, 1, 1]."""
-    rounds = ([word + i * weyl & _MASK for word, weyl in zip(key, _WEYL, strict=True)] for i in range(10))
-    return [np.array(words, np.uint64)[:, None, None] for words in rounds]
+def _round_keys(key: tuple[int, int]) -> np.ndarray:
+    """The key in each of Philox's ten rounds: uint64 [10, 2, 1, 1]."""
+    return np.array(key, np.uint64)[:, None, None] + _STEPS & _LOW
 
 
-def _fill(
-    out: torch.Tensor, counter: Sequence[np.ndarray], step: int, keys: Sequence[np.ndarray], buffers: np.ndarray
-) -> None:
+def _fill(out: np.ndarray, counter: Sequence[np.ndarray], step: int, keys: np.ndarray, buffers: np.ndarray) -> None:
     """`_quads` of a block of counters into float32 [R, Q, 4], in place: the same bits.
 
     NumPy has the faster integers, logarithms and roots on one core, torch the faster cosines and sines.
@@ -302,14 +331,14 @@ def _fill(
     radius *= -2.0
     np.sqrt(radius, out=radius)
     angle *= 2 * math.pi
-    product, lanes = spare.view(np.float64), out.numpy().reshape(rows, columns, 2, 2).transpose(3, 2, 0, 1)
+    product, lanes = spare.view(np.float64), out.reshape(rows, columns, 2, 2).transpose(3, 2, 0, 1)
     for function, lane in zip((torch.cos, torch.sin), lanes, strict=True):
         function(torch.from_numpy(angle), out=torch.from_numpy(product))
         np.multiply(product, radius, out=lane, casting="same_kind")
 
 
 def _philox(
-    counter: Sequence[np.ndarray], step: int, keys: Sequence[np.ndarray], buffers: np.ndarray
+    counter: Sequence[np.ndarray], step: int, keys: np.ndarray, buffers: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`philox_ref` in three buffers uint64 [2, R, Q]: words 0 and 2, words 1 and 3, and the buffer that is free.
 
@@ -381,10 +410,6 @@ def factor_ref(
     return rows.view(-1, length, kp)[:, :, :rank]
 
 
-KEPT_BYTES = 1 << 26
-"""Of noise that a plan keeps until its next call. A constant, so that memory does not grow with the population."""
-
-
 class NoisePlan:
     """All factors of many tensors in one call: the counters are laid out once, each `block` fills them for some pairs.
 
@@ -405,6 +430,7 @@ class NoisePlan:
         for count in counts:
             self.offsets.append(self.offsets[-1] + 4 * count)
         self._kept: tuple[tuple[int, int], int, torch.Tensor] | None = None
+        self._memory = Memory()
 
     def block(
         self, *, seed: int, step: int, pairs: torch.Tensor, slots: torch.Tensor | None = None
@@ -449,9 +475,9 @@ class NoisePlan:
             found = self._kept[2][max(start, 0) : max(start, 0) + count]
             if start >= 0 and len(found) == count and torch.equal(pairs, first + torch.arange(count).to(pairs)):
                 return found
-        self._kept = None  # before there is another: the allocator gives the same memory again
+        self._kept = None  # its memory is free for the next
         counter = dict(quads=self.quads, streams=self.streams, pairs=pairs[:, None])
-        noise = quads_ref(seed=seed, step=step, **counter).flatten(1)
+        noise = quads_ref(seed=seed, step=step, **counter, memory=self._memory).flatten(1)
         if noise.nbytes <= KEPT_BYTES and torch.equal(pairs, first + torch.arange(count).to(pairs)):
             self._kept = (seed, step), first, noise
         return noise
