@@ -448,8 +448,9 @@ class NoisePlan:
         noise = self._numbers(seed, step, pairs)
         if slots is not None:
             noise = noise.index_select(0, slots)  # whole rows: gathering each factor by itself costs far more
+        base, size, strides = noise.storage_offset(), len(noise), (noise.stride(0), self.kp, 1)
         return [
-            noise[:, start : start + length * self.kp].unflatten(1, (length, self.kp))[:, :, : self.rank]
+            noise.as_strided((size, length, self.rank), strides, base + start)
             for start, (_, length) in zip(self.offsets, self.shapes, strict=False)
         ]
 
@@ -461,23 +462,24 @@ class NoisePlan:
         noise = self._numbers(seed, step, pairs)
 
         def stack(first: int, count: int) -> torch.Tensor:
-            (_, length), start, end = self.shapes[first], self.offsets[first], self.offsets[first + count]
-            each = noise[:, start:end].unflatten(1, (count, -1))[:, :, : length * self.kp]
-            return each.unflatten(2, (length, self.kp))[..., : self.rank]
+            start, each = self.offsets[first], self.offsets[first + 1] - self.offsets[first]
+            shape, strides = (len(noise), count, self.shapes[first][1], self.rank), (noise.stride(0), each, self.kp, 1)
+            return noise.as_strided(shape, strides, noise.storage_offset() + start)
 
         return stack
 
     def _numbers(self, seed: int, step: int, pairs: torch.Tensor) -> torch.Tensor:
         """float32 [P, offsets[-1]], not to be written into: what is small is kept, as an update follows a forward."""
         first, count = int(pairs[0]) if len(pairs) else 0, len(pairs)
-        if self._kept is not None and self._kept[0] == (seed, step):
+        in_order = pairs.tolist() == list(range(first, first + count))
+        if self._kept is not None and self._kept[0] == (seed, step) and in_order:
             start = first - self._kept[1]
             found = self._kept[2][max(start, 0) : max(start, 0) + count]
-            if start >= 0 and len(found) == count and torch.equal(pairs, first + torch.arange(count).to(pairs)):
+            if start >= 0 and len(found) == count:
                 return found
         self._kept = None  # its memory is free for the next
         counter = dict(quads=self.quads, streams=self.streams, pairs=pairs[:, None])
         noise = quads_ref(seed=seed, step=step, **counter, memory=self._memory).flatten(1)
-        if noise.nbytes <= KEPT_BYTES and torch.equal(pairs, first + torch.arange(count).to(pairs)):
+        if noise.nbytes <= KEPT_BYTES and in_order:
             self._kept = (seed, step), first, noise
         return noise
