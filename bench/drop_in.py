@@ -1,10 +1,11 @@
 """The drop-in layer on a CPU: forward and update of a population of small networks, one row a member.
 
-    python bench/drop_in.py [--against PYTHON] [--rounds 5] [--json bench/results/cpu_drop_in.json]
+    python bench/drop_in.py [--against PYTHON] [--shardes PYTHON] [--rounds 5] [--json bench/results/cpu_drop_in.json]
 
 The module is an MLP 256-1024-1024-10. `lora` is a LoRA of rank 4 on its three linears, `direct` moves the weights
 themselves. `--against` names the interpreter of an environment with another version of the package. Both are measured
-in turns, each round in a fresh process of one thread, and the ratios are of the same round.
+in turns, each round in a fresh process of one thread, and the ratios are of the same round. `--shardes` names one that
+has shardes, whose MLP of `peers/shardes_mlp.py` is measured beside `direct` in the same way.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,13 @@ FORMS = {
 }
 STEPS = 6
 """Steps of a case in one round. The first is not counted."""
+PARTS = ("forward", "update")
+"""Of a step, whose seconds are added."""
+PEER = Path(__file__).parent / "peers" / "shardes_mlp.py"
 
 
 def measure() -> dict[str, dict[str, float]]:
-    """Median seconds of a forward, an update and the plain module's forward, for each form and N."""
+    """Median seconds of CPU time of a forward, an update and the plain module's forward, for each form and N."""
     torch.set_num_threads(1)
     found = {}
     for form, config in FORMS.items():
@@ -47,61 +52,85 @@ def measure() -> dict[str, dict[str, float]]:
             x, fitness, members = torch.randn(n, 256), torch.randn(n), torch.arange(n)
             times: dict[str, list[float]] = {"forward": [], "update": [], "plain": []}
             for step in range(STEPS):
-                marks = [time.perf_counter()]
+                marks = [time.process_time()]
                 with torch.no_grad(), population.perturbed(step=step, members=members):
                     module(x)
-                marks.append(time.perf_counter())
+                marks.append(time.process_time())
                 population.update(step=step, fitness=fitness)
-                marks.append(time.perf_counter())
+                marks.append(time.process_time())
                 with torch.no_grad():
                     module(x)
-                marks.append(time.perf_counter())
+                marks.append(time.process_time())
                 for name, start, end in zip(times, marks[:-1], marks[1:], strict=True):
                     times[name].append(end - start)
             found[f"{form} {n}"] = {name: statistics.median(each[1:]) for name, each in times.items()}
     return found
 
 
-def measured_by(python: str) -> dict[str, dict[str, float]]:
-    """`measure` in a process of its own."""
-    command = [python, "-P" if sys.version_info >= (3, 11) else "-s", __file__, "--worker"]
+def measured_by(python: str, script: str) -> dict[str, dict[str, float]]:
+    """What a script measures in a process of its own."""
+    command = [python, "-P" if sys.version_info >= (3, 11) else "-s", script, "--worker"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=record.bench_environment())
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def versions_of(python: str) -> dict[str, str]:
+    """Of shardes and of JAX."""
+    code = "import json, jax, shardes; print(json.dumps({'jax': jax.__version__, 'shardes': shardes.__version__}))"
+    return json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def compared(seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians of a case by who was measured, and of each round how much of the other's time `here` took."""
+    found: dict[str, Any] = {name: statistics.median(each) for name, each in seconds.items()}
+    for name, others in seconds.items():
+        if name != "here":
+            ratios = [a / b for a, b in zip(seconds["here"], others, strict=True)]
+            key = "ratio" if name == "against" else f"ratio_{name}"
+            found[key] = {"median": statistics.median(ratios), "each": ratios}
+    return found
+
+
+def main(script: str, text: str, measure: Callable[[], dict[str, dict[str, float]]], what: str) -> None:
+    """The command line of a script whose `measure` gives seconds by case and part."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", metavar="PYTHON", help="an interpreter with another version of the package")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="store the record there")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    if script == __file__:
+        parser.add_argument("--shardes", metavar="PYTHON", help="an interpreter with shardes")
     options = parser.parse_args()
     if options.worker:
         print(json.dumps(measure()))
         return
-    pythons = {"here": sys.executable} | ({"against": options.against} if options.against else {})
+    shardes = getattr(options, "shardes", None)
+    measured = {"here": (sys.executable, script)}
+    measured |= {"against": (options.against, script)} if options.against else {}
+    measured |= {"shardes": (shardes, str(PEER))} if shardes else {}
     rounds: list[dict[str, Any]] = []
     for number in range(options.rounds):
-        names = list(pythons) if number % 2 == 0 else list(pythons)[::-1]
-        taken = {name: measured_by(pythons[name]) for name in names}
-        rounds.append({name: taken[name] for name in pythons})
+        names = list(measured) if number % 2 == 0 else list(measured)[::-1]
+        taken = {name: measured_by(*measured[name]) for name in names}
+        rounds.append({name: taken[name] for name in measured})
     table = {}
     for case in rounds[0]["here"]:
-        seconds = {
-            name: [sum(each[name][case][part] for part in ("forward", "update")) for each in rounds] for name in pythons
-        }
-        table[case] = {name: statistics.median(each) for name, each in seconds.items()}
+        names = [name for name in measured if case in rounds[0][name]]
+        table[case] = compared(
+            {name: [sum(each[name][case].get(part, 0.0) for part in PARTS) for each in rounds] for name in names}
+        )
         line = f"{case:12} step {1e3 * table[case]['here']:.2f} ms"
-        if options.against:
-            ratios = [a / b for a, b in zip(seconds["here"], seconds["against"], strict=True)]
-            table[case]["ratio"] = {"median": statistics.median(ratios), "each": ratios}
-            line += f", {statistics.median(ratios):.2f} of the other ({min(ratios):.2f} to {max(ratios):.2f})"
+        for name in names[1:]:
+            ratios = table[case]["ratio" if name == "against" else f"ratio_{name}"]
+            spread = f"{min(ratios['each']):.2f} to {max(ratios['each']):.2f}"
+            line += f", {ratios['median']:.2f} of {name} ({spread})"
         print(line)
     if options.json is not None:
-        what = {"what": "forward and update, MLP 256-1024-1024-10, one row a member, one thread, seconds"}
-        other = record.commit_of(options.against) if options.against else None
-        record.write(options.json, {**what, "against": other, "table": table, "rounds": rounds, **record.environment()})
+        others = {"against": record.commit_of(options.against) if options.against else None}
+        others |= {"shardes": versions_of(shardes)} if shardes else {}
+        record.write(options.json, {"what": what, **others, "table": table, "rounds": rounds, **record.environment()})
 
 
 if __name__ == "__main__":
-    main()
+    what = "forward and update, MLP 256-1024-1024-10, one row a member, one thread, seconds of CPU time"
+    main(__file__, __doc__, measure, what)

@@ -19,6 +19,7 @@ a fixed chunk, for N from 64 to 65536 members.
 
 import argparse
 import copy
+import itertools
 import tempfile
 import weakref
 from pathlib import Path
@@ -92,12 +93,14 @@ def measure(folder: Path, members: int, images: int, rounds: int) -> dict:
     arguments = inputs(plain, members * images)
     ids = torch.arange(members).repeat_interleave(images)
 
+    steps = itertools.count(STEP)  # each call makes its noise: that of the last step is kept
+
     def render_population():
-        with model.perturbed(population, step=STEP, members=ids):
+        with model.perturbed(population, step=next(steps), members=ids):
             return transformer(**arguments)[0]
 
     def noise_alone():
-        with population.perturbed(step=STEP, members=ids):
+        with population.perturbed(step=next(steps), members=ids):
             pass
 
     def render_member(member: int, state: dict):

@@ -78,7 +78,7 @@ class DirectLinear(Target, nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        self.moved.copy_(self.base_layer.weight + self.delta[ADAPTER])  # in place: stacks and graphs hold it
+        torch.add(self.base_layer.weight, self.delta[ADAPTER], out=self.moved)  # in place: stacks and graphs hold it
 
 
 def full_rank(config: LoraConfig, layers: Mapping[str, Target]) -> LoraConfig:

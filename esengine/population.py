@@ -417,7 +417,8 @@ class Population:
             raise ValueError(f"members: expected int64 [B], got {got.removeprefix('torch.')}")
         if members.device not in (self.device, torch.device("cpu")):
             raise ValueError(f"members: expected on {self.device}, as the module, or cpu, got on {members.device}")
-        if len(members) and (members.min() < 0 or members.max() >= 1 << 33):
+        low, high = torch.stack(members.aminmax()).tolist() if len(members) else (0, 0)
+        if low < 0 or high >= 1 << 33:
             bad = members[(members < 0) | (members >= 1 << 33)][0]
             raise ValueError(f"members: expected values in [0, 2^33), got {bad}")
         return upload(members, self.device)
@@ -430,13 +431,12 @@ class Population:
         noise = MemberNoise(members.contiguous(), self.noise.seed, step, self.noise.sigma, self.noise.rank)
         if triton:
             return Chunk(noise)
-        pairs, slots = torch.unique(members >> 1, return_inverse=True)
-        c = signed_sigma(members, self.noise.sigma, self.noise.rank)
-        each = len(members) // max(1, len(pairs))
-        if torch.equal(slots, torch.arange(len(pairs), device=slots.device).repeat_interleave(each)):
-            slots = (
-                None  # as many batch rows of each pair, one after the other: no row needs a copy of its pair's noise
-            )
+        c, pair = signed_sigma(members, self.noise.sigma, self.noise.rank), members >> 1
+        pairs, rows = torch.unique_consecutive(pair, return_counts=True)
+        found, slots = pairs.tolist(), None
+        if len(set(rows.tolist())) > 1 or len(set(found)) < len(found):
+            # else as many batch rows of each pair, one after the other: no row needs a copy of its pair's noise
+            pairs, slots = torch.unique(pair, return_inverse=True)
         return Chunk(noise, c, self._factors(step, pairs, slots))
 
     def _factors(self, step: int, pairs: torch.Tensor, slots: torch.Tensor | None) -> dict[str, tuple]:

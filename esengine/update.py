@@ -8,6 +8,13 @@ import torch
 
 from esengine.config import UpdateRule
 from esengine.errors import UpdateError
+from esengine.kernels.noise import KEPT_BYTES
+
+_AT_ONCE = 1 << 14
+"""Elements of a tensor in one piece, where it is on a CPU: in fp64 they lie in its cache."""
+
+_PIECES = 8
+"""Pieces whose differences are formed together there."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +38,12 @@ class Updater:
     def __init__(self, rule: UpdateRule, parameters: dict[str, torch.nn.Parameter], sigma: float):
         self.rule, self.parameters = rule, parameters
         tensors, rate = list(parameters.values()), rule.lr_scale * sigma
-        upwards = dict(maximize=True, foreach=True)
+        self._before: list[torch.Tensor] = []
         if rule.optimizer == "adam":
-            self.optimizer = torch.optim.Adam(tensors, lr=rate, betas=(rule.momentum, rule.beta2), **upwards)
+            self.optimizer = torch.optim.Adam(tensors, lr=rate, betas=(rule.momentum, rule.beta2), foreach=True)
         else:
             momentum = rule.momentum if rule.optimizer == "momentum" else 0.0
-            self.optimizer = torch.optim.SGD(tensors, lr=rate, momentum=momentum, **upwards)
+            self.optimizer = torch.optim.SGD(tensors, lr=rate, momentum=momentum, foreach=True)
 
     @torch.no_grad()
     def step(self, gradient: dict[str, torch.Tensor]) -> UpdateStats:
@@ -52,7 +59,7 @@ class Updater:
         for parameter, state in self.optimizer.state.items():  # follows a module that has moved
             state |= {key: value.to(parameter.device) for key, value in state.items() if _moves(key, value)}
         theta = list(self.parameters.values())
-        before, moments = _copies(theta), self.state_dict()
+        before, moments = self._copies_of(theta), self.state_dict()
         try:
             stats = self._move(theta, [gradient[name] for name in self.parameters], gradient_norm, before)
             kept = [v for state in self.optimizer.state.values() for key, v in state.items() if _moves(key, v)]
@@ -78,13 +85,20 @@ class Updater:
         gradient_norm: float,
         before: list[torch.Tensor],
     ) -> UpdateStats:
-        for parameter, each in zip(theta, gradient, strict=True):
-            parameter.grad = each
-        self.optimizer.step()
-        moved = torch._foreach_sub(theta, before)
-        step_norm, norm = _norm(moved), _norm(theta)
+        if self.rule.optimizer == "sgd":  # as torch.optim's, without its preparations
+            torch._foreach_add_(theta, gradient, alpha=self.optimizer.param_groups[0]["lr"])
+        else:
+            for parameter, each in zip(theta, gradient, strict=True):
+                parameter.grad = each
+            torch._foreach_neg_(gradient)  # in place and back: maximize=True would make a copy
+            try:
+                self.optimizer.step()
+            finally:
+                torch._foreach_neg_(gradient)
+        step_norm, norm = _norm(theta, less=before), _norm(theta)
         capped = self.rule.max_step_norm is not None and step_norm > self.rule.max_step_norm
         if capped:
+            moved = torch._foreach_sub(theta, before)
             torch._foreach_mul_(moved, self.rule.max_step_norm / step_norm)
             torch._foreach_copy_(theta, torch._foreach_add(before, moved))
             norm = _norm(theta)
@@ -93,8 +107,19 @@ class Updater:
             torch._foreach_mul_(theta, self.rule.max_norm / norm)
             norm = _norm(theta)
         if capped:
-            step_norm = _norm(torch._foreach_sub(theta, before))
+            step_norm = _norm(theta, less=before)
         return UpdateStats(gradient_norm, step_norm, norm)
+
+    def _copies_of(self, theta: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+        """In the memory of the last copies, where that is little and still fits: on a CPU new memory costs more."""
+        kept, self._before = self._before, []
+        if [each.device for each in kept] == [each.device for each in theta]:
+            torch._foreach_copy_(kept, theta)
+        else:
+            kept = _copies(theta)
+        if sum(each.nbytes for each in kept) <= KEPT_BYTES:
+            self._before = kept
+        return kept
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The optimizer's moments and counters as `<tensor>.<moment>`."""
@@ -139,8 +164,23 @@ def _copies(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return list(torch._foreach_mul(tensors, 1.0)) if tensors else []
 
 
-def _norm(tensors: Iterable[torch.Tensor]) -> float:
-    """The L2 norm of all of them, summed in fp64."""
-    if not (tensors := list(tensors)):
+def _norm(tensors: Iterable[torch.Tensor], less: Iterable[torch.Tensor] = ()) -> float:
+    """The L2 norm of all of them, or of their differences from others, summed in fp64."""
+    pieces, others = _pieces(tensors), _pieces(less)
+    if not pieces:
         return 0.0
-    return float(torch.stack(torch._foreach_norm(tensors, 2, torch.float64)).square_().sum().sqrt())
+    many = _PIECES if pieces[0].is_cpu and others else len(pieces)
+    norms = []
+    for at in range(0, len(pieces), many):
+        some = pieces[at : at + many]
+        some = torch._foreach_sub(some, others[at : at + many]) if others else some
+        norms += torch._foreach_norm(some, 2, torch.float64)
+    return math.hypot(*torch.stack(norms).tolist())
+
+
+def _pieces(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Flat parts of those that are long and on a CPU, the others as they are."""
+    found: list[torch.Tensor] = []
+    for each in tensors:
+        found += each.reshape(-1).split(_AT_ONCE) if each.is_cpu and each.numel() > _AT_ONCE else (each,)
+    return found

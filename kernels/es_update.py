@@ -18,6 +18,7 @@ import torch
 
 from esengine.kernels import configs
 from esengine.kernels.noise import (
+    Memory,
     NoisePlan,
     factor_ref,
     key_words,
@@ -137,20 +138,28 @@ class UpdatePlan:
                 self.places[place] = len(factors) + i, len(factors) + len(places) + i
             factors += [(tensors[place][1], rows) for place in places]
             factors += [(tensors[place][2], cols) for place in places]
-        self.noise = NoisePlan(factors, rank, device)
+        self.noise, self._memory = NoisePlan(factors, rank, device), Memory()
 
     def sums(self, fitness: torch.Tensor, *, seed: int, step: int) -> list[torch.Tensor]:
         """`es_update_ref` of every tensor, fp32 [L, S] each: views of one tensor for each shape."""
         check_fitness(fitness)
         key_words(seed, step)
-        like = dict(dtype=torch.float32, device=self.device)
-        totals = [torch.zeros(len(places), *shape, **like) for shape, places in self.groups.items()]
+        sizes = [len(places) * math.prod(shape) for shape, places in self.groups.items()]
+        if self.device.type == "cpu":
+            flat = torch.from_numpy(self._memory.take((sum(sizes),)))
+        else:
+            flat = torch.empty(sum(sizes), device=self.device)
+        totals = [
+            part.view(len(places), *shape)
+            for part, (shape, places) in zip(flat.split(sizes), self.groups.items(), strict=True)
+        ]
         for start, weights in enumerate(pair_weights(fitness).split(PAIRS_PER_CHUNK)):
             pairs = start * PAIRS_PER_CHUNK + torch.arange(len(weights), device=self.device)
             noise, first = self.noise.stacks(seed=seed, step=step, pairs=pairs), 0
             for total, places in zip(totals, self.groups.values(), strict=True):
                 u, v = noise(first, len(places)), noise(first + len(places), len(places))
-                total.baddbmm_(*_factors(weights, u, v))
+                factors = _factors(weights, u, v)
+                total.baddbmm_(*factors) if start else torch.bmm(*factors, out=total)
                 first += 2 * len(places)
         found: list[torch.Tensor] = [torch.empty(0)] * self.count
         for total, places in zip(totals, self.groups.values(), strict=True):

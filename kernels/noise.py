@@ -18,9 +18,11 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011); 
 
 import hashlib
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 try:
@@ -36,6 +38,10 @@ INTERPRET = triton is not None and bool(triton.knobs.runtime.interpret)
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
+_FACTORS = np.array(_MULTIPLIERS, np.uint64)[:, None, None]
+_STEPS = np.arange(10, dtype=np.uint64)[:, None, None, None] * np.array(_WEYL, np.uint64)[:, None, None]
+_M0, _M1 = map(np.uint64, _MULTIPLIERS)
+_32, _LOW, _UPPER_24 = np.uint64(32), np.uint64(_MASK), np.uint64(0xFFFFFF00)
 
 
 class Streams(NamedTuple):
@@ -225,23 +231,61 @@ def philox_ref(counter: Sequence[torch.Tensor], key: tuple[int, int]) -> list[to
     return [c0, c1, c2, c3]
 
 
-def quads_ref(*, seed: int, step: int, quads: torch.Tensor, streams: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
-    """Normals of whole counters: float32 [..., 4] for int64 `quads` (e >> 2), `streams` and `pairs` that broadcast."""
+def quads_ref(
+    *,
+    seed: int,
+    step: int,
+    quads: torch.Tensor,
+    streams: torch.Tensor,
+    pairs: torch.Tensor,
+    memory: "Memory | None" = None,
+) -> torch.Tensor:
+    """Normals of whole counters: float32 [..., 4] for int64 `quads` (e >> 2), `streams` and `pairs` that broadcast.
+
+    `memory` is for a CPU, and for a caller that comes again.
+    """
     if quads.device.type != "cpu" or pairs.dim() != 2:
         return _quads(quads, pairs, streams, torch.tensor(step, device=quads.device), key_words(seed, step))
-    shape = torch.broadcast_shapes(quads.shape, pairs.shape, streams.shape)
-    out, key = torch.empty(*shape, 4, dtype=torch.float32), key_words(seed, step)
-    counter = [word.broadcast_to(shape) for word in (quads, pairs, streams)]
-    width = min(shape[1], _AT_ONCE) or 1
-    buffers = torch.empty(9, max(1, min(shape[0], _AT_ONCE // width)), width, dtype=torch.int64)
-    for rows in zip(*(each.split(buffers.shape[1]) for each in (out, *counter)), strict=True):
-        for block, *words in zip(*(each.split(width, dim=1) for each in rows), strict=True):
-            _fill(block, words, step, key, buffers[:, : len(block), : block.shape[1]])
-    return out
+    counter = [word.numpy().view(np.uint64) for word in (quads, pairs, streams)]
+    counter = [word if word.ndim == 2 else word[None] for word in counter]
+    (height, length), memory = np.broadcast(*counter).shape, memory or Memory()
+    out, keys = memory.take((height, length, 4)), _round_keys(key_words(seed, step))
+    width = min(length, _AT_ONCE)
+    rows = math.ceil(height / max(1, math.ceil(height * width / _AT_ONCE)))  # blocks of one size
+    for row in range(0, height, max(1, rows)):
+        for column in range(0, length, max(1, width)):
+            block = slice(row, row + rows), slice(column, column + width)
+            words = [
+                word[tuple(part if size > 1 else slice(1) for part, size in zip(block, word.shape, strict=True))]
+                for word in counter
+            ]
+            _fill(out[block], words, step, keys, memory.buffers)
+    return torch.from_numpy(out)
 
 
-_AT_ONCE = 1 << 17
-"""Counters that a CPU fills at once, in 9 MB of buffers."""
+_AT_ONCE = 1 << 15
+"""Counters that a CPU fills at once, in 1.5 MB of buffers."""
+
+KEPT_BYTES = 1 << 26
+"""Of noise that a plan keeps until its next call. A constant, so that memory does not grow with the population."""
+
+
+class Memory:
+    """Where a CPU makes noise, call after call. Memory that is new to a process may cost as much as the noise."""
+
+    def __init__(self):
+        self.buffers = np.empty(6 * _AT_ONCE, np.uint64)
+        self._last = np.empty(0, np.float32)
+
+    def take(self, shape: tuple[int, ...]) -> np.ndarray:
+        """float32, not initialised: on what was taken last, if nobody holds that any more."""
+        count = math.prod(shape)
+        if self._last.size < count or sys.getrefcount(self._last) > 2:
+            self._last = np.empty(count, np.float32)
+        taken = self._last[:count].reshape(shape)
+        if taken.nbytes > KEPT_BYTES:
+            self._last = np.empty(0, np.float32)
+        return taken
 
 
 def _quads(quads, pairs, streams, step, key: tuple[int, int]) -> torch.Tensor:
@@ -258,38 +302,75 @@ def _quads(quads, pairs, streams, step, key: tuple[int, int]) -> torch.Tensor:
     return out
 
 
-def _fill(
-    out: torch.Tensor, counter: Sequence[torch.Tensor], step: int, key: tuple[int, int], buffers: torch.Tensor
-) -> None:
-    """`_quads` of counters (quads, pairs, streams) of one shape into float32 [..., 4], in place: the same bits.
+def _round_keys(key: tuple[int, int]) -> np.ndarray:
+    """The key in each of Philox's ten rounds: uint64 [10, 2, 1, 1]."""
+    return np.array(key, np.uint64)[:, None, None] + _STEPS & _LOW
+
+
+def _fill(out: np.ndarray, counter: Sequence[np.ndarray], step: int, keys: np.ndarray, buffers: np.ndarray) -> None:
+    """`_quads` of a block of counters into float32 [R, Q, 4], in place: the same bits.
+
+    NumPy has the faster integers, logarithms and roots on one core, torch the faster cosines and sines.
 
     Args:
-        buffers: int64 [9, ...], overwritten.
+        counter: uint64 quads, pairs and streams that broadcast to [R, Q].
+        keys: of each round.
+        buffers: uint64 [6 R Q or more], overwritten.
     """
-    c0, c1, c2, c3, p0, p1, radius, angle, u = buffers
-    radius, angle, u = radius.view(torch.float64), angle.view(torch.float64), u.view(torch.float32)[..., : u.shape[-1]]
-    for word, start in zip((c0, c1, c2), counter, strict=True):
-        word.copy_(start)
-    c3.fill_(step)
-    k0, k1 = key
-    for _ in range(10):
-        torch.mul(c0, _MULTIPLIERS[0], out=p0)
-        torch.mul(c2, _MULTIPLIERS[1], out=p1)
-        torch.bitwise_right_shift(p1, 32, out=c0)
-        c0.bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_MASK)
-        torch.bitwise_right_shift(p0, 32, out=c2)
-        c2.bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_MASK)
-        torch.bitwise_and(p1, _MASK, out=c1)
-        torch.bitwise_and(p0, _MASK, out=c3)
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    for first, words in ((0, (c0, c1)), (2, (c2, c3))):
-        for word, wide in zip(words, (radius, angle), strict=True):
-            u.copy_(word.bitwise_right_shift_(8))
-            torch.mul(u.add_(0.5), 2**-24, out=wide)
-        radius.log_().mul_(-2).clamp_min_(0).sqrt_()
-        angle.mul_(2 * math.pi)
-        torch.mul(torch.cos(angle, out=p0.view(torch.float64)), radius, out=out[..., first])
-        torch.mul(angle.sin_(), radius, out=out[..., first + 1])
+    rows, columns = out.shape[:2]
+    *words, spare = _philox(counter, step, keys, buffers[: 6 * rows * columns].reshape(3, 2, rows, columns))
+    narrow = spare.reshape(-1).view(np.float32)[: spare.size].reshape(spare.shape)
+    for word in words:
+        word &= _UPPER_24
+        np.copyto(narrow, word.view(np.int64), casting="same_kind")
+        narrow += np.float32(128)
+        narrow *= np.float32(2**-32)
+        np.copyto(word.view(np.float64), narrow)
+    radius, angle = (word.view(np.float64) for word in words)  # [2, R, Q]: of lanes 0 and 1, of lanes 2 and 3
+    np.log(radius, out=radius)
+    radius *= -2.0
+    np.sqrt(radius, out=radius)
+    angle *= 2 * math.pi
+    product, lanes = spare.view(np.float64), out.reshape(rows, columns, 2, 2).transpose(3, 2, 0, 1)
+    for function, lane in zip((torch.cos, torch.sin), lanes, strict=True):
+        function(torch.from_numpy(angle), out=torch.from_numpy(product))
+        np.multiply(product, radius, out=lane, casting="same_kind")
+
+
+def _philox(
+    counter: Sequence[np.ndarray], step: int, keys: np.ndarray, buffers: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`philox_ref` in three buffers uint64 [2, R, Q]: words 0 and 2, words 1 and 3, and the buffer that is free.
+
+    Of the words the lower halves count. In the first three rounds many are the same along a row or a column.
+    """
+    (quads, pairs, streams), (even, odd, product) = counter, buffers
+    p0, p1 = quads * _M0, streams * _M1
+    np.bitwise_xor((p1 >> _32) ^ keys[0][0], pairs, out=even[0])
+    c1, c2, c3 = p1 & _LOW, (p0 >> _32) ^ np.uint64(step) ^ keys[0][1], p0 & _LOW
+
+    p1 = c2 * _M1
+    np.multiply(even[0], _M0, out=odd[1])
+    c0, c1 = (p1 >> _32) ^ c1 ^ keys[1][0], p1 & _LOW
+    np.right_shift(odd[1], _32, out=even[1])
+    even[1] ^= c3 ^ keys[1][1]
+
+    p0 = c0 * _M0
+    np.multiply(even[1], _M1, out=odd[0])
+    np.right_shift(odd[0], _32, out=even[0])
+    even[0] ^= c1 ^ keys[2][0]
+    np.bitwise_xor(odd[1], (p0 >> _32) ^ keys[2][1], out=even[1])
+    even[1] &= _LOW
+    odd[1] = p0
+
+    for key in keys[3:]:
+        np.multiply(even, _FACTORS, out=product[::-1])
+        np.right_shift(product, _32, out=even)
+        even ^= odd
+        even ^= key
+        even &= _LOW
+        odd, product = product, odd
+    return even, odd, product
 
 
 def normals_ref(
@@ -329,10 +410,6 @@ def factor_ref(
     return rows.view(-1, length, kp)[:, :, :rank]
 
 
-KEPT_BYTES = 1 << 26
-"""Of noise that a plan keeps until its next call. A constant, so that memory does not grow with the population."""
-
-
 class NoisePlan:
     """All factors of many tensors in one call: the counters are laid out once, each `block` fills them for some pairs.
 
@@ -353,6 +430,7 @@ class NoisePlan:
         for count in counts:
             self.offsets.append(self.offsets[-1] + 4 * count)
         self._kept: tuple[tuple[int, int], int, torch.Tensor] | None = None
+        self._memory = Memory()
 
     def block(
         self, *, seed: int, step: int, pairs: torch.Tensor, slots: torch.Tensor | None = None
@@ -370,8 +448,9 @@ class NoisePlan:
         noise = self._numbers(seed, step, pairs)
         if slots is not None:
             noise = noise.index_select(0, slots)  # whole rows: gathering each factor by itself costs far more
+        base, size, strides = noise.storage_offset(), len(noise), (noise.stride(0), self.kp, 1)
         return [
-            noise[:, start : start + length * self.kp].unflatten(1, (length, self.kp))[:, :, : self.rank]
+            noise.as_strided((size, length, self.rank), strides, base + start)
             for start, (_, length) in zip(self.offsets, self.shapes, strict=False)
         ]
 
@@ -383,22 +462,24 @@ class NoisePlan:
         noise = self._numbers(seed, step, pairs)
 
         def stack(first: int, count: int) -> torch.Tensor:
-            (_, length), start, end = self.shapes[first], self.offsets[first], self.offsets[first + count]
-            each = noise[:, start:end].unflatten(1, (count, -1))[:, :, : length * self.kp]
-            return each.unflatten(2, (length, self.kp))[..., : self.rank]
+            start, each = self.offsets[first], self.offsets[first + 1] - self.offsets[first]
+            shape, strides = (len(noise), count, self.shapes[first][1], self.rank), (noise.stride(0), each, self.kp, 1)
+            return noise.as_strided(shape, strides, noise.storage_offset() + start)
 
         return stack
 
     def _numbers(self, seed: int, step: int, pairs: torch.Tensor) -> torch.Tensor:
         """float32 [P, offsets[-1]], not to be written into: what is small is kept, as an update follows a forward."""
         first, count = int(pairs[0]) if len(pairs) else 0, len(pairs)
-        if self._kept is not None and self._kept[0] == (seed, step):
+        in_order = pairs.tolist() == list(range(first, first + count))
+        if self._kept is not None and self._kept[0] == (seed, step) and in_order:
             start = first - self._kept[1]
             found = self._kept[2][max(start, 0) : max(start, 0) + count]
-            if start >= 0 and len(found) == count and torch.equal(pairs, first + torch.arange(count).to(pairs)):
+            if start >= 0 and len(found) == count:
                 return found
+        self._kept = None  # its memory is free for the next
         counter = dict(quads=self.quads, streams=self.streams, pairs=pairs[:, None])
-        noise = quads_ref(seed=seed, step=step, **counter).flatten(1)
-        if noise.nbytes <= KEPT_BYTES and torch.equal(pairs, first + torch.arange(count).to(pairs)):
+        noise = quads_ref(seed=seed, step=step, **counter, memory=self._memory).flatten(1)
+        if noise.nbytes <= KEPT_BYTES and in_order:
             self._kept = (seed, step), first, noise
         return noise

@@ -126,16 +126,21 @@ def population_linear_torch(
         return y
     pairs, n = len(v), len(weight)
     x_pmk = x.reshape(pairs, -1, x.shape[-1]).float()  # m: rows of a pair, of all its batch rows
-    c_pm1 = c.repeat_interleave(x_pmk.shape[0] * x_pmk.shape[1] // len(c)).view(pairs, -1, 1)
+    c_pm1 = c[:, None].expand(-1, x_pmk.shape[0] * x_pmk.shape[1] // len(c)).reshape(pairs, -1, 1)
     y_pmn = y.view(pairs, -1, n)
     wide = y_pmn if x.dtype == torch.float32 else y_pmn.float()
-    h = torch.bmm(x_pmk, v).mul_(c_pm1)  # [P, m, k]
+    h = torch.bmm(v.mT, x_pmk.mT).mT.mul_(c_pm1)  # [P, m, k]; on a CPU this side up is up to three times as fast
     if a is not None:
-        low = torch.baddbmm(F.linear(x_pmk, a), h, u.mT, beta=scale, alpha=scale)  # [P, m, r]
-        h = torch.bmm(low, v_out).mul_(c_pm1)
-        wide.view(-1, n).addmm_(low.view(-1, len(a)), b.T)
-    wide.baddbmm_(h, u_out.mT)
+        low = add_outer(F.linear(x_pmk, a), h, u)  # [P, m, r]
+        h = torch.bmm(low, v_out).mul_(scale * c_pm1)
+        wide.view(-1, n).addmm_(low.view(-1, len(a)), b.T, alpha=scale)
+    add_outer(wide, h, u_out)
     return y if wide is y_pmn else wide.to(x.dtype).view(y.shape)
+
+
+def add_outer(y: torch.Tensor, h: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """y += h u^T in place: y [P, m, n], h [P, m, k], u [P, n, k]. For k = 1 BLAS is the slower way."""
+    return y.addcmul_(h, u.mT) if h.shape[-1] == 1 else y.baddbmm_(h, u.mT)
 
 
 def population_linear_ref(

@@ -237,3 +237,21 @@ def test_many_tensors_take_few_operations(optimizer):
     with Count() as count:
         updater.step(gradient)
     assert 0 < count.calls <= 1000
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
+def test_long_tensors_count_as_short_ones(optimizer):
+    """Their norms are summed over pieces; neither the gradient nor the result depends on that."""
+    rule = UpdateRule(optimizer=optimizer, max_norm=None)
+    whole = torch.nn.Parameter(torch.randn(300, 301, generator=torch.Generator().manual_seed(0)), requires_grad=False)
+    rows = {str(i): torch.nn.Parameter(row.clone(), requires_grad=False) for i, row in enumerate(whole)}
+    one, many = Updater(rule, {"x": whole}, 0.1), Updater(rule, rows, 0.1)
+    for step in range(3):
+        g = torch.randn(300, 301, generator=torch.Generator().manual_seed(step))
+        before = g.clone()
+        stats = one.step({"x": g})
+        others = many.step({str(i): row for i, row in enumerate(before)})
+        assert torch.equal(g, before)
+        assert torch.equal(whole, torch.stack(list(rows.values())))
+        for name, value in vars(stats).items():
+            assert value == pytest.approx(getattr(others, name), rel=1e-12)

@@ -362,6 +362,25 @@ def test_a_plan_keeps_what_is_small_and_gives_the_same_bits(monkeypatch):
     assert made_anew(torch.arange(3)) == made_anew(torch.arange(3)) == 1
 
 
+def test_memory_is_taken_again_only_when_nobody_holds_it(monkeypatch):
+    """Noise that somebody still looks at is not overwritten by the next."""
+    plan = NoisePlan([(7, 50), (8, 30)], 2)
+    held = plan.block(seed=0, step=1, pairs=torch.arange(3))[1]
+    before, address = held.clone(), held.untyped_storage().data_ptr()
+    other = plan.block(seed=0, step=2, pairs=torch.arange(3))[1]
+    assert torch.equal(held, before)
+    assert other.untyped_storage().data_ptr() != address
+    address = other.untyped_storage().data_ptr()
+    del other
+    again = plan.block(seed=0, step=1, pairs=torch.arange(2))
+    assert again[0].untyped_storage().data_ptr() == address
+    assert torch.equal(again[1], before[:2])
+    monkeypatch.setattr(contract, "KEPT_BYTES", 0)
+    del again
+    plan.block(seed=0, step=3, pairs=torch.arange(3))
+    assert not plan._memory._last.size
+
+
 def test_a_stack_is_the_factors_of_one_length():
     plan, pairs = NoisePlan([(1, 5), (2, 5), (3, 3), (4, 3)], 3), torch.tensor([2, 7])
     block, stack = (getattr(plan, name)(seed=3, step=4, pairs=pairs) for name in ("block", "stacks"))
