@@ -251,7 +251,8 @@ def quads_ref(
     (height, length), memory = np.broadcast(*counter).shape, memory or Memory()
     out, keys = memory.take((height, length, 4)), _round_keys(key_words(seed, step))
     width = min(length, _AT_ONCE)
-    rows = math.ceil(height / max(1, math.ceil(height * width / _AT_ONCE)))  # blocks of one size
+    rows = max(1, _AT_ONCE // max(1, width))
+    rows = math.ceil(height / max(1, math.ceil(height / rows)))  # blocks of one size
     for row in range(0, height, max(1, rows)):
         for column in range(0, length, max(1, width)):
             block = slice(row, row + rows), slice(column, column + width)
@@ -310,7 +311,7 @@ def _round_keys(key: tuple[int, int]) -> np.ndarray:
 def _fill(out: np.ndarray, counter: Sequence[np.ndarray], step: int, keys: np.ndarray, buffers: np.ndarray) -> None:
     """`_quads` of a block of counters into float32 [R, Q, 4], in place: the same bits.
 
-    NumPy has the faster integers, logarithms and roots on one core, torch the faster cosines and sines.
+    NumPy has the faster integers on one core. What is not exact is torch's, whose last bits are the contract's on a CPU.
 
     Args:
         counter: uint64 quads, pairs and streams that broadcast to [R, Q].
@@ -327,9 +328,8 @@ def _fill(out: np.ndarray, counter: Sequence[np.ndarray], step: int, keys: np.nd
         narrow *= np.float32(2**-32)
         np.copyto(word.view(np.float64), narrow)
     radius, angle = (word.view(np.float64) for word in words)  # [2, R, Q]: of lanes 0 and 1, of lanes 2 and 3
-    np.log(radius, out=radius)
-    radius *= -2.0
-    np.sqrt(radius, out=radius)
+    roots = torch.from_numpy(radius)
+    roots.log_().mul_(-2).sqrt_()
     angle *= 2 * math.pi
     product, lanes = spare.view(np.float64), out.reshape(rows, columns, 2, 2).transpose(3, 2, 0, 1)
     for function, lane in zip((torch.cos, torch.sin), lanes, strict=True):

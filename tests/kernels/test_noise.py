@@ -386,3 +386,15 @@ def test_a_stack_is_the_factors_of_one_length():
     block, stack = (getattr(plan, name)(seed=3, step=4, pairs=pairs) for name in ("block", "stacks"))
     for first in (0, 2):
         assert torch.equal(stack(first, 2), torch.stack(block[first : first + 2], 1))
+
+
+@pytest.mark.parametrize(("pairs", "count"), [(64, 40_000), (7, 70_000), (40_000, 3), (3, 140_001), (1, 1), (0, 5)])
+def test_any_shape_is_filled_in_blocks_as_in_one_go(pairs, count):
+    """Rows and columns that do not divide the buffers: against the formula, which takes all counters at once."""
+    ids = torch.arange(pairs) * 7919 + 3
+    keys = dict(seed=(1 << 63) + 11, step=4)
+    got = contract.normals_ref(**keys, streams=ids + 1, pairs=ids, count=count)
+    quads = torch.arange((count + 3) // 4)
+    words = quads, ids[:, None], ids[:, None] + 1, torch.tensor(4)
+    expected = contract._quads(*words, noise.key_words(*keys.values())).flatten(1)[:, :count]
+    assert torch.equal(got.view(torch.int32), expected.view(torch.int32))
