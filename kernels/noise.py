@@ -311,7 +311,8 @@ def _round_keys(key: tuple[int, int]) -> np.ndarray:
 def _fill(out: np.ndarray, counter: Sequence[np.ndarray], step: int, keys: np.ndarray, buffers: np.ndarray) -> None:
     """`_quads` of a block of counters into float32 [R, Q, 4], in place: the same bits.
 
-    NumPy has the faster integers on one core. What is not exact is torch's, whose last bits are the contract's on a CPU.
+    NumPy has the faster integers on one core. Logarithms, roots, cosines and sines are torch's: their last bits are the
+    contract's on a CPU.
 
     Args:
         counter: uint64 quads, pairs and streams that broadcast to [R, Q].

@@ -396,5 +396,5 @@ def test_any_shape_is_filled_in_blocks_as_in_one_go(pairs, count):
     got = contract.normals_ref(**keys, streams=ids + 1, pairs=ids, count=count)
     quads = torch.arange((count + 3) // 4)
     words = quads, ids[:, None], ids[:, None] + 1, torch.tensor(4)
-    expected = contract._quads(*words, noise.key_words(*keys.values())).flatten(1)[:, :count]
+    expected = contract._quads(*words, contract.key_words(*keys.values())).flatten(1)[:, :count]
     assert torch.equal(got.view(torch.int32), expected.view(torch.int32))
