@@ -73,7 +73,21 @@ def update_config(device: torch.device, *, rows: int, cols: int) -> dict[str, in
 def es_update(
     fitness: torch.Tensor, *, shape: tuple[int, int], stream_u: int, stream_v: int, seed: int, step: int, rank: int
 ) -> torch.Tensor:
-    """`es_update_ref` by the fastest way the device has: Triton on a GPU, chunks of pairs in torch elsewhere."""
+    """`es_update_ref` by the fastest way the device has: Triton on a GPU, chunks of pairs in torch elsewhere.
+
+    Args:
+        fitness: fp32 [N], N even.
+        shape: (L, S) of the tensor that was perturbed.
+        stream_u, stream_v: stream ids of its factors U [L, k] and V [S, k].
+        seed, step: of the noise contract.
+        rank: noise rank k.
+
+    Returns:
+        fp32 [L, S] on the device of `fitness`.
+
+    Raises:
+        ValueError: if `fitness` is not fp32 [N] with N even and at least 2.
+    """
     check_fitness(fitness)
     key_words(seed, step)
     weights = pair_weights(fitness)
@@ -171,21 +185,7 @@ class UpdatePlan:
 def es_update_ref(
     fitness: torch.Tensor, *, shape: tuple[int, int], stream_u: int, stream_v: int, seed: int, step: int, rank: int
 ) -> torch.Tensor:
-    """sum_i f_i E_i, one member after the other with its noise formed.
-
-    Args:
-        fitness: fp32 [N], N even.
-        shape: (L, S) of the tensor that was perturbed.
-        stream_u, stream_v: stream ids of its factors U [L, k] and V [S, k].
-        seed, step: of the noise contract.
-        rank: noise rank k.
-
-    Returns:
-        fp32 [L, S] on the device of `fitness`.
-
-    Raises:
-        ValueError: if `fitness` is not fp32 [N] with N even and at least 2.
-    """
+    """sum_i f_i E_i, one member after the other with its noise formed. Arguments as in `es_update`."""
     check_fitness(fitness)
     total = torch.zeros(shape, dtype=torch.float32, device=fitness.device)
     for member, f in enumerate(fitness):

@@ -181,7 +181,19 @@ def normals(
     count: int,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """`normals_ref` by the fastest way the device has: a Triton kernel on a GPU, torch elsewhere. Same arguments."""
+    """`normals_ref` by the fastest way the device has: a Triton kernel on a GPU, torch elsewhere.
+
+    Args:
+        seed: the run's seed, in [0, 2^64).
+        step: in [0, 2^32); also as int64 [1] on `device`, which the Triton path reads there.
+        streams: int64 [P], values in [0, 2^32).
+        pairs: int64 [P], values in [0, 2^32).
+        count: normals in each row.
+        device: where the result lies.
+
+    Returns:
+        float32 [P, count].
+    """
     if not uses_triton(device):
         return normals_ref(seed=seed, step=step, streams=streams, pairs=pairs, count=count, device=device)
     if not isinstance(step, torch.Tensor):  # to look at a tensor is to wait for the device
@@ -202,7 +214,17 @@ def normals(
 def factor(
     *, seed: int, step: int | torch.Tensor, stream: int, pairs: torch.Tensor, length: int, rank: int
 ) -> torch.Tensor:
-    """`factor_ref` by the fastest way the device has. Same arguments."""
+    """One low-rank factor for each of P pairs, by the fastest way the device has.
+
+    Args:
+        seed, step: of the contract, as in `normals`.
+        stream: the factor's.
+        pairs: int64 [P].
+        length, rank: L and k.
+
+    Returns:
+        float32 [P, L, k] on the device of `pairs`.
+    """
     kp = padded_rank(rank)
     streams = torch.full_like(pairs, stream)
     rows = normals(seed=seed, step=step, streams=streams, pairs=pairs, count=length * kp, device=pairs.device)
@@ -383,19 +405,7 @@ def normals_ref(
     count: int,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """The first `count` normals of each of P (stream, pair): the contract, in torch.
-
-    Args:
-        seed: the run's seed, in [0, 2^64).
-        step: in [0, 2^32); also as int64 [1] on `device`, which the Triton path reads there.
-        streams: int64 [P], values in [0, 2^32).
-        pairs: int64 [P], values in [0, 2^32).
-        count: normals in each row.
-        device: where the result lies.
-
-    Returns:
-        float32 [P, count].
-    """
+    """The first `count` normals of each of P (stream, pair): the contract, in torch. Arguments as in `normals`."""
     quads = torch.arange((count + 3) // 4, device=device)
     streams, pairs = streams.to(device)[:, None], pairs.to(device)[:, None]
     return quads_ref(seed=seed, step=int(step), quads=quads, streams=streams, pairs=pairs).flatten(1)[:, :count]
@@ -404,7 +414,7 @@ def normals_ref(
 def factor_ref(
     *, seed: int, step: int | torch.Tensor, stream: int, pairs: torch.Tensor, length: int, rank: int
 ) -> torch.Tensor:
-    """One low-rank factor for each of P pairs, on the device of `pairs`: float32 [P, length, rank]."""
+    """One low-rank factor for each of P pairs, from `normals_ref`. Arguments as in `factor`."""
     kp = padded_rank(rank)
     streams = torch.full_like(pairs, stream)
     rows = normals_ref(seed=seed, step=step, streams=streams, pairs=pairs, count=length * kp, device=pairs.device)
