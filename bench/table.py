@@ -183,8 +183,8 @@ def _drop_in() -> Section:
         "The layer on an MLP 256-1024-1024-10, one row a member, one thread.",
         f"The older version is commit {record['against'][:7]}. All ran in turns; its ratio is the median of "
         f"{len(record['rounds'])} rounds, that to shardes is of medians.",
-        f"shardes {record['shardes']['shardes']} is a JAX library for the same work. It compiles what it runs; that time "
-        "is not counted. It gives all members the same row.",
+        f"shardes {record['shardes']['shardes']} is a JAX library for the same work. The time in which it compiles is "
+        "not counted. It gives all members the same row.",
         f"The update alone of {tensors} of the 1.6B model at N 64 takes {all_of_them['here']:.2f} s, "
         f"{all_of_them['ratio']['median']:.2f} of the older version's.",
     ]
