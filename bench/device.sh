@@ -70,7 +70,7 @@ status=0
 case $mode in
   smoke)
     "$python" -P bench/device_smoke.py --device "$device" --json "$out/smoke.json" || status=$?
-    tests=${TESTS:-tests/kernels/test_operands.py tests/kernels/test_noise.py tests/kernels/test_es_update.py
+    tests=${TESTS:-tests/kernels/test_operands.py tests/kernels/test_factors.py tests/kernels/test_noise.py tests/kernels/test_es_update.py
       tests/kernels/test_fused_linear.py tests/models/test_sana_block.py tests/models/test_graphs_kernels.py}
     workers=${WORKERS:-$([ "$device" = cpu ] && echo 2 || echo 14)}
     # shellcheck disable=SC2086
