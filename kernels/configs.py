@@ -69,6 +69,16 @@ OPS = {
     "linear_attention_rstd": Op(
         ("dtype", "c"), ("BLOCK_M", "BLOCK_C", "num_warps", "num_stages"), ("BLOCK_M", "BLOCK_C", "num_warps")
     ),
+    "residual_norm": Op(
+        ("dtype", "t", "n", "columns", "then"),
+        ("BLOCK_T", "BLOCK_N", "num_warps", "num_stages"),
+        ("BLOCK_T", "BLOCK_N", "num_warps"),
+    ),
+    "rms_norm": Op(
+        ("dtype", "t", "n", "columns"),
+        ("BLOCK_T", "BLOCK_N", "num_warps", "num_stages"),
+        ("BLOCK_T", "BLOCK_N", "num_warps"),
+    ),
     "depthwise_gate": Op(
         ("dtype", "height", "width", "channels"),
         ("STRIP", "UNROLL", "BLOCK_W", "BLOCK_C", "num_warps", "num_stages"),
@@ -86,8 +96,12 @@ class Paths(NamedTuple):
     names: tuple[str, ...]
 
 
-PATHS = {"population_linear": Paths(("dtype", "t", "k", "n"), ("epilogue", "addmm"))}
-"""By op: expand in our GEMM's epilogue, or write the low-rank part and let torch's GEMM add to it."""
+PATHS = {
+    "population_linear": Paths(("dtype", "t", "k", "n"), ("epilogue", "addmm")),
+    "sana_block": Paths(("dtype", "t"), ("epilogue", "consumer")),
+}
+"""By op, the ways to add the low-rank part: in our GEMM's epilogue; by torch's GEMM, which adds its product to it; or where
+torch's plain product is read, the consumer's."""
 
 
 def settings(op: str, device: torch.device, **conditions: str | int | bool) -> dict[str, int]:
