@@ -224,7 +224,7 @@ def block_cases() -> Iterator[Case]:
 
 
 def consumer_cases() -> Iterator[Case]:
-    """The ops that add a low-rank part where they read a product, in every dtype and at other ranks than the forward's."""
+    """The ops that add a low-rank part where they read a product, in every dtype and at other ranks too."""
     width, heads = 2240, 70
     ranks = {
         torch.bfloat16: ((2, 1), (16, 4), (0, 1), (64, 1), (128, 1)),
@@ -264,7 +264,7 @@ def consumer_cases() -> Iterator[Case]:
 
 
 def forward_cases(paths: Sequence[str] = configs.PATHS["sana_block"].names) -> Iterator[Case]:
-    """What a forward of SANA-Sprint 1.6B launches with the reference run's targets, at 512 and at 1024 px, by each path.
+    """What a forward of SANA-Sprint 1.6B launches with the reference run's targets, at 512 and 1024 px, by each path.
 
     The model runs, on tensors without storage, and each launch is a case. Of its blocks the first has what the patches'
     embedding gives, and the second stands for the rest.

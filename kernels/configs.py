@@ -66,11 +66,14 @@ OPS = {
     ),
     "mix": Op(("t", "columns"), ("BLOCK_T", "num_warps", "num_stages"), ("BLOCK_T", "num_warps")),
     "linear_attention": Op(("dtype", "t", "d"), ("BLOCK_T", "num_warps", "num_stages"), ("BLOCK_T", "num_warps")),
+    "linear_attention_low": Op(
+        ("dtype", "t", "d", "columns"), ("BLOCK_T", "num_warps", "num_stages"), ("BLOCK_T", "num_warps")
+    ),
     "linear_attention_rstd": Op(
         ("dtype", "c"), ("BLOCK_M", "BLOCK_C", "num_warps", "num_stages"), ("BLOCK_M", "BLOCK_C", "num_warps")
     ),
     "residual_norm": Op(
-        ("dtype", "t", "n", "columns", "then"),
+        ("dtype", "t", "n", "columns", "then", "modulated"),
         ("BLOCK_T", "BLOCK_N", "num_warps", "num_stages"),
         ("BLOCK_T", "BLOCK_N", "num_warps"),
     ),
@@ -100,8 +103,8 @@ PATHS = {
     "population_linear": Paths(("dtype", "t", "k", "n"), ("epilogue", "addmm")),
     "sana_block": Paths(("dtype", "t"), ("epilogue", "consumer")),
 }
-"""By op, the ways to add the low-rank part: in our GEMM's epilogue; by torch's GEMM, which adds its product to it; or where
-torch's plain product is read, the consumer's."""
+"""By op, the ways to add the low-rank part: in our GEMM's epilogue; by torch's GEMM, which adds its product to it; or
+where torch's plain product is read, by the consumer."""
 
 
 def settings(op: str, device: torch.device, **conditions: str | int | bool) -> dict[str, int]:

@@ -209,9 +209,16 @@ if triton is not None:
                 tl.store(shares + places, g, mask=(t[:, None] < T) & (column < THEN_R + RANK))
 
 
-def attention_config(device: torch.device, *, dtype: torch.dtype, t: int, d: int) -> dict[str, int]:
+def attention_config(
+    device: torch.device, *, dtype: torch.dtype, t: int, d: int, low: LowRank | None
+) -> dict[str, int]:
     """Launch configuration for T tokens and heads of width d."""
-    found = configs.settings("linear_attention", device, dtype=configs.named(dtype), t=t, d=d)
+    values = dict(dtype=configs.named(dtype), t=t, d=d)
+    if low is None:
+        found = configs.settings("linear_attention", device, **values)
+    else:
+        columns = low.adapters.r + low.perturbation.rank
+        found = configs.settings("linear_attention_low", device, columns=columns, **values)
     return found | {"DP": max(16, triton.next_power_of_2(d))}
 
 
@@ -268,7 +275,7 @@ def linear_attention_triton(
                 k, rstd_ptr=rstd, T=t, stride_xb=k.stride(0), stride_xt=k.stride(1), stride_xc=k.stride(2),
                 eps=eps, C=c, TARGET=1, PRECISION=low_precision(q.dtype), **noise, **block,
             )  # fmt: skip
-    config = attention_config(q.device, dtype=q.dtype, t=t, d=d)
+    config = attention_config(q.device, dtype=q.dtype, t=t, d=d, low=low)
     with torch.cuda.device_of(q):
         _attention_kernel[(batch * heads,)](
             q, k, v, None if norm_q is None else norm_q.contiguous(), None if norm_k is None else norm_k.contiguous(),

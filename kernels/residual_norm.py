@@ -127,10 +127,10 @@ class Stream(NamedTuple):
 
 
 def residual_config(
-    device: torch.device, *, dtype: torch.dtype, t: int, n: int, columns: int, then: int
+    device: torch.device, *, dtype: torch.dtype, t: int, n: int, columns: int, then: int, modulated: bool
 ) -> dict[str, int]:
     """Launch configuration for T rows a batch row; columns, then: r + k of the two targets, or 0 without."""
-    values = dict(dtype=configs.named(dtype), t=t, n=n, columns=columns, then=then)
+    values = dict(dtype=configs.named(dtype), t=t, n=n, columns=columns, then=then, modulated=modulated)
     found = configs.settings("residual_norm", device, **values)
     return found | {"BLOCK_T": min(found["BLOCK_T"], triton.next_power_of_2(t))}
 
@@ -157,7 +157,8 @@ def residual_norm(
     h = None if then is None else torch.empty(batch, t, reads, dtype=torch.float32, device=y.device)
     if z.numel():
         shift, scale, eps = modulation or (None, None, 0.0)
-        config = residual_config(y.device, dtype=y.dtype, t=t, n=n, columns=columns, then=reads)
+        given = dict(columns=columns, then=reads, modulated=modulation is not None)
+        config = residual_config(y.device, dtype=y.dtype, t=t, n=n, **given)
         with torch.cuda.device_of(y):
             _residual_norm_kernel[(batch, triton.cdiv(t, config["BLOCK_T"]))](
                 y.contiguous(), residual.contiguous(), gate,
