@@ -61,6 +61,7 @@ from esengine.kernels import (
     residual_norm,
     rms_norm,
     shrink,
+    takes_low,
 )
 from esengine.kernels.configs import named
 from esengine.kernels.population_linear import Path as LinearPath
@@ -249,15 +250,12 @@ def consumer_cases() -> Iterator[Case]:
             modulation, gate, low = Modulation(table[:, 0], table[:, 1]), table[:, 2], lows[1]
             y = empty(64, tokens, width, dtype=dtype)
             qkv = empty(64, tokens, 3 * width, dtype=dtype).split(width, dim=-1)
+            attention = partial(linear_attention, *qkv, heads=heads, norm_q=norm, norm_k=norm, low=lows[3])
             calls = {
-                "attention": partial(linear_attention, *qkv, heads=heads, norm_q=norm, norm_k=norm, low=lows[3]),
                 "norm": partial(rms_norm, y, norm, 1e-5, low),
                 "gated, then": partial(residual_norm, y, y, gate=gate, low=low, then=low._replace(h=None)),
                 "modulated": partial(residual_norm, y, y, low=low, modulation=modulation),
-                "all": partial(
-                    residual_norm, y, y, gate=gate, low=low, modulation=modulation, then=low._replace(h=None)
-                ),
-            }
+            } | ({"attention": attention} if takes_low(lows[3].adapters, k) else {})
             for name, call in calls.items():
                 noise = "stored" if stored else "rebuilt"
                 yield Case(f"consumer: {name} x{tokens} {named(dtype)} r{r} k{k} {noise}", call, reference=False)

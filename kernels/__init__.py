@@ -11,7 +11,7 @@ from esengine.kernels.es_update import (
 )
 from esengine.kernels.factors import member_factors, member_factors_ref
 from esengine.kernels.fused_linear import fused_linear, fused_linear_ref
-from esengine.kernels.linear_attention import linear_attention, linear_attention_ref
+from esengine.kernels.linear_attention import linear_attention, linear_attention_ref, takes_low
 from esengine.kernels.low_rank_part import low_rank_part, low_rank_part_ref
 from esengine.kernels.noise import (
     CONTRACT,
@@ -89,6 +89,7 @@ __all__ = [
     "step_tensor",
     "stream_id",
     "stream_table",
+    "takes_low",
     "takes_shares",
     "uses_triton",
 ]

@@ -73,7 +73,7 @@ OPS = {
         ("dtype", "c"), ("BLOCK_M", "BLOCK_C", "num_warps", "num_stages"), ("BLOCK_M", "BLOCK_C", "num_warps")
     ),
     "residual_norm": Op(
-        ("dtype", "t", "n", "columns", "then", "modulated"),
+        ("dtype", "t", "n", "columns", "then"),
         ("BLOCK_T", "BLOCK_N", "num_warps", "num_stages"),
         ("BLOCK_T", "BLOCK_N", "num_warps"),
     ),

@@ -209,6 +209,15 @@ if triton is not None:
                 tl.store(shares + places, g, mask=(t[:, None] < T) & (column < THEN_R + RANK))
 
 
+MAX_LOW_COLUMNS = 32
+"""r + k of a low-rank part that is added here: a program keeps the columns of its head in registers."""
+
+
+def takes_low(adapters: Lora, rank: int) -> bool:
+    """Whether the low-rank parts of q, k and v can be added here."""
+    return adapters.targets == 3 and adapters.r + rank <= MAX_LOW_COLUMNS
+
+
 def attention_config(
     device: torch.device, *, dtype: torch.dtype, t: int, d: int, low: LowRank | None
 ) -> dict[str, int]:
@@ -335,7 +344,7 @@ def linear_attention_ref(
         eps: added to the mean square, positive.
         then: A target that reads y, with r + k of at most 16; with the `perturbation` of the batch. D a multiple of 4.
         low: The low-rank part of q, k and v, three targets of H * D columns; its perturbation is the batch's. None: q,
-            k and v are whole. Without stored factors D is a multiple of 4.
+            k and v are whole. r + k of at most 32; without stored factors D is a multiple of 4.
 
     Returns:
         y [B, T, H * D], dtype of q; with `then` also its shares for `mix`, fp32 [P, B, T, r + k], P >= 1.
@@ -382,5 +391,8 @@ def _check(q, k, v, heads, norm_q, norm_k, eps, perturbation, low) -> None:
     if not eps > 0:
         raise ValueError(f"eps: expected a positive number, got {eps}")
     check_low_rank(low, q.shape, q.device, targets=3)
+    if low is not None and not takes_low(low.adapters, low.perturbation.rank):
+        columns = low.adapters.r + low.perturbation.rank
+        raise ValueError(f"low: expected r + k of at most {MAX_LOW_COLUMNS}, got {columns}; add it in the linear")
     if low is not None and perturbation is not None and perturbation is not low.perturbation:
         raise ValueError("perturbation: expected the same object as low's, or None, got another")

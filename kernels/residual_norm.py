@@ -2,10 +2,10 @@
 
     z = residual + gate (y + h [B | U']^T)              in fp32, gate and low-rank part if asked; rounded once
     x = LayerNorm(z) (1 + scale) + shift                if asked; of the rounded z, without weights
-    g = z [A^T | V],   h' = s g Mix                     if asked: low-rank columns of the linear `then` that reads z
+    g = z [A^T | V],   h' = s g Mix                     or if asked: low-rank columns of the linear `then` that reads z
 
 y is the plain product, of whatever made it; h is of one target, as `esengine.kernels.shrink` makes it, where Mix is.
-One pass of y. A program has whole rows: while it writes z it sums g, and what LayerNorm needs. x takes a second pass of
+One pass of y. A program has whole rows: while it writes z it sums g, or what LayerNorm needs. x takes a second pass of
 z, from cache.
 
 Legend: B batch rows, T rows a batch row, N columns, r LoRA rank, k noise rank (kp padded), CP columns of h, padded,
@@ -127,10 +127,10 @@ class Stream(NamedTuple):
 
 
 def residual_config(
-    device: torch.device, *, dtype: torch.dtype, t: int, n: int, columns: int, then: int, modulated: bool
+    device: torch.device, *, dtype: torch.dtype, t: int, n: int, columns: int, then: int
 ) -> dict[str, int]:
     """Launch configuration for T rows a batch row; columns, then: r + k of the two targets, or 0 without."""
-    values = dict(dtype=configs.named(dtype), t=t, n=n, columns=columns, then=then, modulated=modulated)
+    values = dict(dtype=configs.named(dtype), t=t, n=n, columns=columns, then=then)
     found = configs.settings("residual_norm", device, **values)
     return found | {"BLOCK_T": min(found["BLOCK_T"], triton.next_power_of_2(t))}
 
@@ -157,8 +157,7 @@ def residual_norm(
     h = None if then is None else torch.empty(batch, t, reads, dtype=torch.float32, device=y.device)
     if z.numel():
         shift, scale, eps = modulation or (None, None, 0.0)
-        given = dict(columns=columns, then=reads, modulated=modulation is not None)
-        config = residual_config(y.device, dtype=y.dtype, t=t, n=n, **given)
+        config = residual_config(y.device, dtype=y.dtype, t=t, n=n, columns=columns, then=reads)
         with torch.cuda.device_of(y):
             _residual_norm_kernel[(batch, triton.cdiv(t, config["BLOCK_T"]))](
                 y.contiguous(), residual.contiguous(), gate,
@@ -213,7 +212,8 @@ def residual_norm_ref(
         gate: [B, N], one for each batch row, last stride 1, or None.
         low: The low-rank part of y, of one target. None: y is whole.
         modulation: What makes x of z. None: no x.
-        then: One target that reads z, with h None, and the same perturbation as `low`. None: no h'.
+        then: One target that reads z, with h None, and the same perturbation as `low`; not with `modulation`. None: no
+            h'.
 
     Returns:
         z and x [B, T, N], dtype of y, and `then` with its h, fp32 [B, T, r + k]; None for what was not asked for.
@@ -245,6 +245,8 @@ def _check(y, residual, gate, low, modulation, then) -> None:
             check(name, each, (batch, n), y.dtype, y.device, strides="last")
     if then is None:
         return
+    if modulation is not None:
+        raise ValueError("modulation, then: expected at most one of them, got both")
     check_noise(then.perturbation, batch, y.device)
     if then.adapters.targets != 1:
         refuse("then.adapters.streams", "int64 [1, 4], of one target,", then.adapters.streams)

@@ -56,6 +56,7 @@ from esengine.kernels import (
     rms_norm,
     shrink,
     stream_table,
+    takes_low,
     takes_shares,
 )
 from esengine.kernels.factors import STORE_FROM
@@ -245,8 +246,7 @@ class FusedBlock:
         shift, scale, gate, shift_ff, scale_ff, gate_ff = table_b6d.unbind(1)
         modulation = Modulation(shift, scale, block.norm1.eps)
         modulation_ff = Modulation(shift_ff, scale_ff, block.norm2.eps)
-        shape = dict(dtype=configs.named(z_btd.dtype), t=z_btd.shape[1])
-        by_consumer = configs.path("sana_block", z_btd.device, **shape) == "consumer"
+        by_consumer = self._by_consumer(keys, z_btd)
         attend = self._attend_by_consumer if by_consumer else self._attend_by_epilogue
         z_btd, x_btd = attend(keys, z_btd, text_blc, text_mask, modulation, gate, modulation_ff)
 
@@ -256,6 +256,16 @@ class FusedBlock:
         if by_consumer:
             return residual_norm(F.linear(y, point), z_btd, gate=gate_ff).z
         return fused_linear(y, point, residual=z_btd, gate=gate_ff)
+
+    def _by_consumer(self, keys: MemberNoise, z_btd: torch.Tensor) -> bool:
+        """Whether the settings say so for this shape, and the attention can add the low-rank parts of q, k and v."""
+        adapters, heads = self.qkv.adapters, self.module.attn1.heads
+        if adapters is not None and not (
+            takes_low(adapters, keys.rank) and self.module.attn1.inner_dim // heads % 4 == 0
+        ):
+            return False
+        shape = dict(dtype=configs.named(z_btd.dtype), t=z_btd.shape[1])
+        return configs.path("sana_block", z_btd.device, **shape) == "consumer"
 
     def _attend_by_epilogue(
         self, keys, z_btd, text_blc, text_mask, modulation, gate, modulation_ff
