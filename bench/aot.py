@@ -25,11 +25,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from functools import cache, partial
-from itertools import chain
+from itertools import chain, product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -48,6 +48,7 @@ import esengine.population
 from esengine.config import REFERENCE_TARGETS
 from esengine.kernels import (
     Lora,
+    LowRank,
     MemberNoise,
     Modulation,
     configs,
@@ -58,7 +59,10 @@ from esengine.kernels import (
     member_factors,
     normals,
     population_linear,
+    residual_norm,
+    rms_norm,
     shrink,
+    takes_low,
 )
 from esengine.kernels.configs import named
 from esengine.kernels.population_linear import Path as LinearPath
@@ -221,8 +225,45 @@ def block_cases() -> Iterator[Case]:
                 yield Case(f"block: {name} x{tokens} {named(dtype)}", call, reference=False)
 
 
-def forward_cases() -> Iterator[Case]:
-    """What a forward of SANA-Sprint 1.6B launches with the reference run's targets, at 512 and at 1024 px.
+def consumer_cases() -> Iterator[Case]:
+    """The ops that add a low-rank part where they read a product, in every dtype and at other ranks too."""
+    width, heads = 2240, 70
+    ranks = {
+        torch.bfloat16: ((2, 1), (16, 4), (0, 1), (64, 1), (128, 1)),
+        torch.float16: ((2, 1),),
+        torch.float32: ((2, 1), (16, 4), (0, 1), (64, 1)),
+    }
+    for dtype, r, k, stored in (
+        *((dtype, r, k, True) for dtype, pairs in ranks.items() for r, k in pairs),
+        (torch.bfloat16, 2, 1, False),
+        (torch.float32, 2, 1, False),
+    ):
+        keys = MemberNoise(empty(64, dtype=torch.int64), seed=0, step=1, sigma=1e-2, rank=k)
+        for tokens in (256, 1024) if stored else (8, 256):
+            lows = {}
+            for targets in (1, 3):
+                a, b = (empty(r * targets, width), empty(targets * width, r)) if r else (None, None)
+                adapters = Lora(a, b, 4.0, empty(targets, 4, dtype=torch.int64))
+                with recorded_launches():
+                    factors = member_factors(adapters, keys, k=width, n=width) if stored else None
+                lows[targets] = LowRank(empty(64, tokens, targets * (r + k)), adapters, keys, factors)
+            table, norm = empty(64, 6, width, dtype=dtype), empty(width, dtype=dtype)
+            modulation, gate, low = Modulation(table[:, 0], table[:, 1]), table[:, 2], lows[1]
+            y = empty(64, tokens, width, dtype=dtype)
+            qkv = empty(64, tokens, 3 * width, dtype=dtype).split(width, dim=-1)
+            attention = partial(linear_attention, *qkv, heads=heads, norm_q=norm, norm_k=norm, low=lows[3])
+            calls = {
+                "norm": partial(rms_norm, y, norm, 1e-5, low),
+                "gated, then": partial(residual_norm, y, y, gate=gate, low=low, then=low._replace(h=None)),
+                "modulated": partial(residual_norm, y, y, low=low, modulation=modulation),
+            } | ({"attention": attention} if takes_low(lows[3].adapters, k) else {})
+            for name, call in calls.items():
+                noise = "stored" if stored else "rebuilt"
+                yield Case(f"consumer: {name} x{tokens} {named(dtype)} r{r} k{k} {noise}", call, reference=False)
+
+
+def forward_cases(paths: Sequence[str] = configs.PATHS["sana_block"].names) -> Iterator[Case]:
+    """What a forward of SANA-Sprint 1.6B launches with the reference run's targets, at 512 and 1024 px, by each path.
 
     The model runs, on tensors without storage, and each launch is a case. Of its blocks the first has what the patches'
     embedding gives, and the second stands for the rest.
@@ -233,9 +274,18 @@ def forward_cases() -> Iterator[Case]:
     inputs = dict(encoder_attention_mask=empty(64, 40, dtype=torch.int64), timestep=empty(64), guidance=empty(64))
     with recorded_launches():
         population = attach(model, LoraConfig(r=2, lora_alpha=8, target_modules=list(REFERENCE_TARGETS)))
-    for side in (16, 32):
+    chosen = configs.path
+    for path, side in product(paths, (16, 32)):
         x = empty(64, model.config.in_channels, side, side, dtype=torch.bfloat16)
-        with torch.no_grad(), recorded_launches() as noted, population.perturbed(step=1, members=members):
+
+        def by_path(op: str, *args, path: str = path, **conditions) -> str:
+            return path if op == "sana_block" else chosen(op, *args, **conditions)
+
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(patch.object(configs, "path", by_path))
+            noted = stack.enter_context(recorded_launches())
+            stack.enter_context(population.perturbed(step=1, members=members))
             parts = fused_parts(model, True)
             assert parts, "the blocks have no fused form"
             with in_place_of(parts, population.perturbation):
@@ -243,10 +293,20 @@ def forward_cases() -> Iterator[Case]:
         for kernel, args, kwargs in noted:
             sizes = {name: kwargs[name] for name in ("M", "N", "K", "T", "H", "W", "C", "PARTS") if name in kwargs}
             shape = " ".join(f"{name} {value}" for name, value in sizes.items())
-            yield Case(f"forward: {shape} bfloat16", partial(kernel[(1,)], *args, **kwargs))
+            name = f"forward: {shape} bfloat16" + f", {path}" * (path != "epilogue")
+            yield Case(name, partial(kernel[(1,)], *args, **kwargs), path == "epilogue")
 
 
-OPS = (forward_cases, linear_cases, block_cases, update_cases, normals_cases, gate_cases, attention_cases)
+OPS = (
+    forward_cases,
+    linear_cases,
+    block_cases,
+    consumer_cases,
+    update_cases,
+    normals_cases,
+    gate_cases,
+    attention_cases,
+)
 """An entry for the whole forward and for each op: its calls at the shapes that matter."""
 
 

@@ -11,7 +11,7 @@ from esengine.kernels.es_update import (
 )
 from esengine.kernels.factors import member_factors, member_factors_ref
 from esengine.kernels.fused_linear import fused_linear, fused_linear_ref
-from esengine.kernels.linear_attention import linear_attention, linear_attention_ref
+from esengine.kernels.linear_attention import linear_attention, linear_attention_ref, takes_low
 from esengine.kernels.low_rank_part import low_rank_part, low_rank_part_ref
 from esengine.kernels.noise import (
     CONTRACT,
@@ -31,8 +31,10 @@ from esengine.kernels.noise import (
     stream_id,
     uses_triton,
 )
-from esengine.kernels.operands import Lora, MemberNoise, stream_table
+from esengine.kernels.operands import Lora, LowRank, MemberNoise, stream_table
 from esengine.kernels.population_linear import population_linear, population_linear_ref, population_linear_torch
+from esengine.kernels.residual_norm import Stream, residual_norm, residual_norm_ref
+from esengine.kernels.rms_norm import rms_norm, rms_norm_ref
 from esengine.kernels.shrink import Modulation, mix, mix_ref, shrink, shrink_ref, takes_shares
 from esengine.kernels.vml import resolve_vml
 
@@ -42,9 +44,11 @@ __all__ = [
     "CONTRACT",
     "PAIRS_PER_CHUNK",
     "Lora",
+    "LowRank",
     "MemberNoise",
     "Modulation",
     "NoisePlan",
+    "Stream",
     "Streams",
     "UpdatePlan",
     "check_fitness",
@@ -75,12 +79,17 @@ __all__ = [
     "population_linear",
     "population_linear_ref",
     "population_linear_torch",
+    "residual_norm",
+    "residual_norm_ref",
+    "rms_norm",
+    "rms_norm_ref",
     "shrink",
     "shrink_ref",
     "signed_sigma",
     "step_tensor",
     "stream_id",
     "stream_table",
+    "takes_low",
     "takes_shares",
     "uses_triton",
 ]

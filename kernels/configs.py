@@ -66,8 +66,21 @@ OPS = {
     ),
     "mix": Op(("t", "columns"), ("BLOCK_T", "num_warps", "num_stages"), ("BLOCK_T", "num_warps")),
     "linear_attention": Op(("dtype", "t", "d"), ("BLOCK_T", "num_warps", "num_stages"), ("BLOCK_T", "num_warps")),
+    "linear_attention_low": Op(
+        ("dtype", "t", "d", "columns"), ("BLOCK_T", "num_warps", "num_stages"), ("BLOCK_T", "num_warps")
+    ),
     "linear_attention_rstd": Op(
         ("dtype", "c"), ("BLOCK_M", "BLOCK_C", "num_warps", "num_stages"), ("BLOCK_M", "BLOCK_C", "num_warps")
+    ),
+    "residual_norm": Op(
+        ("dtype", "t", "n", "columns", "then"),
+        ("BLOCK_T", "BLOCK_N", "num_warps", "num_stages"),
+        ("BLOCK_T", "BLOCK_N", "num_warps"),
+    ),
+    "rms_norm": Op(
+        ("dtype", "t", "n", "columns"),
+        ("BLOCK_T", "BLOCK_N", "num_warps", "num_stages"),
+        ("BLOCK_T", "BLOCK_N", "num_warps"),
     ),
     "depthwise_gate": Op(
         ("dtype", "height", "width", "channels"),
@@ -86,8 +99,12 @@ class Paths(NamedTuple):
     names: tuple[str, ...]
 
 
-PATHS = {"population_linear": Paths(("dtype", "t", "k", "n"), ("epilogue", "addmm"))}
-"""By op: expand in our GEMM's epilogue, or write the low-rank part and let torch's GEMM add to it."""
+PATHS = {
+    "population_linear": Paths(("dtype", "t", "k", "n"), ("epilogue", "addmm")),
+    "sana_block": Paths(("dtype", "t"), ("epilogue", "consumer")),
+}
+"""By op, the ways to add the low-rank part: in our GEMM's epilogue; by torch's GEMM, which adds its product to it; or
+where torch's plain product is read, by the consumer."""
 
 
 def settings(op: str, device: torch.device, **conditions: str | int | bool) -> dict[str, int]:

@@ -9,12 +9,13 @@ for one linear and do not grow with the population.
 Legend: B batch rows, G targets, K in, N out, r LoRA rank, kp padded noise rank.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from esengine.kernels.noise import factor_ref, padded_rank, signed64, step_tensor, triton, uses_triton
-from esengine.kernels.operands import Lora, MemberNoise, check, check_noise
+from esengine.kernels.operands import Lora, LowRank, MemberNoise, check, check_adapters, check_noise, refuse
 
 BLOCK = 512
 """Numbers that a program makes; each factor begins at a multiple of it."""
@@ -73,6 +74,11 @@ def width(k: int, n: int, r: int, rank: int) -> int:
     return places(k, r, rank).u_out + _span(n, rank)
 
 
+def u_out_at(factors: torch.Tensor, n: int, rank: int) -> int:
+    """Where U' of targets that write N columns begins, whatever they read."""
+    return factors.shape[-1] - _span(n, rank)
+
+
 def _span(length: int, rank: int) -> int:
     return -(-length * padded_rank(rank) // BLOCK) * BLOCK
 
@@ -82,21 +88,59 @@ def check_factors(
     adapters: Lora | None,
     perturbation: MemberNoise | None,
     batch: int,
-    k: int,
+    k: int | None,
     n: int | None,
 ) -> None:
-    """Raises ValueError for factors that are not of these operands; None passes, as does any N where `n` is None."""
+    """Raises ValueError for factors that are not of these operands; None passes, as does any K or N that is None."""
     if factors is None:
         return
     if adapters is None:
         raise ValueError("factors: expected adapters beside them, got None")
-    rank, least = perturbation.rank, places(k, adapters.r, perturbation.rank).u_out
-    size = "E" if n is None else width(k, n, adapters.r, rank)
+    rank = perturbation.rank
+    least = width(k or 1, n or 0, adapters.r, rank)
+    size = "E" if None in (k, n) else least
     check("factors", factors, (batch, adapters.targets, size), torch.float32, adapters.streams.device, strides="all")
     if factors.shape[-1] < least or factors.shape[-1] % BLOCK:
         raise ValueError(
             f"factors: expected at least {least} numbers a target, of member_factors, got {factors.shape[-1]}"
         )
+
+
+def check_low_rank(low: LowRank | None, shape: Sequence[int], device: torch.device, *, targets: int = 1) -> None:
+    """Raises ValueError for a low-rank part that is not of [B, T, N] for each of so many targets; None passes."""
+    if low is None:
+        return
+    (h, adapters, perturbation, factors), (batch, t, n) = low, shape
+    check_noise(perturbation, batch, device)
+    if adapters.targets != targets:
+        refuse("low.adapters.streams", f"int64 [{targets}, 4]", adapters.streams)
+    k = None if adapters.a is None else adapters.a.shape[-1]
+    check_adapters("low.adapters", adapters, k, n, device)
+    if h is None:
+        raise ValueError("low.h: expected what shrink or mix made, got None")
+    columns = targets * (adapters.r + perturbation.rank)
+    check("low.h", h, (batch, t, columns), torch.float32, device, strides="all")
+    check_factors(factors, adapters, perturbation, batch, k, n)
+
+
+def low_rank_ref(low: LowRank | None, n: int) -> torch.Tensor | float:
+    """h [B | U']^T of all targets side by side, fp32 [B, T, G N]; 0 without.
+
+    Args:
+        n: N, columns of a target.
+    """
+    if low is None:
+        return 0.0
+    h, adapters, perturbation, _ = low
+    g, r, rank = adapters.targets, adapters.r, perturbation.rank
+    noise = dict(seed=perturbation.seed, step=int(perturbation.step), pairs=perturbation.members >> 1, rank=rank)
+    parts = []
+    for i, (*_, stream) in enumerate(adapters.streams.tolist()):
+        part = h[..., g * r + i * rank : g * r + (i + 1) * rank] @ factor_ref(stream=stream, length=n, **noise).mT
+        if r:
+            part = part + h[..., i * r : (i + 1) * r] @ adapters.b[i * n : (i + 1) * n].T
+        parts.append(part)
+    return torch.cat(parts, -1)
 
 
 def member_factors(adapters: Lora, perturbation: MemberNoise, *, k: int, n: int) -> torch.Tensor:

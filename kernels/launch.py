@@ -6,9 +6,9 @@ allocated in fp32 there and rounded by torch, and kernels upcast what they multi
 
 import torch
 
-from esengine.kernels.factors import places
+from esengine.kernels.factors import places, u_out_at
 from esengine.kernels.noise import INTERPRET, padded_rank, signed64, step_tensor
-from esengine.kernels.operands import Lora, MemberNoise
+from esengine.kernels.operands import Lora, LowRank, MemberNoise
 
 
 def output(x: torch.Tensor, *shape: int) -> torch.Tensor:
@@ -51,3 +51,45 @@ def noise_arguments(
         WIDTH=0 if factors is None else factors.shape[-1],
         **places(k, r, rank).constants,
     )
+
+
+def low_rank_arguments(low: LowRank | None, perturbation: MemberNoise | None, n: int) -> dict[str, object]:
+    """Arguments of a kernel that adds h [B | U']^T to products of N columns a target; None and zeros without.
+
+    Args:
+        perturbation: the noise of the batch where the kernel uses it without `low`, too.
+        n: columns of a target.
+    """
+    perturbation = perturbation if low is None else low.perturbation
+    adapters, factors = (None, None) if low is None else (low.adapters, low.factors)
+    b, r, rank = None, 0, 1 if perturbation is None else perturbation.rank
+    if adapters is not None:
+        b, r = adapters.b, adapters.r
+    return dict(
+        h_ptr=None if low is None else low.h,
+        b_ptr=b,
+        streams_ptr=None if low is None else adapters.streams,
+        members_ptr=None if perturbation is None else perturbation.members,
+        step_ptr=None if perturbation is None else step_tensor(perturbation.step, perturbation.members.device),
+        factors_ptr=factors,
+        stride_bn=0 if b is None else b.stride(0),
+        stride_br=0 if b is None else b.stride(1),
+        seed=0 if perturbation is None else signed64(perturbation.seed),
+        G=0 if low is None else adapters.targets,
+        R=r,
+        RANK=rank,
+        KP=padded_rank(rank),
+        CP=padded_columns(r + rank),
+        U_OUT_AT=0 if factors is None else u_out_at(factors, n, rank),
+        WIDTH=0 if factors is None else factors.shape[-1],
+    )
+
+
+def padded_columns(columns: int) -> int:
+    """Low-rank columns of a tile: a power of two, and no fewer than the tensor cores take."""
+    return max(16, 1 << (columns - 1).bit_length())
+
+
+def low_precision(dtype: torch.dtype) -> str:
+    """How a kernel multiplies h by [B | U']^T, both fp32: tf32 where the product is of half precision."""
+    return "ieee" if dtype == torch.float32 else "tf32"

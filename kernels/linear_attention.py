@@ -5,13 +5,16 @@
     y_t = q'_t S / (q'_t z + 1e-15)
     g_h = y_h [A^T | V]_h                    if asked: of the linear that reads y, head h's share of its shrink
 
+q, k and v are whole, or plain products to which their low-rank parts h [B | U']^T are added as they are read, in fp32.
+
 q's own rstd cancels, so q is read once: p = relu(sign(w_q) q) stands for q', |w_q| goes into S and z, and 1e-15 shrinks
 by sqrt(eps), the least that 1 / rstd can be. That differs from the formula where q'_t z is below about 1e-9, or where
 q_t is not finite: its NaN stays in its own head.
 
 Rounding: v and p are bf16 as they are, k', S and z fp32, multiplied as two bf16 halves each, 16 bits. Emulated in torch
 at D = 32 with T 256 and 1024, against fp64 and before the last rounding: 4e-6 of the norm; tf32 products 2e-4, rounding
-q' and k' to bf16 as diffusers does 1.5e-3, the last rounding 1.7e-3.
+q' and k' to bf16 as diffusers does 1.5e-3, the last rounding 1.7e-3. With a low-rank part v and p are fp32, and halves
+too: one more product each.
 
 Bytes: one pass of k for r, then q, k and v once, y written: five rows of H D where four are the least, and 8 M of r.
 Programs run from the last batch row to the first, as the first pass leaves the end of k in L2. Instructions, in sm_90
@@ -28,16 +31,20 @@ import math
 import torch
 
 from esengine.kernels import configs
-from esengine.kernels.launch import exact_products, output
-from esengine.kernels.noise import padded_rank, signed64, step_tensor, triton, uses_triton
-from esengine.kernels.operands import Lora, MemberNoise
+from esengine.kernels.factors import check_low_rank, low_rank_ref
+from esengine.kernels.launch import exact_products, low_precision, low_rank_arguments, output
+from esengine.kernels.noise import triton, uses_triton
+from esengine.kernels.operands import Lora, LowRank, MemberNoise
+from esengine.kernels.rms_norm import norm_config
 from esengine.kernels.shrink import check_then, shares_ref
 
 if triton is not None:
     import triton.language as tl
 
-    from esengine.kernels.low_rank import halves, low_rank_columns
+    from esengine.kernels.low_rank import expand_columns, h_tile, halves, low_rank_columns
+    from esengine.kernels.low_rank import product as low_rank_product
     from esengine.kernels.noise import offset
+    from esengine.kernels.rms_norm import row_rstd
 
     @triton.jit
     def relu(x):
@@ -51,39 +58,53 @@ if triton is not None:
             acc = tl.dot(a_rest, b_rest, acc)
         return tl.dot(a, b, acc, input_precision=PRECISION)
 
-    @triton.jit
+    @triton.jit(
+        do_not_specialize=["T", "seed"], do_not_specialize_on_alignment=["members_ptr", "step_ptr", "factors_ptr"]
+    )
     def _rstd_kernel(
-        x_ptr, rstd_ptr,
-        M, T,
-        stride_xb, stride_xt, stride_xc,
+        x_ptr, h_ptr, b_ptr, streams_ptr, members_ptr, step_ptr, factors_ptr, rstd_ptr,
+        T,
+        stride_xb, stride_xt, stride_xc, stride_bn, stride_br,
         eps,
-        C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+        seed: tl.int64,
+        C: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, KP: tl.constexpr, CP: tl.constexpr,
+        U_OUT_AT: tl.constexpr, WIDTH: tl.constexpr, TARGET: tl.constexpr, PRECISION: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
     ):  # fmt: skip
-        m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-        x_rows = x_ptr + (offset(m // T, stride_xb) + offset(m % T, stride_xt))[:, None]
-        squares = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-        for c0 in range(0, C, BLOCK_C):
-            c = c0 + tl.arange(0, BLOCK_C)
-            mask = (m[:, None] < M) & (c[None, :] < C)
-            x = tl.load(x_rows + offset(c, stride_xc)[None, :], mask=mask, other=0.0).to(tl.float32)
-            squares += x * x
-        tl.store(rstd_ptr + m, 1 / tl.sqrt(tl.sum(squares, axis=1) / C + eps), mask=m < M)
+        b = tl.program_id(0)
+        t = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+        x_rows = x_ptr + (offset(b, stride_xb) + offset(t, stride_xt))[:, None]
+        pair, step, h = b, 0, 0.0
+        if h_ptr is not None:
+            pair, step = tl.load(members_ptr + b) >> 1, tl.load(step_ptr)
+            h = h_tile(h_ptr, b * T + t, t < T, TARGET, G, R, RANK, CP)
+        rstd = row_rstd(
+            x_rows, stride_xc, t < T, h, b_ptr, streams_ptr, factors_ptr, stride_bn, stride_br, seed, step, pair, b,
+            TARGET, eps, C, G, R, RANK, KP, CP, U_OUT_AT, WIDTH, PRECISION, BLOCK_M, BLOCK_C,
+        )  # fmt: skip
+        tl.store(rstd_ptr + b * T + t, rstd, mask=t < T)
 
-    @triton.jit(do_not_specialize=["seed"], do_not_specialize_on_alignment=["members_ptr", "step_ptr"])
+    @triton.jit(do_not_specialize=["seed"], do_not_specialize_on_alignment=["members_ptr", "step_ptr", "factors_ptr"])
     def _attention_kernel(
         q_ptr, k_ptr, v_ptr, norm_q_ptr, norm_k_ptr, rstd_ptr, y_ptr,
-        a_ptr, then_ptr, members_ptr, step_ptr, shares_ptr,
+        h_ptr, b_ptr, streams_ptr, members_ptr, step_ptr, factors_ptr, a_ptr, then_ptr, shares_ptr,
         stride_qb, stride_qt, stride_qc, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt, stride_vc,
-        stride_ar, stride_ak,
+        stride_bn, stride_br, stride_ar, stride_ak,
         tiny,
         seed: tl.int64,
         T: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-        SPLIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-        R: tl.constexpr, RANK: tl.constexpr, KP: tl.constexpr, BLOCK_T: tl.constexpr,
+        G: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, KP: tl.constexpr, CP: tl.constexpr,
+        U_OUT_AT: tl.constexpr, WIDTH: tl.constexpr, THEN_R: tl.constexpr,
+        SPLIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, LOW_PRECISION: tl.constexpr,
+        BLOCK_T: tl.constexpr,
     ):  # fmt: skip
         pid = tl.num_programs(0) - 1 - tl.program_id(0)
         b, d = pid // H, tl.arange(0, DP)
-        c = pid % H * D + d
+        c0 = pid % H * D
+        c = c0 + d
+        pair, step = b, 0
+        if members_ptr is not None:
+            pair, step = tl.load(members_ptr + b) >> 1, tl.load(step_ptr)
         q_cols = q_ptr + (offset(b, stride_qb) + offset(c, stride_qc))[None, :]
         k_cols = k_ptr + (offset(b, stride_kb) + offset(c, stride_kc))[None, :]
         v_cols = v_ptr + (offset(b, stride_vb) + offset(c, stride_vc))[None, :]
@@ -94,6 +115,15 @@ if triton is not None:
         if norm_k_ptr is not None:
             weight_k = tl.load(norm_k_ptr + c, mask=d < D, other=0.0).to(tl.float32)
 
+        if h_ptr is not None:
+            k_low = expand_columns(
+                b_ptr, streams_ptr, factors_ptr, stride_bn, stride_br, seed, step, pair, b, 1, c0, c0 + D, H * D,
+                G, R, RANK, KP, CP, U_OUT_AT, WIDTH, DP,
+            )  # fmt: skip
+            v_low = expand_columns(
+                b_ptr, streams_ptr, factors_ptr, stride_bn, stride_br, seed, step, pair, b, 2, c0, c0 + D, H * D,
+                G, R, RANK, KP, CP, U_OUT_AT, WIDTH, DP,
+            )  # fmt: skip
         first = tl.arange(0, 16)[None, :] == 0  # a sum over rows or columns is a product with one column of 16
         state = tl.zeros((DP, DP), tl.float32)
         keys = tl.zeros((DP, 16), tl.float32)
@@ -102,10 +132,18 @@ if triton is not None:
             mask = (t[:, None] < T) & (d[None, :] < D)
             k = tl.load(k_cols + offset(t, stride_kt)[:, None], mask=mask, other=0.0).to(tl.float32)
             v = tl.load(v_cols + offset(t, stride_vt)[:, None], mask=mask, other=0.0)
+            if h_ptr is not None:
+                h = h_tile(h_ptr, b * T + t, t < T, 1, G, R, RANK, CP)
+                k = low_rank_product(h, k_low, k, BLOCK_T, False, UPCAST, LOW_PRECISION)
+                h = h_tile(h_ptr, b * T + t, t < T, 2, G, R, RANK, CP)
+                v = low_rank_product(h, v_low, v.to(tl.float32), BLOCK_T, False, UPCAST, LOW_PRECISION)
             if norm_k_ptr is not None:
                 k *= weight_k[None, :]
                 k *= tl.load(rstd_ptr + offset(b, T) + t, mask=t < T, other=0.0)[:, None]
             upper, lower = halves(tl.trans(relu(k)), SPLIT, UPCAST)
+            if h_ptr is not None and SPLIT:
+                v, v_rest = halves(v, SPLIT, UPCAST)
+                state = tl.dot(upper, v_rest, state)
             v = v.to(upper.dtype)
             ones = tl.where(first, tl.full((BLOCK_T, 1), 1.0, tl.float32), 0.0).to(upper.dtype)
             state = product(upper, v, lower, v, state, SPLIT, PRECISION)
@@ -116,22 +154,49 @@ if triton is not None:
         z_upper, z_lower = halves(keys * weight, SPLIT, UPCAST)
         sign = tl.where(weight_q < 0, -1.0, 1.0)
         if then_ptr is not None:
-            pair, step, c0 = tl.load(members_ptr + b) >> 1, tl.load(step_ptr), pid % H * D
             own = low_rank_columns(
-                a_ptr, then_ptr, None, stride_ar, stride_ak, seed, step, pair, c0, c0 + D, 1, R, RANK, KP, 16, DP, 0
+                a_ptr,
+                then_ptr,
+                None,
+                stride_ar,
+                stride_ak,
+                seed,
+                step,
+                pair,
+                c0,
+                c0 + D,
+                1,
+                THEN_R,
+                RANK,
+                KP,
+                16,
+                DP,
+                0,
             )
             own_upper, own_lower = halves(own, SPLIT, UPCAST)
-            shares = shares_ptr + offset(pid % H, tl.num_programs(0) // H * T) * (R + RANK)
+            shares = shares_ptr + offset(pid % H, tl.num_programs(0) // H * T) * (THEN_R + RANK)
+        if h_ptr is not None:
+            q_low = expand_columns(
+                b_ptr, streams_ptr, factors_ptr, stride_bn, stride_br, seed, step, pair, b, 0, c0, c0 + D, H * D,
+                G, R, RANK, KP, CP, U_OUT_AT, WIDTH, DP,
+            )  # fmt: skip
         for t0 in range(0, T, BLOCK_T):
             t = t0 + tl.arange(0, BLOCK_T)
             mask = (t[:, None] < T) & (d[None, :] < D)
             q = tl.load(q_cols + offset(t, stride_qt)[:, None], mask=mask, other=0.0).to(tl.float32)
+            total = tl.zeros((BLOCK_T, 16), tl.float32)
+            y = tl.zeros((BLOCK_T, DP), tl.float32)
+            if h_ptr is not None:
+                h = h_tile(h_ptr, b * T + t, t < T, 0, G, R, RANK, CP)
+                q = low_rank_product(h, q_low, q, BLOCK_T, False, UPCAST, LOW_PRECISION)
             if norm_q_ptr is not None:
                 q *= sign[None, :]
-            q = relu(q).to(s_upper.dtype)
-            total = tl.zeros((BLOCK_T, 16), tl.float32)
+            q = relu(q)
+            if h_ptr is not None and SPLIT:
+                q, q_rest = halves(q, SPLIT, UPCAST)
+                total, y = tl.dot(q_rest, z_upper, total), tl.dot(q_rest, s_upper, y)
+            q = q.to(s_upper.dtype)
             total = tl.sum(product(q, z_upper, q, z_lower, total, SPLIT, PRECISION), axis=1)
-            y = tl.zeros((BLOCK_T, DP), tl.float32)
             y = product(q, s_upper, q, s_lower, y, SPLIT, PRECISION) * (1 / (total + tiny))[:, None]
             y_ptrs = y_ptr + (offset(b, T) + t)[:, None] * (H * D) + c[None, :]
             y = y.to(y_ptr.dtype.element_ty)
@@ -140,19 +205,39 @@ if triton is not None:
                 g = tl.zeros((BLOCK_T, 16), tl.float32)
                 g = product(y, own_upper, y, own_lower, g, SPLIT, PRECISION)
                 column = tl.arange(0, 16)[None, :]
-                places = (offset(b, T) + t)[:, None] * (R + RANK) + column
-                tl.store(shares + places, g, mask=(t[:, None] < T) & (column < R + RANK))
+                places = (offset(b, T) + t)[:, None] * (THEN_R + RANK) + column
+                tl.store(shares + places, g, mask=(t[:, None] < T) & (column < THEN_R + RANK))
 
 
-def attention_config(device: torch.device, *, dtype: torch.dtype, t: int, d: int) -> dict[str, int]:
+MAX_LOW_COLUMNS = 32
+"""r + k of a low-rank part that is added here: a program keeps the columns of its head in registers."""
+
+
+def takes_low(adapters: Lora, rank: int) -> bool:
+    """Whether the low-rank parts of q, k and v can be added here."""
+    return adapters.targets == 3 and adapters.r + rank <= MAX_LOW_COLUMNS
+
+
+def attention_config(
+    device: torch.device, *, dtype: torch.dtype, t: int, d: int, low: LowRank | None
+) -> dict[str, int]:
     """Launch configuration for T tokens and heads of width d."""
-    found = configs.settings("linear_attention", device, dtype=configs.named(dtype), t=t, d=d)
+    values = dict(dtype=configs.named(dtype), t=t, d=d)
+    if low is None:
+        found = configs.settings("linear_attention", device, **values)
+    else:
+        columns = low.adapters.r + low.perturbation.rank
+        found = configs.settings("linear_attention_low", device, columns=columns, **values)
     return found | {"DP": max(16, triton.next_power_of_2(d))}
 
 
-def rstd_config(device: torch.device, *, dtype: torch.dtype, c: int) -> dict[str, int]:
-    """Launch configuration for rows of C columns."""
-    return configs.settings("linear_attention_rstd", device, dtype=configs.named(dtype), c=c)
+def rstd_config(device: torch.device, *, dtype: torch.dtype, c: int, t: int, low: LowRank | None) -> dict[str, int]:
+    """Launch configuration for rows of C columns, T a batch row; with a low-rank part the RMS norm's own."""
+    if low is None:
+        found = configs.settings("linear_attention_rstd", device, dtype=configs.named(dtype), c=c)
+        return found | {"BLOCK_M": min(found["BLOCK_M"], triton.next_power_of_2(t))}
+    found = norm_config(device, dtype=dtype, t=t, n=c, columns=low.adapters.r + low.perturbation.rank)
+    return found | {"BLOCK_M": found.pop("BLOCK_T"), "BLOCK_C": found.pop("BLOCK_N")}
 
 
 def linear_attention_triton(
@@ -166,46 +251,51 @@ def linear_attention_triton(
     eps: float = 1e-5,
     then: Lora | None = None,
     perturbation: MemberNoise | None = None,
+    low: LowRank | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The Triton path: rstd of k's rows, then one program for each head of a batch row. Arguments as in the reference.
 
     Deterministic; a batch row's result does not depend on its batch mates. Sums over tokens are in fp32, in one order.
     Products are of bf16 halves where q is bf16, of three tf32 parts where it is fp16, and exact where it is fp32.
     """
-    _check(q, k, v, heads, norm_q, norm_k, eps)
+    _check(q, k, v, heads, norm_q, norm_k, eps, perturbation, low)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, norm_q, norm_k)):
         raise RuntimeError("q, k, v: one requires a gradient, which the Triton path does not have")
     batch, t, c = q.shape
-    y = output(q, batch, t, c)
-    shares, keys = None, perturbation or MemberNoise(None, 0, 0, 0.0, 1)
+    d, y, shares = c // heads, output(q, batch, t, c), None
+    if low is not None:
+        perturbation = low.perturbation
+        if d % 4 and low.factors is None:
+            raise ValueError(f"low: expected heads of a multiple of 4 columns, or stored factors, got {d} and none")
     if then is not None:
-        if c // heads % 4:
-            raise ValueError(f"then: expected heads of a multiple of 4 columns, got {c // heads}")
-        shares = torch.empty(heads, batch, t, check_then(then, keys, q.dtype), dtype=torch.float32, device=q.device)
+        if d % 4:
+            raise ValueError(f"then: expected heads of a multiple of 4 columns, got {d}")
+        columns = check_then(then, perturbation, q.dtype)
+        shares = torch.empty(heads, batch, t, columns, dtype=torch.float32, device=q.device)
     if y.numel() == 0:
         return y.to(q.dtype) if then is None else (y.to(q.dtype), shares)
     rstd, a = None, None if then is None else then.a
+    noise = low_rank_arguments(low, None if then is None else perturbation, c)
     if norm_k is not None:
         rstd = torch.empty(batch * t, dtype=torch.float32, device=q.device)
-        block = rstd_config(q.device, dtype=q.dtype, c=c)
+        block = rstd_config(q.device, dtype=q.dtype, c=c, t=t, low=low)
         with torch.cuda.device_of(q):
-            _rstd_kernel[(triton.cdiv(batch * t, block["BLOCK_M"]),)](
-                k, rstd, M=batch * t, T=t, stride_xb=k.stride(0), stride_xt=k.stride(1), stride_xc=k.stride(2),
-                eps=eps, C=c, **block,
+            _rstd_kernel[(batch, triton.cdiv(t, block["BLOCK_M"]))](
+                k, rstd_ptr=rstd, T=t, stride_xb=k.stride(0), stride_xt=k.stride(1), stride_xc=k.stride(2),
+                eps=eps, C=c, TARGET=1, PRECISION=low_precision(q.dtype), **noise, **block,
             )  # fmt: skip
-    config = attention_config(q.device, dtype=q.dtype, t=t, d=c // heads)
+    config = attention_config(q.device, dtype=q.dtype, t=t, d=d, low=low)
     with torch.cuda.device_of(q):
         _attention_kernel[(batch * heads,)](
             q, k, v, None if norm_q is None else norm_q.contiguous(), None if norm_k is None else norm_k.contiguous(),
-            rstd, y, a, None if then is None else then.streams, keys.members,
-            None if then is None else step_tensor(keys.step, q.device), shares,
+            rstd, y, a_ptr=a, then_ptr=None if then is None else then.streams, shares_ptr=shares,
             stride_qb=q.stride(0), stride_qt=q.stride(1), stride_qc=q.stride(2),
             stride_kb=k.stride(0), stride_kt=k.stride(1), stride_kc=k.stride(2),
             stride_vb=v.stride(0), stride_vt=v.stride(1), stride_vc=v.stride(2),
             stride_ar=0 if a is None else a.stride(0), stride_ak=0 if a is None else a.stride(1),
-            seed=signed64(keys.seed), tiny=1e-15 if norm_q is None else 1e-15 * math.sqrt(eps),
-            T=t, H=heads, D=c // heads, R=0 if then is None else then.r, RANK=keys.rank, KP=padded_rank(keys.rank),
-            **exact_products(q.dtype), **config,
+            tiny=1e-15 if norm_q is None else 1e-15 * math.sqrt(eps),
+            T=t, H=heads, D=d, THEN_R=0 if then is None else then.r, LOW_PRECISION=low_precision(q.dtype),
+            **noise, **exact_products(q.dtype), **config,
         )  # fmt: skip
     y = y.to(q.dtype)
     return y if then is None else (y, shares)
@@ -222,10 +312,11 @@ def linear_attention(
     eps: float = 1e-5,
     then: Lora | None = None,
     perturbation: MemberNoise | None = None,
+    low: LowRank | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`linear_attention_ref` by the fastest way the device has: Triton on a GPU, the reference elsewhere."""
     op = linear_attention_triton if uses_triton(q.device) else linear_attention_ref
-    options = dict(norm_q=norm_q, norm_k=norm_k, eps=eps, then=then, perturbation=perturbation)
+    options = dict(norm_q=norm_q, norm_k=norm_k, eps=eps, then=then, perturbation=perturbation, low=low)
     return op(q, k, v, heads=heads, **options)
 
 
@@ -240,6 +331,7 @@ def linear_attention_ref(
     eps: float = 1e-5,
     then: Lora | None = None,
     perturbation: MemberNoise | None = None,
+    low: LowRank | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Linear attention of all heads, in fp32, rounded once at the end.
 
@@ -251,6 +343,8 @@ def linear_attention_ref(
         norm_q, norm_k: weights [H * D] of the RMS norm over all heads, fp32, bf16 or fp16, or None for no norm.
         eps: added to the mean square, positive.
         then: A target that reads y, with r + k of at most 16; with the `perturbation` of the batch. D a multiple of 4.
+        low: The low-rank part of q, k and v, three targets of H * D columns; its perturbation is the batch's. None: q,
+            k and v are whole. r + k of at most 32; without stored factors D is a multiple of 4.
 
     Returns:
         y [B, T, H * D], dtype of q; with `then` also its shares for `mix`, fp32 [P, B, T, r + k], P >= 1.
@@ -258,7 +352,11 @@ def linear_attention_ref(
     Raises:
         ValueError: an argument is of another shape, dtype or device, or out of range.
     """
-    _check(q, k, v, heads, norm_q, norm_k, eps)
+    _check(q, k, v, heads, norm_q, norm_k, eps, perturbation, low)
+    dtype = q.dtype
+    if low is not None:
+        perturbation, parts = low.perturbation, low_rank_ref(low, q.shape[-1]).chunk(3, -1)
+        q, k, v = (x.float() + part for x, part in zip((q, k, v), parts, strict=True))
 
     def features(x, weight):  # [B, H, T, D]
         x = x.float()
@@ -269,11 +367,11 @@ def linear_attention_ref(
     queries, keys = features(q, norm_q), features(k, norm_k)
     state = keys.mT @ v.float().unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, H, D, D]
     total = queries @ keys.sum(2).unsqueeze(-1)  # [B, H, T, 1]
-    y = (queries @ state / (total + 1e-15)).transpose(1, 2).flatten(2).to(q.dtype)
+    y = (queries @ state / (total + 1e-15)).transpose(1, 2).flatten(2).to(dtype)
     return y if then is None else (y, shares_ref(y, then, perturbation))
 
 
-def _check(q, k, v, heads, norm_q, norm_k, eps) -> None:
+def _check(q, k, v, heads, norm_q, norm_k, eps, perturbation, low) -> None:
     def fail(name, expected, tensor):
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise ValueError(f"{name}: expected {expected}, got {dtype} {list(tensor.shape)} on {tensor.device}")
@@ -292,3 +390,9 @@ def _check(q, k, v, heads, norm_q, norm_k, eps) -> None:
             fail(name, f"float32, bfloat16 or float16 [{c}] on {q.device}", weight)
     if not eps > 0:
         raise ValueError(f"eps: expected a positive number, got {eps}")
+    check_low_rank(low, q.shape, q.device, targets=3)
+    if low is not None and not takes_low(low.adapters, low.perturbation.rank):
+        columns = low.adapters.r + low.perturbation.rank
+        raise ValueError(f"low: expected r + k of at most {MAX_LOW_COLUMNS}, got {columns}; add it in the linear")
+    if low is not None and perturbation is not None and perturbation is not low.perturbation:
+        raise ValueError("perturbation: expected the same object as low's, or None, got another")

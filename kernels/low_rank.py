@@ -129,3 +129,48 @@ def mixed(
             h_v = c * tl.sum(h * v[None, :], axis=1)
             h = tl.where((column == G * R + i * RANK + j)[None, :], h_v[:, None], h)
     return h
+
+
+@triton.jit
+def h_tile(
+    h_ptr, rows, real, target,
+    G: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, CP: tl.constexpr,
+):  # fmt: skip
+    """float32 [ROWS, CP]: h of one target, r columns, then k, at these rows of h [.., G (r + k)]; zero if not real."""
+    q = tl.arange(0, CP)
+    column = tl.where(q < R, target * R + q, G * R + target * RANK + q - R)
+    ptrs = h_ptr + offset(rows, G * (R + RANK))[:, None] + column[None, :]
+    return tl.load(ptrs, mask=real[:, None] & (q < R + RANK)[None, :], other=0.0)
+
+
+@triton.jit
+def expand_columns(
+    b_ptr, streams_ptr, factors_ptr, stride_bn, stride_br, seed, step, pair, row, target, n0, end, N,
+    G: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, KP: tl.constexpr, CP: tl.constexpr,
+    U_OUT_AT: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """float32 [CP, BLOCK_N]: columns n0.. of [B | U']^T of one target of N columns and one batch row, zero from `end`.
+
+    Rebuilt, n0 KP must be a multiple of 4.
+    """
+    q, n, inside = tl.arange(0, CP), n0 + tl.arange(0, BLOCK_N), within(n0, end, BLOCK_N)[None, :]
+    columns = tl.zeros((CP, BLOCK_N), tl.float32)
+    b_starts = q
+    if b_ptr is not None:
+        b_starts = b_ptr + offset(tl.full((CP,), target * N, tl.int32), stride_bn) + offset(q, stride_br)
+    if factors_ptr is not None:  # one load for both: each column has a place and a stride of its own
+        starts = factors_ptr + offset(row * G + target, WIDTH) + U_OUT_AT + (q - R)
+        strides = tl.full((CP,), KP, tl.int32)
+        if b_ptr is not None:
+            starts = tl.where(q < R, b_starts, starts)
+            strides = tl.where(q < R, stride_bn, strides)
+        ptrs = starts[:, None] + offset(n[None, :], strides[:, None])
+        columns = tl.load(ptrs, mask=(q < R + RANK)[:, None] & inside, other=0.0)
+    else:
+        if b_ptr is not None:
+            b_ptrs = b_starts[:, None] + offset(n, stride_bn)[None, :]
+            columns = tl.load(b_ptrs, mask=(q < R)[:, None] & inside, other=0.0)
+        u = noise_rows(seed, step, tl.load(streams_ptr + 4 * target + 3), pair, n0, BLOCK_N, KP)
+        for i in tl.static_range(RANK):
+            columns = tl.where((q == R + i)[:, None] & inside, column(u, i, KP)[None, :], columns)
+    return columns

@@ -24,8 +24,8 @@ from esengine.kernels.shrink import shrink_ref
 if triton is not None:
     import triton.language as tl
 
-    from esengine.kernels.low_rank import column, low_rank_columns, mixed, product, within
-    from esengine.kernels.noise import noise_rows, offset
+    from esengine.kernels.low_rank import expand_columns, low_rank_columns, mixed, product, within
+    from esengine.kernels.noise import offset
 
     @triton.jit(
         do_not_specialize=["T", "seed"], do_not_specialize_on_alignment=["members_ptr", "step_ptr", "factors_ptr"]
@@ -64,21 +64,12 @@ if triton is not None:
         h = mixed(
             g, streams_ptr, factors, seed, step, pair, sign, lora_scale, 1, R, RANK, KP, CP, U_AT, V_OUT_AT, WIDTH
         )
-        q, stream = tl.arange(0, CP), tl.load(streams_ptr + 3)
         for n0 in range(0, N, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)
-            columns = tl.zeros((CP, BLOCK_N), tl.float32)
-            if b_ptr is not None:
-                b_ptrs = b_ptr + offset(n, stride_bn)[None, :] + offset(q, stride_br)[:, None]
-                columns = tl.load(b_ptrs, mask=(q < R)[:, None] & (n < N)[None, :], other=0.0)
-            if factors_ptr is not None:
-                own = (q >= R) & (q < R + RANK)
-                u_ptrs = factors + U_OUT_AT + (q - R)[:, None] + (n * KP)[None, :]
-                columns += tl.load(u_ptrs, mask=own[:, None] & (n < N)[None, :], other=0.0)
-            else:
-                u = noise_rows(seed, step, stream, pair, n0, BLOCK_N, KP)
-                for i in tl.static_range(RANK):
-                    columns = tl.where((q == R + i)[:, None], column(u, i, KP)[None, :], columns)
+            columns = expand_columns(
+                b_ptr, streams_ptr, factors_ptr, stride_bn, stride_br, seed, step, pair, b, 0, n0, N, N,
+                1, R, RANK, KP, CP, U_OUT_AT, WIDTH, BLOCK_N,
+            )  # fmt: skip
             y = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
             y = product(h, columns, y, BLOCK_T, False, UPCAST, "ieee" if PRECISION == "ieee" else "tf32")
             if bias_ptr is not None:

@@ -56,6 +56,22 @@ class Lora(NamedTuple):
         return 0 if self.a is None else len(self.a) // self.targets
 
 
+class LowRank(NamedTuple):
+    """The low-rank part h [B | U']^T of linears whose plain product is made elsewhere, for the op that reads them.
+
+    Attributes:
+        h: fp32 [B, T, G (r + k)], contiguous, from `shrink` or `mix`; None where the op that is given it makes h.
+        adapters: the G targets.
+        perturbation: the noise of the batch.
+        factors: of `member_factors` for the two, or None: rebuilt in the kernel.
+    """
+
+    h: torch.Tensor | None
+    adapters: Lora
+    perturbation: MemberNoise
+    factors: torch.Tensor | None = None
+
+
 @functools.lru_cache(maxsize=4096)
 def stream_table(streams: tuple[Streams, ...], device: torch.device) -> torch.Tensor:
     """int64 [G, 4] on `device`. Kept, because copying it anew for each launch would stall the device."""
@@ -108,10 +124,10 @@ def check(
         refuse(name, f"{named(dtype)} [{', '.join(map(str, shape))}]{how} on {device}", tensor)
 
 
-def check_x(x: torch.Tensor, k: int | None = None) -> None:
+def check_x(x: torch.Tensor, name: str = "x", last: str = "K") -> None:
     """Raises ValueError for an x that is not [B, T, K] of `FLOATS`."""
-    if x.dim() != 3 or x.dtype not in FLOATS or k not in (None, x.shape[-1]):
-        refuse("x", f"float32, bfloat16 or float16 [B, T, {'K' if k is None else k}]", x)
+    if x.dim() != 3 or x.dtype not in FLOATS:
+        refuse(name, f"float32, bfloat16 or float16 [B, T, {last}]", x)
 
 
 def check_noise(noise: MemberNoise, batch: int, device: torch.device) -> None:

@@ -8,6 +8,18 @@
 
     text  = linear_2(GELU(linear_1(text)))                     before the first block, GELU in the epilogue
 
+That is the path `epilogue`. By the path `consumer` torch's GEMM makes the plain products, and what reads them adds
+their low-rank parts, h [B | U']^T, as it loads them:
+
+    q|k|v = x [W_q | W_k | W_v]^T                              y = linear_attention(q, k, v, h)
+    z, h  = z + gate (y W_out^T + low)                         residual_norm, with the low-rank columns of to_q
+    q     = rms(z W_q^T + low)                                 rms_norm
+    z, x  = z + (y W_out^T + low)                              residual_norm, with the modulation of the GLUMBConv
+    z    += gate GLUMBConv(x)                                  SiLU in the first GEMM, which is ours; residual_norm
+
+The device's launch settings choose (`sana_block` of `configs.PATHS`). By `consumer` the last bits of a row may depend
+on its batch mates, as they do in torch's GEMM.
+
 It equals diffusers' block up to rounding, of which it does less: sums and products stay in fp32 inside a launch. Where
 Triton does not run, only the GLUMBConv is replaced: on tokens its channels are last, which is what a CPU's depthwise
 convolution wants, and SiLU and gate work in place.
@@ -31,15 +43,20 @@ from torch import nn
 
 from esengine.kernels import (
     Lora,
+    LowRank,
     MemberNoise,
     Modulation,
+    configs,
     depthwise_gate,
     fused_linear,
     linear_attention,
     member_factors,
     mix,
+    residual_norm,
+    rms_norm,
     shrink,
     stream_table,
+    takes_low,
     takes_shares,
 )
 from esengine.kernels.factors import STORE_FROM
@@ -119,21 +136,53 @@ class Stack:
         **epilogue,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """y, and the shares for the `reader` of y if it takes any. See `shrink`, `mix` and `fused_linear`."""
-        for layer in self.layers:
-            layer.mark_called()
-        own, factors = keys if self.adapters else None, None
-        if shares is not None:
-            h = mix(shares, self.adapters, own)
-        else:
-            if self.adapters and x.shape[1] >= STORE_FROM:
-                n = len(self.weight) // self.adapters.targets
-                factors = member_factors(self.adapters, own, k=x.shape[-1], n=n)
-            x, h = shrink(x, self.adapters, own, modulation, factors)
+        # behind shares the GEMM rebuilds U', once for each of its tall tiles
+        low = self.noise(keys, x.shape[1] if shares is None else 0)
+        x, low = self.columns(x, low, modulation, shares)
+        h, _, own, factors = low or (None, None, None, None)
         options = dict(h=h, adapters=self.adapters, factors=factors, **epilogue)
         then = None if reader is None else reader.after(keys, x.dtype)
         if then is None:
             return fused_linear(x, self.weight, self.bias, perturbation=own, **options), None
         return fused_linear(x, self.weight, self.bias, perturbation=keys, then=then, **options)
+
+    def noise(self, keys: MemberNoise, tokens: int) -> LowRank | None:
+        """The targets and their noise, to which h is missing: factors stored where so many rows share them."""
+        for layer in self.layers:
+            layer.mark_called()
+        if self.adapters is None:
+            return None
+        factors = None
+        if tokens >= STORE_FROM:
+            n, k = len(self.weight) // self.adapters.targets, self.weight.shape[1]
+            factors = member_factors(self.adapters, keys, k=k, n=n)
+        return LowRank(None, self.adapters, keys, factors)
+
+    def columns(
+        self,
+        x: torch.Tensor,
+        low: LowRank | None,
+        modulation: Modulation | None = None,
+        shares: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, LowRank | None]:
+        """x, modulated if asked, and h for `low`: from the shares, or by a pass of x."""
+        if shares is not None:
+            return x, low._replace(h=mix(shares, low.adapters, low.perturbation))
+        if low is None:
+            return shrink(x, None, None, modulation)
+        x, h = shrink(x, low.adapters, low.perturbation, modulation, low.factors)
+        return x, low._replace(h=h)
+
+    def plain(
+        self,
+        x: torch.Tensor,
+        keys: MemberNoise,
+        modulation: Modulation | None = None,
+        shares: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, LowRank | None]:
+        """The product without the low-rank part, by torch, and that part for what reads it."""
+        x, low = self.columns(x, self.noise(keys, x.shape[1]), modulation, shares)
+        return F.linear(x, self.weight, self.bias), low
 
 
 def _weights(layers: Sequence[nn.Module]) -> list[torch.Tensor]:
@@ -190,33 +239,89 @@ class FusedBlock:
         height: int,
         width: int,
     ) -> torch.Tensor:
-        block, attention, cross, conv = self.module, self.module.attn1, self.module.attn2, self.module.ff
+        block, conv = self.module, self.module.ff
         _check(keys, z_btd, text_blc)
         z_btd = z_btd.contiguous()  # the first block's has the patches' layout; the residual is copied either way
         table_b6d = block.scale_shift_table[None] + timestep.reshape(len(z_btd), 6, -1)
         shift, scale, gate, shift_ff, scale_ff, gate_ff = table_b6d.unbind(1)
+        modulation = Modulation(shift, scale, block.norm1.eps)
+        modulation_ff = Modulation(shift_ff, scale_ff, block.norm2.eps)
+        by_consumer = self._by_consumer(keys, z_btd)
+        attend = self._attend_by_consumer if by_consumer else self._attend_by_epilogue
+        z_btd, x_btd = attend(keys, z_btd, text_blc, text_mask, modulation, gate, modulation_ff)
 
-        qkv, _ = self.qkv(z_btd, keys, Modulation(shift, scale, block.norm1.eps))
+        y = fused_linear(x_btd, conv.conv_inverted.weight.flatten(1), conv.conv_inverted.bias, activation="silu")
+        y = depthwise_gate(y, conv.conv_depth.weight, conv.conv_depth.bias, height=height, width=width)
+        point = conv.conv_point.weight.flatten(1)
+        if by_consumer:
+            return residual_norm(F.linear(y, point), z_btd, gate=gate_ff).z
+        return fused_linear(y, point, residual=z_btd, gate=gate_ff)
+
+    def _by_consumer(self, keys: MemberNoise, z_btd: torch.Tensor) -> bool:
+        """Whether the settings say so for this shape, and the attention can add the low-rank parts of q, k and v."""
+        adapters, heads = self.qkv.adapters, self.module.attn1.heads
+        if adapters is not None and not (
+            takes_low(adapters, keys.rank) and self.module.attn1.inner_dim // heads % 4 == 0
+        ):
+            return False
+        shape = dict(dtype=configs.named(z_btd.dtype), t=z_btd.shape[1])
+        return configs.path("sana_block", z_btd.device, **shape) == "consumer"
+
+    def _attend_by_epilogue(
+        self, keys, z_btd, text_blc, text_mask, modulation, gate, modulation_ff
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """z behind both attentions, and the GLUMBConv's x; low-rank parts in our GEMM's epilogue."""
+        cross = self.module.attn2
+        y_btd, shares = self._linear_attention(self.qkv(z_btd, keys, modulation)[0], keys)
+        z_btd, shares = self.out(y_btd, keys, shares=shares, reader=self.q, residual=z_btd, gate=gate)
+        q = self.q(z_btd, keys, shares=shares)[0]
+        if cross.norm_q is not None:
+            q = F.rms_norm(q, cross.norm_q.dim, cross.norm_q.weight, cross.norm_q.eps)
+        y_btd = self._cross_attention(q, text_blc, text_mask, keys)
+        z_btd, _ = self.cross_out(y_btd, keys, residual=z_btd)
+        return z_btd, shrink(z_btd, None, None, modulation_ff)[0]
+
+    def _attend_by_consumer(
+        self, keys, z_btd, text_blc, text_mask, modulation, gate, modulation_ff
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same, low-rank parts where the products are read."""
+        norm, tokens = self.module.attn2.norm_q, z_btd.shape[1]
+        qkv, low = self.qkv.plain(z_btd, keys, modulation)
+        y_btd, shares = self._linear_attention(qkv, keys, low)
+        y_btd, low = self.out.plain(y_btd, keys, shares=shares)
+        if norm is None:
+            z_btd = residual_norm(y_btd, z_btd, gate=gate, low=low).z
+            q = self.q(z_btd, keys)[0]
+        else:
+            z_btd, _, low = residual_norm(y_btd, z_btd, gate=gate, low=low, then=self.q.noise(keys, tokens))
+            q = rms_norm(F.linear(z_btd, self.q.weight, self.q.bias), norm.weight, norm.eps, low)
+        y_btd, low = self.cross_out.plain(self._cross_attention(q, text_blc, text_mask, keys), keys)
+        z_btd, x_btd, _ = residual_norm(y_btd, z_btd, low=low, modulation=modulation_ff)
+        return z_btd, x_btd
+
+    def _linear_attention(
+        self, qkv: torch.Tensor, keys: MemberNoise, low: LowRank | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """y, and the shares for to_out if it takes any."""
+        attention = self.module.attn1
         norms = {} if attention.norm_q is None else {"eps": attention.norm_q.eps}
         for name in ("norm_q", "norm_k") if norms else ():
             norms[name] = getattr(attention, name).weight
-        heads, then = attention.heads, self.out.after(keys, z_btd.dtype)
+        heads, then = attention.heads, self.out.after(keys, qkv.dtype)
         then = None if attention.inner_dim // heads % 4 else then
-        y = linear_attention(*qkv.chunk(3, -1), heads=heads, then=then, perturbation=keys, **norms)
-        y_btd, shares = (y, None) if then is None else y
-        z_btd, shares = self.out(y_btd, keys, shares=shares, reader=self.q, residual=z_btd, gate=gate)
+        y = linear_attention(*qkv.chunk(3, -1), heads=heads, then=then, perturbation=keys, low=low, **norms)
+        return (y, None) if then is None else y
 
-        q, (k, v) = self.q(z_btd, keys, shares=shares)[0], self.kv(text_blc, keys)[0].chunk(2, -1)
-        if cross.norm_q is not None:
-            q, k = (F.rms_norm(y, n.dim, n.weight, n.eps) for y, n in ((q, cross.norm_q), (k, cross.norm_k)))
+    def _cross_attention(
+        self, q: torch.Tensor, text_blc: torch.Tensor, text_mask: torch.Tensor | None, keys: MemberNoise
+    ) -> torch.Tensor:
+        """What to_out reads: q, normed, attends to the text."""
+        cross, (k, v) = self.module.attn2, self.kv(text_blc, keys)[0].chunk(2, -1)
+        if cross.norm_k is not None:
+            k = F.rms_norm(k, cross.norm_k.dim, cross.norm_k.weight, cross.norm_k.eps)
         q, k, v = (y.unflatten(-1, (cross.heads, -1)).transpose(1, 2) for y in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if text_mask is None else text_mask[:, None])
-        z_btd, _ = self.cross_out(y.transpose(1, 2).flatten(2), keys, residual=z_btd)
-
-        x_btd, _ = shrink(z_btd, None, None, Modulation(shift_ff, scale_ff, block.norm2.eps))
-        y = fused_linear(x_btd, conv.conv_inverted.weight.flatten(1), conv.conv_inverted.bias, activation="silu")
-        y = depthwise_gate(y, conv.conv_depth.weight, conv.conv_depth.bias, height=height, width=width)
-        return fused_linear(y, conv.conv_point.weight.flatten(1), residual=z_btd, gate=gate_ff)
+        return y.transpose(1, 2).flatten(2)
 
 
 class FusedCaption:

@@ -211,9 +211,33 @@ def test_the_gate_compiles_what_a_forward_at_full_size_launches(kernel, operands
     assert any(launch.reference and launch.shape.startswith("forward: ") for launch in found)
 
 
-def forward_launches():
+CONSUMER = [
+    # q|k|v's low-rank part in the attention and in the norm of k, to_out's with to_q's columns, cross to_out's with x
+    ("_attention_kernel", "h factors then norm_k", dict(G=3, T=256)),
+    ("_attention_kernel", "h factors then norm_k", dict(G=3, T=1024)),
+    ("_rstd_kernel", "h factors", dict(G=3)),
+    ("_residual_norm_kernel", "h factors residual gate then", dict(N=2240, G=1)),
+    ("_rms_norm_kernel", "h factors", dict(N=2240, G=1)),
+    ("_residual_norm_kernel", "h factors residual shift", dict(N=2240, G=1)),
+    ("_residual_norm_kernel", "residual gate", dict(N=2240, G=0)),
+]
+
+
+@pytest.mark.parametrize(("kernel", "operands", "constants"), CONSUMER)
+def test_the_gate_compiles_the_consumer_path_of_a_forward(kernel, operands, constants):
+    assert any(
+        launch.kernel.fn.__name__ == kernel
+        and launch.kwargs | constants == launch.kwargs
+        and given(*launch[-3:]) == set(operands.split())
+        and "consumer" in launch.shape
+        for launch in aot.launches()
+        if launch.shape.startswith("forward: ")
+    )
+
+
+def forward_launches(path="epilogue"):
     with aot.recorded_launches() as noted:
-        for case in list(aot.forward_cases()):
+        for case in list(aot.forward_cases([path])):
             case.call()
     return noted
 
@@ -226,6 +250,13 @@ def test_a_forward_expands_every_target_of_the_reference_run_once():
     linears = [launch for launch in forward_launches() if launch[0].fn.__name__ == "_linear_kernel"]
     expanded = [launch[2]["G"] for launch in linears if "h" in given(*launch)]
     assert sum(expanded) == 2 * targets  # at two sizes
+    consumers = [launch for launch in forward_launches("consumer") if "h" in given(*launch)]
+    # k's norm reads the part that the attention adds, and shrink and mix make h
+    passes = ("_rstd_kernel", "_shrink_kernel", "_mix_kernel")
+    assert sum(launch[2]["G"] for launch in consumers if launch[0].fn.__name__ not in passes) == 2 * targets
+    products = [launch for launch in forward_launches("consumer") if launch[0].fn.__name__ == "_linear_kernel"]
+    # what is left to our GEMM are text, time and the output's projection
+    assert all("h" not in given(*launch) or launch[2]["T"] <= 40 or launch[2]["N"] == 32 for launch in products)
 
 
 def test_what_the_block_launches_is_what_is_compiled(monkeypatch):

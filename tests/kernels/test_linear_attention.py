@@ -8,15 +8,18 @@ import torch
 
 from esengine.kernels import (
     Lora,
+    LowRank,
     MemberNoise,
     linear_attention,
     linear_attention_ref,
     linear_streams,
+    member_factors,
     mix,
     shrink_ref,
     stream_table,
     uses_triton,
 )
+from esengine.kernels.factors import low_rank_ref
 from esengine.kernels.noise import INTERPRET
 from esengine.kernels.shrink import shares_ref
 
@@ -305,6 +308,7 @@ def test_heads_too_wide(device):
 BIG_STRIDES = """
 import sys, torch, triton, triton.language as tl
 from esengine.kernels import linear_attention, linear_attention_ref
+from esengine.kernels.factors import low_rank_ref
 from esengine.kernels.noise import INTERPRET
 module = sys.modules["esengine.kernels.linear_attention"]
 if sys.argv[1] == "32":
@@ -385,3 +389,106 @@ def test_shares_need_bf16_and_heads_of_whole_quads(device):
         call(linear_attention, case(heads=2, d=7, dtype=torch.bfloat16, device=device) | options)
     with pytest.raises(ValueError, match="then: expected one target"):
         call(linear_attention, case(heads=2, d=8, device=device) | options)
+
+
+def plain_and_part(args, r, rank, device, *, stored):
+    """`low` for q, k and v of `args`, half as large as they are, and the arguments of what they are with it, fp64."""
+    t, c, device = args["q"].shape[1], args["q"].shape[-1], torch.device(device)
+    streams = stream_table(tuple(linear_streams(f"to_{name}", direct=not r) for name in "qkv"), device)
+    generator = torch.Generator().manual_seed(r)
+    a, b = (torch.randn(3 * size, r, generator=generator).to(device) if r else None for size in (20, c))
+    lora = Lora(None if a is None else a.view(3 * r, 20), b, 1.5, streams)
+    noise = MemberNoise(torch.tensor([5, 2], device=device), 1 << 63, 4, 0.1, rank)
+    h = torch.randn(2, t, 3 * (r + rank), generator=generator).to(device) / 2 * (r + rank) ** -0.5
+    low = LowRank(h, lora, noise, member_factors(lora, noise, k=20, n=c) if stored else None)
+    parts = low_rank_ref(LowRank(h, lora, noise), c).double().chunk(3, -1)
+    whole = {name: args[name].double() + part for name, part in zip("qkv", parts, strict=True)}
+    return low, args | whole
+
+
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("r", "rank"), [(0, 1), (2, 1), (3, 3), (16, 4)])
+def test_low_rank_part_is_added_in_fp32_before_the_norms(device, r, rank, dtype, stored):
+    for t, heads, d, norms in ((33, 3, 16, (True, True)), (7, 2, 12, (True, False)), (1, 1, 40, (False, False))):
+        args = case(t=t, heads=heads, d=d, dtype=dtype, norms=norms, device=device)
+        low, whole = plain_and_part(args, r, rank, device, stored=stored)
+        expected = exact(whole)
+        slack = HALVES if dtype == torch.bfloat16 else FLOOR
+        slack += 2.0**-11 if dtype != torch.float32 and device == "cuda" else 0
+        for op in (linear_attention, linear_attention_ref):
+            y = call(op, args | {"low": low})
+            assert y.dtype == dtype
+            assert relative(y, expected) <= 1.02 * relative(expected.to(dtype), expected) + slack
+            assert relative(y, exact(args)) > 0.01
+
+
+def test_low_rank_part_of_heads_that_are_no_whole_quads(device):
+    """Which only stored factors serve, as rebuilt ones come by four."""
+    args = case(heads=2, d=7, device=device)
+    low, whole = plain_and_part(args, 2, 1, device, stored=True)
+    assert relative(call(linear_attention, args | {"low": low}), exact(whole)) <= 2 * FLOOR
+    if uses_triton(device):
+        with pytest.raises(ValueError, match="low: expected heads of a multiple of 4 columns, or stored factors"):
+            call(linear_attention, args | {"low": low._replace(factors=None)})
+
+
+@pytest.mark.parametrize("r", [0, 2])
+def test_low_rank_part_and_shares(device, r):
+    then, _ = following(48, 2, 1, device)
+    args = case(dtype=torch.bfloat16, device=device)
+    low, _ = plain_and_part(args, r, 1, device, stored=True)
+    y, shares = call(linear_attention, args | dict(then=then, low=low, perturbation=low.perturbation))
+    assert torch.equal(y, call(linear_attention, args | {"low": low}))
+    bound = 2.0**-7 if INTERPRET else HALVES
+    assert relative(shares.sum(0), shares_ref(y, then, low.perturbation)[0].double()) <= bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_with_a_low_rank_part_alone_is_the_row_in_the_batch(device, every_row_alike, dtype):
+    if not uses_triton(device):
+        pytest.skip("the reference's sums are torch's")
+    args = case(t=19, dtype=dtype, device=device)
+    low, _ = plain_and_part(args, 2, 1, device, stored=True)
+    whole = call(linear_attention, args | {"low": low})
+    for row in range(2):
+        one = slice(row, row + 1)
+        noise = low.perturbation._replace(members=low.perturbation.members[one])
+        own = low._replace(h=low.h[one], perturbation=noise, factors=low.factors[one])
+        got = call(linear_attention, args | {name: args[name][one] for name in "qkv"} | {"low": own})
+        assert torch.equal(got, whole[one])
+
+
+@pytest.mark.parametrize("op", [linear_attention, linear_attention_ref])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda low: low._replace(h=low.h[:, 1:].contiguous()), r"low.h: expected float32 \[2, 33, 9\], contiguous"),
+        (lambda low: low._replace(h=None), "low.h: expected what shrink or mix made, got None"),
+        (
+            lambda low: low._replace(adapters=low.adapters._replace(streams=low.adapters.streams[:1])),
+            r"low.adapters.streams: expected int64 \[3, 4\]",
+        ),
+        (
+            lambda low: low._replace(adapters=low.adapters._replace(b=low.adapters.b[1:])),
+            r"low.adapters.b: expected float32 \[144, 2\]",
+        ),
+        (lambda low: low._replace(factors=low.factors[:, :2].contiguous()), "factors: expected float32"),
+        (lambda low: low._replace(perturbation=low.perturbation._replace(rank=0)), "rank: expected at least 1"),
+    ],
+)
+def test_a_wrong_low_rank_part_is_refused_by_name(device, op, change, words):
+    args = case(device=device)
+    low, _ = plain_and_part(args, 2, 1, device, stored=True)
+    with pytest.raises(ValueError, match=words):
+        call(op, args | {"low": change(low)})
+    with pytest.raises(ValueError, match="perturbation: expected the same object as low's, or None, got another"):
+        call(op, args | {"low": low, "perturbation": low.perturbation._replace()})
+
+
+@pytest.mark.parametrize("op", [linear_attention, linear_attention_ref])
+def test_many_low_rank_columns_are_refused(device, op):
+    args = case(device=device)
+    low, _ = plain_and_part(args, 32, 1, device, stored=False)
+    with pytest.raises(ValueError, match=r"low: expected r \+ k of at most 32, got 33; add"):
+        call(op, args | {"low": low})

@@ -1,5 +1,7 @@
 """The fused SANA block against diffusers' own, under a population whose rows are all of different members."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from diffusers.models.normalization import RMSNorm
 from peft import LoraConfig
 
 import esengine
+from esengine.kernels import configs
 from esengine.kernels.noise import INTERPRET
 from esengine.models import sana_block
 from esengine.models.sana_block import (
@@ -43,6 +46,32 @@ def transformer():
             torch.nn.init.normal_(module.weight)
     device = "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
     return model.eval().requires_grad_(False).to(device)
+
+
+@pytest.fixture(params=configs.PATHS["sana_block"].names)
+def path(request, monkeypatch, tmp_path):
+    """The block's path, as a file of settings chooses it."""
+    contents = json.loads(configs.DEFAULT.read_text())
+    contents["paths"] = {"sana_block": [{"when": {}, "path": request.param}]}
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps(contents))
+    monkeypatch.setenv(configs.OVERRIDE, str(file))
+    return request.param
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of the ops that the block calls, in order."""
+    names = []
+    for name in ("shrink", "mix", "fused_linear", "linear_attention", "residual_norm", "rms_norm", "member_factors"):
+        op = getattr(sana_block, name)
+
+        def noted(*args, name=name, op=op, **kwargs):
+            names.append(name)
+            return op(*args, **kwargs)
+
+        monkeypatch.setattr(sana_block, name, noted)
+    return names
 
 
 def inputs(transformer):
@@ -93,14 +122,39 @@ def relative(got, expected):
 
 @needs_triton
 @pytest.mark.parametrize("targets", [TARGETS, ["to_out.0"], ["attn1.to_q", "attn1.to_k", "attn1.to_v", "linear_1"]])
-def test_equals_diffusers(transformer, targets):
+def test_equals_diffusers(transformer, path, targets):
     plain, got = both(transformer, attach(transformer, targets))
     assert relative(got, plain) <= 1e-5
 
 
 @needs_triton
+def test_equals_diffusers_with_stored_factors(transformer, path, monkeypatch, launched):
+    """As of 16 rows a member on: a factor for each stack, where something reads it."""
+    monkeypatch.setattr(sana_block, "STORE_FROM", 1)
+    plain, got = both(transformer, attach(transformer, ["to_q", "to_k", "to_v", "to_out.0"]))
+    assert relative(got, plain) <= 1e-5
+    assert launched.count("member_factors") == 5
+    assert launched.count("residual_norm") == (3 if path == "consumer" else 0)
+    assert launched.count("rms_norm") == (1 if path == "consumer" else 0)
+
+
+@needs_triton
+@pytest.mark.parametrize("change", ["many columns", "no norms"])
+def test_what_the_consumers_cannot_add_the_epilogue_does(transformer, path, monkeypatch, launched, change):
+    if change == "many columns":
+        monkeypatch.setattr(sana_block, "takes_low", lambda adapters, rank: False)
+    else:
+        for attention in (transformer.transformer_blocks[0].attn1, transformer.transformer_blocks[0].attn2):
+            attention.norm_q = attention.norm_k = None
+    plain, got = both(transformer, attach(transformer, ["to_q", "to_k", "to_v", "to_out.0"]))
+    assert relative(got, plain) <= 1e-5
+    assert "rms_norm" not in launched
+    assert ("residual_norm" in launched) == (path == "consumer" and change == "no norms")
+
+
+@needs_triton
 @pytest.mark.parametrize("targets", [TARGETS, ["to_out.0", "attn2.to_q"]])
-def test_equals_diffusers_on_the_weights_themselves(transformer, targets):
+def test_equals_diffusers_on_the_weights_themselves(transformer, path, targets):
     noise = esengine.Noise(sigma=3e-3, rank=2, seed=1)
     population = esengine.attach(transformer, esengine.Direct(targets), noise, rule=esengine.UpdateRule(lr_scale=1.0))
     parts = parts_of(transformer, population)
@@ -202,7 +256,7 @@ def test_no_text_mask(transformer):
 
 @needs_triton
 @pytest.mark.parametrize("direct", [False, True])
-def test_bf16_leaves_shares_and_errs_no_more_than_diffusers(transformer, direct):
+def test_bf16_leaves_shares_and_errs_no_more_than_diffusers(transformer, path, direct):
     """Against fp32 of the same weights. In bf16 the attention and to_out leave shares instead of two shrinks."""
     transformer.to(torch.bfloat16).float()
     noise = esengine.Noise(sigma=3e-3, rank=2, seed=1)
