@@ -11,8 +11,8 @@ depend on its batch mates.
 A file may also choose between paths to one result, {"paths": {op: [{"when": {..}, "path": name}, ..]}}: again the first
 entry that holds, and without one the default.
 
-The file is the one that ESENGINE_KERNEL_CONFIGS names, or `configs/<device>.json`, which `bench/tune.py` makes, or
-`configs/default.json` where there is none for the device.
+The file is the one that ESENGINE_KERNEL_CONFIGS names, or `configs/<device>.json`, which `bench/tune.py` makes, or that
+of the device's architecture, such as `configs/sm_90.json`, or `configs/default.json`.
 """
 
 import functools
@@ -181,11 +181,13 @@ def _device_file(device: torch.device) -> Path:
     if device.type != "cuda":
         return DEFAULT
     name = torch.cuda.get_device_name(device)
-    path = FOLDER / f"{slug(name)}.json"
-    if path.exists():
+    if (path := FOLDER / f"{slug(name)}.json").exists():
         return path
-    _log.info("no launch settings for %s: the default ones; bench/tune.py makes a file", name)
-    return DEFAULT
+    major, minor = torch.cuda.get_device_capability(device)
+    path = FOLDER / f"sm_{major}{minor}.json"
+    path = path if path.exists() else DEFAULT
+    _log.info("no launch settings for %s: those of %s; bench/tune.py makes a file", name, path.name)
+    return path
 
 
 @functools.cache

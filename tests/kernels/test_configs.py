@@ -65,6 +65,13 @@ def test_the_first_entry_that_holds_is_taken(use, usual):
     assert block_k(n=65) == block_k(n=63) == block_k(dtype="float16") == 64
 
 
+def test_the_files_that_come_with_the_package_are_usable():
+    files = sorted(configs.FOLDER.glob("*.json"))
+    assert {path.name for path in files} >= {"default.json", "sm_90.json"}
+    for path in files:
+        assert configs.load(path)["made"]["arch"] == (90 if path.name == "sm_90.json" else None)
+
+
 def test_what_a_caller_does_to_its_settings_stays_with_it():
     configs.settings("fused_linear", CPU, **LINEAR)["BLOCK_M"] = 0
     assert configs.settings("fused_linear", CPU, **LINEAR)["BLOCK_M"] == 128
@@ -91,10 +98,13 @@ def test_a_device_has_its_own_file_or_the_default_one(monkeypatch, tmp_path, usu
     assert configs.slug("NVIDIA H100 80GB HBM3") == "nvidia_h100_80gb_hbm3"
     monkeypatch.setattr(configs, "FOLDER", tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Toy GPU-{device.index}")
-    path = tmp_path / "toy_gpu_7.json"
-    path.write_text(json.dumps(usual))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if device.index < 9 else (8, 0))
+    path, sm_90 = tmp_path / "toy_gpu_7.json", tmp_path / "sm_90.json"
+    for each in (path, sm_90):
+        each.write_text(json.dumps(usual))
     assert configs.config_file(torch.device("cuda:7")) == path
-    assert configs.config_file(torch.device("cuda:8")) == configs.DEFAULT
+    assert configs.config_file(torch.device("cuda:8")) == sm_90
+    assert configs.config_file(torch.device("cuda:9")) == configs.DEFAULT
     assert configs.config_file(CPU) == configs.DEFAULT
     configs._device_file.cache_clear()
 
