@@ -60,15 +60,12 @@ def low_rank_arguments(low: LowRank | None, perturbation: MemberNoise | None, n:
         perturbation: the noise of the batch where the kernel uses it without `low`, too.
         n: columns of a target.
     """
-    perturbation = perturbation if low is None else low.perturbation
-    adapters, factors = (None, None) if low is None else (low.adapters, low.factors)
-    b, r, rank = None, 0, 1 if perturbation is None else perturbation.rank
-    if adapters is not None:
-        b, r = adapters.b, adapters.r
+    h, adapters, perturbation, factors = low or LowRank(None, Lora(None, None, 1.0, None), perturbation)
+    b, rank = adapters.b, 1 if perturbation is None else perturbation.rank
     return dict(
-        h_ptr=None if low is None else low.h,
+        h_ptr=h,
         b_ptr=b,
-        streams_ptr=None if low is None else adapters.streams,
+        streams_ptr=adapters.streams,
         members_ptr=None if perturbation is None else perturbation.members,
         step_ptr=None if perturbation is None else step_tensor(perturbation.step, perturbation.members.device),
         factors_ptr=factors,
@@ -76,10 +73,10 @@ def low_rank_arguments(low: LowRank | None, perturbation: MemberNoise | None, n:
         stride_br=0 if b is None else b.stride(1),
         seed=0 if perturbation is None else signed64(perturbation.seed),
         G=0 if low is None else adapters.targets,
-        R=r,
+        R=adapters.r,
         RANK=rank,
         KP=padded_rank(rank),
-        CP=padded_columns(r + rank),
+        CP=padded_columns(adapters.r + rank),
         U_OUT_AT=0 if factors is None else u_out_at(factors, n, rank),
         WIDTH=0 if factors is None else factors.shape[-1],
     )

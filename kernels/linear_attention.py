@@ -155,24 +155,9 @@ if triton is not None:
         sign = tl.where(weight_q < 0, -1.0, 1.0)
         if then_ptr is not None:
             own = low_rank_columns(
-                a_ptr,
-                then_ptr,
-                None,
-                stride_ar,
-                stride_ak,
-                seed,
-                step,
-                pair,
-                c0,
-                c0 + D,
-                1,
-                THEN_R,
-                RANK,
-                KP,
-                16,
-                DP,
-                0,
-            )
+                a_ptr, then_ptr, None, stride_ar, stride_ak, seed, step, pair, c0, c0 + D,
+                1, THEN_R, RANK, KP, 16, DP, 0,
+            )  # fmt: skip
             own_upper, own_lower = halves(own, SPLIT, UPCAST)
             shares = shares_ptr + offset(pid % H, tl.num_programs(0) // H * T) * (THEN_R + RANK)
         if h_ptr is not None:

@@ -162,13 +162,17 @@ def test_the_path_of_a_shape(use, usual):
     use(usual | {"paths": {}})
     assert configs.path("population_linear", CPU, **SHAPE) == "epilogue"
     assert configs.describe(CPU)["order"] == plain
+    assert configs.path("sana_block", CPU, dtype="bfloat16", t=256) == "epilogue"
+    use(usual | {"paths": {"sana_block": [{"when": {}, "path": "consumer"}]}})
+    assert configs.path("sana_block", CPU, dtype="bfloat16", t=256) == "consumer"
+    assert configs.describe(CPU)["order"] != plain
 
 
 @pytest.mark.parametrize(
     ("paths", "message"),
     [
         ([], r"paths: expected an object, got \[\]"),
-        ({"shrink": []}, "paths: expected population_linear, got shrink"),
+        ({"shrink": []}, "paths: expected population_linear, sana_block, got shrink"),
         (
             {"population_linear": [{"when": {}}]},
             r"paths\.population_linear\[0\]: expected measured, path, when, got when",
@@ -180,6 +184,14 @@ def test_the_path_of_a_shape(use, usual):
         (
             {"population_linear": [{"when": {}, "path": "loop"}]},
             r"population_linear\[0\]\.path: expected one of epilogue, addmm, got 'loop'",
+        ),
+        (
+            {"sana_block": [{"when": {"k": 8}, "path": "consumer"}]},
+            r"sana_block\[0\]\.when: expected dtype, t, got k",
+        ),
+        (
+            {"sana_block": [{"when": {}, "path": "addmm"}]},
+            r"sana_block\[0\]\.path: expected one of epilogue, consumer, got 'addmm'",
         ),
     ],
 )
