@@ -150,12 +150,12 @@ def test_a_devices_file_adds_the_launches_that_it_changes(monkeypatch, tmp_path)
     contents = json.loads(configs.DEFAULT.read_text())
     contents["made"] |= {"device": "Toy GPU", "arch": 90}
     contents["ops"]["es_update"][0]["launch"]["num_warps"] = 8
-    (tmp_path / "toy_gpu.json").write_text(json.dumps(contents))
-    aot.launches.cache_clear()
-    usual = aot.launches()
     aot.launches.cache_clear()
     monkeypatch.setattr(configs, "FOLDER", tmp_path)
     try:
+        usual = aot.launches()
+        aot.launches.cache_clear()
+        (tmp_path / "toy_gpu.json").write_text(json.dumps(contents))
         more = aot.launches()[len(usual) :]
         assert {launch.kernel.fn.__name__ for launch in more} == {"_update_kernel"}
         assert {(launch.file, launch.arch, launch.kwargs["num_warps"]) for launch in more} == {("toy_gpu.json", 90, 8)}
