@@ -36,6 +36,7 @@ import torch
 
 from esengine.kernels import (
     Lora,
+    LowRank,
     MemberNoise,
     Modulation,
     configs,
@@ -53,6 +54,10 @@ from esengine.kernels import (
     mix,
     mix_ref,
     population_linear,
+    residual_norm,
+    residual_norm_ref,
+    rms_norm,
+    rms_norm_ref,
     shrink,
     shrink_ref,
 )
@@ -145,6 +150,8 @@ def tasks(scale: Scale) -> list[Task]:
             found.append(shrink_task(t, width, targets, images, modulated=modulated))
         found.append(low_rank_task(t, width, width, images))
         found.append(attention_task(t, scale, images))
+        found += [attention_low_task(t, scale, images), norm_task(t, width, images)]
+        found += [residual_task(t, width, images, then=then) for then in (True, False)]
     found += [
         *(mix_task(t, width, images) for t in images),
         rstd_task(images[-1], scale),
@@ -247,6 +254,66 @@ def attention_task(t: int, scale: Scale, images: list[int]) -> Task:
     grid = product(BLOCK_T=(16, 32, 64, 128), num_warps=(1, 2, 4), num_stages=(2, 3))
     values = dict(dtype=configs.named(DTYPE), t=t, d=scale.width // scale.heads)
     return Task("linear_attention", "_attention_kernel", values, {"t": band(t, images)}, grid, build)
+
+
+def low_rank_of(draw: Callable, rows: int, t: int, targets: int, n: int) -> LowRank:
+    """Low-rank parts of `targets` products of N columns, with stored factors: as a block's path `consumer` has them."""
+    given = adapted(draw, rows, targets, n, n)
+    h = draw(rows, t, targets * (LORA_RANK + NOISE_RANK), to=torch.float32)
+    return LowRank(h, *given.values(), stored(given, t, n, n))
+
+
+def attention_low_task(t: int, scale: Scale, images: list[int]) -> Task:
+    """`linear_attention` that adds the low-rank parts of q, k and v."""
+
+    def build(rows: int, device: torch.device) -> Calls:
+        draw = normals(device)
+        args = draw(rows, t, 3 * scale.width).split(scale.width, dim=-1)
+        options = dict(heads=scale.heads, norm_q=draw(scale.width), norm_k=draw(scale.width))
+        options["low"] = low_rank_of(draw, rows, t, 3, scale.width)
+        return partial(linear_attention, *args, **options), partial(linear_attention_ref, *args, **options)
+
+    grid = product(BLOCK_T=(16, 32, 64), num_warps=(1, 2, 4), num_stages=(2, 3))
+    columns = LORA_RANK + NOISE_RANK
+    values = dict(dtype=configs.named(DTYPE), t=t, d=scale.width // scale.heads, columns=columns)
+    return Task("linear_attention_low", "_attention_kernel", values, {"t": band(t, images)}, grid, build)
+
+
+def residual_task(t: int, n: int, images: list[int], *, then: bool) -> Task:
+    """`residual_norm` of a product with its low-rank part: gated, before a linear, or modulated."""
+    columns = LORA_RANK + NOISE_RANK
+
+    def build(rows: int, device: torch.device) -> Calls:
+        draw = normals(device)
+        args, table = (draw(rows, t, n), draw(rows, t, n)), draw(rows, 6, n)
+        options: dict[str, Any] = {"low": low_rank_of(draw, rows, t, 1, n)}
+        if then:
+            reader = low_rank_of(draw, rows, t, 1, n)._replace(h=None, perturbation=options["low"].perturbation)
+            options |= {"gate": table[:, 2], "then": reader}
+        else:
+            options["modulation"] = Modulation(table[:, 0], table[:, 1])
+
+        def flat(stream) -> tuple:
+            return stream.z, stream.x, None if stream.then is None else stream.then.h
+
+        return lambda: flat(residual_norm(*args, **options)), lambda: flat(residual_norm_ref(*args, **options))
+
+    grid = product(BLOCK_T=(16, 32), BLOCK_N=(32, 64, 128), num_warps=(4, 8), num_stages=(3,))
+    values = dict(dtype=configs.named(DTYPE), t=t, n=n, columns=columns, then=columns if then else 0)
+    return Task("residual_norm", "_residual_norm_kernel", values, {"t": band(t, images)}, grid, build)
+
+
+def norm_task(t: int, n: int, images: list[int]) -> Task:
+    """`rms_norm` of a product with its low-rank part."""
+
+    def build(rows: int, device: torch.device) -> Calls:
+        draw = normals(device)
+        args = draw(rows, t, n), draw(n), 1e-5, low_rank_of(draw, rows, t, 1, n)
+        return partial(rms_norm, *args), partial(rms_norm_ref, *args)
+
+    grid = product(BLOCK_T=(16, 32), BLOCK_N=(32, 64, 128), num_warps=(4, 8), num_stages=(3,))
+    values = dict(dtype=configs.named(DTYPE), t=t, n=n, columns=LORA_RANK + NOISE_RANK)
+    return Task("rms_norm", "_rms_norm_kernel", values, {"t": band(t, images)}, grid, build)
 
 
 def rstd_task(t: int, scale: Scale) -> Task:

@@ -299,7 +299,23 @@ def linear_attention(
     perturbation: MemberNoise | None = None,
     low: LowRank | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """`linear_attention_ref` by the fastest way the device has: Triton on a GPU, the reference elsewhere."""
+    """`linear_attention_ref` by the fastest way the device has: Triton on a GPU, the reference elsewhere.
+
+    Args:
+        q, k, v: [B, T, H * D], fp32, bf16 or fp16, any strides: slices of one stacked projection are welcome. D <= 64.
+        heads: H.
+        norm_q, norm_k: weights [H * D] of the RMS norm over all heads, fp32, bf16 or fp16, or None for no norm.
+        eps: added to the mean square, positive.
+        then: A target that reads y, with r + k of at most 16; with the `perturbation` of the batch. D a multiple of 4.
+        low: The low-rank part of q, k and v, three targets of H * D columns; its perturbation is the batch's. None: q,
+            k and v are whole. r + k of at most 32; without stored factors D is a multiple of 4.
+
+    Returns:
+        y [B, T, H * D], dtype of q; with `then` also its shares for `mix`, fp32 [P, B, T, r + k], P >= 1.
+
+    Raises:
+        ValueError: an argument is of another shape, dtype or device, or out of range.
+    """
     op = linear_attention_triton if uses_triton(q.device) else linear_attention_ref
     options = dict(norm_q=norm_q, norm_k=norm_k, eps=eps, then=then, perturbation=perturbation, low=low)
     return op(q, k, v, heads=heads, **options)
@@ -322,20 +338,7 @@ def linear_attention_ref(
 
     diffusers rounds the normed q and k to the storage dtype first; in fp32 the two are the same formula.
 
-    Args:
-        q, k, v: [B, T, H * D], fp32, bf16 or fp16, any strides: slices of one stacked projection are welcome. D <= 64.
-        heads: H.
-        norm_q, norm_k: weights [H * D] of the RMS norm over all heads, fp32, bf16 or fp16, or None for no norm.
-        eps: added to the mean square, positive.
-        then: A target that reads y, with r + k of at most 16; with the `perturbation` of the batch. D a multiple of 4.
-        low: The low-rank part of q, k and v, three targets of H * D columns; its perturbation is the batch's. None: q,
-            k and v are whole. r + k of at most 32; without stored factors D is a multiple of 4.
-
-    Returns:
-        y [B, T, H * D], dtype of q; with `then` also its shares for `mix`, fp32 [P, B, T, r + k], P >= 1.
-
-    Raises:
-        ValueError: an argument is of another shape, dtype or device, or out of range.
+    Arguments as in `linear_attention`.
     """
     _check(q, k, v, heads, norm_q, norm_k, eps, perturbation, low)
     dtype = q.dtype

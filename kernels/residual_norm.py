@@ -147,6 +147,21 @@ def residual_norm(
     """`residual_norm_ref` by the fastest way the device has: Triton on a GPU, the reference itself elsewhere.
 
     Deterministic. A row's result does not depend on its batch mates.
+
+    Args:
+        y: [B, T, N], fp32, bf16 or fp16.
+        residual: [B, T, N], dtype of y.
+        gate: [B, N], one for each batch row, last stride 1, or None.
+        low: The low-rank part of y, of one target. None: y is whole.
+        modulation: What makes x of z. None: no x.
+        then: One target that reads z, with h None, and the same perturbation as `low`; not with `modulation`. None: no
+            h'.
+
+    Returns:
+        z and x [B, T, N], dtype of y, and `then` with its h, fp32 [B, T, r + k]; None for what was not asked for.
+
+    Raises:
+        ValueError: an operand is of another shape, dtype or device, or of strides that are not said here; by its name.
     """
     if not uses_triton(y.device):
         return residual_norm_ref(y, residual, gate=gate, low=low, modulation=modulation, then=then)
@@ -204,23 +219,7 @@ def residual_norm_ref(
     modulation: Modulation | None = None,
     then: LowRank | None = None,
 ) -> Stream:
-    """The sum in fp32, rounded once; then what was asked for of it.
-
-    Args:
-        y: [B, T, N], fp32, bf16 or fp16.
-        residual: [B, T, N], dtype of y.
-        gate: [B, N], one for each batch row, last stride 1, or None.
-        low: The low-rank part of y, of one target. None: y is whole.
-        modulation: What makes x of z. None: no x.
-        then: One target that reads z, with h None, and the same perturbation as `low`; not with `modulation`. None: no
-            h'.
-
-    Returns:
-        z and x [B, T, N], dtype of y, and `then` with its h, fp32 [B, T, r + k]; None for what was not asked for.
-
-    Raises:
-        ValueError: an operand is of another shape, dtype or device, or of strides that are not said here; by its name.
-    """
+    """The sum in fp32, rounded once; then what was asked for of it. Arguments as in `residual_norm`."""
     _check(y, residual, gate, low, modulation, then)
     wide = y.float() + low_rank_ref(low, y.shape[-1])
     if gate is not None:
@@ -234,7 +233,7 @@ def residual_norm_ref(
 
 
 def _check(y, residual, gate, low, modulation, then) -> None:
-    """Raises ValueError for what does not fit, by its name. See `residual_norm_ref`."""
+    """Raises ValueError for what does not fit, by its name. See `residual_norm`."""
     check_x(y, "y", "N")
     batch, _, n = y.shape
     check("residual", residual, y.shape, y.dtype, y.device)

@@ -97,6 +97,18 @@ def rms_norm(y: torch.Tensor, weight: torch.Tensor, eps: float, low: LowRank | N
     part; the reference itself elsewhere.
 
     Deterministic. A row's result does not depend on its batch mates.
+
+    Args:
+        y: [B, T, N], fp32, bf16 or fp16, any strides.
+        weight: [N], fp32, bf16 or fp16.
+        eps: Added to the mean square, positive.
+        low: The low-rank part of y, of one target. None: y is whole.
+
+    Returns:
+        [B, T, N], dtype of y.
+
+    Raises:
+        ValueError: an operand is of another shape, dtype or device, or out of range; by its name.
     """
     if not uses_triton(y.device):
         return rms_norm_ref(y, weight, eps, low)
@@ -117,27 +129,14 @@ def rms_norm(y: torch.Tensor, weight: torch.Tensor, eps: float, low: LowRank | N
 
 
 def rms_norm_ref(y: torch.Tensor, weight: torch.Tensor, eps: float, low: LowRank | None = None) -> torch.Tensor:
-    """The norm in fp32, rounded once.
-
-    Args:
-        y: [B, T, N], fp32, bf16 or fp16, any strides.
-        weight: [N], fp32, bf16 or fp16.
-        eps: Added to the mean square, positive.
-        low: The low-rank part of y, of one target. None: y is whole.
-
-    Returns:
-        [B, T, N], dtype of y.
-
-    Raises:
-        ValueError: an operand is of another shape, dtype or device, or out of range; by its name.
-    """
+    """The norm in fp32, rounded once. Arguments as in `rms_norm`."""
     _check(y, weight, eps, low)
     wide = y.float() + low_rank_ref(low, y.shape[-1])
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(y.dtype)
 
 
 def _check(y, weight, eps, low) -> None:
-    """Raises ValueError for what does not fit, by its name. See `rms_norm_ref`."""
+    """Raises ValueError for what does not fit, by its name. See `rms_norm`."""
     check_x(y, "y", "N")
     if weight.shape != y.shape[-1:] or weight.dtype not in FLOATS or weight.device != y.device:
         refuse("weight", f"float32, bfloat16 or float16 [{y.shape[-1]}] on {y.device}", weight)
