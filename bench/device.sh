@@ -74,7 +74,7 @@ case $mode in
       tests/kernels/test_fused_linear.py tests/models/test_sana_block.py tests/models/test_graphs_kernels.py}
     workers=${WORKERS:-$([ "$device" = cpu ] && echo 2 || echo 14)}
     # shellcheck disable=SC2086
-    timeout "$budget" "$python" -P -m pytest -o addopts="--import-mode=importlib --strict-markers -ra" \
+    timeout $((budget > SECONDS ? budget - SECONDS : 1)) "$python" -P -m pytest -o addopts="--import-mode=importlib --strict-markers -ra" \
       -p no:cacheprovider --numprocesses "$workers" --dist worksteal --junit-xml "$out/smoke.xml" $tests || status=$?
     ;;
   suite)

@@ -38,6 +38,7 @@ from suite_context import COLD, SCALES, Context, Scale
 from suite_summary import ERROR, FAILED, FILES, rows, summarize
 
 from esengine.models.settings import DECODES
+from esengine.setup import allow_tf32
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -353,6 +354,7 @@ def main(arguments: list[str] | None = None) -> int:
             overlap=options.overlap,
             smoke=None if options.smoke is None else smoke_ceilings(options.smoke, device),
         )
+        allow_tf32(device, context.dtype)
         path = options.json
         if path is None and scale.name == "full":
             name = re.sub(r"\W+", "_", record.device_name(device)).strip("_").lower()

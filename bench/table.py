@@ -181,10 +181,10 @@ def _drop_in() -> Section:
     head = ["form, N", "forward and update, ms of CPU time", "of the older version", "of shardes"]
     what = [
         "The layer on an MLP 256-1024-1024-10, one row a member, one thread.",
-        f"The older version is commit {record['against'][:7]}. All ran in turns; its ratio is the median of "
-        f"{len(record['rounds'])} rounds, that to shardes is of medians.",
-        f"shardes {record['shardes']['shardes']} is a JAX library for the same work. The time in which it compiles is "
-        "not counted. It gives all members the same row.",
+        f"The older version is commit {record['against'][:7]}. All ran in turns.",
+        f"Its ratio is the median of {len(record['rounds'])} rounds, that to shardes is of medians.",
+        f"shardes {record['shardes']['shardes']} is a JAX library for the same work.",
+        "The time in which it compiles is not counted. It gives all members the same row.",
         f"The update alone of {tensors} of the 1.6B model at N 64 takes {all_of_them['here']:.2f} s, "
         f"{all_of_them['ratio']['median']:.2f} of the older version's.",
     ]

@@ -203,6 +203,7 @@ class Population:
 
     @property
     def device(self) -> torch.device:
+        self._check_attached()
         return next(iter(self.layers.values())).base_weight.device
 
     @property

@@ -47,7 +47,15 @@ def load_model(
     model: str, revision: str | None, device: torch.device, dtype: torch.dtype, vae: str | None = None
 ) -> SanaSprint:
     """A pipeline folder, a hub id, `nano` or `tiny`; with another decoder, if asked for (`ImageSettings.vae`)."""
+    allow_tf32(device, dtype)
     return SanaSprint.from_pretrained(model, revision=revision, device=device, dtype=dtype, vae=vae)
+
+
+def allow_tf32(device: torch.device, dtype: torch.dtype) -> None:
+    """Chosen here for the process: what a model of half precision computes in fp32 on a GPU, as DC-AE's attention, may
+    be in tf32."""
+    if device.type == "cuda" and dtype != torch.float32:
+        torch.set_float32_matmul_precision("high")
 
 
 def is_folder(model: str) -> bool:

@@ -217,24 +217,39 @@ def _holds(rule: Any, value: str | int | bool) -> bool:
 
 
 def _check(document: Any) -> None:
-    """Raises ValueError, with the place, for a name that is missing or not known. Triton judges the numbers."""
+    """Raises ValueError, with the place, for a name that is missing or not known, or a value of another kind."""
     _names("file", document, ("made", "ops"), ("paths",))
     _names("ops", document["ops"], OPS)
     _names("paths", document.get("paths", {}), (), PATHS)
+    for op, entries in (document["ops"] | document.get("paths", {})).items():
+        if not isinstance(entries, list):
+            raise ValueError(f"{op}: expected a list of entries, got {entries!r}")
     for op, entries in document["ops"].items():
         for i, entry in enumerate(entries):
             _names(f"{op}[{i}]", entry, ("when", "launch"), ("measured",))
             _names(f"{op}[{i}].when", entry["when"], (), OPS[op].conditions)
             _names(f"{op}[{i}].launch", entry["launch"], OPS[op].settings)
+            _check_rules(f"{op}[{i}].when", entry["when"])
+            for name, value in entry["launch"].items():
+                if type(value) is not int or value < 1:
+                    raise ValueError(f"{op}[{i}].launch.{name}: expected a positive integer, got {value!r}")
         if not entries or entries[-1]["when"]:
             raise ValueError(f"{op}: expected a last entry for every launch, with an empty 'when'")
     for op, entries in document.get("paths", {}).items():
         for i, entry in enumerate(entries):
             _names(f"paths.{op}[{i}]", entry, ("when", "path"), ("measured",))
             _names(f"paths.{op}[{i}].when", entry["when"], (), PATHS[op].conditions)
+            _check_rules(f"paths.{op}[{i}].when", entry["when"])
             if entry["path"] not in PATHS[op].names:
                 names = ", ".join(PATHS[op].names)
                 raise ValueError(f"paths.{op}[{i}].path: expected one of {names}, got {entry['path']!r}")
+
+
+def _check_rules(place: str, when: dict) -> None:
+    for name, rule in when.items():
+        bounds = isinstance(rule, list) and len(rule) == 2 and all(x is None or type(x) is int for x in rule)
+        if not (bounds or isinstance(rule, (str, int))):
+            raise ValueError(f"{place}.{name}: expected a value or [least, most], got {rule!r}")
 
 
 def _names(place: str, got: Any, needed: Iterable[str], possible: Iterable[str] = ()) -> None:

@@ -20,6 +20,7 @@ from esengine.kernels import configs
 from esengine.kernels.noise import (
     Memory,
     NoisePlan,
+    check_rank,
     factor_ref,
     key_words,
     padded_rank,
@@ -38,7 +39,7 @@ if triton is not None:
     from esengine.kernels.low_rank import column
     from esengine.kernels.noise import noise_rows, offset
 
-    @triton.jit(do_not_specialize=["PAIRS", "step", "stream_u", "stream_v"])
+    @triton.jit(do_not_specialize=["PAIRS", "seed", "step", "stream_u", "stream_v"])
     def _update_kernel(
         weights_ptr, out_ptr,
         PAIRS, L, S, scale,
@@ -90,6 +91,9 @@ def es_update(
     """
     check_fitness(fitness)
     key_words(seed, step)
+    check_rank(rank)
+    if len(shape) != 2 or min(shape) < 0:
+        raise ValueError(f"shape: expected (L, S), got {tuple(shape)}")
     weights = pair_weights(fitness)
     if 0 in shape:
         return torch.zeros(shape, dtype=torch.float32, device=fitness.device)
@@ -155,7 +159,7 @@ class UpdatePlan:
         self.noise, self._memory = NoisePlan(factors, rank, device), Memory()
 
     def sums(self, fitness: torch.Tensor, *, seed: int, step: int) -> list[torch.Tensor]:
-        """`es_update_ref` of every tensor, fp32 [L, S] each: views of one tensor for each shape."""
+        """`es_update_ref` of every tensor, fp32 [L, S] each: views of one tensor."""
         check_fitness(fitness)
         key_words(seed, step)
         sizes = [len(places) * math.prod(shape) for shape, places in self.groups.items()]

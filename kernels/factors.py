@@ -111,10 +111,12 @@ def check_low_rank(low: LowRank | None, shape: Sequence[int], device: torch.devi
     if low is None:
         return
     (h, adapters, perturbation, factors), (batch, t, n) = low, shape
+    if perturbation is None:
+        raise ValueError("low.perturbation: expected the noise of the batch, got None")
     check_noise(perturbation, batch, device)
     if adapters.targets != targets:
         refuse("low.adapters.streams", f"int64 [{targets}, 4]", adapters.streams)
-    k = None if adapters.a is None else adapters.a.shape[-1]
+    k = None if adapters.a is None else (adapters.a.shape[-1:] or ("K",))[0]
     check_adapters("low.adapters", adapters, k, n, device)
     if h is None:
         raise ValueError("low.h: expected what shrink or mix made, got None")
@@ -143,6 +145,14 @@ def low_rank_ref(low: LowRank | None, n: int) -> torch.Tensor | float:
     return torch.cat(parts, -1)
 
 
+def _check(adapters: Lora, perturbation: MemberNoise, k: int, n: int) -> None:
+    """Raises ValueError for what does not fit, by its name. See `member_factors`."""
+    check_noise(perturbation, len(perturbation.members), adapters.streams.device)
+    check_adapters("adapters", adapters, k, None, adapters.streams.device)
+    if k < 0 or n < 0:
+        raise ValueError(f"k, n: expected numbers of columns, got {k} and {n}")
+
+
 def member_factors(adapters: Lora, perturbation: MemberNoise, *, k: int, n: int) -> torch.Tensor:
     """`member_factors_ref` by the fastest way the device has.
 
@@ -162,7 +172,7 @@ def member_factors(adapters: Lora, perturbation: MemberNoise, *, k: int, n: int)
     if not uses_triton(device):
         return member_factors_ref(adapters, perturbation, k=k, n=n)
     batch, g, rank = len(perturbation.members), adapters.targets, perturbation.rank
-    check_noise(perturbation, batch, device)
+    _check(adapters, perturbation, k, n)
     out = torch.empty(batch, g, width(k, n, adapters.r, rank), dtype=torch.float32, device=device)
     if out.numel():
         with torch.cuda.device_of(out):
@@ -177,7 +187,7 @@ def member_factors(adapters: Lora, perturbation: MemberNoise, *, k: int, n: int)
 def member_factors_ref(adapters: Lora, perturbation: MemberNoise, *, k: int, n: int) -> torch.Tensor:
     """All factors of the targets for each batch row, by the noise contract. Arguments as in `member_factors`."""
     r, rank, device = adapters.r, perturbation.rank, adapters.streams.device
-    check_noise(perturbation, len(perturbation.members), device)
+    _check(adapters, perturbation, k, n)
     out = torch.zeros(len(perturbation.members), adapters.targets, width(k, n, r, rank), device=device)
     noise = dict(seed=perturbation.seed, step=int(perturbation.step), pairs=perturbation.members >> 1, rank=rank)
     for i, streams in enumerate(adapters.streams.tolist()):

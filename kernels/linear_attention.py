@@ -34,7 +34,7 @@ from esengine.kernels import configs
 from esengine.kernels.factors import check_low_rank, low_rank_ref
 from esengine.kernels.launch import exact_products, low_precision, low_rank_arguments, output
 from esengine.kernels.noise import triton, uses_triton
-from esengine.kernels.operands import Lora, LowRank, MemberNoise
+from esengine.kernels.operands import Lora, LowRank, MemberNoise, check_adapters, check_noise
 from esengine.kernels.rms_norm import norm_config
 from esengine.kernels.shrink import check_then, shares_ref
 
@@ -243,7 +243,7 @@ def linear_attention_triton(
     Deterministic; a batch row's result does not depend on its batch mates. Sums over tokens are in fp32, in one order.
     Products are of bf16 halves where q is bf16, of three tf32 parts where it is fp16, and exact where it is fp32.
     """
-    _check(q, k, v, heads, norm_q, norm_k, eps, perturbation, low)
+    _check(q, k, v, heads, norm_q, norm_k, eps, then, perturbation, low)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, norm_q, norm_k)):
         raise RuntimeError("q, k, v: one requires a gradient, which the Triton path does not have")
     batch, t, c = q.shape
@@ -340,7 +340,7 @@ def linear_attention_ref(
 
     Arguments as in `linear_attention`.
     """
-    _check(q, k, v, heads, norm_q, norm_k, eps, perturbation, low)
+    _check(q, k, v, heads, norm_q, norm_k, eps, then, perturbation, low)
     dtype = q.dtype
     if low is not None:
         perturbation, parts = low.perturbation, low_rank_ref(low, q.shape[-1]).chunk(3, -1)
@@ -359,7 +359,7 @@ def linear_attention_ref(
     return y if then is None else (y, shares_ref(y, then, perturbation))
 
 
-def _check(q, k, v, heads, norm_q, norm_k, eps, perturbation, low) -> None:
+def _check(q, k, v, heads, norm_q, norm_k, eps, then, perturbation, low) -> None:
     def fail(name, expected, tensor):
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise ValueError(f"{name}: expected {expected}, got {dtype} {list(tensor.shape)} on {tensor.device}")
@@ -384,3 +384,12 @@ def _check(q, k, v, heads, norm_q, norm_k, eps, perturbation, low) -> None:
         raise ValueError(f"low: expected r + k of at most {MAX_LOW_COLUMNS}, got {columns}; add it in the linear")
     if low is not None and perturbation is not None and perturbation is not low.perturbation:
         raise ValueError("perturbation: expected the same object as low's, or None, got another")
+    if then is not None:
+        perturbation = low.perturbation if perturbation is None and low is not None else perturbation
+        if perturbation is None:
+            raise ValueError("perturbation: expected the noise of the batch beside then, got None")
+        check_noise(perturbation, len(q), q.device)
+        check_adapters("then", then, c, None, q.device)
+        check_then(then, perturbation, q.dtype)
+        if c // heads % 4:
+            raise ValueError(f"then: expected heads of a multiple of 4 columns, got {c // heads}")

@@ -1,7 +1,7 @@
-"""The low-rank part of a perturbed linear by itself, for any base layer: its own product is added to it afterwards.
+"""The low-rank part of a perturbed linear by itself: the base layer's own product is added to it afterwards.
 
     C = bias + h [B | U']^T          h of one target, as `esengine.kernels.shrink` makes it
-    y = C + x W^T                    by whoever owns W: `torch.addmm`, or a quantised layer called as it is
+    y = C + x W^T                    by whoever owns W: `population_linear` lets `torch.addmm` do it
 
 One kernel reads x, and writes C in x's dtype. C is small beside y, so its rounding is: 2^-9 of the low-rank part in
 bf16, where the product of W is added in fp32 and rounded once.

@@ -19,6 +19,7 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011); 
 import hashlib
 import math
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -69,6 +70,14 @@ def linear_streams(name: str, *, direct: bool = False) -> Streams:
 def padded_rank(rank: int) -> int:
     """The next power of two: the row length of a factor in elements of the contract."""
     return 1 << (rank - 1).bit_length()
+
+
+def check_rank(rank: int) -> None:
+    """Raises ValueError for a noise rank that is none."""
+    if not isinstance(rank, int):
+        raise ValueError(f"rank: expected an integer, got {rank!r}")
+    if rank < 1:
+        raise ValueError(f"rank: expected at least 1, got {rank}")
 
 
 def pair_weights(fitness: torch.Tensor) -> torch.Tensor:
@@ -160,7 +169,7 @@ if triton is not None:
         """index * stride in 64 bits: activations and weights pass 2^31 elements."""
         return index.to(tl.int64) * stride
 
-    @triton.jit(do_not_specialize_on_alignment=["step_ptr"])
+    @triton.jit(do_not_specialize=["seed", "count"], do_not_specialize_on_alignment=["step_ptr"])
     def _normals_kernel(
         out_ptr, streams_ptr, pairs_ptr, step_ptr, seed: tl.int64, count, stride_op, BLOCK: tl.constexpr
     ):
@@ -193,7 +202,11 @@ def normals(
 
     Returns:
         float32 [P, count].
+
+    Raises:
+        ValueError: an argument is of another shape or dtype, or out of range; by its name.
     """
+    _check(streams, pairs, count)
     if not uses_triton(device):
         return normals_ref(seed=seed, step=step, streams=streams, pairs=pairs, count=count, device=device)
     if not isinstance(step, torch.Tensor):  # to look at a tensor is to wait for the device
@@ -225,6 +238,7 @@ def factor(
     Returns:
         float32 [P, L, k] on the device of `pairs`.
     """
+    check_rank(rank)
     kp = padded_rank(rank)
     streams = torch.full_like(pairs, stream)
     rows = normals(seed=seed, step=step, streams=streams, pairs=pairs, count=length * kp, device=pairs.device)
@@ -293,8 +307,14 @@ KEPT_BYTES = 1 << 26
 """Of noise that a plan keeps until its next call. A constant, so that memory does not grow with the population."""
 
 
-class Memory:
-    """Where a CPU makes noise, call after call. Memory that is new to a process may cost as much as the noise."""
+class Memory(threading.local):
+    """Where a CPU makes noise, call after call. Memory that is new to a process may cost as much as the noise.
+
+    Each thread has its own.
+    """
+
+    def __reduce__(self):
+        return Memory, ()
 
     def __init__(self):
         self.buffers = np.empty(6 * _AT_ONCE, np.uint64)
@@ -406,15 +426,27 @@ def normals_ref(
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
     """The first `count` normals of each of P (stream, pair): the contract, in torch. Arguments as in `normals`."""
+    _check(streams, pairs, count)
     quads = torch.arange((count + 3) // 4, device=device)
     streams, pairs = streams.to(device)[:, None], pairs.to(device)[:, None]
     return quads_ref(seed=seed, step=int(step), quads=quads, streams=streams, pairs=pairs).flatten(1)[:, :count]
+
+
+def _check(streams: torch.Tensor, pairs: torch.Tensor, count: int) -> None:
+    """Raises ValueError for what does not fit, by its name. See `normals`."""
+    for name, ids in (("streams", streams), ("pairs", pairs)):
+        if ids.dtype != torch.int64 or ids.dim() != 1 or len(ids) != len(pairs):
+            dtype = str(ids.dtype).removeprefix("torch.")
+            raise ValueError(f"{name}: expected int64 [{len(pairs)}], one for each row, got {dtype} {list(ids.shape)}")
+    if count < 0:
+        raise ValueError(f"count: expected at least 0, got {count}")
 
 
 def factor_ref(
     *, seed: int, step: int | torch.Tensor, stream: int, pairs: torch.Tensor, length: int, rank: int
 ) -> torch.Tensor:
     """One low-rank factor for each of P pairs, from `normals_ref`. Arguments as in `factor`."""
+    check_rank(rank)
     kp = padded_rank(rank)
     streams = torch.full_like(pairs, stream)
     rows = normals_ref(seed=seed, step=step, streams=streams, pairs=pairs, count=length * kp, device=pairs.device)
@@ -483,12 +515,13 @@ class NoisePlan:
         """float32 [P, offsets[-1]], not to be written into: what is small is kept, as an update follows a forward."""
         first, count = int(pairs[0]) if len(pairs) else 0, len(pairs)
         in_order = pairs.tolist() == list(range(first, first + count))
-        if self._kept is not None and self._kept[0] == (seed, step) and in_order:
-            start = first - self._kept[1]
-            found = self._kept[2][max(start, 0) : max(start, 0) + count]
+        kept = self._kept  # once, as another thread may set it
+        if kept is not None and kept[0] == (seed, step) and in_order:
+            start = first - kept[1]
+            found = kept[2][max(start, 0) : max(start, 0) + count]
             if start >= 0 and len(found) == count:
                 return found
-        self._kept = None  # its memory is free for the next
+        kept = self._kept = None  # its memory is free for the next
         counter = dict(quads=self.quads, streams=self.streams, pairs=pairs[:, None])
         noise = quads_ref(seed=seed, step=step, **counter, memory=self._memory).flatten(1)
         if noise.nbytes <= KEPT_BYTES and in_order:

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, NoReturn
 
 import torch
 
-from esengine.kernels.noise import Streams, key_words, step_tensor
+from esengine.kernels.noise import Streams, check_rank, key_words, step_tensor
 
 
 class MemberNoise(NamedTuple):
@@ -136,14 +136,20 @@ def check_noise(noise: MemberNoise, batch: int, device: torch.device) -> None:
     if isinstance(noise.step, torch.Tensor):  # to look at it is to wait for the device
         step_tensor(noise.step, device)
     key_words(noise.seed, 0 if isinstance(noise.step, torch.Tensor) else noise.step)
-    if noise.rank < 1:
-        raise ValueError(f"rank: expected at least 1, got {noise.rank}")
+    check_rank(noise.rank)
+
+
+def check_streams(name: str, adapters: Lora, device: torch.device) -> None:
+    """Raises ValueError for streams that are not of one target or more."""
+    check(f"{name}.streams", adapters.streams, ("G", 4), torch.int64, device, strides="all")
+    if not len(adapters.streams):
+        refuse(f"{name}.streams", "int64 [G, 4] of at least one target", adapters.streams)
 
 
 def check_adapters(name: str, adapters: Lora, k: int, n: int | None, device: torch.device) -> None:
     """Raises ValueError for targets whose A does not read K columns, or, with `n`, whose B does not write N each."""
     a, b, _, streams = adapters
-    check(f"{name}.streams", streams, ("G", 4), torch.int64, device, strides="all")
+    check_streams(name, adapters, device)
     if n is not None and (a is None) != (b is None):
         raise ValueError(f"{name}: expected a and b, or neither, got one of them")
     if a is None:

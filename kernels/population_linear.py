@@ -73,7 +73,8 @@ def population_linear(
         raise RuntimeError("x: requires a gradient, which the Triton path does not have; call it under torch.no_grad")
     n, k = weight.shape
     if x.numel() == 0 or n == 0:
-        return x.new_empty(*x.shape[:-1], n)
+        y = x.new_zeros(*x.shape[:-1], n)
+        return y if bias is None else y + bias
     x_btk = x.reshape(len(x), -1, k)
     t = x_btk.shape[1]
     factors = member_factors(adapters, perturbation, k=k, n=n) if t >= STORE_FROM else None

@@ -25,7 +25,16 @@ from esengine.kernels import configs
 from esengine.kernels.factors import check_factors
 from esengine.kernels.launch import exact_products, noise_arguments, output
 from esengine.kernels.noise import factor_ref, padded_rank, signed64, signed_sigma, step_tensor, triton, uses_triton
-from esengine.kernels.operands import Lora, MemberNoise, check, check_adapters, check_noise, check_x, refuse
+from esengine.kernels.operands import (
+    Lora,
+    MemberNoise,
+    check,
+    check_adapters,
+    check_noise,
+    check_streams,
+    check_x,
+    refuse,
+)
 
 if triton is not None:
     import triton.language as tl
@@ -328,8 +337,11 @@ def _check(x, adapters, perturbation, modulation, factors) -> None:
 
 def _check_shares(shares, adapters, perturbation) -> None:
     """Raises ValueError for what does not fit, by its name. See `mix`."""
+    check_streams("adapters", adapters, adapters.streams.device)
     columns = adapters.r + perturbation.rank
     if adapters.targets != 1 or shares.dim() != 4 or shares.dtype != torch.float32 or not shares.is_contiguous():
         refuse("shares", f"float32 [P, B, T, {columns}], contiguous, of one target", shares)
     check("shares", shares, (*shares.shape[:3], columns), torch.float32, adapters.streams.device)
+    if not len(shares):
+        refuse("shares", f"float32 [P, B, T, {columns}] of at least one share", shares)
     check_noise(perturbation, shares.shape[1], shares.device)

@@ -52,25 +52,12 @@ class Decoder:
         scaled = x0_bchw.to(self.vae.dtype) / self.vae.config.scaling_factor
         images, finite = None, torch.empty(len(scaled), dtype=torch.bool, device=scaled.device)
         for first, z in zip(range(0, max(1, len(scaled)), chunk), scaled.split(chunk), strict=True):
-            with fits(f"{len(z)} images in one VAE call", "give a smaller decode chunk"), self._tf32():
+            with fits(f"{len(z)} images in one VAE call", "give a smaller decode chunk"):
                 pixels, good = decode(z)
             if images is None:
                 images = torch.empty(len(scaled), *pixels.shape[1:], dtype=torch.uint8, device=scaled.device)
             images[first : first + chunk], finite[first : first + chunk] = pixels, good
         return images, finite
-
-    @contextmanager
-    def _tf32(self) -> Iterator[None]:
-        """On a GPU a VAE of half precision computes its attention in fp32: in tf32 here, whoever calls."""
-        if self.vae.dtype == torch.float32 or self.vae.device.type != "cuda":
-            yield
-            return
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
 
     def _pixels(self, z_bchw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.channels_last:

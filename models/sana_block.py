@@ -40,6 +40,7 @@ from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from torch import nn
+from torch.nn.utils import parametrize
 
 from esengine.kernels import (
     Lora,
@@ -219,14 +220,12 @@ class FusedBlock:
             raise CannotFuse(f"heads of attn1 are {attention.inner_dim // attention.heads} wide, more than 64")
         if block.norm2.elementwise_affine or block.norm1.elementwise_affine or cross.rescale_output_factor != 1:
             raise CannotFuse("a norm has weights, or attn2 rescales its output")
-        for each in (block, attention, cross):
-            if changed(each):
-                raise CannotFuse(f"{type(each).__name__} has a forward of its own or a hook")
         TokenConv.check(block.ff)
         Stack.check(attention.to_q, attention.to_k, attention.to_v)
         Stack.check(cross.to_k, cross.to_v)
         for layer in (cross.to_q, attention.to_out[0], cross.to_out[0]):
             Stack.check(layer)
+        _refuse_changed(block)
 
     def forward(
         self,
@@ -339,8 +338,7 @@ class FusedCaption:
         act = getattr(projection, "act_1", None)
         if not isinstance(act, nn.GELU) or act.approximate != "tanh":
             raise CannotFuse(f"its activation is {act}, not GELU by tanh")
-        if changed(projection):
-            raise CannotFuse("it has a forward of its own or a hook")
+        _refuse_changed(projection)
         for layer in (projection.linear_1, projection.linear_2):
             Stack.check(layer)
 
@@ -363,8 +361,12 @@ class TokenConv:
         """Raises CannotFuse for a GLUMBConv with a norm, a residual or a hook."""
         if conv.norm_type is not None or conv.residual_connection:
             raise CannotFuse("its GLUMBConv has a norm or a residual")
-        if changed(conv):
-            raise CannotFuse("its GLUMBConv has a forward of its own or a hook")
+        _refuse_changed(conv)
+        inverted, depth, point = conv.conv_inverted, conv.conv_depth, conv.conv_point
+        plain = all(type(each) is nn.Conv2d for each in (inverted, depth, point)) and type(conv.nonlinearity) is nn.SiLU
+        sizes = [each.kernel_size for each in (inverted, depth, point)] if plain else []
+        if sizes != [(1, 1), (3, 3), (1, 1)] or depth.groups != len(depth.weight) or point.bias is not None:
+            raise CannotFuse("its GLUMBConv has other convolutions or another activation than SANA's")
 
     def forward(self, keys: MemberNoise, x_bchw: torch.Tensor) -> torch.Tensor:
         inverted, depth, point = self.module.conv_inverted, self.module.conv_depth, self.module.conv_point
@@ -374,6 +376,15 @@ class TokenConv:
         y_bhwc, gate_bhwc = y_bchw.movedim(1, 3).chunk(2, -1)
         y_bhwc = y_bhwc.mul_(F.silu(gate_bhwc, inplace=True))
         return F.linear(y_bhwc, point.weight.flatten(1)).movedim(3, 1)
+
+
+def _refuse_changed(module: nn.Module) -> None:
+    """Raises CannotFuse for a hook, a forward or a parametrized weight that the other form would not have."""
+    for name, each in module.named_modules():
+        if changed(each):
+            raise CannotFuse(f"{name or type(each).__name__} has a forward of its own or a hook")
+        if parametrize.is_parametrized(each):
+            raise CannotFuse(f"{name or type(each).__name__} has a weight that is computed anew at each use")
 
 
 def _check(keys: MemberNoise, *states: torch.Tensor) -> None:

@@ -383,13 +383,10 @@ class SanaSprint:
     @contextmanager
     def perturbed(self, population, *, step: int, members: torch.Tensor) -> Iterator[None]:
         """`population.perturbed`, inside which the transformer also runs in the fastest form that it has."""
-        parts = self._parts(population)
-        triton = population.backend == "triton"
-        with (
-            population.perturbed(step=step, members=members),
-            in_place_of(parts, population.perturbation if triton else None),
-        ):
-            yield
+        with population.perturbed(step=step, members=members):
+            keys = population.perturbation if population.backend == "triton" else None
+            with in_place_of(self._parts(population), keys):
+                yield
 
     def plan(self, population, settings: RenderSettings) -> str:
         """How a population is rendered here, in words for the record of a run."""
@@ -406,7 +403,7 @@ class SanaSprint:
     def _graphs(self, population, settings: RenderSettings) -> graphs.Graphs | None:
         """The graphs of the transformer's forward for this population as it is now; None where none are used."""
         if self._captured is not None and not self._captured[0][0].layers:
-            self._captured = None  # its population is detached
+            self._captured = self._built = None  # its population is detached
         if population is None or settings.graphs == "never":
             return None
         found = None
@@ -435,8 +432,10 @@ class SanaSprint:
 
     def _parts(self, population) -> list[Part]:
         """Fused blocks are built once, and again when tensors were moved or adapters switched since."""
-        if not self.fuses(population):
-            return fused_parts(self.transformer, False) if population.backend == "torch" else []
+        if population.backend != "triton":
+            return fused_parts(self.transformer, False)
+        if why_not_fused(self.transformer, True) is not None:
+            return []
         state = population, _switches(population)
         if self._built is None or self._built[0] != state or not self._built[2].hold():
             parts = fused_parts(self.transformer, True)

@@ -114,7 +114,8 @@ class Weighted:
         if at_once:
             _require_finite(COMBINED, total, prompts, **where)
         elif self._deferred is not None:
-            self._deferred.append((scores, list(prompts), where))
+            kept = {name: score.clone() for name, score in scores.items()}  # the caller may write into its own
+            self._deferred.append((kept, list(prompts), where))
         else:
             _require_all_finite(scores, prompts, **where)
         return scores
@@ -128,6 +129,8 @@ class Weighted:
         Raises:
             RewardError: At the end, as `score` raises it.
         """
+        if self._deferred is not None:
+            raise RuntimeError("deferred_checks: already inside one; contexts do not nest")
         self._deferred = []
         try:
             yield

@@ -87,4 +87,4 @@ def test_a_failing_test_is_told_and_its_log_is_kept(bare, tmp_path):
 def test_usage(words, code):
     done = subprocess.run([SCRIPT, *words], capture_output=True, text=True)
     assert done.returncode == code
-    assert "usage: bench/device.sh smoke|suite|tune OUT" in done.stdout + done.stderr
+    assert "usage: bench/device.sh smoke|suite|tune|cache OUT" in done.stdout + done.stderr

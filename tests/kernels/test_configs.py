@@ -122,6 +122,11 @@ def test_a_device_has_its_own_file_or_the_default_one(monkeypatch, tmp_path, usu
         (("ops", "shrink", 0, "launch", "BLOCK_M"), 16, r"shrink\[0\].launch: expected .*, got .*BLOCK_M"),
         (("ops", "shrink", 0, "when", "batch"), 64, r"shrink\[0\].when: expected .*, got batch"),
         (("ops", "shrink", -1, "when"), {"t": 4}, r"shrink: expected a last entry for every launch"),
+        (("ops", "shrink", 0, "when", "t"), [1, 2, 3], r"when.t: expected a value or \[least, most\], got \[1, 2, 3\]"),
+        (("ops", "shrink", 0, "when", "t"), ["a", None], r"when.t: expected a value or \[least, most\]"),
+        (("ops", "mix"), None, r"mix: expected a list of entries, got None"),
+        (("ops", "shrink", 0, "launch", "BLOCK_K"), 0, r"launch.BLOCK_K: expected a positive integer, got 0"),
+        (("ops", "shrink", 0, "launch", "BLOCK_K"), "64", r"launch.BLOCK_K: expected a positive integer, got '64'"),
     ],
 )
 def test_a_file_that_is_not_usable_is_refused_with_the_place(use, usual, place, value, said):
@@ -172,6 +177,7 @@ def test_the_path_of_a_shape(use, usual):
     ("paths", "message"),
     [
         ([], r"paths: expected an object, got \[\]"),
+        ({"population_linear": None}, "population_linear: expected a list of entries, got None"),
         ({"shrink": []}, "paths: expected population_linear, sana_block, got shrink"),
         (
             {"population_linear": [{"when": {}}]},

@@ -2,6 +2,7 @@
 
 import math
 import struct
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -398,3 +399,38 @@ def test_any_shape_is_filled_in_blocks_as_in_one_go(pairs, count):
     words = quads, ids[:, None], ids[:, None] + 1, torch.tensor(4)
     expected = contract._quads(*words, contract.key_words(*keys.values())).flatten(1)[:, :count]
     assert torch.equal(got.view(torch.int32), expected.view(torch.int32))
+
+
+def test_threads_do_not_share_their_memory():
+    plan = contract.NoisePlan([(3, 500), (4, 700)], rank=2)
+    pairs = torch.arange(16)
+
+    def made(step):
+        return [each.clone() for each in plan.block(seed=1, step=step, pairs=pairs)]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(made, [step % 3 for step in range(60)]))
+    for step, got in enumerate(found):
+        fresh = contract.NoisePlan([(3, 500), (4, 700)], rank=2).block(seed=1, step=step % 3, pairs=pairs)
+        assert all(torch.equal(a, b) for a, b in zip(got, fresh, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(streams=torch.tensor([1])), r"streams: expected int64 \[3\]"),
+        (dict(pairs=torch.zeros(3)), r"pairs: expected int64 \[3\]"),
+        (dict(count=-1), "count: expected at least 0"),
+    ],
+)
+def test_ids_that_do_not_fit_are_named(change, message):
+    keys = dict(seed=0, step=0, streams=torch.arange(3), pairs=torch.arange(3), count=5)
+    for op in (contract.normals, contract.normals_ref):
+        with pytest.raises(ValueError, match=message):
+            op(**keys | change)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 1.5])
+def test_ranks_that_are_none_are_refused(rank):
+    with pytest.raises(ValueError, match=r"rank: expected (at least 1|an integer), got"):
+        contract.factor(seed=0, step=0, stream=1, pairs=torch.arange(2), length=3, rank=rank)

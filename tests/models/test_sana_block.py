@@ -457,3 +457,29 @@ def test_asking_why_moves_no_weight_and_hides_no_bug(transformer, monkeypatch):
     monkeypatch.setattr(sana_block, "stacked", broken)
     with pytest.raises(ValueError, match="a bug"):
         fused_parts(transformer, True)
+
+
+@pytest.mark.parametrize("name", ["norm1", "attn1.norm_q", "attn1.to_out.1", "ff.conv_depth", "ff.nonlinearity"])
+def test_a_hook_anywhere_in_a_block_is_not_passed_over(transformer, name):
+    attach(transformer)
+    module = transformer.transformer_blocks[0].get_submodule(name)
+    handle = module.register_forward_hook(lambda module, args, result: result)
+    words = f"{name.removeprefix('ff.')} has a forward of its own or a hook"
+    assert words in (why_not_fused(transformer, True) or "")
+    if name.startswith("ff."):
+        assert "hook" in why_not_fused(transformer, False)
+    handle.remove()
+    assert why_not_fused(transformer, True) is why_not_fused(transformer, False) is None
+
+
+def test_other_convolutions_and_computed_weights_are_not_fused(transformer):
+    conv = transformer.transformer_blocks[0].ff
+    silu, conv.nonlinearity = conv.nonlinearity, torch.nn.GELU()
+    assert "convolutions" in why_not_fused(transformer, False)
+    conv.nonlinearity = silu
+    point, conv.conv_point = conv.conv_point, torch.nn.Conv2d(*conv.conv_point.weight.shape[1::-1], 1)
+    assert "convolutions" in why_not_fused(transformer, False)
+    conv.conv_point = point
+    query = transformer.transformer_blocks[0].attn1.to_q
+    torch.nn.utils.parametrize.register_parametrization(query, "weight", torch.nn.Identity())
+    assert "computed anew" in why_not_fused(transformer, True)
