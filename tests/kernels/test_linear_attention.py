@@ -381,12 +381,11 @@ def test_shares(device, heads, d, r, rank):
 
 
 def test_shares_need_bf16_and_heads_of_whole_quads(device):
-    if not uses_triton(device):
-        pytest.skip("the reference has no tiles")
     then, perturbation = following(14, 2, 1, device)
     options = dict(then=then, perturbation=perturbation)
     with pytest.raises(ValueError, match="then: expected heads of a multiple of 4 columns, got 7"):
         call(linear_attention, case(heads=2, d=7, dtype=torch.bfloat16, device=device) | options)
+    options["then"], _ = following(16, 2, 1, device)
     with pytest.raises(ValueError, match="then: expected one target"):
         call(linear_attention, case(heads=2, d=8, device=device) | options)
 
