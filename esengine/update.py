@@ -10,11 +10,8 @@ from esengine.config import UpdateRule
 from esengine.errors import UpdateError
 from esengine.kernels.noise import KEPT_BYTES
 
-_AT_ONCE = 1 << 14
-"""Elements of a tensor in one piece, where it is on a CPU: in fp64 they lie in its cache."""
-
-_PIECES = 8
-"""Pieces whose differences are formed together there."""
+_AT_ONCE = 1 << 17
+"""Elements, on a CPU, of one piece of a tensor, and of pieces whose differences are formed together: in its cache."""
 
 
 @dataclass(frozen=True)
@@ -169,12 +166,17 @@ def _norm(tensors: Iterable[torch.Tensor], less: Iterable[torch.Tensor] = ()) ->
     pieces, others = _pieces(tensors), _pieces(less)
     if not pieces:
         return 0.0
-    many = _PIECES if pieces[0].is_cpu and others else len(pieces)
-    norms = []
-    for at in range(0, len(pieces), many):
-        some = pieces[at : at + many]
-        some = torch._foreach_sub(some, others[at : at + many]) if others else some
-        norms += torch._foreach_norm(some, 2, torch.float64)
+    if not others:
+        norms = torch._foreach_norm(pieces, 2, torch.float64)
+    else:
+        norms, start = [], 0
+        while start < len(pieces):
+            end, room = start + 1, _AT_ONCE - pieces[start].numel()
+            while end < len(pieces) and (not pieces[end].is_cpu or pieces[end].numel() <= room):
+                room -= pieces[end].numel()
+                end += 1
+            norms += torch._foreach_norm(torch._foreach_sub(pieces[start:end], others[start:end]), 2, torch.float64)
+            start = end
     return math.hypot(*torch.stack(norms).tolist())
 
 

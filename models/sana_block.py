@@ -370,8 +370,8 @@ class TokenConv:
 
     def forward(self, keys: MemberNoise, x_bchw: torch.Tensor) -> torch.Tensor:
         inverted, depth, point = self.module.conv_inverted, self.module.conv_depth, self.module.conv_point
-        y_bhwc = F.linear(x_bchw.movedim(1, 3), inverted.weight.flatten(1), inverted.bias)
-        y_bchw = F.silu(y_bhwc, inplace=True).movedim(3, 1)
+        x_bchw = x_bchw.contiguous(memory_format=torch.channels_last)
+        y_bchw = F.silu(F.conv2d(x_bchw, inverted.weight, inverted.bias), inplace=True)
         y_bchw = F.conv2d(y_bchw, depth.weight, depth.bias, padding=1, groups=len(depth.weight))
         y_bhwc, gate_bhwc = y_bchw.movedim(1, 3).chunk(2, -1)
         y_bhwc = y_bhwc.mul_(F.silu(gate_bhwc, inplace=True))
