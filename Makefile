@@ -29,6 +29,9 @@ test: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	rm -rf build/lint && mkdir -p build/lint
+	cp -r esengine build/lint/esengine && cp -r kernels models build/lint/esengine/
+	cd build/lint && PYTHONPATH=. ../../$(BIN)/lint-imports --no-logo --no-cache ../../pyproject.toml
 
 # compile every kernel without a GPU, under the newest and the oldest Triton supported, and judge the machine code
 aot: $(VENV)/.installed $(VENV)/triton-oldest/.installed

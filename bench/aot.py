@@ -43,9 +43,9 @@ from peft import LoraConfig
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+import esengine.es.population
 import esengine.kernels
-import esengine.population
-from esengine.config import REFERENCE_TARGETS
+from esengine.es.population import attach
 from esengine.kernels import (
     Lora,
     LowRank,
@@ -66,8 +66,8 @@ from esengine.kernels import (
 )
 from esengine.kernels.configs import named
 from esengine.kernels.population_linear import Path as LinearPath
-from esengine.models.sana_block import fused_parts, in_place_of
-from esengine.population import attach
+from esengine.models.sana.sana_block import fused_parts, in_place_of
+from esengine.run.settings import REFERENCE_TARGETS
 
 SUMMARY = "aot: kernels without spills or a serialised main loop: "
 TARGET = 90
@@ -327,7 +327,7 @@ def recorded_launches() -> Iterator[list[tuple[JITFunction, tuple, dict]]]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(JITFunction, "run", note))
         stack.enter_context(patch.object(torch, "is_autocast_enabled", lambda *device: False))  # it knows no meta
-        for module in (*modules(), esengine.population):
+        for module in (*modules(), esengine.es.population):
             if hasattr(module, "uses_triton"):
                 stack.enter_context(patch.object(module, "uses_triton", lambda device: True))
         yield launches

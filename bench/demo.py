@@ -13,9 +13,9 @@ from pathlib import Path
 
 import record
 
-from esengine.config import load, to_dict
 from esengine.models import SanaSprint
-from esengine.train import train
+from esengine.run.settings import load, to_dict
+from esengine.run.train import train
 
 
 def main() -> None:

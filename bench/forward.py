@@ -31,9 +31,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import esengine
+from esengine.es.population import PEFT_PREFIX
 from esengine.models import SanaSprint, build_tiny
 from esengine.models.tiny import NAME
-from esengine.population import PEFT_PREFIX
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "linear_1", "linear_2", "proj_out", "linear"]
 LAYOUTS = {"64 members x 1 image": (64, 1), "8 members x 8 images": (8, 8)}

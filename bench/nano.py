@@ -16,8 +16,8 @@ import numpy as np
 import record
 import torch
 
-from esengine.defaults import defaults
 from esengine.models import RenderSettings, SanaSprint
+from esengine.models.defaults import defaults
 from esengine.models.nano import world
 from esengine.models.nano.autoencoder import encode
 from esengine.rewards import Weighted, parse

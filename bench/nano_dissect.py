@@ -16,11 +16,12 @@ import record
 import torch
 from safetensors.torch import load_file
 
-from esengine.config import EvalConfig, load
-from esengine.defaults import defaults
-from esengine.evaluate import evaluate
+from esengine.base.progress import Progress
+from esengine.cli.eval import evaluate
+from esengine.cli.settings import EvalConfig
+from esengine.models.defaults import defaults
 from esengine.models.lora_file import write_diffusers_lora
-from esengine.progress import Progress
+from esengine.run.settings import load
 
 PREFIX = "transformer."
 LENGTHS = (0.5, 1.5)

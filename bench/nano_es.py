@@ -24,12 +24,13 @@ from typing import Any
 import record
 import torch
 
-from esengine.config import REFERENCE_TARGETS, TrainConfig, from_dict, load, to_dict
-from esengine.defaults import defaults
+from esengine.base.settings_file import from_dict
 from esengine.models import SanaSprint
+from esengine.models.defaults import defaults
 from esengine.rewards import parse
-from esengine.setup import render_settings
-from esengine.train import attach_population, train
+from esengine.run.settings import REFERENCE_TARGETS, TrainConfig, load, to_dict
+from esengine.run.train import attach_population, train
+from esengine.sampling.build import render_settings
 
 QUIET = {"heldout_every": 1 << 20, "checkpoint_every": 1 << 20, "strip_every": 0}
 """Of every trial: judges measure before and after, nothing else is drawn beside the population."""

@@ -25,16 +25,18 @@ import torch
 from nano_es import merged
 from PIL import Image
 
-from esengine.benchmarks import read_benchmark
-from esengine.config import EvalConfig, TrainConfig, differences, from_dict, load, load_run, to_dict
-from esengine.defaults import defaults
-from esengine.evaluate import evaluate
-from esengine.guard import reward_names
+from esengine.base.progress import Progress
+from esengine.base.settings_file import from_dict
+from esengine.cli.eval import evaluate
+from esengine.cli.settings import EvalConfig
+from esengine.evaluation.benchmarks import read_benchmark
+from esengine.evaluation.curves import read_held
+from esengine.models.defaults import defaults
 from esengine.models.nano import world
-from esengine.pictures import draw_strip
-from esengine.progress import Progress
-from esengine.report.curves import read_held
-from esengine.train import train
+from esengine.rewards.roles import reward_names
+from esengine.run.pictures import draw_strip
+from esengine.run.settings import TrainConfig, differences, load, load_run, to_dict
+from esengine.run.train import train
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -29,13 +29,13 @@ from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
 import esengine
-from esengine.config import UpdateRule
+from esengine.es.population import PEFT_PREFIX
+from esengine.es.prompts import PromptSampler
+from esengine.es.rule import UpdateRule
 from esengine.models import RenderSettings, SanaSprint, TextEmbeddings, latents
 from esengine.models.nano import CLIP, world
-from esengine.population import PEFT_PREFIX
-from esengine.prompts import PromptSampler
 from esengine.rewards import Weighted, parse
-from esengine.rollout import Renderer, score_task
+from esengine.sampling.rollout import Renderer, score_task
 
 RESULTS = Path(__file__).parent / "results"
 FILE = RESULTS / "cpu_peer_ratio.json"

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import record
 import suite_decode
@@ -37,8 +37,8 @@ from suite_checks import CheckFailed, Checks
 from suite_context import COLD, SCALES, Context, Scale
 from suite_summary import ERROR, FAILED, FILES, rows, summarize
 
-from esengine.models.settings import DECODES
-from esengine.setup import allow_tf32
+from esengine.models.settings import RenderSettings
+from esengine.sampling.build import allow_tf32
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -302,7 +302,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--decode-chunk", type=int, help="images in one call of the decoder")
     parser.add_argument(
         "--decode",
-        choices=("auto", *DECODES),
+        choices=("auto", *get_args(get_type_hints(RenderSettings)["decode"])),
         default="auto",
         help="of a step; auto: the fastest in this run's decode part, eager without it",
     )

@@ -17,10 +17,10 @@ from suite_checks import CheckFailed, Checks, bounded, full_precision, worst_err
 from suite_summary import PIXELS
 
 import esengine
-from esengine.errors import RenderError
+from esengine.base.errors import RenderError
+from esengine.es.population import PEFT_PREFIX
+from esengine.es.prompts import PromptSampler
 from esengine.models import RenderSettings, SanaSprint, graphs
-from esengine.population import PEFT_PREFIX
-from esengine.prompts import PromptSampler
 
 STEP = 3
 FLOOR = {torch.bfloat16: 0.0, torch.float16: 0.0, torch.float32: 1e-5}

@@ -364,7 +364,7 @@ def blocks_compiled(transformer: torch.nn.Module, **options) -> torch.nn.Module:
 def _score_task(
     context: Context,
     model: SanaSprint,
-    task: esengine.engine.Task,
+    task: esengine.es.engine.Task,
     pixels: int,
     laps: Laps,
     population: esengine.Population | None = None,
@@ -433,7 +433,7 @@ def _check_loop(
     context: Context, loop: reference_loop.ReferenceLoop, model: SanaSprint, pixels: int, bound: float
 ) -> dict[str, float]:
     """The loop's transformer with one of our members' weights set, against that member in higher precision."""
-    prefix = esengine.population.PEFT_PREFIX
+    prefix = esengine.es.population.PEFT_PREFIX
     state = context.population.member_state_dict(step=STEP, member=1)
     expected = Exact(context).forward(pixels, [1], state)
     loop.set_weights(loop.joined({name.removeprefix(prefix): tensor for name, tensor in state.items()}))

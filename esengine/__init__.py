@@ -5,15 +5,17 @@ import importlib
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "attach": "esengine.population",
-    "Direct": "esengine.direct",
-    "Noise": "esengine.population",
-    "Population": "esengine.population",
-    "UpdateRule": "esengine.population",
-    "Engine": "esengine.engine",
+    "attach": "esengine.es.population",
+    "Direct": "esengine.es.direct",
+    "Noise": "esengine.es.population",
+    "Population": "esengine.es.population",
+    "UpdateRule": "esengine.es.rule",
+    "Engine": "esengine.es.engine",
+    "PromptSampler": "esengine.es.prompts",
+    "ConfigError": "esengine.base.errors",
 }
 
-__all__ = ["Direct", "Engine", "Noise", "Population", "UpdateRule", "attach"]
+__all__ = ["ConfigError", "Direct", "Engine", "Noise", "Population", "PromptSampler", "UpdateRule", "attach"]
 
 
 def __getattr__(name: str):

@@ -1,12 +1,19 @@
-"""Generators of images: how a batch of (member, prompt, repeat) rows is rendered."""
+"""Generators of images: how a batch of (member, prompt, repeat) rows is rendered. The parts load when first used."""
 
-from esengine.models.latents import latents
-from esengine.models.loading import NAMED, require_pipeline
-from esengine.models.lora_file import WEIGHT_NAME, write_diffusers_lora
-from esengine.models.sana_sprint import SanaSprint
-from esengine.models.settings import RenderSettings
-from esengine.models.text_cache import TextEmbeddings
-from esengine.models.tiny import build_tiny, tiny_model
+import importlib
+
+_PUBLIC = {
+    "NAMED": "loading",
+    "WEIGHT_NAME": "lora_file",
+    "RenderSettings": "settings",
+    "SanaSprint": "sana.sana_sprint",
+    "TextEmbeddings": "text_cache",
+    "build_tiny": "tiny",
+    "latents": "sana.latents",
+    "require_pipeline": "loading",
+    "tiny_model": "tiny",
+    "write_diffusers_lora": "lora_file",
+}
 
 __all__ = [
     "NAMED",
@@ -20,3 +27,9 @@ __all__ = [
     "tiny_model",
     "write_diffusers_lora",
 ]
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'esengine.models' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"esengine.models.{_PUBLIC[name]}"), name)

@@ -10,8 +10,8 @@ from functools import cached_property
 import torch
 from diffusers import AutoencoderDC
 
-from esengine.errors import ConfigError
-from esengine.memory import fits
+from esengine.base.errors import ConfigError
+from esengine.base.memory import fits
 from esengine.models import graphs
 
 

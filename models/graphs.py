@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from esengine.errors import RenderError
+from esengine.base.errors import RenderError
 from esengine.models.loading import first_line
 
 LIMIT = 16

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderDC, ModelMixin, SanaSprintPipeline, SanaTransformer2DModel
-from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import Gemma2Model, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
-from esengine.errors import ConfigError
-from esengine.memory import fits
+from esengine.base.errors import ConfigError
+from esengine.base.memory import fits
+from esengine.models import nano, tiny
+from esengine.models.quiet import no_progress_bars
 from esengine.models.text_cache import fingerprint
 
 LATENT_FACTS = {
@@ -43,8 +43,6 @@ def locate(model: str, revision: str | None, local_files_only: bool) -> tuple[Pa
     if model in NAMED:
         if revision is not None:
             raise ConfigError(f"revision: {model} is part of this package and has none, got {revision}")
-        from esengine.models import nano, tiny  # tiny imports from here
-
         return nano.PIPELINE if model == "nano" else tiny.tiny_model(), {}
     folder = Path(os.path.expanduser(model))
     if folder.is_dir():
@@ -179,16 +177,3 @@ def _reading(cannot: str) -> Iterator[None]:
             yield
     except READ_ERRORS as error:
         raise ConfigError(f"{cannot}: {first_line(error)}") from error
-
-
-@contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Loading bars are the caller's to draw; what was switched on is switched on again."""
-    loggers = [each for each in (diffusers_logging, transformers_logging) if each.is_progress_bar_enabled()]
-    for each in loggers:
-        each.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for each in loggers:
-            each.enable_progress_bar()

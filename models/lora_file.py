@@ -13,8 +13,8 @@ from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import save
 
-from esengine.files import replace_file
-from esengine.layers import HONOURED
+from esengine.base.files import replace_file
+from esengine.es.layers import HONOURED
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 

@@ -19,9 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from esengine.errors import ConfigError
-from esengine.files import replace_file
-from esengine.transfer import upload
+from esengine.base.errors import ConfigError
+from esengine.base.files import replace_file
+from esengine.base.transfer import upload
 
 FORMAT = 1
 SHARD_PROMPTS = 1024

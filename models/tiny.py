@@ -16,9 +16,9 @@ import torch
 from diffusers import AutoencoderDC, SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
 from transformers import Gemma2Config, Gemma2Model
 
-from esengine.errors import ConfigError
-from esengine.files import cache_root
-from esengine.models.loading import no_progress_bars
+from esengine.base.errors import ConfigError
+from esengine.base.files import cache_root
+from esengine.models.quiet import no_progress_bars
 from esengine.models.tokenizer import SPECIAL, save_tokenizer
 
 NAME = "tiny-sana-sprint-v1"

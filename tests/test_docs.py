@@ -11,7 +11,9 @@ import pytest
 import table
 import tyro
 
-from esengine import config
+from esengine.cli import settings
+from esengine.cli.flags import parse, parse_train
+from esengine.run.settings import ReplayConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -114,22 +116,22 @@ COMMANDS = [
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS, ids=[line.partition("#")[0].strip() for _, line in COMMANDS])
 def test_a_command_is_one_that_the_command_line_takes(page, line, monkeypatch):
-    monkeypatch.setattr(config, "load_run", lambda folder: config.TrainConfig())
+    monkeypatch.setattr("esengine.cli.flags.load_run", lambda folder: TrainConfig())
     words = shlex.split(line, comments=True)
     command, *flags = words[words.index("esengine") + 1 :]
-    kinds = {"eval": config.EvalConfig, "render": config.RenderConfig, "report": config.ReportConfig}
-    kinds |= {"env": config.EnvConfig}
+    kinds = {"eval": settings.EvalConfig, "render": settings.RenderConfig, "report": settings.ReportConfig}
+    kinds |= {"env": settings.EnvConfig}
     if command == "train":
-        config.parse_train(flags)
+        parse_train(flags)
     elif command == "replay":
-        tyro.cli(config.ReplayConfig, args=flags)
+        tyro.cli(ReplayConfig, args=flags)
     else:
-        config.parse(kinds[command], flags, f"esengine {command}")
+        parse(kinds[command], flags, f"esengine {command}")
 
 
 def test_the_published_recipe_is_the_one_in_the_readme():
     (line,) = (line for page, line in COMMANDS if page == "README.md" and "reference" in line)
-    chosen = config.parse_train(shlex.split(line)[2:])
+    chosen = parse_train(shlex.split(line)[2:])
     images = chosen.population * chosen.es.prompts_per_step * chosen.es.repeats
     assert (chosen.update.lr_scale, chosen.image.height, chosen.image.x0_angle) == (0.1, 512, 1.3)
     assert f"{chosen.population} members x {chosen.es.prompts_per_step} prompts x" in read(README)

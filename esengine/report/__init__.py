@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from esengine.errors import RunError
+from esengine.base.errors import RunError
 from esengine.report.evaluation import write_evaluation_page
 from esengine.report.gallery import write_gallery
 from esengine.report.training import write_training_page

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from esengine.errors import RunError
+from esengine.base.errors import RunError
+from esengine.base.records import as_written, number, read_json, read_lines, text, texts
+from esengine.evaluation.statistics import flatten
 from esengine.report.charts import Chart, histogram, intervals
 from esengine.report.curves import kept_charts
 from esengine.report.page import write
-from esengine.report.records import as_written, number, read_json, read_lines, text, texts
 from esengine.report.thumbnails import Picture, thumbnail
-from esengine.summary import flatten
 
 MOST_PICTURES = 72
 MOST_EXAMPLES = 8

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from esengine.files import write_atomic
+from esengine.base.files import write_atomic
+from esengine.evaluation.statistics import flatten
 from esengine.report.page import write
 from esengine.report.thumbnails import embed
-from esengine.summary import flatten
 
 TILE, GAP, CAPTION, MARGIN = 512, 8, 86, 32
 PAGE_SIDE, PAGE_BYTES = 1024, 300_000

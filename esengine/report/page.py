@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from esengine.files import replace_file
+from esengine.base.files import replace_file
 from esengine.report import words
 
 TEMPLATES = Path(__file__).parent / "templates"

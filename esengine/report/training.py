@@ -8,27 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from esengine.config import TrainConfig, to_dict
-from esengine.errors import ConfigError
+from esengine.base.errors import ConfigError
+from esengine.base.records import as_written, number, read_json, read_yaml, text, texts
+from esengine.evaluation.curves import Held, read_held, read_metrics
+from esengine.evaluation.statistics import flatten
 from esengine.report.charts import Chart, Series, lines
-from esengine.report.curves import (
-    Held,
-    column,
-    held_charts,
-    names_like,
-    partings,
-    read_held,
-    read_metrics,
-    reward_charts,
-    steps_of,
-)
+from esengine.report.curves import column, held_charts, names_like, partings, reward_charts, steps_of
 from esengine.report.evaluation import Group, overall
 from esengine.report.page import write
-from esengine.report.records import as_written, number, read_json, read_yaml, text, texts
 from esengine.report.thumbnails import Picture, thumbnail
 from esengine.report.words import TIMES, count, duration, figure, short, signed
 from esengine.rewards import spec
-from esengine.summary import flatten
+from esengine.run.settings import TrainConfig, to_dict
 
 MOST_STRIPS = 16
 STRIP_SIDE, STRIP_BYTES = 1280, 130_000

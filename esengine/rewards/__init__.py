@@ -7,7 +7,8 @@ from esengine.rewards.jpeg import JpegCompressibility, JpegIncompressibility
 from esengine.rewards.preprocess import Preprocess
 from esengine.rewards.registry import BUILTIN, load, parse
 from esengine.rewards.remote import Remote
-from esengine.rewards.weighted import COMBINED, Weighted, checked
+from esengine.rewards.spec import COMBINED
+from esengine.rewards.weighted import Weighted, checked
 
 __all__ = [
     "BUILTIN",

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from esengine.errors import EsengineError, RewardError
+from esengine.base.errors import EsengineError, RewardError
 
 
 class Reward(Protocol):

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from esengine.errors import ConfigError, RewardError
+from esengine.base.errors import ConfigError, RewardError
 from esengine.models.nano import world
 from esengine.models.nano.world import COLOURS, SHAPES, SIDE, Spec, Wanted
 

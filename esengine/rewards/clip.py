@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from esengine.errors import ConfigError
+from esengine.base.errors import ConfigError
 from esengine.rewards.encoder import ClipEncoder
 from esengine.rewards.loading import has_processor
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from esengine.errors import ConfigError, EsengineError
+from esengine.base.errors import ConfigError, EsengineError
 from esengine.rewards.base import reason
 from esengine.rewards.clip import CLIP_H
 from esengine.rewards.loading import load_model, processor_files

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from esengine.errors import ConfigError
+from esengine.base.errors import ConfigError
+from esengine.base.transfer import upload
 from esengine.rewards.loading import fingerprint, load_model, load_preprocess, load_tokenizer, locate
-from esengine.transfer import upload
 
 if TYPE_CHECKING:
     from transformers import CLIPModel

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from esengine.errors import ConfigError
+from esengine.base.errors import ConfigError
 
 
 class JpegCompressibility:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from esengine.errors import ConfigError
+from esengine.base.errors import ConfigError
 from esengine.rewards.preprocess import Preprocess
 
 if TYPE_CHECKING:

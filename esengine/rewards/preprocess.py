@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from esengine.errors import ConfigError
+from esengine.base.errors import ConfigError
 
 _BITS = 22
 _BICUBIC = 3

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from esengine.errors import ConfigError
+from esengine.base.errors import ConfigError
 from esengine.rewards.base import Reward, reason
 from esengine.rewards.clip import Aesthetic, ClipText, HPSv2, NoArtifacts, PickScore
 from esengine.rewards.jpeg import JpegCompressibility, JpegIncompressibility

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import torch
 from PIL import Image
 
-from esengine.errors import ConfigError, RewardError
+from esengine.base.errors import ConfigError, RewardError
 from esengine.rewards.base import plain
 
 FIRST_PAUSE = 0.5

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from esengine.errors import ConfigError
+from esengine.base.errors import ConfigError
 
 COMBINED = "combined"
 """Names the weighted sum of all rewards; in a text, a group of them."""

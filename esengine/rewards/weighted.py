@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from esengine.errors import ConfigError, OutOfMemory, RewardError
-from esengine.memory import fits, give_back
+from esengine.base.errors import ConfigError, OutOfMemory, RewardError
+from esengine.base.memory import fits, give_back
 from esengine.rewards.base import Encoder, FeatureReward, Reward, as_scores, describe, reason, settings_of
 from esengine.rewards.spec import COMBINED
 

@@ -18,8 +18,8 @@ import torch
 from diffusers import AutoencoderDC, SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizerFast
 
-from esengine.models.loading import no_progress_bars
 from esengine.models.nano.world import WORDS
+from esengine.models.quiet import no_progress_bars
 from esengine.models.tokenizer import SPECIAL
 from esengine.models.tokenizer import save_tokenizer as learn_tokenizer
 

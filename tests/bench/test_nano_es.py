@@ -10,7 +10,8 @@ import nano_es
 import nano_headline
 import pytest
 
-from esengine.config import TrainConfig, from_dict, load, to_dict, to_yaml
+from esengine.base.settings_file import from_dict
+from esengine.run.settings import TrainConfig, load, to_dict, to_yaml
 
 RESULTS = Path(nano_es.__file__).parent / "results"
 NOTES = (Path(nano_es.__file__).parent / "NANO.md").read_text(encoding="utf-8")

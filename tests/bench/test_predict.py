@@ -19,7 +19,7 @@ from suite_context import SCALES
 
 import esengine
 from esengine.kernels import Lora, MemberNoise, population_linear
-from esengine.models.sana_block import fused_parts, in_place_of
+from esengine.models.sana.sana_block import fused_parts, in_place_of
 
 NOTES = Path(suite_predict.__file__).with_name("NOTES.md")
 

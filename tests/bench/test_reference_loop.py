@@ -11,7 +11,7 @@ from peers import checkout, published, reference_loop
 from peers.reference_loop import LR_SCALE, MAX_NORM, REPEATS, SIGMA, SharedLoop
 from PIL import Image
 
-from esengine.fitness import shape
+from esengine.es.fitness import shape
 from esengine.models import RenderSettings, latents
 
 PIXELS, LENGTH = 32, 12

@@ -5,8 +5,8 @@ import torch
 from peft import LoraConfig
 
 import esengine
+from esengine.es.prompts import PromptSampler
 from esengine.models import RenderSettings
-from esengine.prompts import PromptSampler
 
 
 def parameters(module):

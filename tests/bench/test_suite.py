@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from peers import linears
 
 import esengine
-from esengine.errors import RenderError
+from esengine.base.errors import RenderError
 
 
 @pytest.fixture(scope="module", autouse=True)

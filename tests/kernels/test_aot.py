@@ -17,9 +17,9 @@ import triton.language as tl  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 
 import esengine  # noqa: E402
-from esengine.config import REFERENCE_TARGETS  # noqa: E402
 from esengine.kernels import Lora, MemberNoise, configs, population_linear  # noqa: E402
-from esengine.models import sana_block  # noqa: E402
+from esengine.models.sana import sana_block  # noqa: E402
+from esengine.run.settings import REFERENCE_TARGETS  # noqa: E402
 
 SCRIPT = Path(aot.__file__)
 

@@ -44,7 +44,9 @@ def start(code: str) -> str:
     return run.stdout.strip()
 
 
-@pytest.mark.parametrize("module", ["esengine.kernels", "esengine.models", "esengine.population", "esengine.train"])
+@pytest.mark.parametrize(
+    "module", ["esengine.kernels", "esengine.models.sana.sana_sprint", "esengine.es.population", "esengine.run.train"]
+)
 def test_every_entrance_resolves_vml_before_it_computes(module):
     start(AT_IMPORT.replace("MODULE", module))
 

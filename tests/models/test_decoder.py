@@ -7,11 +7,11 @@ import pytest
 import torch
 from diffusers import AutoencoderDC
 
-from esengine.errors import ConfigError, RenderError
+from esengine.base.errors import ConfigError, RenderError
 from esengine.models import RenderSettings, SanaSprint, latents
-from esengine.models.checks import FiniteChecks
 from esengine.models.decoder import Decoder
 from esengine.models.loading import load_vae
+from esengine.models.sana.checks import FiniteChecks
 
 
 @pytest.fixture

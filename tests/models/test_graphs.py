@@ -8,10 +8,10 @@ import torch
 from peft import LoraConfig
 
 import esengine
-from esengine.errors import ConfigError, RenderError
+from esengine.base.errors import ConfigError, RenderError
 from esengine.models import RenderSettings, graphs
 from esengine.models.graphs import Graphs
-from esengine.models.sana_block import fused_parts
+from esengine.models.sana.sana_block import fused_parts
 
 KEYS = {"seed": 3, "prompts": torch.tensor([0, 1, 2, 1]), "repeats": torch.tensor([0, 0, 1, 1])}
 
@@ -410,7 +410,7 @@ def test_the_choice_is_shown(fresh_model, texts, recorded, monkeypatch):
     fresh_model._captured = None
     assert fresh_model.plan(population, settings) == "fused blocks, CUDA graphs, decode eager"
     never = RenderSettings(graphs="never", decode="compiled", overlap=True)
-    assert fresh_model.plan(population, never) == "fused blocks, no CUDA graphs, decode compiled, overlapped"
+    assert fresh_model.plan(population, never) == "fused blocks, no CUDA graphs, decode compiled"
 
 
 def test_without_a_gpu_there_are_none(fresh_model, texts):

@@ -10,7 +10,7 @@ from peft import LoraConfig
 import esengine
 from esengine.kernels.noise import INTERPRET
 from esengine.models.graphs import Graphs
-from esengine.models.sana_block import fused_parts, in_place_of
+from esengine.models.sana.sana_block import fused_parts, in_place_of
 
 pytestmark = pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1")
 

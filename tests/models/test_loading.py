@@ -5,8 +5,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from esengine.errors import ConfigError, OutOfMemory
-from esengine.models import SanaSprint, loading, sana_sprint
+from esengine.base.errors import ConfigError, OutOfMemory
+from esengine.models import SanaSprint, loading
+from esengine.models.sana import sana_sprint
 
 NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.00 GiB. GPU 0 has 1.00 GiB is free.")
 

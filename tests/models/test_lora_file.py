@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model,
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from esengine.errors import ConfigError
+from esengine.base.errors import ConfigError
 from esengine.models import WEIGHT_NAME, SanaSprint, write_diffusers_lora
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "linear_1", "linear_2", "proj_out", "linear"]

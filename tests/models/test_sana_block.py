@@ -13,8 +13,8 @@ from peft import LoraConfig
 import esengine
 from esengine.kernels import configs
 from esengine.kernels.noise import INTERPRET
-from esengine.models import sana_block
-from esengine.models.sana_block import (
+from esengine.models.sana import sana_block
+from esengine.models.sana.sana_block import (
     FusedBlock,
     FusedCaption,
     TokenConv,

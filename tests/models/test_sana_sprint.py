@@ -6,7 +6,7 @@ import diffusers.schedulers.scheduling_scm as scm
 import pytest
 import torch
 
-from esengine.errors import ConfigError
+from esengine.base.errors import ConfigError
 from esengine.models import RenderSettings, SanaSprint, latents
 
 SHAPE = (8, 8, 8)

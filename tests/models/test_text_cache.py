@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from esengine.errors import ConfigError
+from esengine.base.errors import ConfigError
 from esengine.models import SanaSprint, TextEmbeddings
 from esengine.models.text_cache import embed_prompts, fingerprint
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GemmaTokenizerFast
 
-from esengine.errors import ConfigError
+from esengine.base.errors import ConfigError
 from esengine.models import SanaSprint, build_tiny, tiny, tiny_model
 
 

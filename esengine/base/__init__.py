@@ -1,0 +1,1 @@
+"""The ground: errors, files, memory, processes, progress. It imports nothing of ours."""

@@ -1,0 +1,131 @@
+"""The processes of one run: each renders its share of a step, and they exchange scores, nothing else.
+
+Every process makes the same update from the same scores, so none has to send weights to another.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed
+
+from esengine.base.errors import ConfigError, RunError
+
+PATIENCE = timedelta(hours=1)
+"""How long a process waits for the others: a step of theirs, or the text encoder of the first."""
+
+
+def place() -> tuple[int, int]:
+    """This process's rank and how many there are, by torchrun's environment; (0, 1) without it.
+
+    Raises:
+        ConfigError: the environment is of no torchrun.
+    """
+    found = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]
+    if found == [None, None]:
+        return 0, 1
+    if all(each is not None and each.isdecimal() for each in found):
+        rank, size = map(int, found)
+        if rank < size:
+            return rank, size
+    raise ConfigError(f"RANK, WORLD_SIZE: expected both as torchrun sets them, with RANK < WORLD_SIZE, got {found}")
+
+
+LONGEST_PAUSE = 0.02
+"""Seconds between looks whether the others are there."""
+
+
+class Group:
+    """The processes that torchrun has started, or this one alone.
+
+    Attributes:
+        rank: of this process, from 0. Process 0 writes the run folder and talks.
+        size: how many there are.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1):
+        self.rank, self.size = rank, size
+
+    @classmethod
+    def join(cls) -> "Group":
+        """This process's group by torchrun's environment. Call `leave` at the end.
+
+        Raises:
+            ConfigError: see `place`.
+            RunError: the others cannot be met.
+        """
+        rank, size = place()
+        if size > 1:
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            try:
+                torch.distributed.init_process_group(backend, timeout=PATIENCE)
+            except (RuntimeError, ValueError) as error:
+                raise RunError(f"process {rank} of {size}: cannot meet the others: {str(error)[:200]}") from error
+        return cls(rank, size)
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def leave(self) -> None:
+        if self.size > 1 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    def wait(self) -> None:
+        """Go on when every process is here."""
+        self._all_gather(torch.zeros(1))
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """The leading process goes first, alone; then the others, who find in the caches what it has left."""
+        if not self.leads:
+            self.wait()
+        yield
+        if self.leads:
+            self.wait()
+
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Every process's tensor, in the order of ranks; all on the CPU, of one dtype, and of any length.
+
+        Args:
+            tensor: [L] or [L, ...]; all but L alike on every process.
+
+        Raises:
+            RunError: another process has ended.
+        """
+        if self.size == 1:
+            return [tensor]
+        lengths = self._all_gather(torch.tensor([len(tensor)]))
+        longest = max(int(each) for each in lengths)
+        found = self._all_gather(torch.cat((tensor, tensor.new_zeros(longest - len(tensor), *tensor.shape[1:]))))
+        return [each[: int(length)] for each, length in zip(found, lengths, strict=True)]
+
+    def _all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Every process's tensor, all of one shape. Waits in short sleeps, between which signals are heard."""
+        if self.size == 1:
+            return [tensor]
+        found = [torch.empty_like(tensor) for _ in range(self.size)]
+        try:
+            work = torch.distributed.all_gather(found, tensor, async_op=True)
+            pause = 1e-4
+            while not work.is_completed():
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+            work.wait()
+        except RuntimeError as error:
+            said = (str(error).strip().splitlines() or [""])[0][:200]
+            raise RunError(
+                f"process {self.rank} of {self.size}: another process of the group has ended or is out of reach; the "
+                f"first to fail says why ({said})"
+            ) from error
+        return found
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true of any process."""
+        return any(bool(each) for each in self.gather(torch.tensor([int(flag)])))
+
+
+ALONE = Group()

@@ -1,0 +1,247 @@
+"""The command line. Errors a user can act on are one line; ESENGINE_DEBUG=1 shows their traceback."""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from esengine.base.errors import ConfigError, EsengineError, Stopped
+
+USAGE = """usage: esengine COMMAND [flags]
+
+Post-train a frozen text-to-image model from black-box rewards by Evolution Strategies on a LoRA adapter.
+
+  train    run or resume a training run; without flags, a demo that takes minutes on a laptop
+  eval     compare base and adapters on prompts or a benchmark: same latents, paired differences, a report
+  render   draw prompts with the base model and the adapter, side by side
+  report   the page of a run or of an evaluation: one HTML file with curves, tables and images
+  replay   make a run's adapter again from its fitness log, and compare: every bit the same
+  env      versions, devices, and which kernels are in use and why
+
+`esengine COMMAND --help` explains each flag.
+"""
+
+
+def main(args: list[str] | None = None) -> int:
+    """The console script. Returns the exit code: 0, 1 for a failed run, 2 for wrong usage, 130 for Ctrl-C."""
+    args = sys.argv[1:] if args is None else args
+    try:
+        try:
+            return _main(args)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # who reads our output has read enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _main(args: list[str]) -> int:
+    # libgomp's threads spin long at every barrier, which starves them all when other programs want the same cores
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": _train,
+        "eval": _eval,
+        "render": _render,
+        "report": _report,
+        "replay": _replay,
+        "env": _env,
+    }
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if args else 2
+    if args[0] == "--version":
+        import esengine
+
+        print(f"esengine {esengine.__version__}")
+        return 0
+    if args[0] not in commands:
+        return _fail(f"unknown command '{args[0]}': expected one of {', '.join(commands)}", 2)
+    try:
+        "".join(args).encode()
+    except UnicodeEncodeError:
+        return _fail("expected arguments in UTF-8, got bytes that are not", 2)
+    for flag, value in zip(args, [*args[1:], None], strict=True):
+        if flag.startswith("--") and (value == "" or flag.endswith("=")):
+            return _fail(f"{flag.rstrip('=')}: expected a value, got an empty one", 2)
+    try:
+        return commands[args[0]](args[1:])
+    except Stopped as stopped:
+        print(f"esengine: {stopped}", file=sys.stderr)
+        return 0
+    except EsengineError as error:
+        if os.environ.get("ESENGINE_DEBUG"):
+            raise
+        from esengine.cli.flags import as_typed
+
+        return _fail(as_typed(str(error), args) if isinstance(error, ConfigError) else str(error), 1)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if os.environ.get("ESENGINE_DEBUG"):
+            raise
+        return _fail(f"{error.filename or 'system'}: {error.strerror or error}", 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+
+
+def _fail(message: str, code: int) -> int:
+    line = " ".join(message.split())
+    print(f"esengine: error: {line}", file=sys.stderr)
+    return code
+
+
+def _quiet() -> None:
+    """Loaders below us talk; what matters of it is in our own lines."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+
+
+def _train(args: list[str]) -> int:
+    from esengine.cli.flags import parse_train
+    from esengine.run.folder import RunFolder
+
+    config = parse_train(args)
+    if config.run_dir is not None and os.environ.get("RANK", "0") == "0":  # of several processes, the first holds it
+        RunFolder.require_free(config.run_dir)  # before the seconds that the imports below take
+    _quiet()
+    from esengine.base.progress import Bar
+    from esengine.run.stop import Stop
+    from esengine.run.train import train
+
+    with Stop() as stop:
+        result = train(config, Bar(), stop)
+    if result is None:  # of several processes one reports
+        return 0
+    comparison = result.comparison
+    each = "1 image" if comparison.repeats == 1 else f"{comparison.repeats} images"
+    print(f"\nbase against adapter on {comparison.prompts} held-out prompts, {each} each:")
+    print(comparison.table())
+    print(f"\nrun folder  {result.folder}")
+    print(f"adapter     {result.folder / 'adapter'}  (PEFT; SanaSprintPipeline.load_lora_weights reads it too)")
+    if page := _page(result.folder):
+        print(f"page        {page}")
+    print(f"curves      tensorboard --logdir {result.folder / 'tensorboard'}")
+    return 0
+
+
+def _page(folder: Path) -> Path | None:
+    """The run as one HTML page; a finished run does not fail because of it."""
+    from esengine.report import write_training_page
+    from esengine.rewards.base import reason
+
+    try:
+        return write_training_page(folder)
+    except Exception as error:
+        print(f"warning: no page of the run could be drawn: {reason(error)}", file=sys.stderr)
+        return None
+
+
+def _eval(args: list[str]) -> int:
+    from esengine.cli.flags import parse
+    from esengine.cli.settings import EvalConfig
+
+    config = parse(EvalConfig, args, "esengine eval")
+    _quiet()
+    from esengine.base.progress import Bar
+    from esengine.cli.eval import evaluate
+
+    found = evaluate(config, Bar())
+    report = found.report
+    if report is None:
+        print(f"this shard's images are in {found.folder}; the report is made by the process that finishes last")
+        return 0
+    each = "1 image" if report.repeats == 1 else f"{report.repeats} images"
+    print(f"{', '.join(report.entries)} on {report.prompts} prompts of {report.benchmark}, {each} each:")
+    print(report.table())
+    if config.json is not None:
+        config.json.parent.mkdir(parents=True, exist_ok=True)
+        config.json.write_text(report.to_json(), encoding="utf-8")
+        print(f"written to {config.json}")
+    if found.folder is not None:
+        print(f"\nreport  {found.folder / 'report.html'}  (also .md, .csv, .json)")
+        print(f"images  {found.folder / 'images'}")
+    return 0
+
+
+def _render(args: list[str]) -> int:
+    from esengine.cli.flags import parse
+    from esengine.cli.settings import RenderConfig
+
+    config = parse(RenderConfig, args, "esengine render")
+    _quiet()
+    from esengine.base.progress import Bar
+    from esengine.cli.render import render
+
+    written = render(config, Bar())
+    if written.page is not None:
+        print(f"{written.sheet}\n{written.page}")
+    else:
+        print(f"{written.images} images and {written.sheet.name} in {written.folder}")
+    return 0
+
+
+def _report(args: list[str]) -> int:
+    from esengine.cli.flags import parse
+    from esengine.cli.settings import ReportConfig
+
+    config = parse(ReportConfig, args, "esengine report")
+    from esengine.report import write_page
+
+    print(write_page(config.folder))
+    return 0
+
+
+def _replay(args: list[str]) -> int:
+    import tyro
+
+    from esengine.run.settings import ReplayConfig
+
+    config = tyro.cli(ReplayConfig, args=args, prog="esengine replay")
+    _quiet()
+    from esengine.base.progress import Bar
+    from esengine.run.replay import replay
+
+    found = replay(config, Bar())
+    print(f"{found.steps} steps made again, adapter sha256 {found.sha256}")
+    if config.out is not None:
+        print(f"written to {config.out}")
+    adapter = config.run_dir / "adapter"
+    if found.agreed is not None:
+        beyond = found.steps - found.agreed
+        if beyond:
+            print(f"{adapter} is what the first {found.agreed} make bit for bit; the log is {beyond} ahead of it,")
+            print("as it is while a run goes on, and where one was killed since its last checkpoint")
+        else:
+            print(f"it is {adapter} bit for bit")
+    elif found.parted is None:
+        print(f"{config.run_dir} has no adapter to compare with")
+    else:
+        return _fail(f"it differs from {adapter}, first in {found.parted[0]}", 1)
+    return 0
+
+
+def _env(args: list[str]) -> int:
+    from esengine.cli.flags import parse
+    from esengine.cli.settings import EnvConfig
+
+    config = parse(EnvConfig, args, "esengine env")
+    from esengine.sampling.environment import describe, to_json
+
+    facts = describe()
+    if config.json:
+        print(to_json(facts))
+        return 0
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name.ljust(width)}  {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

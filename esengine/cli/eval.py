@@ -1,0 +1,209 @@
+"""`esengine eval`: base and adapters on the same prompts and latents, as a table or as a folder with every image."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from esengine.base.errors import ConfigError, RunError, of_setting
+from esengine.base.files import cache_root, refuse_links
+from esengine.base.group import place
+from esengine.base.progress import Progress
+from esengine.cli.settings import EvalConfig
+from esengine.evaluation.benchmarks import Benchmark, read_benchmark
+from esengine.evaluation.draw import Plan, compare_entries, draw, load_entry, provenance, reported
+from esengine.evaluation.entries import Entry, adapter_of, default_entries, parse_entries
+from esengine.evaluation.folder import EvaluationFolder
+from esengine.evaluation.statistics import Report, summarise
+from esengine.models import SanaSprint, TextEmbeddings, require_pipeline
+from esengine.models.defaults import Defaults, defaults
+from esengine.report import write_evaluation_page
+from esengine.rewards import Weighted, parse
+from esengine.rewards.roles import reward_names
+from esengine.run.settings import TrainConfig, load_run
+from esengine.sampling.build import is_folder, load_model, pick_chunk, pick_dtype, render_settings, take_device
+from esengine.sampling.settings import ImageSettings
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What `evaluate` leaves.
+
+    Attributes:
+        report: the statistics; None while other shards are at work.
+        folder: of the images and reports; None without --out or --benchmark.
+    """
+
+    report: Report | None
+    folder: Path | None
+
+
+def evaluate(config: EvalConfig, progress: Progress) -> Evaluated:
+    """Compare entries on prompts; what the flags leave open comes from the run folder.
+
+    Raises:
+        ConfigError: no adapter, model, prompts, entry or reward that can be used; nothing is written.
+        RunError: the folder holds another evaluation, or another process draws the same shard.
+        RewardError, RenderError: an image could not be drawn or scored; what was done before is kept.
+    """
+    run = load_run(config.run_dir) if config.run_dir else TrainConfig()
+    name, revision = config.model or run.model, config.revision or (None if config.model else run.revision)
+    silent = defaults(name)
+    prompts = config.prompts or (None if config.benchmark else run.eval_prompts or silent.heldout)
+    with of_setting(_setting_of_prompts(config), "benchmark", "prompts"):
+        benchmark = read_benchmark(config.benchmark, prompts).first(config.limit)
+    image = config.image or run.image
+    adapter = config.adapter
+    if not adapter and config.run_dir and (not config.entries or any(e.startswith("adapter@") for e in config.entries)):
+        adapter = adapter_of(config.run_dir)
+    entries = _entries(config, image.num_steps, adapter)
+    folder = _folder(config, benchmark)
+    shard = _shard(config, folder)
+    device = take_device(config.device)
+    dtype = pick_dtype(run.dtype if config.dtype == "auto" else config.dtype, device)
+    settings = render_settings(image)
+    require_pipeline(name, revision, image.vae)
+    with of_setting("reward"):
+        reward = parse(_scored(config, run, silent), device=str(device))
+    with of_setting(_setting_of_prompts(config)):
+        reward.check_prompts(benchmark.prompts)
+
+    labels = ", ".join(entry.label for entry in entries)
+    progress.note(f"model {name} on {device} in {str(dtype).removeprefix('torch.')}: {labels}")
+    model = load_model(name, revision, device, dtype, image.vae)
+    for entry in entries:
+        load_entry(model, entry)  # a damaged adapter is told of before an hour of drawing
+    repeats = 1 if config.benchmark else run.es.repeats
+    plan = Plan(
+        entries=entries,
+        prompts=len(benchmark),
+        repeats=repeats if config.repeats is None else config.repeats,
+        seed=run.seed if config.seed is None else config.seed,
+        settings=settings,
+        chunk=pick_chunk(image, model),
+    )
+    job = _Job(model, reward, benchmark, plan, image, _record(name, model, benchmark, plan, reward, image), progress)
+    return Evaluated(job.at_once(), None) if folder is None else Evaluated(job.in_folder(folder, shard), folder)
+
+
+def _setting_of_prompts(config: EvalConfig) -> str:
+    return "prompts" if config.prompts else "benchmark" if config.benchmark else "eval_prompts"
+
+
+def _scored(config: EvalConfig, run: TrainConfig, silent: Defaults) -> str:
+    """The rewards of an evaluation: what the flags say, a benchmark's, or the run's with those that it watched.
+
+    The nano benchmark of a run of its model has the run's and their weighted sum, and its own judges but for those that
+    the run named itself, perhaps with other weights.
+    """
+    if config.reward:
+        return config.reward
+    of_nano = config.run_dir and silent.watches and defaults(run.model).watches
+    if config.benchmark and not (config.benchmark == "nano" and of_nano):
+        return silent.benchmark(config.benchmark)
+    reward = run.reward or silent.reward
+    prompts_given = not config.benchmark and bool(config.prompts or run.eval_prompts)
+    return silent.scored(reward, reward_names(reward), prompts_given)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """An evaluation that is ready to be drawn."""
+
+    model: SanaSprint
+    reward: Weighted
+    benchmark: Benchmark
+    plan: Plan
+    image: ImageSettings
+    record: dict[str, Any]
+    progress: Progress
+
+    def at_once(self) -> Report:
+        """Draw everything, keep no image."""
+        return compare_entries(
+            self.model,
+            self._texts(),
+            self.reward,
+            self.plan,
+            benchmark=self.benchmark,
+            settings=self.record["settings"],
+            progress=lambda done, total: self.progress.count("images", done, total),
+        )
+
+    def in_folder(self, path: Path, shard: tuple[int, int]) -> Report | None:
+        """Draw what the folder lacks of this shard; then, if it lacks nothing at all, make the report."""
+        with EvaluationFolder.open(path, shard) as folder:
+            with folder.alone():  # one process encodes, the others find it in the cache
+                record = folder.begin(self.record, keep=() if self.image.chunk else ("chunk",))
+                try:
+                    folder.keep_curves(self.plan.entries)
+                except RunError as error:  # of another folder than this one
+                    self.progress.note(f"warning: the page will have no curves of training: {error}")
+                texts = self._texts()
+            plan = replace(self.plan, chunk=record["settings"]["chunk"])
+            work = folder.missing(plan, self.progress)
+            done, total = 0, sum(len(rows) for _, rows in work)
+            part = f", shard {shard[0]}/{shard[1]}" if shard[1] > 1 else ""
+            everything = len(plan.entries) * plan.prompts * plan.repeats
+            self.progress.note(f"{path}: {total} of {everything} images to draw{part}")
+            for count in folder.store(draw(self.model, texts, self.reward, plan, work), self.benchmark):
+                done += count
+                self.progress.count("images", done, total)
+            with folder.alone():
+                records = folder.merge(plan, self.progress)
+                if records is None:
+                    return None
+                report = summarise(self.benchmark, record["entries"], record["scores"], records, record["settings"])
+                folder.publish(report)
+                write_evaluation_page(path)
+        return report
+
+    def _texts(self) -> TextEmbeddings:
+        return self.model.encode(
+            self.benchmark.prompts,
+            cache_dir=cache_root() / "text",
+            instruction=self.image.instruction,
+            progress=lambda done, total: self.progress.count("prompts", done, total),
+        )
+
+
+def _entries(config: EvalConfig, steps: int, adapter: Path | None) -> tuple[Entry, ...]:
+    if config.entries:
+        return parse_entries(config.entries, adapter)
+    if adapter is None and not config.benchmark:
+        raise ConfigError("entries: expected --entries, or the adapter of --run-dir or --adapter, got none of them")
+    return default_entries(steps, adapter, two_steps=config.benchmark is not None)
+
+
+def _folder(config: EvalConfig, benchmark: Benchmark) -> Path | None:
+    if config.out is not None or config.benchmark is None:
+        return config.out
+    run = config.run_dir or Path()
+    folder = run / "evaluations" / benchmark.name
+    refuse_links(f"run folder {run}", [folder.parent, folder])
+    return folder
+
+
+def _shard(config: EvalConfig, folder: Path | None) -> tuple[int, int]:
+    """The flag's, else this process's place under torchrun."""
+    k, n = map(int, config.shard.split("/")) if config.shard else place()
+    if folder is None and n > 1:
+        raise ConfigError(f"shard: {n} processes meet in a folder, give it with --out")
+    return k, n
+
+
+def _record(
+    name: str, model: SanaSprint, benchmark: Benchmark, plan: Plan, reward: Weighted, image: ImageSettings
+) -> dict:
+    """What evaluation.json says: everything that has a say in a pixel or a score."""
+    return {
+        "benchmark": benchmark.name,
+        "prompts": len(benchmark),
+        "prompts_sha256": benchmark.sha256(),
+        "entries": [entry.label for entry in plan.entries],
+        "scores": reported(reward),
+        "settings": {
+            "model": Path(name).name if is_folder(name) else name,
+            "instruction": image.instruction,
+            **provenance(model, plan, reward),
+        },
+    }

@@ -1,0 +1,148 @@
+"""From flags to settings, and errors about settings in the words that the user typed.
+
+Everything here is plain Python, so that `--help` answers before torch is imported.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from esengine.base.errors import ConfigError
+from esengine.base.files import DATA
+from esengine.base.prompt_files import read_prompt_file
+from esengine.base.settings_file import from_dict
+from esengine.cli.settings import EvalConfig, RenderConfig
+from esengine.run.settings import TrainConfig, config_file, load, load_run, read_settings
+from esengine.sampling.settings import ImageSettings
+
+
+def parse_train(args: list[str]) -> TrainConfig:
+    """Defaults, for the model `nano` its packaged ones; then the YAML of --config (with --resume, the run's own); then
+    the flags.
+
+    Raises:
+        ConfigError: a file that cannot be read, an unknown or ill-typed setting, or a value out of range.
+    """
+    source, run = _below(args)
+    data = {} if source is None else read_settings(source)
+    if not run and data.get("config") is not None:
+        raise ConfigError(f"config {source}: config: expected no other file below this one, got {data['config']!r:.60}")
+    default = TrainConfig()
+    packaged = source is not None and source.parent == DATA
+    if not run and not packaged and (_peek(args, "model") or data.get("model", "nano")) == "nano":
+        default = load("nano")
+        if isinstance(lora := data.get("lora"), dict) and "alpha" in lora:  # that of all layers, as the flag is
+            data = data | {"lora": {"alpha_pattern": {}} | lora}
+    if source is not None:
+        default = from_dict(default, data, str(source))
+    if _peek(args, "lora.alpha") and not any(arg.startswith(("--lora.alpha-p", "--lora.alpha_p")) for arg in args):
+        default = dataclasses.replace(default, lora=dataclasses.replace(default.lora, alpha_pattern={}))
+    config = tyro.cli(TrainConfig, args=args, default=default, prog="esengine train")
+    chosen = _peek(args, "es.prompts-per-step") or (data.get("es") or {}).get("prompts_per_step")
+    if config.prompts is not None and (chosen is None or source == DATA / "nano.yaml"):
+        with contextlib.suppress(ConfigError):  # the run itself tells what is wrong with the file
+            count = len(read_prompt_file(config.prompts)["prompt"])
+            per_step = min(count, config.es.prompts_per_step)
+            config = dataclasses.replace(config, es=dataclasses.replace(config.es, prompts_per_step=per_step))
+    return config
+
+
+def _below(args: list[str]) -> tuple[Path | None, bool]:
+    """The YAML file that lies below the flags, and whether it is that of a run. Help reads none: it always answers."""
+    if _asks_for_help(args):
+        return None, False
+    config, run_dir = _peek(args, "config"), _peek(args, "run-dir")
+    if config is not None:
+        return config_file(config), False
+    saved = Path(run_dir or ".") / "config.yaml"
+    return (saved, True) if run_dir and _switched_on(args, "resume") and saved.is_file() else (None, False)
+
+
+def parse(cls: type, args: list[str], prog: str) -> Any:
+    """A dataclass from its flags; image settings start from those of the run in --run-dir."""
+    default = cls()
+    if hasattr(default, "image"):
+        run_dir = None if _asks_for_help(args) else _peek(args, "run-dir")
+        default = dataclasses.replace(default, image=load_run(Path(run_dir)).image if run_dir else ImageSettings())
+    return tyro.cli(cls, args=args, default=default, prog=prog)
+
+
+def _asks_for_help(args: list[str]) -> bool:
+    return "-h" in args or "--help" in args
+
+
+def _peek(args: list[str], flag: str) -> str | None:
+    """The value of a flag, in either spelling. Given twice, the last one counts, as in the parser itself."""
+    found = None
+    for i, arg in enumerate(args):
+        name, equals, value = arg.partition("=")
+        if name.replace("_", "-") == f"--{flag}":
+            found = value if equals else args[i + 1] if i + 1 < len(args) else None
+    return found
+
+
+def _switched_on(args: list[str], flag: str) -> bool:
+    """Whether a flag without a value is on: `--flag` or `--no-flag`, whichever comes last."""
+    given = [arg for arg in (each.replace("_", "-") for each in args) if arg in (f"--{flag}", f"--no-{flag}")]
+    return given[-1:] == [f"--{flag}"]
+
+
+def as_typed(message: str, args: list[str]) -> str:
+    """An error that begins with a setting's name, with what the user typed in its place.
+
+    That is the flag as it was typed; else the file below the flags that has the setting; else the flag as `--help`
+    spells it. Other messages stay as they are.
+    """
+    head, colon, rest = message.partition(":")
+    flags = {flag.removeprefix("--").replace("-", "_"): flag for flag in _flags()}
+    names = head.split(" times ")
+    found = [_one(name, flags) for name in names]
+    if not colon or None in found:
+        return message
+    typed = {arg.partition("=")[0].replace("_", "-"): arg.partition("=")[0] for arg in args if arg.startswith("--")}
+    said = [typed[flag] for name, flag in flags.items() if "." in name and name in rest and flag in typed]
+    if said and not any(flags[name] in typed for name in found):  # the setting is at odds with one that was typed
+        return f"{said[0]}: {message}"
+    if not any(flags[name] in typed for name in found) and (file := _holder(found[0], args)):
+        return f"{file}: {message}"
+    some = any(flags[name] in typed for name in found)
+    spelt = [typed.get(flags[name], name if some else flags[name]) for name in found]
+    return f"{' times '.join(sorted(spelt, key=lambda each: not each.startswith('--')))}:{rest}"
+
+
+def _one(name: str, flags: Collection[str]) -> str | None:
+    """The setting of that name, or the only one whose name ends with it."""
+    found = [each for each in flags if each == name] or [each for each in flags if each.endswith(f".{name}")]
+    return found[0] if len(found) == 1 else None
+
+
+def _holder(name: str, args: list[str]) -> str | None:
+    """The file below the flags that has a setting, as an error begins with it."""
+    source, run = _below(args)
+    run_dir = _peek(args, "run-dir")
+    if source is None and run_dir and args[:1] != ["train"]:
+        source, run = Path(run_dir) / "config.yaml", True
+    data = None
+    with contextlib.suppress(ConfigError):
+        data = source and read_settings(source)
+    section, _, key = name.rpartition(".")
+    data = (data or {}).get(section) if section else data
+    if not isinstance(data, dict) or data.get(key) is None:
+        return None
+    return f"run folder {run_dir}" if run else f"config {source}"
+
+
+def _flags() -> list[str]:
+    """Every flag of every command, as `--help` spells it."""
+    found: dict[str, None] = {}
+    for config in (TrainConfig(), EvalConfig(), RenderConfig()):
+        for each in dataclasses.fields(config):
+            value = getattr(config, each.name)
+            below = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+            names = [f"{each.name}.{inner.name}" for inner in below] or [each.name]
+            found |= dict.fromkeys(f"--{name.replace('_', '-')}" for name in names)
+    return list(found)

@@ -1,0 +1,464 @@
+"""A population of adapters around one module: attach it, render its members in one batch, update it, take it off.
+
+    population = esengine.attach(module, LoraConfig(...), esengine.Noise(sigma=1e-2, rank=1, seed=0))
+    with population.perturbed(step=7, members=members):     # int64 [B], one for each batch row
+        y = module(x)
+    population.update(step=7, fitness=fitness)              # fp32 [N]
+
+Nothing of a member is stored: its noise is rebuilt from (seed, step, layer, member) wherever it is needed.
+
+Theta, what ES moves, is A and B of a LoRA; with `esengine.Direct` in place of the LoraConfig it is delta, added to the
+weights themselves.
+"""
+
+import copy
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save
+from torch import nn
+
+from esengine.base.errors import UnperturbedError
+from esengine.base.files import replace_file
+from esengine.base.memory import fits
+from esengine.base.transfer import upload
+from esengine.es.direct import Direct, DirectLinear, full_rank
+from esengine.es.layers import (
+    ADAPTER,
+    Chunk,
+    PopulationLinear,
+    Scope,
+    Target,
+    Theta,
+    check_config,
+    make_layer,
+    shared_linears,
+    strip,
+    why_not_perturbed,
+)
+from esengine.es.rule import UpdateRule
+from esengine.es.update import Updater, UpdateStats
+from esengine.kernels import (
+    CONTRACT,
+    MemberNoise,
+    UpdatePlan,
+    check_fitness,
+    es_update,
+    factor,
+    key_words,
+    linear_streams,
+    signed_sigma,
+    step_tensor,
+    uses_triton,
+)
+
+PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How members differ from the adapter.
+
+    Attributes:
+        sigma: standard deviation of the noise on every element of theta: of A and B, or of delta.
+        rank: rank k of the noise on each tensor.
+        seed: the run's seed, in [0, 2^64).
+    """
+
+    sigma: float = 1e-2
+    rank: int = 1
+    seed: int = 0
+
+    def __post_init__(self):
+        if not (math.isfinite(self.sigma) and self.sigma > 0):
+            raise ValueError(f"sigma: expected a positive number, got {self.sigma}")
+        if self.rank < 1:
+            raise ValueError(f"rank: expected at least 1, got {self.rank}")
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"seed: expected an integer in [0, 2^64), got {self.seed}")
+
+
+def attach(
+    module: nn.Module,
+    config: LoraConfig | Direct,
+    noise: Noise | None = None,
+    *,
+    rule: UpdateRule | None = None,
+    backend: Literal["auto", "triton", "torch"] = "auto",
+) -> "Population":
+    """Put an adapter on `module`, in place, whose members can be rendered together.
+
+    Args:
+        module: any module with dense `torch.nn.Linear` layers below it.
+        config: PEFT's; its target_modules, exclude_modules, rank_pattern, alpha_pattern and the rest select as in PEFT.
+            Or `Direct`, which perturbs and moves the weights themselves.
+        noise: defaults to `Noise()`.
+        rule: how `update` moves the adapter, defaults to `UpdateRule()`.
+        backend: `auto` takes Triton on CUDA and batched torch elsewhere.
+
+    Returns:
+        The population. `module` computes with the unperturbed adapter outside `Population.perturbed`.
+
+    Raises:
+        ValueError: an option of `config` that ES on frozen weights cannot honour, a target that matches nothing, an
+            adapter already there or on a module below, a target that stands at two places, a clash of stream ids.
+        TypeError: a target that is not a dense linear, or one with a hook or a forward of its own.
+    """
+    noise, rule = noise or Noise(), rule or UpdateRule()
+    form = DirectLinear if isinstance(config, Direct) else PopulationLinear
+    config = config.selection() if isinstance(config, Direct) else config
+    check_config(config)
+    for name, each in module.named_modules():
+        if getattr(each, "peft_config", None) or isinstance(each, BaseTunerLayer):
+            where = f"at '{name}'" if name else "with peft_config"
+            raise ValueError(
+                f"module: expected one without an adapter, got one {where}; detach, unload or merge it first"
+            )
+    if backend not in ("auto", "triton", "torch"):
+        raise ValueError(f"backend: expected auto, triton or torch, got {backend}")
+    names = [name for name, _ in module.named_modules(remove_duplicate=False)]
+    shared = shared_linears(module)
+    for target in config.target_modules if isinstance(config.target_modules, (list, set, tuple)) else ():
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise ValueError(f"target_modules: '{target}' matches nothing in {type(module).__name__}")
+    config = copy.deepcopy(config)
+    config._register_custom_module({nn.Module: partial(make_layer, form)})
+    trainable = {name: p.requires_grad for name, p in module.named_parameters()}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(noise.seed & (1 << 63) - 1)  # the CPU's alone
+            LoraModel(module, config, ADAPTER)
+        layers = {name: m for name, m in module.named_modules() if isinstance(m, Target)}
+        for layer in layers.values():
+            if places := shared.get(id(layer.base_layer)):
+                raise ValueError(
+                    f"target_modules: {' and '.join(map(repr, places))} are one Linear with several owners, and PEFT "
+                    "loads an adapter for the first alone; give each owner a Linear of its own, or exclude it"
+                )
+            layer.train(layer.base_layer.training)
+        config = full_rank(config, layers) if form is DirectLinear else config
+        population = Population(module, layers, config, noise, rule, backend, trainable)
+        if backend == "triton" and not uses_triton(population.device):
+            raise ValueError(f"backend: triton needs Triton and a CUDA device, the module is on {population.device}")
+        return population
+    except BaseException:
+        strip(module, trainable)
+        raise
+
+
+class Population:
+    """The members of one run around one module. Made by `attach`."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layers: dict[str, Target],
+        config: LoraConfig,
+        noise: Noise,
+        rule: UpdateRule,
+        backend: str,
+        trainable: dict[str, bool],
+    ):
+        self.module, self.layers, self.config, self.noise, self.rule = module, layers, config, noise, rule
+        self._backend, self._trainable, self._scope = backend, trainable, Scope()
+        self._kept_plan: UpdatePlan | None = None
+        self._called: set[str] | None = None  # targets that had noise since the last update; None: no `perturbed` since
+        taken: dict[int, str] = {}
+        for name, layer in layers.items():
+            layer.name, layer.scope = name, self._scope
+            layer.owner = type(module.get_submodule(name.rpartition(".")[0]))
+            layer.streams = linear_streams(name, direct=layer.a is None)
+            for theta in layer.thetas().values():
+                theta.parameter.data = theta.parameter.data.float()
+                theta.parameter.requires_grad_(False)
+            for stream in (s for s, length in zip(layer.streams, layer.lengths(), strict=True) if length):
+                if stream in taken:
+                    raise ValueError(f"stream ids: {name} and {taken[stream]} clash; exclude one of the two")
+                taken[stream] = name
+        self._updater = Updater(rule, self.parameters(), noise.sigma)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Theta, fp32: `<layer>.lora_A.weight` and `<layer>.lora_B.weight`, or `<layer>.delta`, of every layer."""
+        return {name: theta.parameter for name, _, theta in self._thetas()}
+
+    def lora(self) -> dict[str, torch.Tensor]:
+        """The adapter as a LoRA, fp32: `<layer>.lora_A.weight` and `<layer>.lora_B.weight` of every layer.
+
+        A delta is one of full rank r = min(in, out), whose product is delta bit for bit: A or B is the identity.
+        """
+        found = {}
+        for name, layer in self.layers.items():
+            found[f"{name}.lora_A.weight"], found[f"{name}.lora_B.weight"] = layer.lora()
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        self._check_attached()
+        return next(iter(self.layers.values())).base_weight.device
+
+    @property
+    def backend(self) -> str:
+        """`triton` or `torch`: what the layers compute with on the device they are on now."""
+        if self._backend != "auto":
+            return self._backend
+        return "triton" if uses_triton(self.device) else "torch"
+
+    @property
+    def perturbation(self) -> MemberNoise:
+        """The noise of the batch in force, as kernels take it. Raises RuntimeError outside `perturbed`."""
+        if self._scope.chunk is None:
+            raise RuntimeError("perturbation: expected to be inside perturbed")
+        return self._scope.chunk.noise
+
+    @contextmanager
+    def perturbed(self, *, step: int | torch.Tensor, members: torch.Tensor) -> Iterator["Population"]:
+        """Inside, every target linear applies to each batch row the noise of that row's member.
+
+        Args:
+            step: of the noise contract, in [0, 2^32); or int64 [1] on the module's device.
+            members: int64 [B], not negative, one for each batch row; on the module's device, or on the CPU, where
+                looking at them does not wait for the device.
+
+        On a GPU the forward has no gradient: call it under torch.no_grad.
+
+        Raises:
+            ValueError: `members` is of another dtype, shape or device, or has a negative entry; in the forward, when
+                its length is not the batch size.
+            UnperturbedError: at the end, when the module ran and a target was not called, or when other code computed
+                with a target's weight, which has no noise. Every member would compute the same there. An adapter that
+                you switched off is off, without an error; `update` then has one.
+            RuntimeError: inside another `perturbed`, or after `detach`; or a target's adapter is merged into the weight
+                or not the active one, or its base linear has a hook or a forward of its own.
+        """
+        self._check_attached()
+        if self._scope.chunk is not None:
+            raise RuntimeError("perturbed: already inside one; contexts do not nest")
+        for layer in self.layers.values():
+            layer.require_in_force()
+        self._scope.enter(self._chunk(step, members))
+        try:
+            with self._scope.watch(self.module):
+                yield self
+            if len(members):
+                self._require_all_called()
+        finally:
+            self._scope.enter(None)
+
+    def _require_all_called(self) -> None:
+        scope = self._scope
+        missed = {
+            name: why_not_perturbed(layer, scope)
+            for name, layer in self.layers.items()
+            if not layer.disable_adapters
+            and (name in scope.used or (name not in scope.called and (scope.ran or name in scope.read)))
+        }
+        if missed:
+            raise UnperturbedError(missed)
+        self._called = (self._called or set()) | scope.called
+
+    @torch.no_grad()
+    def gradient(self, *, step: int, fitness: torch.Tensor) -> dict[str, torch.Tensor]:
+        """g = mean_i(f_i E_i) of every tensor of `parameters`, fp32, with the noise rebuilt and never stored.
+
+        Args:
+            step: of the noise contract.
+            fitness: fp32 [N], finite, N even, entry i for member i.
+        """
+        self._check_attached()
+        check_fitness(fitness)
+        if not fitness.isfinite().all():
+            raise ValueError(f"fitness: expected finite values, got {fitness[~fitness.isfinite()][0]:g}")
+        fitness, noise = fitness.to(self.device), dict(seed=self.noise.seed, step=step)
+        if self.backend == "triton":
+            sums = [
+                es_update(fitness, shape=shape, stream_u=u, stream_v=v, rank=self.noise.rank, **noise)
+                for shape, u, v in self._tensors()
+            ]
+        else:
+            sums = self._plan.sums(fitness, **noise)
+        torch._foreach_div_(sums, len(fitness))
+        return dict(zip(self.parameters(), sums, strict=True))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def update(self, *, step: int, fitness: torch.Tensor) -> UpdateStats:
+        """Move the adapter along g by the rule it was attached with.
+
+        Args:
+            step: the step that the members were rendered with.
+            fitness: fp32 [N], finite, N even, entry i for member i.
+
+        Raises:
+            ValueError: `fitness` is of another dtype or shape, of odd length, or not finite; nothing has changed then.
+            UnperturbedError: `perturbed` was used since the last update, but some target never had its noise there, and
+                would be moved at random; nothing has changed then.
+            RuntimeError: an adapter is merged into the weight, from which a moved one could not be taken out.
+            UpdateError, OutOfMemory: the adapter would not be finite, or there is no room; nothing has changed then.
+        """
+        self._require_unmerged()
+        if self._called is not None and (missed := [name for name in self.layers if name not in self._called]):
+            why = {True: "its adapter was switched off", False: "it was not called since the last update"}
+            raise UnperturbedError({name: why[bool(self.layers[name].disable_adapters)] for name in missed})
+        with fits("the numbers of an update", "stop what else uses this device"):
+            stats = self._updater.step(self.gradient(step=step, fitness=fitness))
+        self._refresh()
+        self._called = None
+        return stats
+
+    @torch.no_grad()
+    def member_state_dict(self, *, step: int, member: int) -> dict[str, torch.Tensor]:
+        """One member's theta, fp32: what `perturbed` renders, as plain weights.
+
+        Of a LoRA by PEFT's key names; of a delta, `base_model.model.<layer>.delta`.
+        """
+        self._check_attached()
+        members = self._check_members(torch.tensor([member], device=self.device))
+        c = signed_sigma(members, self.noise.sigma, self.noise.rank)
+        noise = dict(seed=self.noise.seed, step=step, pairs=members >> 1, rank=self.noise.rank)
+        state = {}
+        for name, layer, theta in self._thetas():
+            l, s = theta.parameter.shape
+            u = factor(stream=layer.streams[theta.u], length=l, **noise)[0]
+            v = factor(stream=layer.streams[theta.v], length=s, **noise)[0]
+            state[f"{PEFT_PREFIX}{name}"] = theta.parameter + c * u @ v.T
+        return state
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs: the adapter and the optimizer's state as tensors, and the noise settings."""
+        noise = {"contract": CONTRACT, "sigma": self.noise.sigma, "rank": self.noise.rank, "seed": self.noise.seed}
+        adapter = {name: parameter.detach().clone() for name, parameter in self.parameters().items()}
+        return {"adapter": adapter, "optimizer": self._updater.state_dict(), "noise": noise}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave.
+
+        Raises:
+            ValueError: the state is of other noise settings, layers, shapes or another optimizer; nothing has changed.
+        """
+        self._require_unmerged()
+        mine, parameters = self.state_dict(), self.parameters()
+        if state["noise"] != mine["noise"]:
+            raise ValueError(f"state: expected noise {mine['noise']}, got {state['noise']}")
+        shapes, got = ({k: tuple(t.shape) for k, t in s["adapter"].items()} for s in (mine, state))
+        if shapes != got:
+            odd = sorted(set(shapes.items()) ^ set(got.items()))[0]
+            raise ValueError(f"state: layers differ from the attached ones, first at {odd[0]} {list(odd[1])}")
+        self._updater.check_state(state["optimizer"])
+        for name, parameter in parameters.items():
+            parameter.copy_(state["adapter"][name])
+        self._refresh()
+        self._updater.load_state_dict(state["optimizer"])
+
+    def save_pretrained(self, path: str | os.PathLike) -> None:
+        """Write the adapter as a PEFT folder: adapter_config.json and adapter_model.safetensors.
+
+        A delta becomes a LoRA of full rank min(in, out) at scale 1, see `lora`: any reader of LoRAs loads it, at about
+        the size of the weights in fp32 or, where they are square, twice that.
+        """
+        path = Path(path)
+        tensors = {f"{PEFT_PREFIX}{name}": p.detach().cpu().contiguous() for name, p in self.lora().items()}
+        config = copy.deepcopy(self.config)
+        config._custom_modules, config.inference_mode = None, True
+        config.base_model_name_or_path = getattr(self.module, "name_or_path", None) or None
+        facts = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+        facts = dict(sorted(facts.items()))  # but not what is in a pattern, of which PEFT takes the first that fits
+        replace_file(path / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
+        replace_file(path / "adapter_config.json", json.dumps(facts, indent=2).encode())
+
+    def detach(self) -> nn.Module:
+        """Take the adapter off and return the module as it was. The population is spent.
+
+        Raises:
+            RuntimeError: inside `perturbed`, after another `detach`, or while an adapter is merged.
+        """
+        self._check_attached()
+        if self._scope.chunk is not None:
+            raise RuntimeError("detach: inside perturbed; leave it first")
+        self._require_unmerged()
+        strip(self.module, self._trainable)
+        self.layers = {}
+        return self.module
+
+    def _thetas(self) -> Iterator[tuple[str, Target, Theta]]:
+        """Name, layer and tensor of all that ES moves."""
+        for name, layer in self.layers.items():
+            for end, theta in layer.thetas().items():
+                yield f"{name}.{end}", layer, theta
+
+    def _refresh(self) -> None:
+        for layer in self.layers.values():
+            layer.refresh()
+
+    def _require_unmerged(self) -> None:
+        for layer in self.layers.values():
+            layer.require_unmerged()
+
+    def _check_attached(self) -> None:
+        if not self.layers:
+            raise RuntimeError("population: detached; attach a new one")
+
+    def _check_members(self, members: torch.Tensor) -> torch.Tensor:
+        if not isinstance(members, torch.Tensor) or members.dtype != torch.int64 or members.dim() != 1:
+            got = (
+                f"{members.dtype} {list(members.shape)}"
+                if isinstance(members, torch.Tensor)
+                else type(members).__name__
+            )
+            raise ValueError(f"members: expected int64 [B], got {got.removeprefix('torch.')}")
+        if members.device not in (self.device, torch.device("cpu")):
+            raise ValueError(f"members: expected on {self.device}, as the module, or cpu, got on {members.device}")
+        low, high = torch.stack(members.aminmax()).tolist() if len(members) else (0, 0)
+        if low < 0 or high >= 1 << 33:
+            bad = members[(members < 0) | (members >= 1 << 33)][0]
+            raise ValueError(f"members: expected values in [0, 2^33), got {bad}")
+        return upload(members, self.device)
+
+    def _chunk(self, step: int | torch.Tensor, members: torch.Tensor) -> Chunk:
+        members = self._check_members(members)
+        key_words(self.noise.seed, step)
+        triton = self.backend == "triton"
+        step = step_tensor(step, self.device) if triton else int(step)
+        noise = MemberNoise(members.contiguous(), self.noise.seed, step, self.noise.sigma, self.noise.rank)
+        if triton:
+            return Chunk(noise)
+        c, pair = signed_sigma(members, self.noise.sigma, self.noise.rank), members >> 1
+        pairs, rows = torch.unique_consecutive(pair, return_counts=True)
+        found, slots = pairs.tolist(), None
+        if len(set(rows.tolist())) > 1 or len(set(found)) < len(found):
+            # else as many batch rows of each pair, one after the other: no row needs a copy of its pair's noise
+            pairs, slots = torch.unique(pair, return_inverse=True)
+        return Chunk(noise, c, self._factors(step, pairs, slots))
+
+    def _factors(self, step: int, pairs: torch.Tensor, slots: torch.Tensor | None) -> dict[str, tuple]:
+        """V, U, V', U' [P, L, k] of every layer, [B, L, k] with `slots`; None where a layer has no such factor."""
+        block = self._plan.noise.block(seed=self.noise.seed, step=step, pairs=pairs, slots=slots)
+        found: dict[str, list[torch.Tensor | None]] = {name: [None] * 4 for name in self.layers}
+        for (_, layer, theta), (u, v) in zip(self._thetas(), self._plan.places, strict=True):
+            found[layer.name][theta.u], found[layer.name][theta.v] = block[u], block[v]
+        return {name: tuple(factors) for name, factors in found.items()}
+
+    @property
+    def _plan(self) -> UpdatePlan:
+        """Of all noise on the torch path, on the device where the layers are now."""
+        if self._kept_plan is None or self._kept_plan.device != self.device:
+            self._kept_plan = UpdatePlan(self._tensors(), self.noise.rank, self.device)
+        return self._kept_plan
+
+    def _tensors(self) -> list[tuple[tuple[int, int], int, int]]:
+        """Shape, stream of U and stream of V of all that ES moves."""
+        return [
+            (tuple(theta.parameter.shape), layer.streams[theta.u], layer.streams[theta.v])
+            for _, layer, theta in self._thetas()
+        ]

@@ -1,0 +1,1 @@
+"""Models compared on the same prompts and latents: benchmarks, drawing, statistics."""

@@ -1,0 +1,95 @@
+"""The prompts of an evaluation: PartiPrompts, DrawBench, the test captions of the nano world, or one's own file."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from esengine.base.errors import ConfigError
+from esengine.base.files import DATA
+from esengine.base.prompt_files import read_prompt_file
+
+
+@dataclass(frozen=True)
+class _Published:
+    dataset: str
+    file: str
+    columns: tuple[str, ...]
+
+
+PUBLISHED = {
+    "partiprompts": _Published("nateraw/parti-prompts", "PartiPrompts.tsv", ("prompt", "category", "challenge")),
+    "drawbench": _Published("sayakpaul/drawbench", "DrawBench Prompts - Sheet1.csv", ("prompt", "category")),
+}
+"""Benchmarks by name: the dataset on the hub, its one file, and the columns that the file must have."""
+
+PACKAGED = {"nano": DATA / "nano_test.tsv"}
+"""Benchmarks of this package, by name."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """P prompts, with their categories and challenges where the file has them. A prompt's place keys its latents."""
+
+    name: str
+    prompts: tuple[str, ...]
+    categories: tuple[str | None, ...]
+    challenges: tuple[str | None, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def first(self, count: int | None) -> "Benchmark":
+        """The first so many prompts; None: all."""
+        cut = {name: getattr(self, name)[:count] for name in ("prompts", "categories", "challenges")}
+        return dataclasses.replace(self, **cut)
+
+    def sha256(self) -> str:
+        """Of everything but the name."""
+        content = [self.prompts, self.categories, self.challenges]
+        return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
+
+
+def read_benchmark(name: str | None, path: Path | None = None) -> Benchmark:
+    """Prompts of a published benchmark, or of a file.
+
+    Args:
+        name: a key of `PUBLISHED` or `PACKAGED`, a file, or None for `path` alone. See
+            `esengine.base.prompt_files` for the forms of a file.
+        path: the file of a published benchmark. None: the hub's.
+
+    Raises:
+        ConfigError: no such benchmark or file, the hub cannot be reached, or the file lacks a column, is not UTF-8, is
+            torn, or holds no prompt; with the line number where there is one.
+    """
+    if name in PUBLISHED:
+        published = PUBLISHED[name]
+        return _read(name, path or _download(name, published), published.columns)
+    if name is not None and name not in PACKAGED and not Path(name).is_file():
+        raise ConfigError(f"benchmark: expected {', '.join([*PUBLISHED, *PACKAGED])} or a file, got '{name}'")
+    if name is not None and path is not None:
+        raise ConfigError(f"prompts: expected with {' or '.join(PUBLISHED)} only, got {path} beside benchmark {name}")
+    if name in PACKAGED:
+        return _read(name, PACKAGED[name], ("prompt", "category", "challenge"))
+    file = Path(name) if path is None else path
+    return _read(file.stem, file)
+
+
+def _read(name: str, path: Path, needed: Sequence[str] = ("prompt",)) -> Benchmark:
+    columns = read_prompt_file(path, needed)
+    return Benchmark(name, columns["prompt"], columns["category"], columns["challenge"])
+
+
+def _download(name: str, published: _Published) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(hf_hub_download(published.dataset, published.file, repo_type="dataset"))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise ConfigError(
+            f"benchmark {name}: '{published.file}' of the hub's dataset {published.dataset} is neither cached nor can "
+            f"it be fetched ({type(error).__name__}); fetch it elsewhere and give it with --prompts FILE"
+        ) from error

@@ -1,0 +1,215 @@
+"""Draw several models on the same prompts and latents, chunk by chunk, and score what they drew."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from esengine.base.errors import RewardError
+from esengine.evaluation.benchmarks import Benchmark
+from esengine.evaluation.entries import Entry
+from esengine.evaluation.statistics import Report, summarise
+from esengine.kernels import CONTRACT
+from esengine.models import RenderSettings, SanaSprint, TextEmbeddings
+from esengine.models.lora_file import WEIGHT_NAME
+from esengine.rewards import Weighted
+from esengine.rewards.fault_tolerant import Bearing
+from esengine.sampling.environment import PACKAGES, describe
+from esengine.sampling.rollout import Renderer
+
+EVAL_STEP = (1 << 32) - 1
+"""The step of the noise contract that evaluation draws its latents at; no training run gets there."""
+
+Rows = list[tuple[int, int]]
+"""(prompt, repeat) of each image of a chunk."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which images are drawn. Every entry draws the same rows in the same chunks, from the same latents.
+
+    Attributes:
+        entries: what is compared; the others are compared with the first.
+        prompts: P.
+        repeats: images of each prompt, R.
+        seed: keys the latents, with the prompt's place and the repeat.
+        settings: how to render; each entry has its own number of steps, and `x0_angle` counts for one step only.
+        chunk: images in one forward.
+    """
+
+    entries: tuple[Entry, ...]
+    prompts: int
+    repeats: int
+    seed: int
+    settings: RenderSettings
+    chunk: int
+
+    def chunks(self) -> list[Rows]:
+        """Rows of every forward of an entry; they depend on nothing but P, R and the chunk size."""
+        rows = [(prompt, repeat) for prompt in range(self.prompts) for repeat in range(self.repeats)]
+        return [rows[start : start + self.chunk] for start in range(0, len(rows), self.chunk)]
+
+    def settings_of(self, entry: Entry) -> RenderSettings:
+        angle = self.settings.x0_angle if entry.steps == 1 else None
+        return replace(self.settings, num_steps=entry.steps, x0_angle=angle)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A chunk that is drawn and scored.
+
+    Attributes:
+        entry: who drew it.
+        rows: B of (prompt, repeat).
+        images: uint8 [B, 3, H, W] on the model's device.
+        scores: B numbers for each reported name.
+    """
+
+    entry: Entry
+    rows: Rows
+    images: torch.Tensor
+    scores: dict[str, list[float]]
+
+
+def reported(reward: Weighted) -> list[str]:
+    """Names of the scores that a report shows: `combined` only where it is not just one of the others."""
+    weights = [weight for _, _, weight in reward.terms if weight]
+    return reward.names if weights == [1.0] else [*reward.names, "combined"]
+
+
+@torch.no_grad()
+def draw(
+    model: SanaSprint,
+    texts: TextEmbeddings,
+    reward: Weighted,
+    plan: Plan,
+    work: Sequence[tuple[Entry, Rows]],
+) -> Iterator[Batch]:
+    """Render and score chunks of a plan, in the order given, with at most one adapter in memory.
+
+    Lora are loaded as diffusers loads them, in the model's dtype, where training kept them in float32: this
+    measures what its users get. The base model carries none.
+
+    Raises:
+        ConfigError: an adapter cannot be loaded.
+        RewardError, RenderError: see `Weighted.score` and `SanaSprint.render`.
+    """
+    length = texts.trimmed_length(torch.arange(len(texts)))
+    names, loaded = reported(reward), None
+    render = Renderer(model, texts, plan.settings, plan.seed, plan.chunk)
+    for entry, rows in work:
+        if entry != loaded:
+            load_entry(model, entry)
+            loaded, render.settings = entry, plan.settings_of(entry)
+        prompts, repeats = torch.tensor(rows).unbind(1)
+        (images,) = render.chunks(EVAL_STEP, [(prompts, repeats, None)], length=length)
+        scores = reward.score(images, [texts.prompts[prompt] for prompt, _ in rows])
+        yield Batch(entry, rows, images, {name: scores[name].tolist() for name in names})
+
+
+def load_entry(model: SanaSprint, entry: Entry) -> None:
+    """Make the model the entry's: with its adapter, or with none."""
+    if entry.adapter is None:
+        model.pipeline.unload_lora_weights()
+    else:
+        model.load_adapter(entry.adapter)
+
+
+def compare_entries(
+    model: SanaSprint,
+    texts: TextEmbeddings,
+    reward: Weighted,
+    plan: Plan,
+    *,
+    benchmark: Benchmark | None = None,
+    settings: dict[str, Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    watch: Callable[[Batch], None] | None = None,
+    bear: bool = False,
+) -> Report:
+    """The whole plan at once, keeping no image.
+
+    Args:
+        model: what the entries' adapters are for. It carries none afterwards.
+        texts: of the benchmark's prompts.
+        reward: what scores the images.
+        plan: what to draw.
+        benchmark: name and groups of the prompts. None: they have no groups.
+        settings: how the images are made, for the report. None: `provenance`.
+        progress: called with (images done, images in all).
+        watch: called with each batch, in the order of the plan.
+        bear: leave out prompts of which an image has no score, and count them in the settings as `prompts_left_out`;
+            see `Bearing`. Otherwise that is an error.
+    """
+    if benchmark is None:
+        nothing = (None,) * len(texts)
+        benchmark = Benchmark("prompts", texts.prompts, nothing, nothing)
+    settings = provenance(model, plan, reward) if settings is None else dict(settings)
+    work = [(entry, rows) for entry in plan.entries for rows in plan.chunks()]
+    total, records = sum(len(rows) for _, rows in work), []
+    if bear:
+        reward = Bearing(reward, total, least=len(plan.entries) * plan.repeats)  # a prompt's
+    for batch in draw(model, texts, reward, plan, work):
+        records += batch_records(batch)
+        if watch is not None:
+            watch(batch)
+        if progress is not None:
+            progress(len(records), total)
+    model.pipeline.unload_lora_weights()
+    if bad := {each["index"] for each in records if not all(map(math.isfinite, each["scores"].values()))}:
+        settings["prompts_left_out"] = len(bad)
+        benchmark, records = _without(benchmark, records, bad)
+    return summarise(benchmark, [entry.label for entry in plan.entries], reported(reward), records, settings)
+
+
+def _without(benchmark: Benchmark, records: list[dict], bad: set[int]) -> tuple[Benchmark, list[dict]]:
+    """The other prompts and their records, counted anew."""
+    good = [index for index in range(len(benchmark)) if index not in bad]
+    if not good:
+        raise RewardError("comparison: of every prompt an image has no score")
+    place = {index: at for at, index in enumerate(good)}
+    columns = ([column[i] for i in good] for column in (benchmark.prompts, benchmark.categories, benchmark.challenges))
+    kept = [{**each, "index": place[each["index"]]} for each in records if each["index"] in place]
+    return Benchmark(benchmark.name, *map(tuple, columns)), kept
+
+
+def provenance(model: SanaSprint, plan: Plan, reward: Weighted) -> dict[str, Any]:
+    """How a plan's images are made and scored, as JSON values: weights, settings, device, versions."""
+    made = asdict(plan.settings)
+    del made["num_steps"]  # each entry has its own
+    made["height"], made["width"] = made["height"] or model.image_size, made["width"] or model.image_size
+    facts = describe()
+    return {
+        "weights": model.identity(),
+        "adapters": {
+            entry.label: "sha256:" + hashlib.sha256((entry.adapter / WEIGHT_NAME).read_bytes()).hexdigest()
+            for entry in plan.entries
+            if entry.adapter is not None
+        },
+        "rewards": json.loads(json.dumps(reward.settings(), default=str)),
+        "seed": plan.seed,
+        "repeats": plan.repeats,
+        **made,
+        "chunk": plan.chunk,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
+        "noise_contract": CONTRACT,
+        "versions": {package: facts[package] for package in ("esengine", *PACKAGES)},
+    }
+
+
+def batch_records(batch: Batch) -> list[dict]:
+    """One {"entry", "index", "repeat", "scores"} for each image."""
+    return [
+        {
+            "entry": batch.entry.label,
+            "index": index,
+            "repeat": repeat,
+            "scores": {name: values[row] for name, values in batch.scores.items()},
+        }
+        for row, (index, repeat) in enumerate(batch.rows)
+    ]

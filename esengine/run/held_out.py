@@ -1,0 +1,176 @@
+"""Held-out rewards: whether what is optimised is still what was meant.
+
+Symbols: s_t[p] is a score of held-out prompt p after t steps, from the unperturbed adapter; P prompts, always the
+same ones from the same latents.
+
+    d_t[p] = s_t[p] - s_0[p]      change = mean_p d_t      standard error = std_p d_t / sqrt(P)
+
+The rewards part ways at the first t where the optimised one has change > 2 standard errors while a held-out one has
+change < -2 standard errors.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from esengine.base.errors import RunError
+from esengine.evaluation.draw import EVAL_STEP
+from esengine.rewards.fault_tolerant import Bearing
+from esengine.rewards.roles import Rewards
+from esengine.run.log import RunLog
+from esengine.sampling.rollout import Renderer, render_all
+
+CERTAIN = 2.0
+"""Standard errors beyond which a change is taken for one."""
+
+
+class Guard:
+    """Measures a run's rewards on held-out prompts, writes them down, and says when they part ways.
+
+    The prompts are spread evenly over the list. Nothing here has a say in the adapter.
+
+    Args:
+        rewards: see `load_rewards`.
+        render: draws the held-out list.
+        prompts: how many of it, at most.
+        every: steps between measures.
+        log: the run's; measures from before the step that it resumes at are gone on with if they are of the same
+            prompts and rewards, else set aside.
+        note: told of a warning, once for each held-out reward.
+        bear: leave out images that a reward fails on, and say so, up to one or a tenth. Otherwise that is an error.
+
+    Raises:
+        RunError: a measure from before is not as this writes it; with its line.
+    """
+
+    def __init__(
+        self,
+        rewards: Rewards,
+        render: Renderer,
+        *,
+        prompts: int,
+        every: int,
+        log: RunLog,
+        note: Callable[[str], None],
+        bear: bool = False,
+    ):
+        self.rewards, self.render, self.every, self.log, self.note = rewards, render, every, log, note
+        self.bear = bear
+        total = len(render.texts)
+        count = min(prompts, total)
+        self.prompts = torch.arange(count) * total // count
+        self.of = {"prompts": render.words(self.prompts), "rewards": rewards.identity(rewards.everything)}
+        if log.held_out and log.held_out[0].get("of") != self.of:
+            kept = log.set_held_out_aside()
+            note(
+                "held-out prompts or rewards are others than before: changes are against step "
+                f"{log.resume_step}, those before are in {kept.name}"
+            )
+        for number, record in enumerate(log.held_out, start=1):
+            try:
+                self._require_written(record)
+            except (KeyError, TypeError, ValueError) as error:
+                raise RunError(f"{log.held_out_file}, line {number}: not as esengine writes it: {error!r}") from error
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether to measure after so many steps: at first, every so many, and at the last."""
+        return not self.log.held_out or step % self.every == 0 or step == last
+
+    def measure(self, step: int, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Draw and score the held-out prompts with the adapter as it stands after `step` steps.
+
+        Args:
+            stopped: asked before each chunk. Where it says so, nothing is written: a resumed run measures anew.
+
+        Raises:
+            RewardError, RenderError: see `Weighted.score` and `SanaSprint.render`.
+        """
+        images, parts, reward = [], [], self.rewards.everything
+        if self.bear:
+            reward = Bearing(reward, len(self.prompts), least=1)
+        for drawn, words in render_all(self.render, EVAL_STEP, self.prompts, stopped=stopped):
+            parts.append(reward.score(drawn, words, step=step))
+            images.append(drawn)
+        if sum(map(len, images)) < len(self.prompts):
+            return
+        if self.bear and reward.bad:
+            self.note(f"warning: held out, {reward.bad} of {reward.images} images are left out: {reward.first}")
+        scores = {name: torch.cat([part[name] for part in parts]).tolist() for name in self._names}
+        first = self.log.held_out[0]["scores"] if self.log.held_out else None
+        changes = {name: _against(each, first[name]["each"] if first else each) for name, each in scores.items()}
+        parted = part_ways(changes, self.rewards.objective, self.rewards.held_out)
+        before = self.parted()
+        record = {"step": step, "scores": changes, "optimised": self.rewards.objective, "parted": parted}
+        if first is None:
+            record["of"] = self.of
+        self.log.measured(record, torch.cat(images), self.of["prompts"])
+        for name in parted:
+            if name not in before:
+                self.note(f"warning: {self.warning(name)}")
+
+    @property
+    def _names(self) -> list[str]:
+        return list(dict.fromkeys([self.rewards.objective, *self.rewards.everything.names]))
+
+    def _require_written(self, record: dict[str, Any]) -> None:
+        """Raises KeyError, TypeError or ValueError for what `measure` does not write."""
+        for name in self._names:
+            score = record["scores"][name]
+            numbers = [score["mean"], score["change"], score["standard_error"], *score["each"]]
+            if len(score["each"]) != len(self.prompts) or {type(each) for each in numbers} - {float, type(None)}:
+                raise ValueError(f"{name}: expected numbers, and one for each of {len(self.prompts)} prompts")
+        objective = self.rewards.objective
+        parted = part_ways(record["scores"], objective, self.rewards.held_out)
+        if (record["optimised"], record["parted"]) != (objective, parted):
+            raise ValueError(f"expected {objective} as optimised and {parted} as parted, as the scores say")
+
+    def parted(self) -> dict[str, int]:
+        """The step at which each held-out reward, if it did, parted ways with the optimised one."""
+        found: dict[str, int] = {}
+        for record in self.log.held_out:
+            for name in record["parted"]:
+                found.setdefault(name, record["step"])
+        return found
+
+    def warning(self, name: str) -> str:
+        """One line on a held-out reward that parted ways."""
+        step = self.parted()[name]
+        record = next(each for each in self.log.held_out if each["step"] == step)
+        up, down = (record["scores"][each] for each in (record["optimised"], name))
+        return (
+            f"the rewards part ways at step {step}: {record['optimised']} {_amount(up)}, held-out {name} "
+            f"{_amount(down)} on {len(self.prompts)} prompts; look at heldout/step_{step:08d}.png"
+        )
+
+
+def part_ways(changes: dict[str, dict[str, Any]], objective: str, held_out: Sequence[str]) -> list[str]:
+    """Held-out rewards that are surely down while the optimised one is surely up; unsure without a standard error."""
+
+    def sure(name: str, sign: int) -> bool:
+        change, error = changes[name]["change"], changes[name]["standard_error"]
+        return error is not None and sign * change > CERTAIN * error
+
+    return [name for name in held_out if sure(name, -1)] if sure(objective, 1) else []
+
+
+def _against(now: list[float], first: list[float | None]) -> dict[str, Any]:
+    """Mean score and its change, paired by prompt, with no standard error for one prompt.
+
+    A score that is not there is NaN in `now` and None in what is returned, and so in `first`.
+    """
+    each = [score if math.isfinite(score) else None for score in now]
+    there = [score for score in each if score is not None]
+    pairs = [(a, b) for a, b in zip(each, first, strict=True) if None not in (a, b) and math.isfinite(b)]
+    d = torch.tensor([a - b for a, b in pairs], dtype=torch.float64)
+    return {
+        "mean": sum(there) / len(there) if there else None,
+        "change": float(d.mean()) if pairs else None,
+        "standard_error": float(d.std()) / math.sqrt(len(d)) if len(pairs) > 1 else None,
+        "each": each,
+    }
+
+
+def _amount(score: dict[str, Any]) -> str:
+    return f"{score['change']:+.4g} ± {score['standard_error']:.2g}"

@@ -1,0 +1,274 @@
+"""What a run is: dataclasses, the YAML file below the flags, and the resolved copy that is saved with the run.
+
+Everything here is plain Python, so that `--help` answers before torch is imported.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+import yaml
+
+from esengine.base.errors import ConfigError
+from esengine.base.files import DATA
+from esengine.base.settings_file import MAX_COUNT, MAX_STEPS, check_counts, from_dict, read_yaml
+from esengine.es.rule import UpdateRule
+from esengine.sampling.settings import ImageSettings
+
+MAX_RATE = 1e6
+"""Learning rate above which float32 is left in a step or two."""
+
+REFERENCE_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "linear_1", "linear_2", "proj_out", "linear")
+
+_LAYER = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+"""A name that is no regular expression, but for its dots."""
+
+
+def _pairs(words: list[str]) -> dict[str, float]:
+    """Layers' names and alphas as they are given on the command line, in turn."""
+    if len(words) % 2 or len(set(words[::2])) < len(words) // 2:
+        raise ValueError("expected names, each once, and behind each its alpha")
+    return {name: float(alpha) for name, alpha in zip(words[::2], words[1::2], strict=True)}
+
+
+# left to itself tyro makes a flag of each name that is there already, and of no other
+_PAIRS = tyro.constructors.PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="[NAME ALPHA ...]",
+    instance_from_str=_pairs,
+    is_instance=lambda value: isinstance(value, dict),
+    str_from_instance=lambda value: [word for pair in value.items() for word in map(str, pair)],
+)
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The adapter. Targets are chosen as PEFT does: by the end of a layer's name."""
+
+    rank: int = 2
+    """LoRA rank r. 0: none, the weights themselves are perturbed and moved."""
+    alpha: float = 8.0
+    """The adapter counts alpha / r. Where r is 0 it has no part. Given as a flag without alpha_pattern, it is that of
+    all layers."""
+    targets: tuple[str, ...] = REFERENCE_TARGETS
+    """Linear layers of the transformer."""
+    alpha_pattern: Annotated[dict[str, float], _PAIRS] = field(default_factory=dict)
+    """Another alpha for some of them, by the end of a layer's name: `linear_2 16 proj_out 2`. No part where r is 0.
+    Where to_q, to_k and to_v have unlike ones, blocks do not run fused."""
+
+    def __post_init__(self):
+        check_counts(self, "lora.", rank=(0, 1 << 14))
+        alphas = {"alpha": self.alpha} | {f"alpha_pattern: {name}": alpha for name, alpha in self.alpha_pattern.items()}
+        for name, alpha in alphas.items():
+            if not 0 < alpha <= MAX_COUNT:
+                raise ConfigError(f"lora.{name}: expected a positive number of at most {MAX_COUNT}, got {alpha}")
+        for name in self.alpha_pattern:
+            if not _LAYER.fullmatch(name):
+                raise ConfigError(f"lora.alpha_pattern: expected the end of a layer's name, got {name!r:.100}")
+            if both := [other for other in self.alpha_pattern if other.endswith(f".{name}")]:
+                raise ConfigError(
+                    f"lora.alpha_pattern: expected one alpha a layer, got one for {name} and for {both[0]}"
+                )
+        if not self.targets:
+            raise ConfigError("lora.targets: expected at least one layer name, got none")
+
+
+@dataclass(frozen=True)
+class ESSettings:
+    """The search: how members are drawn and how their scores become fitness."""
+
+    sigma: float = 1e-2
+    """Standard deviation of the noise on every element of the adapter, or of the weights where lora.rank is 0."""
+    noise_rank: int = 1
+    """Rank k of each member's noise."""
+    shaping: Literal["zscore", "centered_rank", "none"] = "zscore"
+    """After each prompt's mean is removed: z-score, centred ranks, or as it is."""
+    prompt_std: Literal["global", "own"] = "global"
+    """What a prompt's scores are divided by: the standard deviation of all, as in the reference run, or its own, so
+    that no prompt outweighs the others."""
+    prompts_per_step: int = 4
+    """Prompts drawn each step, without replacement until all have come. Left out, it adapts to a shorter list."""
+    repeats: int = 4
+    """Images of each prompt for each member, from different latents."""
+
+    def __post_init__(self):
+        if not (math.isfinite(self.sigma) and self.sigma > 0):
+            raise ConfigError(f"es.sigma: expected a positive number, got {self.sigma}")
+        check_counts(self, "es.", noise_rank=(1, 1 << 14), prompts_per_step=(1, MAX_COUNT), repeats=(1, MAX_COUNT))
+        if self.shaping not in ("zscore", "centered_rank", "none"):
+            raise ConfigError(f"es.shaping: expected zscore, centered_rank or none, got {self.shaping}")
+        if self.prompt_std not in ("global", "own"):
+            raise ConfigError(f"es.prompt_std: expected global or own, got {self.prompt_std}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Post-train a frozen text-to-image model from black-box rewards by Evolution Strategies on a LoRA adapter.
+
+    Without flags this is the demo: sana-sprint-nano, a small trained model that draws coloured shapes, learns to draw
+    what captions say, with the settings of the packaged `nano.yaml`.
+    """
+
+    run_dir: Path | None = None
+    """Folder of the run: config, metrics, checkpoints, adapter, strips. By default runs/<date and time>."""
+    model: str = "nano"
+    """A SanaSprintPipeline folder; a hub id; `nano`, the small trained model of this package; or `tiny`, an untrained
+    one."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    prompts: Path | None = None
+    """File of prompts: text with one on each line, .tsv, .csv or .jsonl. By default a packaged list; of `nano`,
+    captions of its world."""
+    eval_prompts: Path | None = None
+    """File of prompts never trained on, to compare base and adapter at the end. By default a packaged list."""
+    reward: str | None = None
+    """A reward, or several with weights: `a=1.0,my_module:score=0.5`. By default pickscore; for `tiny`
+    jpeg_compressibility, for `nano` checker with some pickscore."""
+    steps: int = 40
+    """ES steps."""
+    population: int = 32
+    """Members N, an even number: they come in antithetic pairs."""
+    seed: int = 0
+    """Keys the noise, the latents, the prompts drawn and the adapter's start."""
+    resume: bool = False
+    """Continue the run in --run-dir from its last checkpoint."""
+    allow_change: bool = False
+    """With --resume, go on although settings, model or prompts differ from the run's; what differs is told."""
+    config: str | None = None
+    """YAML file below the flags, or the name of a packaged one: `reference`, the published run's settings; or `nano`.
+    For the model `nano` the latter's settings stand below a YAML file of your own too."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU when there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the frozen model. auto: bfloat16 on a GPU, float32 on a CPU. The adapter is float32 always."""
+    on_bad_reward: Literal["fail", "drop-pair"] = "fail"
+    """Where a reward raises or gives no finite number: stop, or leave the member and its antithetic half out of the
+    update. A step with more than a tenth of its images bad stops the run in any case."""
+    deterministic: bool = False
+    """Draw and score one image at a time: slower, and no bit depends on the size of a chunk."""
+    checkpoint_every: int = 5
+    """Steps between checkpoints."""
+    strip_every: int = 10
+    """Steps between strips of the best, median and worst member's images. 0: none."""
+    heldout_reward: str = "auto"
+    """Rewards that are watched on held-out prompts, besides the optimised one: `pickscore,my_module:score`, or none.
+    auto: where pickscore, clip_text, aesthetic, no_artifacts or hpsv2 is optimised, the rest of the first four; on
+    `nano` always, with clip-nano, and checker beside them."""
+    heldout_every: int = 10
+    """Steps between measures of the optimised and the held-out rewards on held-out prompts. 0: none."""
+    heldout_prompts: int = 16
+    """So many of the --eval-prompts are drawn at each measure, always the same."""
+    trackers: tuple[Literal["wandb", "trackio"], ...] = ()
+    """Besides TensorBoard; each needs the extra of its name. WANDB_MODE=offline needs no account."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    es: ESSettings = field(default_factory=ESSettings)
+    update: UpdateRule = field(default_factory=lambda: UpdateRule(lr_scale=1.0))
+    image: ImageSettings = field(default_factory=ImageSettings)
+
+    def __post_init__(self):
+        if self.population < 2 or self.population % 2:
+            raise ConfigError(f"population: expected an even number of at least 2, got {self.population}")
+        some, any_ = (1, MAX_STEPS), (0, MAX_STEPS)
+        check_counts(self, "", steps=some, checkpoint_every=some, strip_every=any_, heldout_every=any_)
+        check_counts(self, "", population=(2, MAX_COUNT), heldout_prompts=(1, MAX_COUNT))
+        if (images := self.population * self.es.prompts_per_step * self.es.repeats) > 1 << 24:
+            raise ConfigError(
+                f"population: expected at most 2^24 images a step, got {images} with es.prompts_per_step "
+                f"{self.es.prompts_per_step} and es.repeats {self.es.repeats}"
+            )
+        for name in self.trackers:
+            if name not in ("wandb", "trackio") or self.trackers.count(name) > 1:
+                raise ConfigError(f"trackers: expected wandb, trackio or both, got {' '.join(self.trackers)}")
+        if (rate := self.update.lr_scale * self.es.sigma) > MAX_RATE:
+            raise ConfigError(f"update.lr_scale times es.sigma: expected at most {MAX_RATE:g}, got {rate:g}")
+        if not 0 <= self.seed < 1 << 64:
+            raise ConfigError(f"seed: expected an integer in [0, 2^64), got {self.seed}")
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """Make a run's adapter again from its config.yaml and fitness.jsonl alone, and say whether it is the run's.
+
+    Nothing is rendered or scored. On the same kind of device with the same versions every bit is the same.
+    """
+
+    run_dir: tyro.conf.Positional[Path]
+    """A run's folder."""
+    out: Path | None = None
+    """Folder to write the adapter to."""
+    model: str | None = None
+    """A SanaSprintPipeline folder, a hub id, `nano` or `tiny`, where the run's is not there any more."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: the run's."""
+
+
+MAY_CHANGE = (
+    *("run_dir", "resume", "allow_change", "config", "steps", "on_bad_reward"),
+    *("checkpoint_every", "strip_every", "trackers", "heldout_reward", "heldout_every", "heldout_prompts"),
+    *("model", "revision", "prompts", "eval_prompts"),  # names; what `model` and `prompts` hold is compared by hash
+)
+"""Settings that a resumed run may be given anew: none of them has a say in the adapter of a given step."""
+
+
+def load_run(run_dir: Path) -> TrainConfig:
+    """The resolved settings that a run folder was made with."""
+    if not (run_dir / "config.yaml").is_file():
+        raise ConfigError(f"run folder {run_dir}: expected a run's config.yaml in it, there is none")
+    return load(run_dir / "config.yaml")
+
+
+def load(source: str | Path) -> TrainConfig:
+    """Read a run's settings from a YAML file, or from a packaged one by its bare name."""
+    path = config_file(source)
+    return from_dict(TrainConfig(), read_settings(path), str(path))
+
+
+def config_file(source: str | Path) -> Path:
+    path, packaged = Path(source), DATA / f"{source}.yaml"
+    return packaged if not path.is_file() and packaged.is_file() else path
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    data = read_yaml(path)
+    if data is not None and not isinstance(data, dict):
+        raise ConfigError(f"config {path}: expected a mapping of settings, got {type(data).__name__}")
+    return data or {}
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The dataclass as plain YAML values."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(item) for name, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def to_yaml(config: Any) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any], free: Collection[str] = MAY_CHANGE) -> list[str]:
+    """Settings that differ between two resolved configurations, as `es.sigma: 0.01 -> 0.02`; those in `free` may."""
+
+    def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        out = {}
+        for name, value in data.items():
+            out |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        return out
+
+    old, new = flat(saved), flat(now)
+    return [
+        f"{name}: {old.get(name)} -> {new.get(name)}"
+        for name in dict.fromkeys([*old, *new])
+        if name not in free and old.get(name) != new.get(name)
+    ]

@@ -1,0 +1,98 @@
+"""What a run's checkpoint holds: the adapter and the optimizer's moments as tensors, and what they belong to."""
+
+import hashlib
+import json
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+
+from esengine.base.errors import RunError
+from esengine.es.engine import Engine
+from esengine.run.checkpoint import Checkpoint, load_latest
+from esengine.run.settings import MAY_CHANGE, TrainConfig, differences, to_dict
+
+_PARTS = ("adapter", "optimizer")
+_META = {
+    "config": dict,
+    "prompts_sha256": str,
+    "model": str,
+    "rewards": dict,
+    "contract": int,
+    "environment": dict,
+    "adapter_sha256": str,
+}
+LIMITS = ("limit", "scoring_limit")
+"""Images in one forward and images scored together, where memory ran out; else None."""
+
+
+def tensors(engine: Engine) -> dict[str, torch.Tensor]:
+    """The engine's state as fp32 tensors, `adapter/<tensor>` and `optimizer/<tensor>.<moment>`."""
+    state = engine.state_dict()["population"]
+    return {f"{part}/{name}": t for part in _PARTS for name, t in state[part].items()}
+
+
+def latest(root: Path) -> Checkpoint:
+    """The newest checkpoint under root that verifies and is a run's; those passed over are in its `skipped`.
+
+    Raises:
+        RunError: there is none.
+    """
+    return load_latest(root, check=_check)
+
+
+def engine_state(saved: Checkpoint, config: TrainConfig) -> dict:
+    """What `Engine.load_state_dict` takes, with the noise settings of `config`."""
+    parts: dict[str, dict[str, torch.Tensor]] = {part: {} for part in _PARTS}
+    for key, tensor in saved.tensors.items():
+        part, _, name = key.partition("/")
+        parts[part][name] = tensor
+    noise = {"contract": saved.meta["contract"], "sigma": config.es.sigma}
+    noise |= {"rank": config.es.noise_rank, "seed": config.seed}
+    return {"step": saved.step, "population": {**parts, "noise": noise}}
+
+
+def changes(saved: dict, now: dict, free: Collection[str] = MAY_CHANGE) -> list[str]:
+    """What differs between the meta of two checkpoints or processes, in words; settings in `free` may.
+
+    A setting that is newer than what was saved had its default.
+    """
+    config = to_dict(TrainConfig())
+    for name, value in saved["config"].items():
+        section = config.get(name)
+        config[name] = section | value if isinstance(section, dict) and isinstance(value, dict) else value
+    found = differences(config, now["config"], free)
+    found += differences({"reward": saved["rewards"]}, {"reward": now["rewards"]}, free)
+    for name, what in (("model", "model: its weights"), ("prompts_sha256", "prompts: the file's contents")):
+        if saved[name] != now[name]:
+            found.append(what)
+    return found
+
+
+def signature(meta: dict) -> str:
+    """A comment for config.yaml, of all that `changes` compares: what the run was last begun or gone on with."""
+    config = {name: value for name, value in meta["config"].items() if name not in MAY_CHANGE}
+    compared = json.dumps([config, meta["rewards"], meta["model"], meta["prompts_sha256"]], sort_keys=True)
+    return f"# with the prompts, model and rewards: sha256 {hashlib.sha256(compared.encode()).hexdigest()}\n"
+
+
+def _check(saved: Checkpoint) -> None:
+    """Raises RunError for what no run writes, such as another type or a number that is not finite."""
+
+    def refuse(what: str, expected: str, got: object) -> RunError:
+        return RunError(f"checkpoint {saved.path}: {what}: expected {expected}, got {got}")
+
+    for name, kind in _META.items():
+        if type(saved.meta.get(name)) is not kind:
+            raise refuse(name, kind.__name__, type(saved.meta.get(name)).__name__)
+    for name in LIMITS:
+        limit = saved.meta.get(name)
+        if limit is not None and (type(limit) is not int or limit < 1):
+            raise refuse(name, "None or an integer of at least 1", limit)
+    for name, tensor in sorted(saved.tensors.items()):
+        if name.partition("/")[0] not in _PARTS:
+            raise refuse(f"tensor {name}", f"a name that begins with {' or '.join(_PARTS)}", "another")
+        if tensor.dtype != torch.float32:
+            raise refuse(f"tensor {name}", "float32", str(tensor.dtype).removeprefix("torch."))
+        if not tensor.isfinite().all():
+            raise refuse(f"tensor {name}", "finite numbers", "NaN or infinity")

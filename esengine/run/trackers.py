@@ -1,0 +1,234 @@
+"""Where a run's numbers and pictures are shown: TensorBoard, Weights & Biases, Trackio. None of them can stop a run."""
+
+import contextlib
+import json
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from esengine.base.errors import ConfigError
+from esengine.base.files import replace_file
+from esengine.rewards.base import reason
+
+PROJECT = "esengine"
+
+
+class Tracker(Protocol):
+    """One place. Any method may raise: see `Trackers`."""
+
+    def start(self, settings: dict[str, Any]) -> None:
+        """Begin, or go on with, the run of these settings."""
+
+    def log(self, step: int, scalars: dict[str, float]) -> None: ...
+
+    def image(self, step: int, name: str, picture: Image.Image) -> None: ...
+
+    def histogram(self, step: int, name: str, values: np.ndarray) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files below the run's folder; what was written at the resumed step and later is purged."""
+
+    def __init__(self, folder: Path, resume_step: int | None):
+        self.folder, self.resume_step = folder, resume_step
+
+    def start(self, settings: dict[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        self.writer = SummaryWriter(str(self.folder), purge_step=self.resume_step, flush_secs=10)
+        if settings:
+            text = yaml.safe_dump(settings, sort_keys=False)
+            self.writer.add_text("settings", f"```yaml\n{text}```", self.resume_step or 0)
+
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, picture: Image.Image) -> None:
+        self.writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+
+    def histogram(self, step: int, name: str, values: np.ndarray) -> None:
+        self.writer.add_histogram(name, values, step)
+
+    def finish(self) -> None:
+        self.writer.close()
+
+
+class Wandb:
+    """Weights & Biases; WANDB_MODE=offline needs no account. Files go below the run's folder."""
+
+    def __init__(self, folder: Path, identity: str):
+        self.folder, self.identity = folder, identity
+
+    def start(self, settings: dict[str, Any]) -> None:
+        import wandb
+
+        self.wandb = wandb
+        # a network that is down costs minutes at most; what is not uploaded by then waits for `wandb sync`
+        limits = wandb.Settings(init_timeout=60, login_timeout=30, finish_timeout=120, console="off")
+        name = self.folder.resolve().name
+        self.run = wandb.init(
+            project=PROJECT,
+            id=self.identity,
+            name=name,
+            dir=self.folder,
+            config=settings,
+            resume="allow",
+            settings=limits,
+        )
+        self.run.define_metric("*", step_metric="step")  # its own counter only rises, a resumed run goes back
+
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        self.run.log({"step": step, **scalars})
+
+    def image(self, step: int, name: str, picture: Image.Image) -> None:
+        self.run.log({"step": step, name: self.wandb.Image(picture)})
+
+    def histogram(self, step: int, name: str, values: np.ndarray) -> None:
+        self.run.log({"step": step, name: self.wandb.Histogram(values)})
+
+    def finish(self) -> None:
+        self.run.finish()
+
+
+class Trackio:
+    """Trackio: a local database that `trackio show` draws, or the Space that TRACKIO_SPACE_ID names."""
+
+    def __init__(self, folder: Path, identity: str):
+        self.name = f"{folder.resolve().name}-{identity}"
+
+    def start(self, settings: dict[str, Any]) -> None:
+        import trackio
+
+        self.trackio = trackio
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
+            self.run = trackio.init(project=PROJECT, name=self.name, config=settings, resume="allow", embed=False)
+
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        self.run.log(dict(scalars), step=step)
+
+    def image(self, step: int, name: str, picture: Image.Image) -> None:
+        self.run.log({name: self.trackio.Image(picture)}, step=step)
+
+    def histogram(self, step: int, name: str, values: np.ndarray) -> None:
+        self.run.log({name: self.trackio.Histogram(values)}, step=step)
+
+    def finish(self) -> None:
+        with contextlib.redirect_stdout(sys.stderr):
+            self.trackio.finish()
+
+
+EXTRAS: dict[str, Callable[[Path, str], Tracker]] = {"wandb": Wandb, "trackio": Trackio}
+"""Trackers that are installed by an extra of the same name."""
+
+
+def require_installed(names: Sequence[str]) -> None:
+    """Raises ConfigError for a tracker whose extra is not installed."""
+    for name in names:
+        if find_spec(name) is None:
+            raise ConfigError(f"trackers: {name} is not installed; in esengine's folder: pip install -e '.[{name}]'")
+
+
+class Trackers:
+    """Several trackers as one.
+
+    A tracker that raises is noted once, recorded in the run folder's trackers.json and dropped; the run goes on.
+
+    Args:
+        makers: what makes each tracker, by its name.
+        record: of the run folder.
+        note: told of a tracker that is dropped.
+    """
+
+    def __init__(self, makers: dict[str, Callable[[], Tracker]], record: "Record", note: Callable[[str], None]):
+        self._makers, self._record, self._note = makers, record, note
+        self._trackers: dict[str, Tracker] = {}
+
+    def start(self, settings: dict[str, Any]) -> None:
+        for name, make in self._makers.items():
+            with self._dropped_if_it_fails(name, "start"):
+                tracker = make()
+                tracker.start(settings)
+                self._trackers[name] = tracker
+
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        self._each("log", step, scalars)
+
+    def image(self, step: int, name: str, picture: Image.Image) -> None:
+        self._each("image", step, name, picture)
+
+    def histogram(self, step: int, name: str, values: np.ndarray) -> None:
+        self._each("histogram", step, name, values)
+
+    def finish(self) -> None:
+        self._each("finish")
+
+    def _each(self, method: str, *args) -> None:
+        for name in list(self._trackers):
+            with self._dropped_if_it_fails(name, method):
+                getattr(self._trackers[name], method)(*args)
+
+    @contextlib.contextmanager
+    def _dropped_if_it_fails(self, name: str, method: str) -> Iterator[None]:
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            self._trackers.pop(name, None)
+            self._record.failed(name, f"{method}: {reason(error)}")
+            self._note(f"warning: {name} is dropped, the run goes on without: {method} raised {reason(error)}")
+
+
+class Record:
+    """trackers.json of a run folder: {"identity": "1f0c...", "failed": {tracker: why}}.
+
+    The identity is what trackers know the run by, so that a resumed one goes on in the same place.
+    """
+
+    def __init__(self, path: Path, resume: bool):
+        self.path = path
+        self._data: dict[str, Any] = {"identity": uuid.uuid4().hex[:12], "failed": {}}
+        if resume:
+            # none, or damaged: a new place
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+                self._data["identity"] = str(json.loads(path.read_bytes())["identity"])
+
+    @property
+    def identity(self) -> str:
+        return self._data["identity"]
+
+    def save(self) -> None:
+        replace_file(self.path, (json.dumps(self._data, indent=1) + "\n").encode())
+
+    def failed(self, name: str, why: str) -> None:
+        self._data["failed"][name] = why
+        self.save()
+
+
+def open_trackers(
+    folder: Path, tensorboard: Path, names: Sequence[str], resume_step: int | None, note: Callable[[str], None]
+) -> Trackers:
+    """TensorBoard and the named extras, not started yet.
+
+    Args:
+        folder: of the run.
+        tensorboard: where its event files go.
+        names: keys of `EXTRAS`.
+        resume_step: the step that the run goes on from; None for a new run.
+        note: see `Trackers`.
+    """
+    record = Record(folder / "trackers.json", resume=resume_step is not None)
+    if names:
+        record.save()  # before the first contact: a run that is killed in it finds its place again
+    makers: dict[str, Callable[[], Tracker]] = {"tensorboard": partial(TensorBoard, tensorboard, resume_step)}
+    makers |= {name: partial(EXTRAS[name], folder, record.identity) for name in names}
+    return Trackers(makers, record, note)

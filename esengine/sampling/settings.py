@@ -1,0 +1,28 @@
+"""How images are sampled, in a run and in an evaluation. Plain Python, so that `--help` answers before torch is
+imported."""
+
+from dataclasses import dataclass
+
+from esengine.base.errors import ConfigError
+from esengine.base.settings_file import MAX_COUNT, check_counts
+from esengine.models.settings import RenderSettings
+
+
+@dataclass(frozen=True)
+class ImageSettings(RenderSettings):
+    """How an image is sampled."""
+
+    chunk: int | None = None
+    """Images in one transformer forward; chosen by the device's memory by default."""
+    vae: str | None = None
+    """Another decoder of the same latents, such as DC-AE-Lite: a folder or a hub id, perhaps with @revision behind."""
+    instruction: bool = True
+    """Encode prompts behind the pipeline's own instruction to the text encoder."""
+
+    def __post_init__(self):
+        pixels, count = (1, 1 << 14), (1, MAX_COUNT)
+        check_counts(self, "image.", height=pixels, width=pixels, num_steps=count, chunk=count, decode_chunk=count)
+        try:
+            super().__post_init__()
+        except ConfigError as error:
+            raise ConfigError(f"image.{error}") from error

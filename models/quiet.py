@@ -1,0 +1,20 @@
+"""Loading without the progress bars of the libraries below."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Loading bars are the caller's to draw; what was switched on is switched on again."""
+    loggers = [each for each in (diffusers_logging, transformers_logging) if each.is_progress_bar_enabled()]
+    for each in loggers:
+        each.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for each in loggers:
+            each.enable_progress_bar()

@@ -1,0 +1,577 @@
+"""SANA-Sprint: renders a batch of (member, prompt, repeat) rows with one transformer forward a denoising step.
+
+The sampler is `SanaSprintPipeline.__call__` line for line, except that the noise is keyed (see `latents`).
+
+Legend: x_bchw noisy latent times sigma_data, v trigflow velocity, s angle of this step, t of the next; B rows.
+
+Source: Chen et al., "SANA-Sprint" (2025), the trigflow sampler; diffusers' `pipeline_sana_sprint.py`.
+"""
+
+import gc
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from diffusers import SanaSprintPipeline
+
+from esengine.base.errors import ConfigError
+from esengine.base.memory import fits
+from esengine.base.transfer import upload
+from esengine.kernels import key_words
+from esengine.models import graphs
+from esengine.models.decoder import Decoder
+from esengine.models.loading import READ_ERRORS, download, first_line, load, load_vae, locate
+from esengine.models.lora_file import WEIGHT_NAME, check_diffusers_lora
+from esengine.models.sana.checks import Describe, FiniteChecks
+from esengine.models.sana.latents import latents
+from esengine.models.sana.sana_block import Part, fused_parts, in_place_of, why_not_fused
+from esengine.models.settings import FIRST_ANGLE, SECOND_ANGLE, RenderSettings
+from esengine.models.text_cache import Progress, TextEmbeddings, embed_prompts, fingerprint
+
+Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""Prompts, repeats and members of a chunk, each int64 [B] on the CPU; members is None without a population."""
+
+
+class SanaSprint:
+    """A frozen SANA-Sprint without its text encoder, which is loaded only while prompts are encoded.
+
+    Attributes:
+        pipeline: The `SanaSprintPipeline`, whose tokenizer and text encoder are None.
+        transformer: Frozen `SanaTransformer2DModel`, to attach a population to.
+        vae: Frozen `AutoencoderDC`.
+        decoder: The VAE's, channels-last.
+        scheduler: `SCMScheduler`.
+        image_size: Height and width of the model's own images, in pixels.
+        device: Where it lies.
+        dtype: Its data type.
+    """
+
+    def __init__(
+        self,
+        pipeline: SanaSprintPipeline,
+        *,
+        source: Path,
+        identity: dict[str, str],
+        local_files_only: bool = True,
+        vae_identity: str | None = None,
+    ):
+        """`from_pretrained` calls this. `source` is the local folder; `identity` a hub id and its commit, or empty."""
+        self.pipeline = pipeline
+        self.transformer = pipeline.transformer.eval().requires_grad_(False)
+        self.vae = pipeline.vae.eval().requires_grad_(False)
+        self.scheduler = pipeline.scheduler
+        self.image_size = self.transformer.config.sample_size * pipeline.vae_scale_factor
+        self.decoder = Decoder(self.vae, channels_last=True)
+        self._source = source
+        self._identity = identity
+        self._local_files_only = local_files_only
+        self._vae_identity = vae_identity
+        self._captured: tuple[tuple, graphs.Graphs | None, graphs.Places] | None = None
+        self._built: tuple[tuple, list[Part], graphs.Places] | None = None
+        self._checks = FiniteChecks()
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.transformer.dtype
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        revision: str | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        local_files_only: bool = False,
+        vae: str | Path | None = None,
+    ) -> "SanaSprint":
+        """Loads a pipeline folder or a hub id; safetensors only, no remote code.
+
+        Args:
+            model: A folder that `SanaSprintPipeline.save_pretrained` wrote, or a hub id.
+            revision: Branch, tag or commit of a hub id.
+            device: Where the transformer and the VAE go.
+            dtype: Of the transformer and the VAE.
+            local_files_only: Take a hub id from the local cache alone.
+            vae: An `AutoencoderDC` in place of the pipeline's own, such as DC-AE-Lite: a folder, or a hub id, perhaps
+                with a revision behind an @. Its latents must be the same, its decoder may be another.
+
+        Raises:
+            ConfigError: There is no such model, or it is not a SANA-Sprint pipeline that can be read, a weight is
+                missing, or the VAE is of other latents.
+            OutOfMemory: It does not fit.
+        """
+        source, identity = locate(str(model), revision, local_files_only)
+        parts, vae_identity = {}, None
+        if vae is not None:
+            parts["vae"], vae_identity = load_vae(str(vae), source, dtype, local_files_only)
+        pipeline = load(source, dtype, device, text_encoder=None, tokenizer=None, **parts)
+        return cls(
+            pipeline,
+            source=source,
+            identity=identity,
+            local_files_only=local_files_only,
+            vae_identity=vae_identity,
+        )
+
+    def identity(self) -> str:
+        """What was loaded, for the record of a run: a hub id and its commit, or fingerprints of a folder's weights.
+
+        Of a folder the text side has its own, behind; and so has a VAE other than the pipeline's.
+        """
+        if "commit" in self._identity:
+            name = f"{self._identity['model']}@{self._identity['commit']}"
+        else:
+            name = f"{self._fingerprint} text {self._text_fingerprint}"
+        return name if self._vae_identity is None else f"{name} vae {self._vae_identity}"
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self._source, ("transformer", "vae", "scheduler"))
+
+    @cached_property
+    def _text_fingerprint(self) -> str:
+        return fingerprint(self._source)
+
+    def encode(
+        self,
+        prompts: Sequence[str],
+        *,
+        cache_dir: str | Path | None = None,
+        max_sequence_length: int = 300,
+        instruction: bool = True,
+        dtype: torch.dtype | None = None,
+        progress: Progress | None = None,
+    ) -> TextEmbeddings:
+        """Text embeddings of `prompts`, as the pipeline's own call computes them.
+
+        The text encoder is loaded only when the cache lacks a prompt, and dropped before this returns. Prompts go
+        through it one at a time, so that an embedding does not depend on which others were missing.
+
+        Args:
+            prompts: At least one.
+            cache_dir: Folder of the cache. None: encode everything, write nothing.
+            max_sequence_length: Tokens a prompt may have, as in the pipeline's call.
+            instruction: Put the pipeline's complex human instruction before each prompt, as its call does by default.
+            dtype: Of the text encoder and the embeddings. Default: the transformer's.
+            progress: Called with (encoded, to encode).
+
+        Raises:
+            ConfigError: A cache file is damaged, or the model has no readable text encoder.
+        """
+        dtype = dtype or self.dtype
+        words = _default_instruction() if instruction else None
+        key = {
+            **self._identity,
+            "max_sequence_length": max_sequence_length,
+            "complex_human_instruction": words,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        if "commit" not in key:
+            key["fingerprint"] = self._text_fingerprint
+
+        def encoder(missing: list[str]) -> Iterator[torch.Tensor]:
+            return self._encode(missing, words, max_sequence_length, dtype)
+
+        return embed_prompts(prompts, encoder, key=key, cache_dir=cache_dir, progress=progress)
+
+    @torch.no_grad()
+    def render(
+        self,
+        texts: TextEmbeddings,
+        *,
+        seed: int,
+        step: int,
+        prompts: torch.Tensor,
+        repeats: torch.Tensor,
+        members: torch.Tensor | None = None,
+        population=None,
+        settings: RenderSettings | None = None,
+        text_length: int | None = None,
+    ) -> torch.Tensor:
+        """Images of B rows, each a (member, prompt, repeat).
+
+        Every denoising step is one transformer forward over all B rows. Noise is shared by the members of a (prompt,
+        repeat). A row's latents do not depend on its batch mates; its image does up to the reduction order of the
+        matrix products, and up to the padding if `text_length` is left to the chunk.
+
+        Args:
+            texts: Embeddings of the prompts.
+            seed: The run's seed, which keys the latents.
+            step: The ES step, which keys the latents and the population's noise.
+            prompts: int64 [B] on the CPU, index into `texts` for each row.
+            repeats: int64 [B] on the CPU, repeat for each row.
+            members: int64 [B] on the CPU, member for each row; needs `population`.
+            population: What `esengine.attach(model.transformer, ...)` returned. None: the transformer as it stands.
+            settings: Defaults to `RenderSettings()`.
+            text_length: Tokens to pad the text to. Default: the longest of this batch. Give
+                `texts.trimmed_length(...)` of a whole step so that all its chunks agree.
+
+        Returns:
+            uint8 [B, 3, H, W] on the model's device, rounded as diffusers does for PIL.
+
+        Raises:
+            ValueError: Rows that do not match, `members` without `population` or the reverse, or a size that the
+                model cannot render.
+            RenderError: An image is not finite; the message names its step, member and prompt. Inside
+                `deferred_checks`, only its end raises this.
+        """
+        settings = settings or RenderSettings()
+        x0_bchw = self.denoise(
+            texts,
+            seed=seed,
+            step=step,
+            prompts=prompts,
+            repeats=repeats,
+            members=members,
+            population=population,
+            settings=settings,
+            text_length=text_length,
+        )
+        describe = _describe(texts, step, prompts, members)
+        return self.decode(x0_bchw, chunk=settings.decode_chunk, mode=settings.decode, describe=describe)
+
+    @torch.no_grad()
+    def render_chunks(
+        self,
+        texts: TextEmbeddings,
+        chunks: Iterable[Rows],
+        *,
+        seed: int,
+        step: int,
+        population=None,
+        settings: RenderSettings | None = None,
+        text_length: int | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """`render` of several chunks of a step, one after the other; the arguments are its own.
+
+        With `settings.overlap` on a GPU, a chunk is decoded on a second stream while the next is denoised on the
+        caller's, one ahead. The images are the same and are ready for the caller's stream.
+
+        Yields:
+            uint8 [B, 3, H, W] of each chunk.
+        """
+        settings = settings or RenderSettings()
+        keys = dict(seed=seed, step=step, population=population, settings=settings, text_length=text_length)
+        if not settings.overlap or not graphs.supported(self.device):
+            for prompts, repeats, members in chunks:
+                yield self.render(texts, prompts=prompts, repeats=repeats, members=members, **keys)
+            return
+        main, side, waiting = torch.cuda.current_stream(self.device), self._side, None
+
+        def ready(images: torch.Tensor, good: torch.Tensor, describe, decoded: torch.cuda.Event) -> torch.Tensor:
+            main.wait_event(decoded)
+            for tensor in (images, good):  # freed on this stream, not on the one that made them
+                tensor.record_stream(main)
+            self._checks(good, describe)
+            return images
+
+        try:
+            for prompts, repeats, members in chunks:
+                x0_bchw = self.denoise(texts, prompts=prompts, repeats=repeats, members=members, **keys)
+                side.wait_stream(main)
+                with torch.cuda.stream(side):
+                    images, good = self.decoder(x0_bchw, chunk=settings.decode_chunk, mode=settings.decode)
+                    decoded = side.record_event()
+                x0_bchw.record_stream(side)
+                if waiting is not None:
+                    yield ready(*waiting)
+                waiting = images, good, _describe(texts, step, prompts, members), decoded
+            if waiting is not None:
+                yield ready(*waiting)
+        finally:
+            main.wait_stream(side)  # a caller that stops early leaves a decode whose graph may be replayed next
+
+    @cached_property
+    def _side(self) -> torch.cuda.Stream:
+        return graphs.side_stream(self.device)
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        texts: TextEmbeddings,
+        *,
+        seed: int,
+        step: int,
+        prompts: torch.Tensor,
+        repeats: torch.Tensor,
+        members: torch.Tensor | None = None,
+        population=None,
+        settings: RenderSettings,
+        text_length: int | None = None,
+    ) -> torch.Tensor:
+        """The first half of `render`: x0 / sigma_data, float32 [B, C, h, w]."""
+        batch = len(prompts)
+        if len(repeats) != batch or (members is not None and len(members) != batch):
+            raise ValueError(f"repeats, members: expected one for each of {batch} rows")
+        if (members is None) != (population is None):
+            raise ValueError("members, population: expected both or neither")
+        shape = self._latent_shape(settings)
+        sigma_data = self.scheduler.config.sigma_data
+        angles = self._angles(settings)  # float32 [num_steps + 1], the last is 0
+        replayed = self._graphs(population, settings)
+        if replayed is not None:
+            length = texts.trimmed_length(prompts) if text_length is None else text_length
+            text_length = -(-length // graphs.TEXT_MULTIPLE) * graphs.TEXT_MULTIPLE
+
+        embeds_blc, mask_bl = texts.batch(prompts, length=text_length, device=self.device)
+        guidance_b = torch.full([1], settings.guidance_scale, device=self.device, dtype=torch.float32)
+        guidance_b = guidance_b.expand(batch).to(embeds_blc.dtype) * self.transformer.config.guidance_embeds_scale
+        inputs = embeds_blc.to(self.dtype), mask_bl, guidance_b
+
+        def noise(draw: int) -> torch.Tensor:
+            keys = {"seed": seed, "step": step, "prompts": prompts, "repeats": repeats}
+            return sigma_data * latents(**keys, shape=shape, draw=draw, device=self.device)
+
+        x_bchw = noise(0)
+        inside, velocity = nullcontext(), self._velocity
+        if replayed is not None:
+            velocity = replayed
+            _check_keys(seed, step, members)
+            inputs += (torch.full([1], step, device=self.device), upload(members, self.device))
+        elif population is not None:
+            inside = self.perturbed(population, step=step, members=members)
+        with inside:
+            for i, (s, t) in enumerate(pairwise(angles)):
+                with fits(f"{batch} images in one transformer forward", "give a smaller chunk"):
+                    v_bchw = velocity(x_bchw, s, *inputs)
+                if settings.x0_angle is not None:
+                    s = torch.full_like(s, settings.x0_angle)
+                x0_bchw = torch.cos(s) * x_bchw - torch.sin(s) * v_bchw
+                if i + 1 < settings.num_steps:
+                    x_bchw = torch.cos(t) * x0_bchw + torch.sin(t) * noise(i + 1)
+        return x0_bchw / sigma_data
+
+    @torch.no_grad()
+    def decode(
+        self,
+        x0_bchw: torch.Tensor,
+        *,
+        chunk: int,
+        mode: str = "eager",
+        describe: Describe = "row {}".format,
+    ) -> torch.Tensor:
+        """The second half of `render`: uint8 [B, 3, H, W] from x0 / sigma_data, `chunk` images in one VAE call.
+
+        Raises:
+            RenderError: A decoded image is not finite; `describe` says of which row.
+        """
+        images, good = self.decoder(x0_bchw, chunk=chunk, mode=mode)
+        self._checks(good, describe)
+        return images
+
+    @contextmanager
+    def deferred_checks(self) -> Iterator[None]:
+        """Inside, images that are not finite raise nothing; the end does, for the first of them.
+
+        So a step of many chunks waits for the device once. What was made of such images is to be thrown away.
+
+        Raises:
+            RenderError: At the end, naming the step, member and prompt.
+        """
+        with self._checks.deferred():
+            yield
+
+    @contextmanager
+    def perturbed(self, population, *, step: int, members: torch.Tensor) -> Iterator[None]:
+        """`population.perturbed`, inside which the transformer also runs in the fastest form that it has."""
+        with population.perturbed(step=step, members=members):
+            keys = population.perturbation if population.backend == "triton" else None
+            with in_place_of(self._parts(population), keys):
+                yield
+
+    def plan(self, population, settings: RenderSettings) -> str:
+        """How a population is rendered here, in words for the record of a run."""
+        forward = "fused blocks" if self.fuses(population) else "diffusers' blocks"
+        if population.backend == "triton" and (reason := why_not_fused(self.transformer, True)):
+            forward += f" ({reason})"
+        captured = "CUDA graphs" if self._graphs(population, settings) is not None else "no CUDA graphs"
+        overlapped = ", overlapped" if settings.overlap and self.device.type == "cuda" else ""
+        return f"{forward}, {captured}, decode {settings.decode}{overlapped}"
+
+    def release_graphs(self) -> None:
+        """Gives back the memory of captured forwards; the next ones are captured anew."""
+        self._captured = None
+
+    def _graphs(self, population, settings: RenderSettings) -> graphs.Graphs | None:
+        """The graphs of the transformer's forward for this population as it is now; None where none are used."""
+        if self._captured is not None and not self._captured[0][0].layers:
+            self._captured = self._built = None  # its population is detached
+        if population is None or settings.graphs == "never":
+            return None
+        found = None
+        if graphs.supported(self.device):
+            state = population, population.noise, _switches(population), population.backend
+            if self._captured is None or self._captured[0] != state or not self._captured[2].hold():
+                found = graphs.Graphs(self._session(population)) if self.fuses(population) else None
+                # places now: stacking q, k and v may just have moved weights
+                self._captured = state, found, graphs.Places(self.transformer)
+            found = self._captured[1]
+        if found is None and settings.graphs == "always":
+            raise ConfigError(f"graphs: always needs fused blocks on a CUDA device, the model is on {self.device}")
+        return found
+
+    def _session(self, population) -> graphs.Session:
+        @contextmanager
+        def session(x_bchw, angle, embeds_blc, mask_bl, guidance_b, step, members_b):
+            with self.perturbed(population, step=step, members=members_b):
+                yield lambda: self._velocity(x_bchw, angle, embeds_blc, mask_bl, guidance_b)
+
+        return session
+
+    def fuses(self, population) -> bool:
+        """Whether a population's members render through fused blocks: on Triton, where the model has the parts."""
+        return population.backend == "triton" and why_not_fused(self.transformer, True) is None
+
+    def _parts(self, population) -> list[Part]:
+        """Fused blocks are built once, and again when tensors were moved or adapters switched since."""
+        if population.backend != "triton":
+            return fused_parts(self.transformer, False)
+        if why_not_fused(self.transformer, True) is not None:
+            return []
+        state = population, _switches(population)
+        if self._built is None or self._built[0] != state or not self._built[2].hold():
+            parts = fused_parts(self.transformer, True)
+            self._built = state, parts, graphs.Places(self.transformer)  # places now: stacking moves weights
+        return self._built[1]
+
+    def load_adapter(self, path: str | Path) -> None:
+        """Loads a LoRA folder with the pipeline's own loader, in place of one loaded before.
+
+        Args:
+            path: Folder with `pytorch_lora_weights.safetensors`.
+
+        Raises:
+            ConfigError: No such file, it cannot be read, it is not whole, or the loader took up only some of it.
+        """
+        file = Path(path) / WEIGHT_NAME
+        if not file.is_file():
+            raise ConfigError(f"adapter: {file} does not exist")
+        self.pipeline.unload_lora_weights()
+        kinds = torch.nn.Linear, torch.nn.Conv2d
+        shapes = {name: m.weight.shape for name, m in self.transformer.named_modules() if isinstance(m, kinds)}
+        try:
+            layers = check_diffusers_lora(file, shapes)
+            self.pipeline.load_lora_weights(str(path), weight_name=WEIGHT_NAME, use_safetensors=True)
+        except READ_ERRORS as error:
+            raise ConfigError(f"adapter: cannot load {file}: {first_line(error)}") from error
+        taken = {name for name, module in self.transformer.named_modules() if len(getattr(module, "lora_A", ()))}
+        if taken != layers:
+            self.pipeline.unload_lora_weights()
+            raise ConfigError(f"adapter: {file}: the pipeline took {len(taken)} of its {len(layers)} LoRA layers")
+        self.transformer.eval().requires_grad_(False)  # PEFT's layers come in training mode, where dropout is at work
+
+    def adapter_enabled(self, enabled: bool) -> None:
+        """Turns the adapter that `load_adapter` loaded on or off."""
+        if not getattr(self.transformer, "peft_config", None):
+            raise ValueError("adapter_enabled: expected an adapter loaded by load_adapter, got none")
+        if enabled:
+            self.pipeline.enable_lora()
+        else:
+            self.pipeline.disable_lora()
+
+    def _angles(self, settings: RenderSettings) -> torch.Tensor:
+        """float32 [num_steps + 1] on the device, made on the CPU as the scheduler does."""
+        self.scheduler.set_timesteps(
+            settings.num_steps,
+            max_timesteps=FIRST_ANGLE,
+            intermediate_timesteps=SECOND_ANGLE if settings.num_steps == 2 else None,
+        )
+        return upload(self.scheduler.timesteps, self.device)
+
+    def _latent_shape(self, settings: RenderSettings) -> tuple[int, int, int]:
+        scale = self.pipeline.vae_scale_factor
+        multiple = scale * self.transformer.config.patch_size
+        sizes = settings.height or self.image_size, settings.width or self.image_size
+        for name, size in zip(("height", "width"), sizes, strict=True):
+            if size % multiple:
+                raise ValueError(f"{name}: expected a multiple of {multiple} for this model, got {size}")
+        return self.transformer.config.in_channels, sizes[0] // scale, sizes[1] // scale
+
+    def _velocity(
+        self,
+        x_bchw: torch.Tensor,
+        angle: torch.Tensor,
+        embeds_blc: torch.Tensor,
+        mask_bl: torch.Tensor,
+        guidance_b: torch.Tensor,
+    ) -> torch.Tensor:
+        """Trigflow velocity times sigma_data, float32 [B, C, h, w], from one forward of the transformer."""
+        sigma_data = self.scheduler.config.sigma_data
+        angle_b = angle.expand(len(x_bchw))
+        time_b = torch.sin(angle_b) / (torch.cos(angle_b) + torch.sin(angle_b))
+        time = time_b.view(-1, 1, 1, 1)
+        input_bchw = x_bchw / sigma_data * torch.sqrt(time**2 + (1 - time) ** 2)
+        output_bchw = self.transformer(
+            input_bchw.to(self.dtype),
+            encoder_hidden_states=embeds_blc,
+            encoder_attention_mask=mask_bl,
+            guidance=guidance_b,
+            timestep=time_b,
+            return_dict=False,
+        )[0]
+        v_bchw = (1 - 2 * time) * input_bchw + (1 - 2 * time + 2 * time**2) * output_bchw
+        return (v_bchw / torch.sqrt(time**2 + (1 - time) ** 2)).float() * sigma_data
+
+    def _encode(
+        self, prompts: list[str], instruction: list[str] | None, max_sequence_length: int, dtype: torch.dtype
+    ) -> Iterator[torch.Tensor]:
+        """Loads the text encoder, yields one trimmed [L, C] for each prompt, and drops the encoder."""
+        source = self._source
+        if "commit" in self._identity:
+            source = download(
+                self._identity["model"], self._identity["commit"], self._local_files_only, transformer=None, vae=None
+            )
+        pipeline = load(source, dtype, self.device, transformer=None, vae=None, scheduler=None)
+        try:
+            pipeline.text_encoder.eval().requires_grad_(False)
+            for prompt in prompts:
+                with torch.no_grad(), fits("a prompt's tokens", "take a smaller model or --dtype bfloat16"):
+                    embeds, mask = pipeline.encode_prompt(
+                        prompt,
+                        device=self.device,
+                        max_sequence_length=max_sequence_length,
+                        complex_human_instruction=instruction,
+                    )
+                yield embeds[0, mask[0].bool()].cpu()
+        finally:
+            del pipeline
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def _default_instruction() -> list[str]:
+    return inspect.signature(SanaSprintPipeline.__call__).parameters["complex_human_instruction"].default
+
+
+def _switches(population) -> tuple:
+    """What of a population's layers decides how they are stacked, beside where their tensors lie."""
+    return tuple((layer.disable_adapters, layer.scale) for layer in population.layers.values())
+
+
+def _describe(texts: TextEmbeddings, step: int, prompts: torch.Tensor, members: torch.Tensor | None) -> Describe:
+    """Says of a row of a chunk which image it is."""
+
+    def describe(row: int) -> str:
+        member = "" if members is None else f", member {int(members[row])}"
+        return f"step {step}{member}, prompt {texts.prompts[int(prompts[row])]!r}"
+
+    return describe
+
+
+def _check_keys(seed: int, step: int, members: torch.Tensor) -> None:
+    """What `Population.perturbed` refuses, for a replay, which does not come by it."""
+    key_words(seed, step)
+    if members.dtype != torch.int64 or members.dim() != 1:
+        raise ValueError(f"members: expected int64 [B], got {str(members.dtype)[6:]} {list(members.shape)}")
+    if len(members) and (members.min() < 0 or members.max() >= 1 << 33):
+        raise ValueError("members: expected values in [0, 2^33)")

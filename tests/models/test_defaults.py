@@ -1,0 +1,74 @@
+"""What a run does where the flags are silent, by its model."""
+
+import pytest
+
+from esengine.base.prompt_files import read_prompts
+from esengine.evaluation.benchmarks import PACKAGED, read_benchmark
+from esengine.models.defaults import defaults
+from esengine.models.nano import world
+from esengine.rewards import parse
+from esengine.rewards.spec import read
+
+
+def test_the_nano_prompts_are_the_worlds_and_of_three_splits():
+    of = defaults("nano")
+    train, heldout, test = read_prompts(of.train), read_prompts(of.heldout), read_benchmark("nano")
+    assert train == world.captions("train", len(train), 0)
+    assert heldout == world.captions("validation", len(heldout), 0)
+    assert list(test.prompts) == world.captions("test", len(test), 0)
+    assert (len(train), len(heldout), len(test)) == (1000, 1024, 1000)
+    for caption, category, challenge in zip(test.prompts, test.categories, test.challenges, strict=True):
+        spec = world.parse(caption)
+        assert category == ("one object", "two objects")[len(spec.objects) - 1]
+        sized = any(each.size for each in spec.objects)
+        assert challenge == ("relation" if spec.relation else "place" if spec.place else "size" if sized else "plain")
+
+
+def test_a_model_has_its_own_prompts_and_reward():
+    assert defaults("tiny").reward == "jpeg_compressibility"
+    assert defaults("somebody/model") == defaults("/a/folder")
+    assert defaults("somebody/model").reward == "pickscore"
+    assert defaults("tiny").train == defaults("somebody/model").train != defaults("nano").train
+    assert PACKAGED["nano"].is_file()
+
+
+@pytest.mark.parametrize(
+    ("model", "of", "names"),
+    [
+        ("nano", "nano", ["checker", "pickscore", "clip_text", "aesthetic", "no_artifacts"]),
+        ("nano", "partiprompts", ["pickscore", "clip_text", "aesthetic", "no_artifacts"]),
+        ("somebody/model", "partiprompts", ["pickscore", "clip_text", "aesthetic", "no_artifacts"]),
+    ],
+)
+def test_a_benchmark_has_one_reward_of_weight_one(model, of, names):
+    terms = read(defaults(model).benchmark(of))
+    assert [term.name for term in terms] == names
+    assert [term.weight for term in terms] == [1.0] + [0.0] * (len(names) - 1)
+    assert {term.options.get("model") for term in terms if term.name != "checker"} == (
+        {"nano"} if model == "nano" else {None}
+    )
+
+
+def test_on_nano_every_judge_that_is_not_optimised_is_watched():
+    watched = defaults("nano").watched
+    names = lambda spec: [term.name for term in read(spec)]  # noqa: E731
+    assert names(watched({"pickscore"}, False)) == ["checker", "clip_text", "aesthetic", "no_artifacts"]
+    assert names(watched({"pickscore"}, True)) == ["clip_text", "aesthetic", "no_artifacts"]
+    assert names(watched({"jpeg_compressibility"}, True)) == ["pickscore", "clip_text", "aesthetic", "no_artifacts"]
+    everything = {"pickscore", "clip_text", "aesthetic", "no_artifacts", "checker"}
+    assert watched(everything, False) == "none"
+    assert defaults("tiny").watched({"pickscore"}, False) == "auto"
+
+
+def test_the_judges_of_nano_load_from_the_package():
+    judges = parse(defaults("nano").benchmark("nano"))
+    assert judges.settings()["pickscore"]["model"] == "nano"
+    assert judges.settings()["pickscore"]["fingerprint"].startswith("sha256:")
+
+
+def test_an_evaluation_of_a_nano_run_has_the_judges_that_were_watched():
+    scored = defaults("nano").scored("checker", {"checker"}, True)
+    terms = read(scored)
+    assert [term.name for term in terms] == ["checker", "pickscore", "clip_text", "aesthetic", "no_artifacts"]
+    assert [term.weight for term in terms] == [1.0, 0.0, 0.0, 0.0, 0.0]
+    assert defaults("tiny").scored("pickscore", {"pickscore"}, False) == "pickscore"
