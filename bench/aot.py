@@ -66,7 +66,7 @@ from esengine.kernels import (
 )
 from esengine.kernels.configs import named
 from esengine.kernels.population_linear import Path as LinearPath
-from esengine.models.sana.sana_block import fused_parts, in_place_of
+from esengine.models.sana.sana_block import fused_parts, patched
 from esengine.run.settings import REFERENCE_TARGETS
 
 SUMMARY = "aot: kernels without spills or a serialised main loop: "
@@ -288,7 +288,7 @@ def forward_cases(paths: Sequence[str] = configs.PATHS["sana_block"].names) -> I
             stack.enter_context(population.perturbed(step=1, members=members))
             parts = fused_parts(model, True)
             assert parts, "the blocks have no fused form"
-            with in_place_of(parts, population.perturbation):
+            with patched(parts, population.perturbation):
                 model(x, text, **inputs)
         for kernel, args, kwargs in noted:
             sizes = {name: kwargs[name] for name in ("M", "N", "K", "T", "H", "W", "C", "PARTS") if name in kwargs}

@@ -28,8 +28,9 @@ from esengine.base.settings_file import from_dict
 from esengine.models import SanaSprint
 from esengine.models.defaults import defaults
 from esengine.rewards import parse
+from esengine.run.prepare import attach_population
 from esengine.run.settings import REFERENCE_TARGETS, TrainConfig, load, to_dict
-from esengine.run.train import attach_population, train
+from esengine.run.train import train
 from esengine.sampling.build import render_settings
 
 QUIET = {"heldout_every": 1 << 20, "checkpoint_every": 1 << 20, "strip_every": 0}

@@ -20,7 +20,7 @@ import esengine
 from esengine.base.errors import RenderError
 from esengine.es.population import PEFT_PREFIX
 from esengine.es.prompts import PromptSampler
-from esengine.models import RenderSettings, SanaSprint, graphs
+from esengine.models import RenderSettings, Rows, SanaSprint, graphs
 
 STEP = 3
 FLOOR = {torch.bfloat16: 0.0, torch.float16: 0.0, torch.float32: 1e-5}
@@ -279,10 +279,10 @@ class Context:
         sampler = PromptSampler(len(self.texts), sizes.prompts, seed=0)
         return esengine.Engine(self.population, sampler, size=sizes.population, repeats=sizes.repeats)
 
-    def rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def rows(self) -> Rows:
         """Member, prompt and repeat of a forward's rows: each its own member, no latent twice."""
         members = torch.arange(self.scale.members)
-        return members, members % len(self.texts), members // len(self.texts)
+        return Rows(members, members % len(self.texts), members // len(self.texts))
 
     def forward(
         self,
@@ -304,7 +304,7 @@ class Context:
         model: SanaSprint,
         pixels: int,
         step: int,
-        rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        rows: Rows,
         population: esengine.Population | None = None,
         **changes,
     ) -> torch.Tensor:

@@ -12,7 +12,7 @@ from suite_checks import CheckFailed, attempt, bounded, full_precision, worst_er
 from suite_context import OVERLAP_MARGIN, STEP, Context
 from suite_ops import roofline_share
 
-from esengine.models import graphs
+from esengine.models import Rows, graphs
 from esengine.models.decoder import Decoder
 
 LEVEL = 2e-3
@@ -109,7 +109,7 @@ def overlap(context: Context) -> dict[str, Any]:
 
     def work(name: str) -> torch.Tensor:
         members, prompts, repeats = context.rows()
-        chunks = [(prompts, repeats, members + turn * len(members)) for turn in range(CHUNKS)]
+        chunks = [Rows(members + turn * len(members), prompts, repeats) for turn in range(CHUNKS)]
         keys = dict(seed=0, step=STEP, population=context.population, text_length=context.scale.text_tokens)
         words = [context.texts.prompts[index] for index in prompts.tolist()]
         drawn = context.model.render_chunks(context.texts, chunks, settings=settings[name], **keys)

@@ -22,7 +22,7 @@ from torch._dynamo.utils import counters
 
 import esengine
 from esengine.kernels import es_update_ref
-from esengine.models import SanaSprint, graphs
+from esengine.models import Rows, SanaSprint, graphs
 
 
 @torch.no_grad()
@@ -298,7 +298,7 @@ def _few_chunks(context: Context, members: int, pixels: int) -> None:
     columns, chunk = task.rows(), context.scale.chunk
     last = task.images - chunk
     for first in sorted({0, last // 3 // chunk * chunk, last // 2 // chunk * chunk, last}):
-        rows = tuple(column[first : first + chunk] for column in columns)
+        rows = Rows(*(column[first : first + chunk] for column in columns))
         scores[first : first + chunk] = _chunk(context, context.model, task, rows, pixels, None, engine.population)
     engine.tell(task, scores)
 
@@ -374,11 +374,12 @@ def _score_task(
 
     Overlapped, a chunk is decoded while the next is denoised, and the only lap is `all but the update`.
     """
-    columns = list(zip(*(column.split(context.scale.chunk) for column in task.rows()), strict=True))
+    chunks = task.rows().split(context.scale.chunk)
     if not overlap:
-        parts = [_chunk(context, model, task, rows, pixels, laps, population) for rows in columns]
+        parts = [_chunk(context, model, task, rows, pixels, laps, population) for rows in chunks]
         return torch.cat(parts).view(task.shape)
-    chunks = [(prompts, repeats, None if population is None else members) for members, prompts, repeats in columns]
+    if population is None:
+        chunks = [rows._replace(members=None) for rows in chunks]
     drawn = model.render_chunks(
         context.texts,
         chunks,
@@ -388,15 +389,14 @@ def _score_task(
         settings=context.settings(pixels, overlap=True),
         text_length=context.scale.text_tokens,
     )
-    words = ([context.texts.prompts[index] for index in prompts.tolist()] for prompts, *_ in chunks)
+    words = ([context.texts.prompts[index] for index in rows.prompts.tolist()] for rows in chunks)
     scores = torch.cat([context.scorer(images, named) for images, named in zip(drawn, words, strict=True)])
     laps.lap("all but the update")
     return scores.view(task.shape)
 
 
 def _chunk(context, model, task, rows, pixels, laps: Laps | None, population) -> torch.Tensor:
-    """float32 [B] of one chunk's (members, prompts, repeats)."""
-    _, prompts, _ = rows
+    """float32 [B] of one chunk."""
     settings = context.settings(pixels)
     x0_bchw = context.denoise(model, pixels, task.step, rows, population)
     if laps is not None:
@@ -404,7 +404,7 @@ def _chunk(context, model, task, rows, pixels, laps: Laps | None, population) ->
     images = model.decode(x0_bchw, chunk=settings.decode_chunk, mode=settings.decode)
     if laps is not None:
         laps.lap("decode")
-    scores = context.scorer(images, [context.texts.prompts[index] for index in prompts.tolist()])
+    scores = context.scorer(images, [context.texts.prompts[index] for index in rows.prompts.tolist()])
     if laps is not None:
         laps.lap("score")
     return scores
@@ -419,7 +419,7 @@ def _check_replay(pixels: int, variants: dict[str, Callable[[], torch.Tensor]], 
 def _check_step(context: Context, engine: esengine.Engine, pixels: int) -> None:
     """A chunk's scores repeat bit for bit, are finite, and differ between members."""
     task = engine.ask()
-    rows = tuple(column[: context.scale.chunk] for column in task.rows())
+    rows = task.rows().split(context.scale.chunk)[0]
     first, again = (_chunk(context, context.model, task, rows, pixels, None, engine.population) for _ in range(2))
     if not torch.equal(first, again):
         gap = (first - again).abs().max().item()

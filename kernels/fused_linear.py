@@ -32,7 +32,7 @@ from esengine.kernels.shrink import check_then, shares_ref
 if triton is not None:
     import triton.language as tl
 
-    from esengine.kernels.low_rank import column, halves, low_rank_columns
+    from esengine.kernels.low_rank import column, low_rank_columns, split_bf16
     from esengine.kernels.noise import noise_rows, offset
 
     @triton.jit(
@@ -136,7 +136,7 @@ if triton is not None:
                     a_ptr, then_ptr, None, stride_ar, stride_ak, seed, step, pair, first_n, N,
                     1, THEN_R, RANK, KP, 16, BLOCK_N, 0,
                 )  # fmt: skip
-                upper, lower = halves(own, True, UPCAST)
+                upper, lower = split_bf16(own, True, UPCAST)
                 g = tl.where((row == then_row)[:, None], tl.dot(y, upper, tl.dot(y, lower)), g)
                 then_row += 1
             column_t = tl.arange(0, 16)[None, :]

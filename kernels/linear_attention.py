@@ -41,7 +41,7 @@ from esengine.kernels.shrink import check_then, shares_ref
 if triton is not None:
     import triton.language as tl
 
-    from esengine.kernels.low_rank import expand_columns, h_tile, halves, low_rank_columns
+    from esengine.kernels.low_rank import expand_columns, h_tile, low_rank_columns, split_bf16
     from esengine.kernels.low_rank import product as low_rank_product
     from esengine.kernels.noise import offset
     from esengine.kernels.rms_norm import row_rstd
@@ -140,9 +140,9 @@ if triton is not None:
             if norm_k_ptr is not None:
                 k *= weight_k[None, :]
                 k *= tl.load(rstd_ptr + offset(b, T) + t, mask=t < T, other=0.0)[:, None]
-            upper, lower = halves(tl.trans(relu(k)), SPLIT, UPCAST)
+            upper, lower = split_bf16(tl.trans(relu(k)), SPLIT, UPCAST)
             if h_ptr is not None and SPLIT:
-                v, v_rest = halves(v, SPLIT, UPCAST)
+                v, v_rest = split_bf16(v, SPLIT, UPCAST)
                 state = tl.dot(upper, v_rest, state)
             v = v.to(upper.dtype)
             ones = tl.where(first, tl.full((BLOCK_T, 1), 1.0, tl.float32), 0.0).to(upper.dtype)
@@ -150,15 +150,15 @@ if triton is not None:
             keys = product(upper, ones, lower, ones, keys, SPLIT, PRECISION)
 
         weight = tl.abs(weight_q)[:, None]
-        s_upper, s_lower = halves(state * weight, SPLIT, UPCAST)
-        z_upper, z_lower = halves(keys * weight, SPLIT, UPCAST)
+        s_upper, s_lower = split_bf16(state * weight, SPLIT, UPCAST)
+        z_upper, z_lower = split_bf16(keys * weight, SPLIT, UPCAST)
         sign = tl.where(weight_q < 0, -1.0, 1.0)
         if then_ptr is not None:
             own = low_rank_columns(
                 a_ptr, then_ptr, None, stride_ar, stride_ak, seed, step, pair, c0, c0 + D,
                 1, THEN_R, RANK, KP, 16, DP, 0,
             )  # fmt: skip
-            own_upper, own_lower = halves(own, SPLIT, UPCAST)
+            own_upper, own_lower = split_bf16(own, SPLIT, UPCAST)
             shares = shares_ptr + offset(pid % H, tl.num_programs(0) // H * T) * (THEN_R + RANK)
         if h_ptr is not None:
             q_low = expand_columns(
@@ -178,7 +178,7 @@ if triton is not None:
                 q *= sign[None, :]
             q = relu(q)
             if h_ptr is not None and SPLIT:
-                q, q_rest = halves(q, SPLIT, UPCAST)
+                q, q_rest = split_bf16(q, SPLIT, UPCAST)
                 total, y = tl.dot(q_rest, z_upper, total), tl.dot(q_rest, s_upper, y)
             q = q.to(s_upper.dtype)
             total = tl.sum(product(q, z_upper, q, z_lower, total, SPLIT, PRECISION), axis=1)

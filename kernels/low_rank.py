@@ -30,7 +30,7 @@ def within(k0, K, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def halves(x, SPLIT: tl.constexpr, UPCAST: tl.constexpr):
+def split_bf16(x, SPLIT: tl.constexpr, UPCAST: tl.constexpr):
     """Two bf16 parts of an fp32 tile, the larger first, that sum to x within 2^-16 of it. If not split, x twice."""
     upper, lower = x, x
     if SPLIT:
@@ -52,7 +52,7 @@ def product(x, columns, acc, ROWS: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl
     if ROWS < 16:
         acc += tl.sum(x.to(tl.float32)[:, :, None] * columns[None, :, :], axis=1)
     elif SPLIT:
-        upper, lower = halves(columns, True, UPCAST)
+        upper, lower = split_bf16(columns, True, UPCAST)
         acc = tl.dot(x, upper, tl.dot(x, lower, acc))
     else:
         acc = tl.dot(x.to(tl.float32), columns, acc, input_precision=PRECISION)

@@ -1,11 +1,13 @@
-"""Generators of images: how a batch of (member, prompt, repeat) rows is rendered. The parts load when first used."""
+"""Image generators: they render batches of (member, prompt, repeat) rows. Submodules are imported at first use."""
 
 import importlib
 
 _PUBLIC = {
+    "Generator": "base",
     "NAMED": "loading",
     "WEIGHT_NAME": "lora_file",
     "RenderSettings": "settings",
+    "Rows": "base",
     "SanaSprint": "sana.sana_sprint",
     "TextEmbeddings": "text_cache",
     "build_tiny": "tiny",
@@ -18,11 +20,14 @@ _PUBLIC = {
 __all__ = [
     "NAMED",
     "WEIGHT_NAME",
+    "Generator",
     "RenderSettings",
+    "Rows",
     "SanaSprint",
     "TextEmbeddings",
     "build_tiny",
     "latents",
+    "load",
     "require_pipeline",
     "tiny_model",
     "write_diffusers_lora",
@@ -33,3 +38,28 @@ def __getattr__(name: str):
     if name not in _PUBLIC:
         raise AttributeError(f"module 'esengine.models' has no attribute '{name}'")
     return getattr(importlib.import_module(f"esengine.models.{_PUBLIC[name]}"), name)
+
+
+def load(model, *, device="cpu", dtype=None, revision: str | None = None, vae=None) -> "Generator":  # noqa: F821
+    """Load a frozen image model.
+
+    Args:
+        model: a SANA-Sprint pipeline's folder, a hub id, `nano` or `tiny`.
+        device: the device of the model.
+        dtype: data type of the weights. None: float32.
+        revision: branch, tag or commit of a hub id.
+        vae: another decoder for the same latents: a folder or a hub id. A hub id may end in @revision.
+
+    Returns:
+        A `Generator`.
+
+    Raises:
+        ConfigError: there is no such model, or it cannot be used.
+        OutOfMemory: the model does not fit into memory.
+    """
+    import torch
+
+    from esengine.models.sana.sana_sprint import SanaSprint
+
+    dtype = dtype or torch.float32
+    return SanaSprint.from_pretrained(model, revision=revision, device=device, dtype=dtype, vae=vae)

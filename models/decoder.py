@@ -1,6 +1,6 @@
-"""Latents to bytes: the VAE in chunks, its images rounded and checked where they are.
+"""Decodes latents to uint8 images: runs the VAE in chunks, and rounds and checks its images on the device.
 
-Legend: x0_bchw is x0 / sigma_data, what the sampler gives; B images.
+Legend: x0_bchw is x0 / sigma_data, the output of the sampler; B images.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderDC
 
 from esengine.base.errors import ConfigError
-from esengine.base.memory import fits
+from esengine.base.memory import oom_guard
 from esengine.models import graphs
 
 
@@ -20,9 +20,9 @@ class Decoder:
 
     Args:
         vae: `AutoencoderDC`.
-        channels_last: Keep the weights of its convolutions, and with them all activations, in channels-last order,
-            which is what a GPU's convolutions of half precision want, and a CPU's of single.
-        compile_backend: Of torch.compile, for `mode="compiled"`.
+        channels_last: Keep the convolutions' weights, and so all activations, in channels-last order. Convolutions are
+            faster in this order on a GPU in half precision and on a CPU in single precision.
+        compile_backend: Backend of torch.compile, for `mode="compiled"`.
     """
 
     def __init__(self, vae: AutoencoderDC, *, channels_last: bool = False, compile_backend: str = "inductor"):
@@ -32,7 +32,7 @@ class Decoder:
 
     @torch.no_grad()
     def __call__(self, x0_bchw: torch.Tensor, *, chunk: int, mode: str = "eager") -> tuple[torch.Tensor, torch.Tensor]:
-        """Images, rounded as diffusers does for PIL, and which of them are finite. Nothing waits for the device.
+        """Decode to images, rounded as diffusers does for PIL, and mark the finite ones. Does not wait for the device.
 
         Args:
             x0_bchw: float [B, C, h, w].
@@ -43,7 +43,7 @@ class Decoder:
             uint8 [B, 3, H, W] and bool [B], on the device of x0.
 
         Raises:
-            ConfigError: `graphed` without a GPU.
+            ConfigError: `mode` is `graphed` and the device is not a CUDA device.
             RenderError: A chunk does not fit into memory.
         """
         if mode == "graphed" and not graphs.supported(x0_bchw.device):
@@ -52,7 +52,7 @@ class Decoder:
         scaled = x0_bchw.to(self.vae.dtype) / self.vae.config.scaling_factor
         images, finite = None, torch.empty(len(scaled), dtype=torch.bool, device=scaled.device)
         for first, z in zip(range(0, max(1, len(scaled)), chunk), scaled.split(chunk), strict=True):
-            with fits(f"{len(z)} images in one VAE call", "give a smaller decode chunk"):
+            with oom_guard(f"{len(z)} images in one VAE call", "give a smaller decode chunk"):
                 pixels, good = decode(z)
             if images is None:
                 images = torch.empty(len(scaled), *pixels.shape[1:], dtype=torch.uint8, device=scaled.device)
@@ -71,7 +71,7 @@ class Decoder:
         return torch.compile(self._pixels, backend=self.compile_backend, dynamic=False)
 
     def _graphed(self, z_bchw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._captured is None or not self._captured[0].hold():  # moved or cast since
+        if self._captured is None or not self._captured[0].hold():  # weights were moved or cast
             self._captured = graphs.Places(self.vae), graphs.Graphs(self._session)
         return self._captured[1](z_bchw)
 

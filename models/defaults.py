@@ -1,4 +1,4 @@
-"""What a model is trained and judged with where the flags are silent."""
+"""Default prompts and rewards of a model, for flags that are not given."""
 
 from collections.abc import Set
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from esengine.base.files import DATA
 
 @dataclass(frozen=True)
 class Defaults:
-    """Of one model.
+    """The defaults of one model.
 
     Attributes:
         train: file of prompts to train on.
         heldout: file of prompts that are never trained on.
-        reward: what is optimised.
-        judges: rewards of an evaluation by their names, the first of them with weight 1.
-        watches: whether a run watches the judges that it does not optimise, whatever it optimises.
+        reward: the reward to optimise.
+        judges: rewards of an evaluation, by name. The first has weight 1, the others weight 0.
+        watches: whether a run always uses the judges that it does not optimise as held-out rewards.
     """
 
     train: Path
@@ -26,25 +26,27 @@ class Defaults:
     watches: bool = False
 
     def benchmark(self, name: str) -> str:
-        """What a benchmark is scored with, as `esengine eval --reward` takes it. `checker` reads no other captions."""
+        """The rewards of a benchmark, as for `esengine eval --reward`. `checker` reads only the captions of `nano`."""
         judges = [judge for judge in self.judges.values() if judge != "checker" or name == "nano"]
         return ",".join(f"{judge}=0" if i else judge for i, judge in enumerate(judges))
 
     def scored(self, reward: str, optimised: Set[str], prompts_given: bool) -> str:
-        """What an evaluation of a run is scored with: the run's reward, and with weight 0 what it watched.
+        """The rewards of an evaluation of a run: the run's reward, and its held-out rewards with weight 0.
 
-        Args: `reward` as `--reward` takes it, the others as of `watched`.
+        Args:
+            reward: the run's reward, as for `--reward`.
+            optimised, prompts_given: see `watched`.
         """
         watched = self.watched(optimised, prompts_given)
         others = [] if watched in ("auto", "none") else [f"{judge}=0" for judge in watched.split(",")]
         return ",".join([reward, *others])
 
     def watched(self, optimised: Set[str], prompts_given: bool) -> str:
-        """What `--heldout-reward auto` stands for; `auto` again where the rewards alone decide.
+        """The rewards that `--heldout-reward auto` selects; `auto` if only the optimised rewards decide.
 
         Args:
-            optimised: names of the rewards that are.
-            prompts_given: prompts are the user's, which `checker` may not be able to read.
+            optimised: names of the optimised rewards.
+            prompts_given: whether the user gave the prompts, which `checker` may not be able to read.
         """
         if not self.watches:
             return "auto"
@@ -67,5 +69,5 @@ _BY_NAME = {
 
 
 def defaults(model: str) -> Defaults:
-    """Of a model as `--model` names it; of folders and hub ids, those of the real one."""
+    """The defaults of a model named as for `--model`. All folders and hub ids have the same defaults."""
     return _BY_NAME.get(model, _PLAIN)

@@ -1,13 +1,13 @@
-"""CUDA graphs of a computation on tensors, one for each shape of its inputs: a thousand launches become one.
+"""CUDA graphs of a computation on tensors, one for each shape of its inputs. One graph launch replaces thousands.
 
-    graphs = Graphs(session)          session(*inputs): a context manager that gives a function without arguments
+    graphs = Graphs(session)          session(*inputs): a context manager that yields a function without arguments
     outputs = graphs(*inputs)         that function's outputs for these inputs
 
-A graph repeats the launches it has seen, with the memory and the scalars they had. So it is captured on buffers into
-which every call copies its inputs, and whatever changes from call to call has to be an input: the ES step too, as
-int64 [1]. What a session does before it gives the function is not part of the graph and must not depend on values.
+A graph repeats its captured launches with the same memory and the same scalars. So it is captured on buffers, and
+every call copies its inputs into them. Everything that changes between calls must be an input, such as the ES step as
+int64 [1]. Work that a session does before it yields is not part of the graph and must not depend on values.
 
-A shape is computed as it is the first time it is seen, and captured the second time, because many come once.
+A shape is computed without a graph the first time and captured the second time, because many shapes come only once.
 """
 
 from collections import OrderedDict
@@ -22,10 +22,10 @@ from esengine.base.errors import RenderError
 from esengine.models.loading import first_line
 
 LIMIT = 16
-"""Shapes that are kept, each with its outputs and buffers: a step has two or three, at each length of text."""
+"""Maximum number of shapes to keep, with their outputs and buffers. A step has two or three for each text length."""
 
 TEXT_MULTIPLE = 8
-"""Tokens that text is padded to a multiple of, since each length is a shape. The mask keeps the result as it is."""
+"""Text is padded to a multiple of this many tokens, so that there are fewer shapes. The mask excludes the padding."""
 
 Compute = Callable[[], Any]
 Session = Callable[..., AbstractContextManager[Compute]]
@@ -33,7 +33,7 @@ Session = Callable[..., AbstractContextManager[Compute]]
 
 @dataclass(frozen=True)
 class Recorded:
-    """A captured computation: `replay` runs it on `buffers` and leaves its results in `outputs`."""
+    """A captured computation: `replay` runs it on `buffers` and writes the results into `outputs`."""
 
     buffers: tuple[torch.Tensor, ...]
     outputs: Any
@@ -42,13 +42,13 @@ class Recorded:
 
 
 class Graphs:
-    """One computation, replayed. The graphs share one memory pool and must not run at the same time.
+    """The graphs of one computation. They share one memory pool and must not run at the same time.
 
-    All are captured on one stream, since the allocator gives a freed block of a pool to the stream it was of alone.
+    All are captured on one stream, because the allocator reuses a freed block of a pool only on the block's stream.
 
     Args:
         session: Called with the inputs of a call, or with buffers of their shapes.
-        limit: Shapes to keep; the one that was not used for longest goes first.
+        limit: Maximum number of shapes to keep. The least recently used one is dropped first.
     """
 
     def __init__(self, session: Session, *, limit: int = LIMIT):
@@ -60,16 +60,16 @@ class Graphs:
 
     @property
     def captured(self) -> int:
-        """How many graphs there are."""
+        """Number of captured graphs."""
         return sum(recorded is not None for recorded in self._shapes.values())
 
     @torch.no_grad()
     def __call__(self, *inputs: torch.Tensor) -> Any:
-        """The outputs for `inputs`. They are overwritten by the next call: use them on this stream, or copy them.
+        """The outputs for `inputs`. The next call overwrites them: use them on this stream, or copy them.
 
         Raises:
             RenderError: The computation cannot be captured.
-            torch.OutOfMemoryError: There is no room for it.
+            torch.OutOfMemoryError: It does not fit into memory.
         """
         key = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in inputs)
         if key not in self._shapes:
@@ -93,7 +93,7 @@ class Graphs:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _capture(self, inputs: tuple[torch.Tensor, ...]) -> Recorded:
-        # a handle of a live graph: a pool that nobody uses any more cannot be taken up again
+        # the pool of an existing graph: a pool without a graph cannot be used again
         pool = next((recorded.pool for recorded in self._shapes.values() if recorded is not None), None)
         buffers = tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs)
         for buffer, tensor in zip(buffers, inputs, strict=True):
@@ -113,10 +113,10 @@ class Graphs:
 
 
 class Places:
-    """Where a module's tensors lie: as long as it holds, what was captured of the module is right.
+    """The memory addresses of a module's tensors. While `hold` is true, graphs captured of the module are valid.
 
-    The tree of modules is walked once. A look later goes through the dicts found then, in which tensors that are moved,
-    cast or exchanged show, and modules that are exchanged.
+    The tree of modules is walked once, and its dicts of tensors and submodules are stored. `hold` reads these dicts, so
+    it notices tensors that were moved, cast or replaced, and submodules that were replaced.
     """
 
     def __init__(self, module: torch.nn.Module):
@@ -126,7 +126,7 @@ class Places:
         self._seen = self._look()
 
     def hold(self) -> bool:
-        """Whether all is where it was when this was made, of the dtype that it had."""
+        """Whether all tensors have the same addresses and dtypes, and all submodules are the same, as at the start."""
         return self._look() == self._seen
 
     def _look(self) -> tuple[list, list]:
@@ -135,25 +135,25 @@ class Places:
 
 
 def supported(device: torch.device) -> bool:
-    """Whether there are graphs, and streams, on a device."""
+    """Whether a device has CUDA graphs and streams."""
     return device.type == "cuda"
 
 
 def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """A stream to keep: memory that was used on it serves no other, so each new one would take its own."""
+    """A new stream. Keep and reuse it: memory allocated on it is reused by no other stream."""
     return torch.cuda.Stream(device)
 
 
 def record(compute: Compute, pool: Any, stream: torch.cuda.Stream) -> tuple[Any, Callable[[], None], Any]:
-    """Captures `compute`, after one run that compiles what it launches.
+    """Capture `compute` as a graph, after one run that compiles its kernels.
 
     Args:
-        compute: Without arguments; it must not wait for the device.
-        pool: Of a graph to share memory with, or None.
-        stream: To run and capture it on, other than the current one, which waits for the run.
+        compute: A function without arguments. It must not wait for the device.
+        pool: The pool of a graph to share memory with, or None.
+        stream: The stream to run and capture on. It must not be the current stream, which waits for the run.
 
     Returns:
-        What `compute` gave, which a replay overwrites; the replay; the graph's pool.
+        The outputs of `compute`, which a replay overwrites; the replay function; the graph's pool.
     """
     with torch.cuda.device(stream.device):
         stream.wait_stream(torch.cuda.current_stream())

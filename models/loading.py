@@ -1,4 +1,4 @@
-"""Pipelines from disk and from the hub, with one clear line when there is none."""
+"""Loads pipelines from disk or from the hub. Errors are one line long."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import Gemma2Model, PreTrainedModel
 
 from esengine.base.errors import ConfigError
-from esengine.base.memory import fits
+from esengine.base.memory import oom_guard
 from esengine.models import nano, tiny
 from esengine.models.quiet import no_progress_bars
 from esengine.models.text_cache import fingerprint
@@ -23,22 +23,22 @@ LATENT_FACTS = {
     "scaling factor": lambda config: config["scaling_factor"],
     "compression": lambda config: 2 ** (len(config["encoder_block_out_channels"]) - 1),
 }
-"""Of an AutoencoderDC's configuration: what its latents are."""
+"""Properties of an AutoencoderDC's latents, from its configuration."""
 
 NAMED = ("nano", "tiny")
-"""Models that have a name: the trained small one of this package, and an untrained one that is built in the cache."""
+"""Models with a name: `nano` is small, trained and part of this package; `tiny` is untrained and built in the cache."""
 
 READ_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ArithmeticError, SafetensorError)
-"""What a file that is not what it should be makes the libraries raise."""
+"""Exceptions that the libraries raise for a missing, damaged or wrong file."""
 
 WEIGHTS = {"transformer": SanaTransformer2DModel, "vae": AutoencoderDC, "text_encoder": Gemma2Model}
-"""The pipeline's components that have weights."""
+"""The components of a pipeline that have weights."""
 
 
 def locate(model: str, revision: str | None, local_files_only: bool) -> tuple[Path, dict[str, str]]:
-    """The local folder of a model, and its identity: a hub id with its commit, or empty for a plain folder.
+    """The local folder of a model, and its identity: a hub id with its commit, or empty for a local folder.
 
-    A name of `NAMED` goes before a folder of that name in the current one, which is ./nano.
+    A name in `NAMED` always means the named model. A folder of the same name is given as ./nano.
     """
     if model in NAMED:
         if revision is not None:
@@ -56,11 +56,11 @@ def locate(model: str, revision: str | None, local_files_only: bool) -> tuple[Pa
 
 
 def require_pipeline(model: str, revision: str | None, vae: str | None = None, local_files_only: bool = False) -> None:
-    """Look whether there is a pipeline of that name, and a decoder for it, before anything heavy is loaded.
+    """Check that the pipeline, and the decoder `vae` if given, exist. No weights are loaded.
 
     Raises:
-        ConfigError: no such folder or hub model, a folder that holds no `SanaSprintPipeline`, or a `vae` that is none
-            for its latents.
+        ConfigError: there is no such folder or hub model, the folder holds no `SanaSprintPipeline`, or `vae` does not
+            decode its latents.
     """
     folder, _ = locate(model, revision, local_files_only)
     with _reading(f"model: cannot load {folder}"):
@@ -76,7 +76,7 @@ def _require_kind(folder: Path) -> None:
 
 
 def download(model: str, revision: str | None, local_files_only: bool, **without: None) -> Path:
-    """The snapshot folder of a hub id, without the components named in `without`. Its name is the commit."""
+    """Download a hub id without the components in `without`. Returns the snapshot folder; its name is the commit."""
     try:
         return Path(
             SanaSprintPipeline.download(
@@ -93,11 +93,11 @@ def download(model: str, revision: str | None, local_files_only: bool, **without
 def load(
     folder: Path, dtype: torch.dtype, device: torch.device | str, **parts: torch.nn.Module | None
 ) -> SanaSprintPipeline:
-    """The pipeline in a local folder, with `parts` in place of its own; None leaves a component out.
+    """Load the pipeline in a local folder. `parts` replace its components; None leaves a component out.
 
     Raises:
-        ConfigError: It cannot be read, or a weight is missing or of another shape; with its name.
-        OutOfMemory: It does not fit.
+        ConfigError: It cannot be read, or a weight is missing or has another shape. The message names the weight.
+        OutOfMemory: It does not fit into memory.
     """
     with _reading(f"model: cannot load {folder}"):
         _require_kind(folder)
@@ -109,7 +109,7 @@ def load(
 
 
 def _whole(kind: type[ModelMixin | PreTrainedModel], folder: Path, dtype: torch.dtype) -> ModelMixin | PreTrainedModel:
-    """A component with every weight from its files: transformers makes up those that are missing."""
+    """Load a component and check that its files hold every weight: transformers initialises missing ones randomly."""
     files = dict(use_safetensors=True, local_files_only=True)
     name = "dtype" if issubclass(kind, PreTrainedModel) else "torch_dtype"
     component, found = kind.from_pretrained(folder, **{name: dtype}, **files, output_loading_info=True)
@@ -119,16 +119,16 @@ def _whole(kind: type[ModelMixin | PreTrainedModel], folder: Path, dtype: torch.
 
 
 def load_vae(vae: str, pipeline: Path, dtype: torch.dtype, local_files_only: bool) -> tuple[AutoencoderDC, str]:
-    """A decoder for the latents of a local pipeline folder, and its identity: a hub id and commit, or a fingerprint.
+    """Load another decoder for a pipeline's latents, with its identity: a hub id and commit, or a fingerprint.
 
     Args:
-        vae: A folder, or a hub id, perhaps with a revision behind an @.
-        pipeline: Whose own VAE says what the latents must be.
-        dtype: Of the weights.
-        local_files_only: Take a hub id from the local cache alone.
+        vae: A folder or a hub id. A hub id may end in @revision.
+        pipeline: The local pipeline folder. The latents of its own VAE are the ones to decode.
+        dtype: Data type of the weights.
+        local_files_only: Take a hub id from the local cache only.
 
     Raises:
-        ConfigError: There is none, it cannot be read, or its latents are of other channels, scale or compression.
+        ConfigError: There is no such VAE, it cannot be read, or its latents have other channels, scale or compression.
     """
     folder, identity = _locate_vae(vae, pipeline, local_files_only)
     with _reading(f"vae: cannot use {vae}"):
@@ -137,7 +137,7 @@ def load_vae(vae: str, pipeline: Path, dtype: torch.dtype, local_files_only: boo
 
 
 def _locate_vae(vae: str, pipeline: Path, local_files_only: bool) -> tuple[Path, str | None]:
-    """The local folder of a decoder for the pipeline's latents, and its hub id and commit. Raises as `load_vae`."""
+    """The local folder of a decoder, and its hub id and commit or None. Arguments and errors as in `load_vae`."""
     folder, identity = Path(os.path.expanduser(vae)), None
     if not folder.is_dir():
         name, _, revision = vae.partition("@")
@@ -171,9 +171,9 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def _reading(cannot: str) -> Iterator[None]:
-    """What goes wrong inside is told in one line that begins with `cannot`; memory that runs out, by its own."""
+    """Replace read errors by a ConfigError of one line that begins with `cannot`. Out-of-memory is an `OutOfMemory`."""
     try:
-        with no_progress_bars(), fits("the model's weights", "take a smaller model or --dtype bfloat16"):
+        with no_progress_bars(), oom_guard("the model's weights", "take a smaller model or --dtype bfloat16"):
             yield
     except READ_ERRORS as error:
         raise ConfigError(f"{cannot}: {first_line(error)}") from error

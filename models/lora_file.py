@@ -1,4 +1,4 @@
-"""LoRA files that diffusers' own pipelines read, at the right strength."""
+"""LoRA files that diffusers' pipelines load with the correct scale."""
 
 import json
 import re
@@ -21,24 +21,24 @@ WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 KEY = re.compile(rf"{SanaSprintPipeline.transformer_name}\.(.+)\.lora_[AB]\.weight")
 
 NAME = re.compile(r"\^?(\w|[.-]|\\[.-])+\$?")
-"""A pattern in an adapter's metadata that spells a layer's name: no other regular expression of a file is run."""
+"""A metadata pattern that only spells a layer's name. Other regular expressions in a file are refused, never run."""
 
 
 def write_diffusers_lora(path: str | Path, state: Mapping[str, torch.Tensor], scaling: Mapping[str, float]) -> Path:
-    """Writes a transformer's LoRA as `pytorch_lora_weights.safetensors` in a folder.
+    """Write a transformer's LoRA as `pytorch_lora_weights.safetensors` in a folder.
 
-    The scaling s = alpha / r is multiplied into B, and the metadata says alpha = r for every module: loaders that read
-    the metadata and loaders that assume alpha = r both apply s (A, B) exactly once. Patterns in the metadata are
-    anchored full names, since PEFT's own matching takes any suffix.
+    The scaling s = alpha / r is multiplied into B, and the metadata has alpha = r for every module. So loaders that
+    read the metadata and loaders that assume alpha = r both apply s exactly once. Patterns in the metadata are anchored
+    full names, because PEFT itself would match any suffix.
 
     Args:
-        path: Folder, created when missing.
+        path: Folder, created if missing.
         state: `<module>.lora_A.weight` float32 [r, in] and `<module>.lora_B.weight` float32 [out, r] for each module,
             named relative to the transformer. The rank may differ by module.
-        scaling: s of each module.
+        scaling: s by module.
 
     Returns:
-        The written file.
+        Path of the written file.
 
     Raises:
         ValueError: `state` has other keys, a lone A or B, ranks that disagree, or no scaling for a module.
@@ -70,7 +70,7 @@ def write_diffusers_lora(path: str | Path, state: Mapping[str, torch.Tensor], sc
         "target_modules": modules,
     }
 
-    # one entry of metadata: safetensors writes several in random order, and equal adapters are to be equal bytes
+    # one metadata entry, so that equal adapters give equal bytes: safetensors writes several in random order
     prefix = SanaSprintPipeline.transformer_name
     packed = json.dumps({f"{prefix}.{name}": value for name, value in metadata.items()}, sort_keys=True)
     tensors = {f"{prefix}.{name}": tensor for name, tensor in weights.items()}
@@ -80,20 +80,20 @@ def write_diffusers_lora(path: str | Path, state: Mapping[str, torch.Tensor], sc
 
 
 def check_diffusers_lora(file: Path, shapes: Mapping[str, torch.Size]) -> set[str]:
-    """Refuses a file that is not the A and B of layers that are there, whole and finite, and no more than that.
+    """Check that a file holds a finite A and B of the right shapes for each of its layers, and nothing else.
 
-    A loader leaves uninitialised what a file lacks, and passes over what it does not know.
+    A loader leaves weights that the file lacks uninitialised, and ignores tensors that it does not know.
 
     Args:
-        file: A `pytorch_lora_weights.safetensors` of anyone's.
-        shapes: Of the weights of all layers of the transformer that a LoRA may be on.
+        file: A `pytorch_lora_weights.safetensors` from any source.
+        shapes: Name -> shape of the weight, for all layers of the transformer that may have a LoRA.
 
     Returns:
-        The names of its layers.
+        The names of the file's layers.
 
     Raises:
-        ValueError: As above, or metadata that says more than rank and scale.
-        OSError, SafetensorError: It cannot be read.
+        ValueError: The check fails, or the metadata sets more than rank and scale.
+        OSError, SafetensorError: The file cannot be read.
     """
     with safe_open(file, framework="pt") as opened:
         keys = set(opened.keys())
@@ -121,7 +121,7 @@ def check_diffusers_lora(file: Path, shapes: Mapping[str, torch.Size]) -> set[st
 
 
 def _check_metadata(packed: str | None, most: int) -> None:
-    """Refuses what would make a loader do more than set each layer's rank, at most `most`, and its scale."""
+    """Raise ValueError for metadata that does more than set each layer's scale and its rank, at most `most`."""
     if packed is None:
         return
     found, default = json.loads(packed), LoraConfig()

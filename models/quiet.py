@@ -1,4 +1,4 @@
-"""Loading without the progress bars of the libraries below."""
+"""Turns off the loading bars of diffusers and transformers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from transformers.utils import logging as transformers_logging
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Loading bars are the caller's to draw; what was switched on is switched on again."""
+    """Turn off loading bars inside the block. Afterwards those that were on are on again."""
     loggers = [each for each in (diffusers_logging, transformers_logging) if each.is_progress_bar_enabled()]
     for each in loggers:
         each.disable_progress_bar()

@@ -8,7 +8,7 @@ from esengine.base.errors import ConfigError
 PIPELINE_MULTIPLE = 32
 """`SanaSprintPipeline.check_inputs` takes no other height or width."""
 
-MOST_GUIDANCE = 1e4
+MAX_GUIDANCE = 1e4
 """Far beyond any use, and finite in half precision."""
 
 FIRST_ANGLE, SECOND_ANGLE = 1.57080, 1.3
@@ -20,24 +20,25 @@ class RenderSettings:
     """How an image is made. The sampler's defaults are `SanaSprintPipeline.__call__`'s, with one step."""
 
     height: int | None = None
-    """Pixels; the model's own size by default."""
+    """Height in pixels. By default the model's own."""
     width: int | None = None
-    """Pixels; the model's own size by default."""
+    """Width in pixels. By default the model's own."""
     num_steps: int = 1
     """Denoising steps."""
     guidance_scale: float = 4.5
-    """Embedded guidance."""
+    """Guidance scale. The model takes it as an input."""
     x0_angle: float | None = None
-    """One step only: the trigflow angle at which x0 is taken. The reference run used 1.3; the scheduler's is pi / 2."""
+    """For one step only: the trigflow angle at which x0 is computed. The reference run used 1.3; the scheduler uses
+    pi / 2."""
     decode_chunk: int = 16
     """Images in one decoder call."""
     graphs: Literal["auto", "always", "never"] = "auto"
-    """Replay a population's forward from CUDA graphs. auto: on a GPU where the model's blocks run fused. Text is then
-    padded to a multiple of 8 tokens."""
+    """Whether to replay a population's forward from CUDA graphs. auto: on a GPU, if the model's blocks run fused. Text
+    is then padded to a multiple of 8 tokens."""
     decode: Literal["eager", "compiled", "graphed"] = "eager"
-    """The decoder as it stands, through torch.compile, or from a CUDA graph."""
+    """How to run the decoder: as it is, through torch.compile, or from a CUDA graph."""
     overlap: bool = False
-    """On a GPU, decode a chunk while the next is denoised, for which there must be memory."""
+    """On a GPU, decode a chunk while the next one is denoised. This needs memory for both."""
 
     def __post_init__(self):
         for name in ("height", "width"):
@@ -47,8 +48,8 @@ class RenderSettings:
         for name in ("num_steps", "decode_chunk"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not abs(self.guidance_scale) <= MOST_GUIDANCE:  # nor NaN
-            raise ConfigError(f"guidance_scale: expected at most ±{MOST_GUIDANCE:g}, got {self.guidance_scale}")
+        if not abs(self.guidance_scale) <= MAX_GUIDANCE:  # nor NaN
+            raise ConfigError(f"guidance_scale: expected at most ±{MAX_GUIDANCE:g}, got {self.guidance_scale}")
         if self.x0_angle is not None and self.num_steps != 1:
             raise ConfigError(
                 f"x0_angle: expected None unless num_steps is 1, got {self.x0_angle} for {self.num_steps}"

@@ -1,10 +1,9 @@
-"""Text embeddings: encoded once, trimmed to their real tokens, kept as safetensors with a JSON index beside them.
+"""A cache of text embeddings: encoded once, trimmed to their real tokens, stored as safetensors with a JSON index.
 
-One cache is an index `<key>.json` and its shards `<key>-<random>.safetensors`; the key is a hash of the identity of the
-model and of every setting that changes an embedding. New prompts go to a new shard, and the index, renamed into place
-last, is what makes them exist: a crash at any moment leaves the cache as it was. Any of the files may be deleted.
-safetensors notices a truncated file but not a flipped byte, so the index holds a sha256 of each tensor, checked
-whenever it is read.
+One cache is an index `<key>.json` and its shards `<key>-<random>.safetensors`. The key is a hash of the model's
+identity and of every setting that changes an embedding. New prompts are written to a new shard. The index is renamed
+into place last, so a crash at any moment leaves the cache valid. Any of the files may be deleted. safetensors detects a
+truncated file but not a flipped byte, so the index holds a sha256 of each tensor, which is checked at every read.
 """
 
 import hashlib
@@ -36,13 +35,13 @@ class TextEmbeddings:
     """Embeddings of an ordered list of prompts, each trimmed to its real tokens.
 
     Attributes:
-        prompts: tuple[str, ...] of length P; a prompt's index is what `batch` and the latents are keyed by.
-        lengths: int64 [P], real tokens of each prompt.
-        dtype: Data type of the stored embeddings, the text encoder's own.
+        prompts: tuple[str, ...] of length P. `batch` and the latents use a prompt's index in it.
+        lengths: int64 [P], number of real tokens of each prompt.
+        dtype: Data type of the stored embeddings, which is the text encoder's.
     """
 
     def __init__(self, prompts: Sequence[str], embeddings: Sequence[torch.Tensor]):
-        """Takes one [L, C] tensor for each of P >= 1 prompts, on the CPU."""
+        """`embeddings`: one [L, C] tensor on the CPU for each of the P >= 1 prompts."""
         if not prompts or len(prompts) != len(embeddings):
             raise ValueError(f"embeddings: expected one for each of {len(prompts)} prompts, got {len(embeddings)}")
         self.prompts = tuple(prompts)
@@ -58,7 +57,7 @@ class TextEmbeddings:
         return self._embeddings[index]
 
     def trimmed_length(self, indices: torch.Tensor) -> int:
-        """Tokens of the longest prompt among `indices` int64 [B]: the length that all chunks of one step share."""
+        """Number of tokens of the longest prompt among `indices` int64 [B]. All chunks of a step are padded to it."""
         return int(self.lengths[self._check(indices)].max())
 
     def batch(
@@ -72,16 +71,16 @@ class TextEmbeddings:
         """Right-padded embeddings of a batch of prompts.
 
         Args:
-            indices: int64 [B] on the CPU, an index into `prompts` for each row; repeats are welcome.
-            length: Tokens to pad to. Default: `trimmed_length(indices)`.
-            device: Where the result lies.
-            dtype: Of the embeddings. Default: as stored.
+            indices: int64 [B] on the CPU, an index into `prompts` for each row; an index may repeat.
+            length: Number of tokens to pad to. Default: `trimmed_length(indices)`.
+            device: Device of the result.
+            dtype: Data type of the embeddings. Default: as stored.
 
         Returns:
             Embeddings [B, length, C], zero in the padding, and the attention mask int64 [B, length].
 
         Raises:
-            ValueError: An index out of range, or a prompt longer than `length`.
+            ValueError: An index is out of range, or a prompt is longer than `length`.
         """
         indices = self._check(indices)
         longest = int(self.lengths[indices].max())
@@ -106,13 +105,13 @@ class TextEmbeddings:
 
 
 def fingerprint(folder: Path, parts: Sequence[str] = ("tokenizer", "text_encoder")) -> str:
-    """Identity of a local model's text side: a sha256 over the names, sizes and contents of the files in its parts.
+    """Identity of a local model: a sha256 over the names, sizes and contents of all files in the subfolders `parts`.
 
     Every byte is read, several files at once.
     """
     files = [file for part in parts for file in sorted((folder / part).rglob("*")) if file.is_file()]
     total = hashlib.sha256()
-    with ThreadPoolExecutor(HASHERS) as pool:  # hashlib lets go of the interpreter while it hashes
+    with ThreadPoolExecutor(HASHERS) as pool:  # hashlib releases the GIL while it hashes
         for file, (size, digest) in zip(files, pool.map(_size_and_digest, files), strict=True):
             total.update(f"{file.relative_to(folder).as_posix()}\0{size}\0{digest}\n".encode())
     return f"sha256:{total.hexdigest()}"
@@ -135,13 +134,13 @@ def embed_prompts(
     cache_dir: str | Path | None = None,
     progress: Progress | None = None,
 ) -> TextEmbeddings:
-    """Embeddings of `prompts`, from the cache where it has them, from `encode` where it does not.
+    """Embeddings of `prompts`: read from the cache, and encoded if the cache lacks them.
 
     Args:
         prompts: At least one; duplicates are encoded once.
-        encode: Gives one [L, C] embedding for each prompt of a list, in order. Not called when nothing is missing.
-        key: What the embeddings depend on besides the prompt: JSON values only.
-        cache_dir: Folder of the caches. None: nothing is read or written.
+        encode: Yields one [L, C] embedding for each prompt of a list, in order. Not called if no prompt is missing.
+        key: Everything besides the prompt that affects the embeddings: JSON values only.
+        cache_dir: Folder of the caches. None: no cache is used.
         progress: Called after each encoded prompt.
 
     Returns:
@@ -218,7 +217,7 @@ class _Cache:
                         raise ValueError("the checksum of an embedding does not match")
                     yield prompt, tensor
         except FileNotFoundError:
-            return  # deleted: its prompts are not cached
+            return  # a deleted shard: its prompts are not cached
         except (OSError, ValueError, SafetensorError) as error:
             raise _damaged(path, error) from error
 
@@ -233,6 +232,6 @@ def _sha256(data: bytes) -> str:
 
 
 def _tensor_sha256(tensor: torch.Tensor) -> str:
-    """Of the dtype, the shape and the bytes."""
+    """SHA-256 of a tensor's dtype, shape and bytes."""
     header = f"{tensor.dtype} {[*tensor.shape]}\n".encode()
     return _sha256(header + tensor.contiguous().view(torch.uint8).numpy().tobytes())

@@ -1,8 +1,8 @@
-"""A complete tiny SANA-Sprint pipeline, made from nothing: a model for tests and quick trials.
+"""A complete, untrained, tiny SANA-Sprint pipeline for tests and quick trials.
 
-It has every part of the 1.6B model (guidance embedding, q/k norm across heads, linear and cross attention, GLU
-convolutions, DC-AE, Gemma-2 with its tokenizer), none of it trained. The random weights are scaled so that the images
-use the range of a byte and follow the prompt, the latent and every linear layer: a playground for ES, not a painter.
+It has every part of the 1.6B model: guidance embedding, q/k norm across heads, linear and cross attention, GLU
+convolutions, DC-AE, Gemma-2 with its tokenizer. The random weights are scaled so that the images use the range of a
+byte and depend on the prompt, the latent and every linear layer. So ES can train it, but its images show nothing.
 """
 
 import inspect
@@ -25,7 +25,7 @@ NAME = "tiny-sana-sprint-v1"
 _LATENT_CHANNELS = 8
 _TEXT_WIDTH = 64
 
-# found by looking: x0 / sigma_data has a standard deviation near 1, under 1 % of the pixel values are clipped
+# chosen by trial: x0 / sigma_data has a standard deviation near 1, and under 1 % of the pixel values are clipped
 _FF_GAIN, _TEXT_GAIN, _EMBED_GAIN, _CONTENT, _CANCEL, _CONTRAST = 10.0, 2.0, 2.5, 1.5, 0.15, 0.45
 
 _SUBJECTS = ("a red fox", "an old lighthouse", "two green apples", "a paper boat", "a blue bicycle", "a snowy mountain")
@@ -36,11 +36,13 @@ _STYLES = ("watercolor", "oil painting", "photo", "pencil drawing", "pixel art",
 def tiny_model(root: Path | None = None) -> Path:
     """The tiny pipeline in this user's cache, built at the first call.
 
+    Several processes may call this at once. One of their builds is kept, complete.
+
     Args:
-        root: Folder to keep it in. Default: `cache_root()`.
+        root: Parent folder. Default: `cache_root()`.
 
     Returns:
-        The pipeline folder. Safe when several processes ask at once: one build wins, whole.
+        The pipeline folder.
 
     Raises:
         ConfigError: The folder cannot be written.
@@ -56,17 +58,17 @@ def tiny_model(root: Path | None = None) -> Path:
 
 
 def build_tiny(path: str | Path, *, seed: int = 0) -> Path:
-    """Builds the tiny SANA-Sprint pipeline folder: 64 x 64 images from 8 x 8 latents of 8 channels.
+    """Build the tiny SANA-Sprint pipeline folder: 64 x 64 images from 8 x 8 latents of 8 channels.
 
     Args:
-        path: The folder to create; it must not exist. It appears whole or not at all.
-        seed: Seed of the random weights. The global torch generator is left untouched.
+        path: The folder to create; it must not exist. It is created atomically.
+        seed: Seed of the random weights. The global torch generator is not changed.
 
     Returns:
-        `path`, which `SanaSprintPipeline.from_pretrained` and `SanaSprint.from_pretrained` read.
+        `path`, which `SanaSprintPipeline.from_pretrained` and `SanaSprint.from_pretrained` can load.
 
     Raises:
-        FileExistsError: Something is already there.
+        FileExistsError: `path` exists already.
     """
     path = Path(path)
     if path.exists():
@@ -108,7 +110,7 @@ def _save_pipeline(path: Path, seed: int) -> None:
 
 
 def _corpus() -> list[str]:
-    """The pipeline's own instruction (it precedes every prompt) and a few generated prompts."""
+    """The pipeline's instruction, which precedes every prompt, and a few generated prompts."""
     instruction = inspect.signature(SanaSprintPipeline.__call__).parameters["complex_human_instruction"].default
     prompts = [f"{s} {p}, {style}" for s in _SUBJECTS for p in _PLACES for style in _STYLES]
     return ["\n".join(instruction), *prompts]
@@ -133,7 +135,7 @@ def _text_encoder(vocab_size: int) -> Gemma2Model:
 
 
 def _vae() -> AutoencoderDC:
-    # one width throughout: the decoder's shortcut then repeats pixels and draws no stripes
+    # all blocks have one width, so that the decoder's shortcut repeats pixels and makes no stripes
     channels, layers = (16,) * 4, (1,) * 4
     blocks = ("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock")
     multiscales = ((), (), (), (5,))
@@ -155,7 +157,7 @@ def _vae() -> AutoencoderDC:
         last = vae.decoder.conv_out
         last.bias.zero_()
         pixels = vae.decode(2 * torch.randn(32, _LATENT_CHANNELS, 8, 8)).sample.transpose(0, 1).flatten(1)
-        # whole hundredths, so that the order of a sum on another machine changes no byte of the weights
+        # rounded to hundredths, so that another summation order on another machine gives the same weights
         last.weight *= (_CONTRAST / pixels.std(1)).round(decimals=2)[:, None, None, None]
         last.bias -= (_CONTRAST * pixels.mean(1) / pixels.std(1)).round(decimals=2)
     return vae
@@ -189,9 +191,9 @@ def _transformer() -> SanaTransformer2DModel:
 
 @torch.no_grad()
 def _balance(transformer: SanaTransformer2DModel) -> None:
-    """Gives every branch a say in the residual stream, and makes most of the output cancel the input latent.
+    """Scale the weights so that every branch affects the residual stream and the output cancels most of the latent.
 
-    At the first angle x0 / sigma_data = latent - output. Random weights alone leave the image almost pure noise.
+    At the first angle x0 / sigma_data = latent - output. With plain random weights the image is almost pure noise.
     """
     for block in transformer.transformer_blocks:
         block.scale_shift_table[[2, 5]] += 1.0  # the two gates

@@ -1,4 +1,4 @@
-"""A tokenizer in Gemma's form, learned from a small corpus: that of the pipelines which the project makes itself."""
+"""A tokenizer in Gemma's format, trained on a small corpus, for the pipelines that this project builds."""
 
 import json
 import shutil
@@ -14,18 +14,18 @@ _LEARNED_TOKENS = 768
 
 
 def save_tokenizer(path: Path, corpus: Sequence[str]) -> GemmaTokenizerFast:
-    """A byte-fallback BPE with Gemma's normalizer, splits and decoder.
+    """Train and save a byte-fallback BPE with Gemma's normalizer, splits and decoder.
 
     Args:
-        path: Folder to write; one that is there is replaced.
-        corpus: Texts; a word that comes often behind a space becomes one token.
+        path: Folder to write. An existing one is replaced.
+        corpus: Texts. A word that often follows a space becomes one token.
 
     Returns:
-        The tokenizer as transformers loads it from there.
+        The tokenizer as transformers loads it from `path`.
     """
     learner = Tokenizer(BPE())
     learner.normalizer = normalizers.Replace(" ", "▁")
-    learner.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # no token across two words
+    learner.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # no token spans two words
     learner.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=_LEARNED_TOKENS, show_progress=False))
     learned = json.loads(learner.to_str())["model"]
 
@@ -68,5 +68,5 @@ def save_tokenizer(path: Path, corpus: Sequence[str]) -> GemmaTokenizerFast:
 
 
 def load_tokenizer(path: Path) -> GemmaTokenizerFast:
-    """What `save_tokenizer` wrote, as transformers loads it."""
+    """Load a tokenizer that `save_tokenizer` wrote."""
     return GemmaTokenizerFast.from_pretrained(path, local_files_only=True)

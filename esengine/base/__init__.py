@@ -1,1 +1,1 @@
-"""The ground: errors, files, memory, processes, progress. It imports nothing of ours."""
+"""Errors, files, memory, processes, progress. It imports no other package of esengine."""

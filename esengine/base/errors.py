@@ -1,4 +1,4 @@
-"""Errors a user can act on. The command line prints each as one line and leaves with a code that is not 0."""
+"""Errors a user can act on. The command line prints each as one line and exits with a nonzero code."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,10 +9,10 @@ class EsengineError(Exception):
 
 
 class ConfigError(EsengineError):
-    """A setting, file or flag is not usable. No ValueError, which flag parsers catch and explain in their own words.
+    """A setting, file or flag is not usable. It is not a ValueError, because flag parsers catch and reword those.
 
     Attributes:
-        setting: what is not usable, with which the message begins: `es.sigma`, `config run.yaml`.
+        setting: what is not usable, the beginning of the message: `es.sigma`, `config run.yaml`.
         problem: the rest of the message.
     """
 
@@ -23,7 +23,7 @@ class ConfigError(EsengineError):
 
 @contextmanager
 def of_setting(name: str, *others: str) -> Iterator[None]:
-    """A ConfigError inside begins with the name of this setting, such as `es.sigma`, or of one of the others."""
+    """Prefix a ConfigError with `name`, such as `es.sigma`, unless it begins with `name` or one of the others."""
     try:
         yield
     except ConfigError as error:
@@ -33,7 +33,7 @@ def of_setting(name: str, *others: str) -> Iterator[None]:
 
 
 class RewardError(EsengineError):
-    """A reward raised, or returned something that is not a finite float32 score per image."""
+    """A reward raised, or did not return one finite float32 score per image."""
 
 
 class RenderError(EsengineError):
@@ -41,10 +41,10 @@ class RenderError(EsengineError):
 
 
 class UnperturbedError(EsengineError):
-    """Layers that should have been perturbed were not: every member computed the same there.
+    """Layers that should have been perturbed were not, so every member computed the same there.
 
     Attributes:
-        layers: the reason for each layer, by its name.
+        layers: the reason for each layer, by layer name.
     """
 
     def __init__(self, layers: dict[str, str]):
@@ -57,15 +57,15 @@ class UnperturbedError(EsengineError):
 
 
 class OutOfMemory(RenderError):
-    """So many images, or an update, do not fit into memory at once."""
+    """A batch of images or an update does not fit into memory."""
 
 
 class UpdateError(EsengineError):
-    """An update would make the adapter not finite; it was not made."""
+    """An update would make the adapter not finite. It was not applied."""
 
 
 class Stopped(EsengineError):
-    """A run was asked to end, and can be resumed."""
+    """A run was stopped on request. It can be resumed."""
 
 
 class RunError(EsengineError):

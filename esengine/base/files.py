@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and where they are cached."""
+"""Atomic and synced file writes, safe reads, and the cache folder."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ DATA = Path(__file__).parents[1] / "data"
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError inside that names no file, as that of a full disk, names `path`."""
+    """Add `path` to an OSError that names no file, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -25,7 +25,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def read_regular(path: str | Path, most: int | None = None) -> bytes:
-    """The bytes of a file, at most so many. Raises OSError, for a pipe or a device too, which may never end."""
+    """The bytes of a file of at most `most` bytes. Raises OSError, also for a pipe or device, which may never end."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         facts = os.fstat(file.fileno())
         if not stat.S_ISREG(facts.st_mode):
@@ -54,7 +54,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Give a file new contents such that a crash leaves either the old ones or the new ones."""
+    """Replace a file's contents. A crash leaves either the old contents or the new ones."""
     write_atomic(path, lambda temporary: temporary.write_bytes(data))
 
 
@@ -82,7 +82,7 @@ def cache_root() -> Path:
 
 
 def refuse_links(where: str, paths: Iterable[Path]) -> None:
-    """Raises RunError, which begins with `where`, if one of some paths is a symbolic link."""
+    """Raises RunError if one of the paths is a symbolic link. The message begins with `where`."""
     for path in paths:
         if path.is_symlink():
             raise RunError(f"{where}: {path} is a symbolic link, a run writes to none: remove it")

@@ -1,6 +1,6 @@
-"""The processes of one run: each renders its share of a step, and they exchange scores, nothing else.
+"""The processes of one run. Each renders a part of a step, and they exchange only scores.
 
-Every process makes the same update from the same scores, so none has to send weights to another.
+Every process makes the same update from the same scores, so no weights are sent.
 """
 
 import os
@@ -15,14 +15,14 @@ import torch.distributed
 from esengine.base.errors import ConfigError, RunError
 
 PATIENCE = timedelta(hours=1)
-"""How long a process waits for the others: a step of theirs, or the text encoder of the first."""
+"""Longest wait for the other processes, such as for their step or for text encoding on the first."""
 
 
 def place() -> tuple[int, int]:
-    """This process's rank and how many there are, by torchrun's environment; (0, 1) without it.
+    """This process's rank and the number of processes, from torchrun's environment; (0, 1) without it.
 
     Raises:
-        ConfigError: the environment is of no torchrun.
+        ConfigError: the environment is not as torchrun sets it.
     """
     found = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]
     if found == [None, None]:
@@ -35,15 +35,15 @@ def place() -> tuple[int, int]:
 
 
 LONGEST_PAUSE = 0.02
-"""Seconds between looks whether the others are there."""
+"""Longest pause between checks whether the other processes are ready, in seconds."""
 
 
 class Group:
     """The processes that torchrun has started, or this one alone.
 
     Attributes:
-        rank: of this process, from 0. Process 0 writes the run folder and talks.
-        size: how many there are.
+        rank: rank of this process, from 0. Process 0 writes the run folder and shows progress.
+        size: number of processes.
     """
 
     def __init__(self, rank: int = 0, size: int = 1):
@@ -51,11 +51,11 @@ class Group:
 
     @classmethod
     def join(cls) -> "Group":
-        """This process's group by torchrun's environment. Call `leave` at the end.
+        """This process's group, from torchrun's environment. Call `leave` at the end.
 
         Raises:
             ConfigError: see `place`.
-            RunError: the others cannot be met.
+            RunError: the other processes cannot be reached.
         """
         rank, size = place()
         if size > 1:
@@ -75,12 +75,12 @@ class Group:
             torch.distributed.destroy_process_group()
 
     def wait(self) -> None:
-        """Go on when every process is here."""
+        """Wait until every process has called this."""
         self._all_gather(torch.zeros(1))
 
     @contextmanager
     def first(self) -> Iterator[None]:
-        """The leading process goes first, alone; then the others, who find in the caches what it has left."""
+        """Run the block on process 0 first, then on the others, which find its results in the cache."""
         if not self.leads:
             self.wait()
         yield
@@ -88,10 +88,10 @@ class Group:
             self.wait()
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Every process's tensor, in the order of ranks; all on the CPU, of one dtype, and of any length.
+        """Every process's tensor, in the order of ranks. All are on the CPU, of one dtype, and of any length.
 
         Args:
-            tensor: [L] or [L, ...]; all but L alike on every process.
+            tensor: [L] or [L, ...]; every process has the same dimensions except L.
 
         Raises:
             RunError: another process has ended.
@@ -104,7 +104,7 @@ class Group:
         return [each[: int(length)] for each, length in zip(found, lengths, strict=True)]
 
     def _all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Every process's tensor, all of one shape. Waits in short sleeps, between which signals are heard."""
+        """Every process's tensor, all of one shape. Waits in short sleeps, so that signals are handled."""
         if self.size == 1:
             return [tensor]
         found = [torch.empty_like(tensor) for _ in range(self.size)]
@@ -124,7 +124,7 @@ class Group:
         return found
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true of any process."""
+        """Whether `flag` is true on any process."""
         return any(bool(each) for each in self.gather(torch.tensor([int(flag)])))
 
 

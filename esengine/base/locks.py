@@ -1,4 +1,4 @@
-"""Locks of files between processes. They end with the process that holds them."""
+"""File locks between processes. A lock ends with the process that holds it."""
 
 import fcntl
 
@@ -8,11 +8,11 @@ def lock(file: int, *, shared: bool = False, wait: bool = False) -> bool:
 
     Args:
         file: its descriptor.
-        shared: others may hold it too, if they share it.
-        wait: until no other process holds it.
+        shared: other processes may hold the lock too if they also share it.
+        wait: wait until no other process holds the lock.
 
     Returns:
-        False if another process holds it.
+        False if another process holds the lock.
 
     Raises:
         OSError: this file system has no locks.

@@ -1,4 +1,4 @@
-"""Memory that runs out: told by our own error, with the numbers that torch gives, and given back for another try."""
+"""Turns torch's out-of-memory errors into `OutOfMemory`, with torch's numbers, and frees memory for another try."""
 
 import gc
 import re
@@ -14,12 +14,12 @@ _FREE = re.compile(r"([\d.]+ \w+) is free")
 
 
 @contextmanager
-def fits(what: str, advice: str) -> Iterator[None]:
-    """Out of memory inside becomes an `OutOfMemory`: `what` does not fit, the bytes asked for and free, `advice`."""
+def oom_guard(what: str, advice: str) -> Iterator[None]:
+    """Turn an out-of-memory error into `OutOfMemory` that has `what`, the bytes asked for and free, and `advice`."""
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # of the CPU
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # on a CPU
             raise
         found = zip(("asked for", "free"), (_ASKED.search(str(error)), _FREE.search(str(error))), strict=True)
         numbers = ", ".join(f"{name} {number[1]}" for name, number in found if number)
@@ -28,7 +28,7 @@ def fits(what: str, advice: str) -> Iterator[None]:
 
 
 def give_back(device: torch.device) -> None:
-    """Return what nothing holds any more, so that smaller pieces find room."""
+    """Free memory that nothing references, so that smaller batches fit."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

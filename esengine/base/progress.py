@@ -1,4 +1,4 @@
-"""What a run says while it works, and a terminal's way to show it: notes as lines, work as tqdm bars on stderr."""
+"""Progress of a run: the interface, and a terminal's display with notes as lines and work as tqdm bars on stderr."""
 
 import sys
 
@@ -6,19 +6,19 @@ from tqdm import tqdm
 
 
 class Progress:
-    """What a run says while it works. The base class is silent; the command line draws a bar."""
+    """Receives the progress of a run. The base class does nothing; the command line uses `Bar`."""
 
     def note(self, text: str) -> None:
-        """One line about what is being done."""
+        """Show one line about the current work."""
 
     def count(self, what: str, done: int, total: int) -> None:
-        """So many of a total are done, for work besides the steps."""
+        """`done` of `total` are done, for work outside the steps."""
 
     def start(self, total: int, done: int) -> None:
-        """Images of the whole run, and of the steps that are already behind."""
+        """Begin with the images of the whole run and those of the steps already done."""
 
     def images(self, count: int) -> None:
-        """So many more images are rendered and scored."""
+        """`count` more images are rendered and scored."""
 
     def step(self, step: int, steps: int, metrics: dict[str, float]) -> None:
         """A step is done."""
@@ -28,7 +28,7 @@ class Progress:
 
 
 class Bar(Progress):
-    """One bar counts images, so that it shows images/s and the time left; beside it the step, its time and reward."""
+    """A bar that counts images and shows images/s, the time left, and the step with its time and reward."""
 
     def __init__(self):
         self._bar: tqdm | None = None
@@ -64,5 +64,5 @@ class Bar(Progress):
 
 
 def _terminal() -> dict:
-    """A file gets a line now and then, a terminal a bar that moves."""
+    """Options of tqdm: a moving bar on a terminal, a line every 10 s in a file."""
     return dict(dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 10.0)

@@ -1,16 +1,16 @@
-"""Files of prompts, for every flag that takes one: text, tables, and JSON lines.
+"""Reads files of prompts, for every flag that takes one: text, tables and JSON.
 
     .txt, and any other name    a prompt on each line; blank lines and lines that begin with # are skipped
-    .tsv, .csv                  a table with a first line of names: Prompt, and perhaps Category and Challenge
+    .tsv, .csv                  a table whose first line has the column names Prompt and optionally Category, Challenge
     .jsonl, .ndjson             a JSON object on each line, with the same names as keys; or a JSON string
     .json                       a list of such objects or strings
 
-A file of another name that begins as a table or as JSON does is read as one: no prompt looks like that. Lines that
-begin with # may stand before a table's names.
+A .txt file, or a file of any other name, that begins like a table or JSON is read as one, because no prompt looks like
+that. Lines that begin with # may precede its column names.
 
-PartiPrompts.tsv is written without quoting: a quote is part of a prompt, and one prompt begins with one. So a table
-with tabs is split at its tabs, and only a cell that is quoted as a whole, as spreadsheets do when they save it anew, is
-unquoted. A table with commas is ordinary CSV. Other separators are refused.
+PartiPrompts.tsv does not quote its cells: a quote is part of a prompt, and one prompt begins with one. So a table with
+tabs is split at its tabs. A cell is unquoted only if all of it is quoted, as spreadsheets save it. A table with commas
+is ordinary CSV. Other separators are rejected.
 """
 
 import codecs
@@ -27,7 +27,7 @@ from esengine.base.errors import ConfigError
 from esengine.base.files import read_regular
 
 COLUMNS = {"prompt": ("prompt", "prompts"), "category": ("category",), "challenge": ("challenge",)}
-"""A column's names, in any case. Only the prompt is needed, unless a caller needs more."""
+"""Names of each column, in any case. Only the prompt is required, unless a caller requires more."""
 
 ACCEPTED = ".txt (a prompt on each line), .tsv, .csv, .jsonl or .json"
 _TABLES, _JSON_LINES, _JSON = (".tsv", ".csv"), (".jsonl", ".ndjson"), ".json"
@@ -35,10 +35,10 @@ _OTHER = frozenset((
     *(".yaml", ".yml", ".toml", ".xml", ".html", ".parquet", ".arrow", ".feather", ".xls", ".xlsx", ".ods", ".docx"),
     *(".pdf", ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".pkl", ".pickle", ".pt", ".npy", ".npz", ".safetensors"),
 ))  # fmt: skip
-"""Formats that hold prompts at times and would be read here as lines of text."""
+"""Suffixes of other formats that may hold prompts. They are rejected: they would be read as lines of text."""
 
 _OTHER_NAMES = ("caption", "captions", "text", "description")
-"""What the column of prompts is called elsewhere. Such a table is refused, with the columns that it has."""
+"""Other common names of the prompt column. Such a table is rejected, and the error lists its columns."""
 _BESIDE = frozenset((
     *("id", "index", "category", "challenge", "note", "notes", "label", "split", "source", "seed", "url", "image"),
     *("key", "file", "filename", "path", "lang", "language", "score", "negative", "style", "model", "width", "height"),
@@ -56,32 +56,32 @@ Columns = dict[str, tuple[str | None, ...]]
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a file: text with one on each line, a table, or JSON lines. See the head of this module.
+    """The prompts of a file. See the module docstring for the formats.
 
     Returns:
         At least one prompt, in the file's order.
 
     Raises:
-        ConfigError: the file cannot be read or holds no prompt; with the line number where there is one.
+        ConfigError: the file cannot be read or holds no prompt. The message has the line number if there is one.
     """
     return list(read_prompt_file(path)["prompt"])
 
 
 def read_prompt_file(path: str | Path, needed: Sequence[str] = ("prompt",)) -> Columns:
-    """Read a file of prompts, in one of the forms above.
+    """Read a file of prompts in one of the formats above.
 
-    Duplicates are kept; spaces around a prompt are not. A byte order mark and any line ending are accepted.
+    Duplicates are kept. Spaces around a prompt are removed. A byte order mark and any line ending are accepted.
 
     Args:
-        path: the file. Its suffix says which form it has.
-        needed: columns that must be there. With more than the prompt, the file must be a table or JSON.
+        path: the file. Its suffix selects the format.
+        needed: required columns. If that is more than the prompt, the file must be a table or JSON.
 
     Returns:
-        The columns, in the file's order, of at least one prompt.
+        The columns in the file's order, with at least one prompt.
 
     Raises:
-        ConfigError: the file cannot be read, is of another format, lacks a column, holds no prompt, or is not UTF-8;
-            with the line where there is one.
+        ConfigError: the file cannot be read, has another format, lacks a column, holds no prompt, or is not UTF-8. The
+            message has the line if there is one.
     """
     path = Path(path)
     where, form = f"prompts file {path}", path.suffix.lower()
@@ -112,7 +112,7 @@ def _bytes(path: Path, where: str) -> bytes:
 
 
 def _looks_like(data: bytes) -> str | None:
-    """The form of a text that no list of prompts looks like: a table, or JSON."""
+    """The format of a text that looks like a table, JSON or another format. None: a list of prompts."""
     lines = [line.decode("utf-8", "replace") for line in data.splitlines()]
     lines = [line for line in lines if line.strip() and (_names(line) or not line.lstrip().startswith("#"))]
     if not lines:
@@ -124,7 +124,7 @@ def _looks_like(data: bytes) -> str | None:
         return ".yaml"
     if _MARKUP.match(first) or re.match(r"prompts?\s*=\s*[\[\"']", first.lower()):
         return ".xml" if first.startswith("<") else ".toml"
-    titled = any("\t" in line and _names(line) for line in lines[1:5])  # a title or a comment stands above the names
+    titled = any("\t" in line and _names(line) for line in lines[1:5])  # a title or a comment is above the names
     table = titled or _names(first, alone=len(lines) > 1) or (len(lines) > 1 and all("\t" in line for line in lines))
     return ".tsv" if table else None
 
@@ -138,23 +138,23 @@ def _json_like(data: bytes, first: str, lines: list[str]) -> str | None:
         if isinstance(items, dict) or any(isinstance(item, (str, dict, list)) for item in items):
             return _JSON
     over_lines = len(lines) > 1 and (first, lines[-1].strip()) in (("[", "]"), ("{", "}"))
-    return _JSON if over_lines or _JSON_BEGUN.match(first) else None  # to be refused with what is wrong in it
+    return _JSON if over_lines or _JSON_BEGUN.match(first) else None  # the JSON reader reports what is wrong
 
 
 def _names(line: str, alone: bool = False) -> bool:
-    """Whether a line is a table's first, with the names of its columns; `alone`: one name is enough.
+    """Whether a line holds the column names of a table. With `alone`, one name is enough.
 
-    "a city, prompt, 4k" is a prompt, "Prompt, Category" and "id,prompt" are not.
+    "a city, prompt, 4k" is a prompt. "Prompt, Category" and "id,prompt" are column names.
     """
     cells = [cell.strip() for cell in re.split(r"[\t,;|]", line)]
-    cells = cells[1:-1] if line.strip().startswith("|") else cells  # Markdown's
+    cells = cells[1:-1] if line.strip().startswith("|") else cells  # a Markdown table
     quoted = all(_QUOTED.fullmatch(cell) for cell in cells)
     cells = [cell.strip('"') for cell in cells]
     exact = any(cell.lower() in COLUMNS["prompt"] for cell in cells)
     if len(cells) == 1:
         return alone and (exact or cells[0].lower() in _OTHER_NAMES[:2])
     words = [re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cell).lower()) for cell in cells]
-    short = [set(each) for each in words if len(each) <= 2]  # as names are
+    short = [set(each) for each in words if len(each) <= 2]  # names are short
     ours, others = (any(each & set(names) for each in short) for names in (COLUMNS["prompt"], _OTHER_NAMES))
     if "\t" in line:
         return exact or ours or others
@@ -200,7 +200,7 @@ def _decode(data: bytes, where: str) -> str:
 
 
 def _decoded(data: bytes, where: str) -> str:
-    """A file's whole text; what is wrong in it is named with its line."""
+    """A file's whole text. An error names the line."""
     for number, line in enumerate(data.split(b"\n"), start=1):
         _decode(line, f"{where}, line {number}")
     return data.decode("utf-8")
@@ -279,10 +279,10 @@ def _table(text: str, where: str, form: str, needed: Sequence[str]) -> Iterator[
 
 
 def _cells(text: str, where: str, tabs: bool) -> Iterator[tuple[int, list[str]]]:
-    """The number of each row's last line, and its cells without the spaces around them."""
+    """Yields the number of each row's last line, and its cells without surrounding spaces."""
     dialect = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else dict(strict=True)
     reader = csv.reader(io.StringIO(text, newline=""), **dialect)
-    opened = 0  # the line of a last cell whose quote is not closed there
+    opened = 0  # line of a last cell with an unclosed quote
     try:
         for row in reader:
             cells = [cell.strip() for cell in row]

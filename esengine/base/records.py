@@ -1,4 +1,4 @@
-"""Reading a folder's JSON files; what is wrong in one is an error with its name and line."""
+"""Reads a folder's JSON and YAML files. An error names the file and the line."""
 
 import json
 import math
@@ -12,22 +12,22 @@ import yaml
 from esengine.base.errors import RunError
 
 LARGEST = 3.5e38
-"""Beyond every float32, so that sums and differences of what is read are finite."""
+"""Limit of a number that is read. It is above every float32; sums and differences of such numbers are finite."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file that holds one JSON object."""
+    """Read a file that holds one JSON object."""
     try:
         found = json.loads(_text(path))
     except json.JSONDecodeError as error:
         raise RunError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nested too deeply
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or too deep nesting
         raise RunError(f"{path}: not as esengine writes it: {str(error)[:80]}") from error
     return _object(found, str(path))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A file that holds one YAML mapping."""
+    """Read a file that holds one YAML mapping."""
     try:
         found = yaml.safe_load(_text(path))
     except yaml.YAMLError as error:
@@ -40,11 +40,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path, parse: Callable[[dict[str, Any]], Any]) -> list[Any]:
-    """`parse` of each line's JSON object; a last line without its end is still being written and is left out.
+    """Apply `parse` to each line's JSON object. A last line without a newline is still being written and is skipped.
 
     Args:
         path: the file.
-        parse: takes a line's object; a KeyError, TypeError or ValueError of its is blamed on the line.
+        parse: takes a line's object. Its KeyError, TypeError or ValueError becomes a RunError that names the line.
     """
     *lines, _unfinished = _text(path).split("\n")
     found = []
@@ -61,7 +61,7 @@ def read_lines(path: Path, parse: Callable[[dict[str, Any]], Any]) -> list[Any]:
 
 @contextmanager
 def as_written(where: str | Path) -> Iterator[None]:
-    """What a file lacks, or holds in another type than esengine writes, becomes a RunError that names the file."""
+    """Turn an error about a missing or wrongly typed value in a file into a RunError that names the file."""
     try:
         yield
     except KeyError as error:
@@ -71,7 +71,7 @@ def as_written(where: str | Path) -> Iterator[None]:
 
 
 def number(value: Any) -> float:
-    """A float; NaN for null and for what no float32 holds. ValueError for anything but a number."""
+    """The value as a float; NaN for null and for numbers beyond float32. Raises ValueError if it is no number."""
     if value is None:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -80,14 +80,14 @@ def number(value: Any) -> float:
 
 
 def text(value: Any) -> str:
-    """The value, which is a text. ValueError for anything else."""
+    """The value if it is a string. Raises ValueError otherwise."""
     if not isinstance(value, str):
         raise ValueError(f"expected a text, got {value!r:.40}")
     return value
 
 
 def texts(value: Any) -> list[str]:
-    """The value, which is a list of texts. ValueError for anything else."""
+    """The value if it is a list of strings. Raises ValueError otherwise."""
     if not isinstance(value, list):
         raise ValueError(f"expected a list of texts, got {value!r:.40}")
     return [text(item) for item in value]

@@ -1,7 +1,7 @@
-"""Settings from a YAML file: plain values only, so that no file makes more of itself than it says.
+"""Reads settings from a YAML file. Only plain values are allowed, so that a file cannot expand into more than it holds.
 
-Refused, with the line: tags, aliases, keys given twice, deep nesting, numbers as 1:30, and text that no file name or
-prompt could hold. Numbers such as 1e-2, which YAML 1.1 reads as text, are numbers.
+These are rejected with their line: tags, aliases, keys given twice, deep nesting, numbers such as 1:30, and text that
+no file name or prompt could hold. Numbers such as 1e-2, which YAML 1.1 reads as text, are read as numbers.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ import yaml
 from esengine.base.errors import ConfigError
 from esengine.base.files import read_regular
 
-MOST_BYTES = 1 << 20
+MAX_BYTES = 1 << 20
 _DEEPEST = 8
 _DIGITS = 40
 
 MAX_COUNT = 1 << 20
-"""Upper bound of a count that takes memory, far beyond any use."""
+"""Upper bound of a count that takes memory, far above practical values."""
 MAX_STEPS = 1 << 31
 
 
@@ -39,10 +39,10 @@ def read_yaml(path: Path) -> Any:
     """The values of a YAML file.
 
     Raises:
-        ConfigError: the file cannot be read, or holds what the module refuses; with the line.
+        ConfigError: the file cannot be read, or holds what this module rejects. The message has the line.
     """
     try:
-        data = read_regular(path, MOST_BYTES)
+        data = read_regular(path, MAX_BYTES)
         _require_plain(text := data.decode("utf-8"))
         loader = _Loader(text)
         try:
@@ -58,10 +58,10 @@ def read_yaml(path: Path) -> Any:
 
 
 def from_dict(base: Any, data: Any, where: str) -> Any:
-    """A dataclass with the settings of nested mappings.
+    """A copy of the dataclass `base` with the settings of nested mappings.
 
     Raises:
-        ConfigError: an unknown name, a value of another type or out of range; it begins with `config` and `where`.
+        ConfigError: an unknown name, or a value of another type or out of range. It begins with `config` and `where`.
     """
     return _from_dict(base, data, where, where)
 

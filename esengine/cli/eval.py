@@ -1,4 +1,4 @@
-"""`esengine eval`: base and adapters on the same prompts and latents, as a table or as a folder with every image."""
+"""`esengine eval`: compares base and adapters on the same prompts and latents. Prints a table or fills a folder."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from esengine.evaluation.draw import Plan, compare_entries, draw, load_entry, pr
 from esengine.evaluation.entries import Entry, adapter_of, default_entries, parse_entries
 from esengine.evaluation.folder import EvaluationFolder
 from esengine.evaluation.statistics import Report, summarise
-from esengine.models import SanaSprint, TextEmbeddings, require_pipeline
+from esengine.models import Generator, TextEmbeddings, require_pipeline
 from esengine.models.defaults import Defaults, defaults
 from esengine.report import write_evaluation_page
 from esengine.rewards import Weighted, parse
@@ -26,11 +26,11 @@ from esengine.sampling.settings import ImageSettings
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What `evaluate` leaves.
+    """The result of `evaluate`.
 
     Attributes:
-        report: the statistics; None while other shards are at work.
-        folder: of the images and reports; None without --out or --benchmark.
+        report: the statistics; None while other shards are unfinished.
+        folder: folder of the images and reports; None without --out and --benchmark.
     """
 
     report: Report | None
@@ -38,12 +38,12 @@ class Evaluated:
 
 
 def evaluate(config: EvalConfig, progress: Progress) -> Evaluated:
-    """Compare entries on prompts; what the flags leave open comes from the run folder.
+    """Compare entries on prompts. Settings that the flags do not give come from the run folder.
 
     Raises:
-        ConfigError: no adapter, model, prompts, entry or reward that can be used; nothing is written.
-        RunError: the folder holds another evaluation, or another process draws the same shard.
-        RewardError, RenderError: an image could not be drawn or scored; what was done before is kept.
+        ConfigError: the adapter, model, prompts, an entry or the reward cannot be used. Nothing is written.
+        RunError: the folder holds another evaluation, or another process renders the same shard.
+        RewardError, RenderError: an image could not be rendered or scored. Finished images are kept.
     """
     run = load_run(config.run_dir) if config.run_dir else TrainConfig()
     name, revision = config.model or run.model, config.revision or (None if config.model else run.revision)
@@ -71,7 +71,7 @@ def evaluate(config: EvalConfig, progress: Progress) -> Evaluated:
     progress.note(f"model {name} on {device} in {str(dtype).removeprefix('torch.')}: {labels}")
     model = load_model(name, revision, device, dtype, image.vae)
     for entry in entries:
-        load_entry(model, entry)  # a damaged adapter is told of before an hour of drawing
+        load_entry(model, entry)  # reports a damaged adapter before any rendering
     repeats = 1 if config.benchmark else run.es.repeats
     plan = Plan(
         entries=entries,
@@ -90,10 +90,10 @@ def _setting_of_prompts(config: EvalConfig) -> str:
 
 
 def _scored(config: EvalConfig, run: TrainConfig, silent: Defaults) -> str:
-    """The rewards of an evaluation: what the flags say, a benchmark's, or the run's with those that it watched.
+    """The rewards of an evaluation: those of --reward, else the benchmark's, else the run's with its held-out rewards.
 
-    The nano benchmark of a run of its model has the run's and their weighted sum, and its own judges but for those that
-    the run named itself, perhaps with other weights.
+    The nano benchmark on a run of the model `nano` uses the last of these: the run's rewards with their weights, and
+    the model's other judges with weight 0.
     """
     if config.reward:
         return config.reward
@@ -107,9 +107,9 @@ def _scored(config: EvalConfig, run: TrainConfig, silent: Defaults) -> str:
 
 @dataclass(frozen=True)
 class _Job:
-    """An evaluation that is ready to be drawn."""
+    """An evaluation that is ready to render."""
 
-    model: SanaSprint
+    model: Generator
     reward: Weighted
     benchmark: Benchmark
     plan: Plan
@@ -118,7 +118,7 @@ class _Job:
     progress: Progress
 
     def at_once(self) -> Report:
-        """Draw everything, keep no image."""
+        """Render and score everything, without keeping the images."""
         return compare_entries(
             self.model,
             self._texts(),
@@ -130,13 +130,17 @@ class _Job:
         )
 
     def in_folder(self, path: Path, shard: tuple[int, int]) -> Report | None:
-        """Draw what the folder lacks of this shard; then, if it lacks nothing at all, make the report."""
+        """Render the missing images of this shard. If no shard lacks an image, also write the report and the page.
+
+        Returns:
+            The report; None if other shards are unfinished.
+        """
         with EvaluationFolder.open(path, shard) as folder:
             with folder.alone():  # one process encodes, the others find it in the cache
                 record = folder.begin(self.record, keep=() if self.image.chunk else ("chunk",))
                 try:
                     folder.keep_curves(self.plan.entries)
-                except RunError as error:  # of another folder than this one
+                except RunError as error:  # it concerns a run folder, not this one
                     self.progress.note(f"warning: the page will have no curves of training: {error}")
                 texts = self._texts()
             plan = replace(self.plan, chunk=record["settings"]["chunk"])
@@ -184,7 +188,7 @@ def _folder(config: EvalConfig, benchmark: Benchmark) -> Path | None:
 
 
 def _shard(config: EvalConfig, folder: Path | None) -> tuple[int, int]:
-    """The flag's, else this process's place under torchrun."""
+    """Shard (k, n) of --shard. Without the flag, this process's place under torchrun."""
     k, n = map(int, config.shard.split("/")) if config.shard else place()
     if folder is None and n > 1:
         raise ConfigError(f"shard: {n} processes meet in a folder, give it with --out")
@@ -192,9 +196,9 @@ def _shard(config: EvalConfig, folder: Path | None) -> tuple[int, int]:
 
 
 def _record(
-    name: str, model: SanaSprint, benchmark: Benchmark, plan: Plan, reward: Weighted, image: ImageSettings
+    name: str, model: Generator, benchmark: Benchmark, plan: Plan, reward: Weighted, image: ImageSettings
 ) -> dict:
-    """What evaluation.json says: everything that has a say in a pixel or a score."""
+    """The contents of evaluation.json: everything that affects a pixel or a score."""
     return {
         "benchmark": benchmark.name,
         "prompts": len(benchmark),

@@ -1,6 +1,6 @@
-"""From flags to settings, and errors about settings in the words that the user typed.
+"""Reads settings from flags, and rewrites errors about settings so that they name the flag that the user typed.
 
-Everything here is plain Python, so that `--help` answers before torch is imported.
+This module does not import torch, so `--help` is fast.
 """
 
 import contextlib
@@ -21,11 +21,12 @@ from esengine.sampling.settings import ImageSettings
 
 
 def parse_train(args: list[str]) -> TrainConfig:
-    """Defaults, for the model `nano` its packaged ones; then the YAML of --config (with --resume, the run's own); then
-    the flags.
+    """The settings of `esengine train`. Flags override the YAML file, and the YAML file overrides the defaults.
+
+    The YAML file is that of --config, or with --resume the run's config.yaml. The model `nano` has packaged defaults.
 
     Raises:
-        ConfigError: a file that cannot be read, an unknown or ill-typed setting, or a value out of range.
+        ConfigError: a file cannot be read, or a setting is unknown, of the wrong type or out of range.
     """
     source, run = _below(args)
     data = {} if source is None else read_settings(source)
@@ -35,7 +36,7 @@ def parse_train(args: list[str]) -> TrainConfig:
     packaged = source is not None and source.parent == DATA
     if not run and not packaged and (_peek(args, "model") or data.get("model", "nano")) == "nano":
         default = load("nano")
-        if isinstance(lora := data.get("lora"), dict) and "alpha" in lora:  # that of all layers, as the flag is
+        if isinstance(lora := data.get("lora"), dict) and "alpha" in lora:  # it applies to all layers, as the flag does
             data = data | {"lora": {"alpha_pattern": {}} | lora}
     if source is not None:
         default = from_dict(default, data, str(source))
@@ -44,7 +45,7 @@ def parse_train(args: list[str]) -> TrainConfig:
     config = tyro.cli(TrainConfig, args=args, default=default, prog="esengine train")
     chosen = _peek(args, "es.prompts-per-step") or (data.get("es") or {}).get("prompts_per_step")
     if config.prompts is not None and (chosen is None or source == DATA / "nano.yaml"):
-        with contextlib.suppress(ConfigError):  # the run itself tells what is wrong with the file
+        with contextlib.suppress(ConfigError):  # the run reports the error in the file
             count = len(read_prompt_file(config.prompts)["prompt"])
             per_step = min(count, config.es.prompts_per_step)
             config = dataclasses.replace(config, es=dataclasses.replace(config.es, prompts_per_step=per_step))
@@ -52,7 +53,7 @@ def parse_train(args: list[str]) -> TrainConfig:
 
 
 def _below(args: list[str]) -> tuple[Path | None, bool]:
-    """The YAML file that lies below the flags, and whether it is that of a run. Help reads none: it always answers."""
+    """The YAML file that the flags override, and whether it is a run's. With --help no file is read: (None, False)."""
     if _asks_for_help(args):
         return None, False
     config, run_dir = _peek(args, "config"), _peek(args, "run-dir")
@@ -63,7 +64,7 @@ def _below(args: list[str]) -> tuple[Path | None, bool]:
 
 
 def parse(cls: type, args: list[str], prog: str) -> Any:
-    """A dataclass from its flags; image settings start from those of the run in --run-dir."""
+    """A dataclass from its flags. The defaults of image settings are those of the run in --run-dir."""
     default = cls()
     if hasattr(default, "image"):
         run_dir = None if _asks_for_help(args) else _peek(args, "run-dir")
@@ -76,7 +77,7 @@ def _asks_for_help(args: list[str]) -> bool:
 
 
 def _peek(args: list[str], flag: str) -> str | None:
-    """The value of a flag, in either spelling. Given twice, the last one counts, as in the parser itself."""
+    """The value of a flag, spelled with - or _. If it is given twice, the last one counts, as in the parser."""
     found = None
     for i, arg in enumerate(args):
         name, equals, value = arg.partition("=")
@@ -92,10 +93,10 @@ def _switched_on(args: list[str], flag: str) -> bool:
 
 
 def as_typed(message: str, args: list[str]) -> str:
-    """An error that begins with a setting's name, with what the user typed in its place.
+    """Replace the setting's name at the start of an error message by what the user typed.
 
-    That is the flag as it was typed; else the file below the flags that has the setting; else the flag as `--help`
-    spells it. Other messages stay as they are.
+    That is the flag as it was typed. If it was not typed, the message names the YAML file that has the setting. If no
+    file has it, the message has the flag as `--help` spells it. Other messages are returned unchanged.
     """
     head, colon, rest = message.partition(":")
     flags = {flag.removeprefix("--").replace("-", "_"): flag for flag in _flags()}
@@ -105,7 +106,7 @@ def as_typed(message: str, args: list[str]) -> str:
         return message
     typed = {arg.partition("=")[0].replace("_", "-"): arg.partition("=")[0] for arg in args if arg.startswith("--")}
     said = [typed[flag] for name, flag in flags.items() if "." in name and name in rest and flag in typed]
-    if said and not any(flags[name] in typed for name in found):  # the setting is at odds with one that was typed
+    if said and not any(flags[name] in typed for name in found):  # the setting conflicts with a typed one
         return f"{said[0]}: {message}"
     if not any(flags[name] in typed for name in found) and (file := _holder(found[0], args)):
         return f"{file}: {message}"
@@ -115,13 +116,13 @@ def as_typed(message: str, args: list[str]) -> str:
 
 
 def _one(name: str, flags: Collection[str]) -> str | None:
-    """The setting of that name, or the only one whose name ends with it."""
+    """The setting of that name, or the only one whose last part is that name. None if there is no such one."""
     found = [each for each in flags if each == name] or [each for each in flags if each.endswith(f".{name}")]
     return found[0] if len(found) == 1 else None
 
 
 def _holder(name: str, args: list[str]) -> str | None:
-    """The file below the flags that has a setting, as an error begins with it."""
+    """The YAML file that has a setting, as the start of an error message; None if no file has it."""
     source, run = _below(args)
     run_dir = _peek(args, "run-dir")
     if source is None and run_dir and args[:1] != ["train"]:

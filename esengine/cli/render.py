@@ -1,4 +1,4 @@
-"""Looking at an adapter that exists: draw with it and with the base model."""
+"""`esengine render`: render prompts with an adapter and with the base model."""
 
 import re
 from dataclasses import asdict, dataclass
@@ -15,7 +15,7 @@ from esengine.base.prompt_files import read_prompts
 from esengine.cli.settings import RenderConfig
 from esengine.evaluation.draw import EVAL_STEP
 from esengine.evaluation.entries import adapter_of
-from esengine.models import SanaSprint
+from esengine.models import Generator
 from esengine.models.defaults import defaults
 from esengine.report import write_gallery
 from esengine.run.pictures import draw_strip
@@ -26,13 +26,20 @@ from esengine.sampling.rollout import Renderer, render_all
 
 GALLERY = DATA / "prompts_gallery.txt"
 EARLIER = "earlier"
-"""Folder beside the images, for those of an earlier call."""
+"""Name of the subfolder for images of an earlier call."""
 _OURS = re.compile(r"\d{4,}_[a-z0-9-]+_(base|adapter)\.png")
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What `render` wrote: so many single images and one sheet of all, in a folder; for a gallery a page instead."""
+    """The output of `render`.
+
+    Attributes:
+        folder: folder of the files.
+        sheet: one picture with all images.
+        images: number of single images; 0 for a gallery.
+        page: HTML page of a gallery.
+    """
 
     folder: Path
     sheet: Path
@@ -41,10 +48,10 @@ class Drawn:
 
 
 def render(config: RenderConfig, progress: Progress) -> Drawn:
-    """Draw each prompt with the base model and the adapter, from shared latents, into a folder of PNG files.
+    """Render each prompt with the base model and the adapter, from the same latents, into a folder of PNG files.
 
-    Those of an earlier call that have other names are moved to `earlier` in it. A gallery is gallery.png and
-    gallery.html instead.
+    PNG files of an earlier call with other names are moved to the subfolder `earlier`. With `gallery` the output is
+    gallery.png and gallery.html instead.
     """
     run = load_run(config.run_dir) if config.run_dir else TrainConfig()
     if config.gallery:
@@ -94,7 +101,7 @@ def render(config: RenderConfig, progress: Progress) -> Drawn:
     return Drawn(out, sheet, len(files))
 
 
-def _model_with_adapter(config: RenderConfig, run: TrainConfig, vae: str | None, progress: Progress) -> SanaSprint:
+def _model_with_adapter(config: RenderConfig, run: TrainConfig, vae: str | None, progress: Progress) -> Generator:
     adapter = config.adapter or (adapter_of(config.run_dir) if config.run_dir else None)
     if adapter is None:
         raise ConfigError("adapter: expected --run-dir or --adapter, got neither")

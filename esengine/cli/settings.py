@@ -16,27 +16,29 @@ from esengine.sampling.settings import ImageSettings
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Compare models on the same prompts and latents: means, paired differences to the first, and who wins.
+    """Compare models on the same prompts and latents: mean scores, paired differences to the first, win rates.
 
     `esengine eval --run-dir RUN` compares base and adapter on the run's held-out prompts and prints a table.
 
-    `esengine eval --run-dir RUN --benchmark partiprompts` is the full evaluation: base at one step, the adapter, base
-    at two steps; an image of each prompt; PickScore, CLIP, aesthetic and no-artifacts scores. It leaves a folder of
-    images, scores.jsonl, and a report as HTML, Markdown, CSV and JSON. Killed at any point, the same command goes on
-    and ends with the same table. Several processes share the work under torchrun, or with --shard.
+    `esengine eval --run-dir RUN --benchmark partiprompts` is the full evaluation. It compares the base at one step,
+    the adapter, and the base at two steps, with one image of each prompt, by PickScore, CLIP, aesthetic and
+    no-artifacts scores. It writes a folder with the images, scores.jsonl, and a report as HTML, Markdown, CSV and JSON.
+    If it is killed, the same command continues and ends with the same table. Several processes can share the work:
+    under torchrun, or with --shard.
 
-    A file of prompts is text with a prompt on each line; or a table, .tsv or .csv, with a column Prompt and perhaps
-    Category and Challenge; or .jsonl with these as keys.
+    A file of prompts is text with one prompt a line; or a .tsv or .csv table with a column Prompt, and optionally
+    Category and Challenge; or .jsonl with these keys.
     """
 
     run_dir: Path | None = None
-    """A run's folder: its adapter, and its settings for what the other flags leave open."""
+    """A run's folder. Its adapter is used, and its settings are the defaults of the other flags."""
     adapter: Path | None = None
-    """An adapter's folder, instead of the run's."""
+    """An adapter's folder, to use instead of the run's."""
     benchmark: str | None = None
-    """`partiprompts` or `drawbench`, from the hub or the file of --prompts; `nano`; or a file of prompts."""
+    """`partiprompts` or `drawbench`, read from the hub or from --prompts. Or `nano`. Or a file of prompts."""
     entries: tuple[str, ...] = ()
-    """Model @ denoising steps: base@1, adapter@1 (the run's), FOLDER@1, NAME=FOLDER@1; the first is what to beat."""
+    """What to compare, as model@steps: base@1, adapter@1 (the run's), FOLDER@1, NAME=FOLDER@1. The others are compared
+    with the first."""
     model: str | None = None
     """A SanaSprintPipeline folder, a hub id, `nano` or `tiny`."""
     revision: str | None = None
@@ -44,24 +46,24 @@ class EvalConfig:
     prompts: Path | None = None
     """File of prompts, such as a PartiPrompts.tsv for --benchmark. By default the run's held-out prompts."""
     limit: int | None = None
-    """So many prompts, the first ones."""
+    """Use only so many prompts, from the first."""
     reward: str | None = None
-    """Rewards: `a=1.0,my_module:score=0`. By default the run's; for the benchmark `nano` all judges of that model, of a
-    run_dir of it beside the run's; for any other benchmark pickscore and its three companions."""
+    """Rewards: `a=1.0,my_module:score=0`. By default the run's. For the benchmark `nano`: all judges of that model, and
+    the rewards of --run-dir. For any other benchmark: pickscore, clip_text, aesthetic and no_artifacts."""
     seed: int | None = None
-    """Keys the latents, with a prompt's place in its file. By default the run's."""
+    """Seed of the latents. By default the run's."""
     repeats: int | None = None
-    """Images of each prompt. By default the run's; for a benchmark 1."""
+    """Images of each prompt. By default the run's number, and 1 for a benchmark."""
     out: Path | None = None
-    """Folder of images and reports; for a benchmark, by default, evaluations/NAME in the run's folder or here."""
+    """Folder for images and reports. For a benchmark it is evaluations/NAME by default, in the run's folder or here."""
     shard: str | None = None
-    """K/N: part K (from 0) of N; the process that finishes last makes the report. By default torchrun's place."""
+    """K/N: draw part K of N, counted from 0. The last process writes the report. By default torchrun's rank."""
     json: Path | None = None
-    """Also write report.json there."""
+    """Also write report.json to this path."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU when there is one, under torchrun the process's own."""
+    """cpu, cuda, cuda:1 and so on. auto: a GPU if there is one; under torchrun, the GPU of this process."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """auto: the run's; without a run, bfloat16 on a GPU and float32 on a CPU."""
+    """Data type of the model. auto: the run's; without a run, bfloat16 on a GPU and float32 on a CPU."""
     image: tyro.conf.AvoidSubcommands[ImageSettings | None] = None
 
     def __post_init__(self):
@@ -78,30 +80,30 @@ class RenderConfig:
     """Draw prompts with the base model and the adapter, from the same latents, side by side."""
 
     prompts: tyro.conf.Positional[tuple[str, ...]] = ()
-    """What to draw. Without any, the first of --prompts-file."""
+    """Prompts to draw. By default the first of --prompts-file."""
     prompts_file: Path | None = None
-    """File of prompts: text with one on each line, .tsv, .csv or .jsonl. By default the packaged held-out list."""
+    """File of prompts: text with one prompt a line, .tsv, .csv or .jsonl. By default the packaged held-out list."""
     limit: int = 8
-    """So many prompts of the file."""
+    """Number of prompts to draw from the file."""
     gallery: bool = False
-    """The eight prompts of the published run, as gallery.png and gallery.html instead of single images."""
+    """Draw the eight prompts of the published run, and write gallery.png and gallery.html instead of single images."""
     run_dir: Path | None = None
-    """A run's folder: its adapter, and its settings for what the other flags leave open."""
+    """A run's folder. Its adapter is used, and its settings are the defaults of the other flags."""
     adapter: Path | None = None
-    """An adapter's folder, instead of the run's."""
+    """An adapter's folder, to use instead of the run's."""
     model: str | None = None
     """A SanaSprintPipeline folder, a hub id, `nano` or `tiny`."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     out: Path | None = None
-    """Folder for the images. By default renders in the run's folder; without a run, here. Images of an earlier call
-    are moved to `earlier` in it."""
+    """Folder for the images. By default `renders` in the run's folder, or here without a run. Images of an earlier call
+    are moved to its subfolder `earlier`."""
     seed: int | None = None
-    """Keys the latents. By default the run's."""
+    """Seed of the latents. By default the run's."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU when there is one."""
+    """cpu, cuda, cuda:1 and so on. auto: a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """auto: the run's; without a run, bfloat16 on a GPU and float32 on a CPU."""
+    """Data type of the model. auto: the run's; without a run, bfloat16 on a GPU and float32 on a CPU."""
     image: tyro.conf.AvoidSubcommands[ImageSettings | None] = None
 
     def __post_init__(self):
@@ -122,15 +124,15 @@ def _check_common(config: EvalConfig | RenderConfig) -> None:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Write report.html, a page that needs no network, into the folder of a finished evaluation or of any run."""
+    """Write report.html into the folder of a run or of a finished evaluation. The page needs no network."""
 
     folder: tyro.conf.Positional[Path] = Path(".")
-    """Of a run or an evaluation."""
+    """The folder of a run or an evaluation."""
 
 
 @dataclass(frozen=True)
 class EnvConfig:
-    """Versions, devices, and which kernels are in use and why."""
+    """Show versions, devices, and which kernels are used and why."""
 
     json: bool = False
-    """As JSON."""
+    """Print JSON."""

@@ -2,9 +2,9 @@
 
     W_i = W + delta + c U' V^T        y_i = x (W + delta)^T + bias + c (x V) U'^T
 
-Theta is delta, fp32 [out, in] for each target, and starts at zero. Beside the frozen W a target keeps W + delta,
-rounded once to W's dtype, with which it computes: a forward costs what it does without delta. Noise is never rounded
-into a weight.
+Theta is delta, fp32 [out, in] for each target. It starts at zero. A target keeps the frozen W and also W + delta,
+rounded once to W's dtype. It computes with W + delta, so delta adds no cost to a forward. Noise is never rounded into a
+weight.
 
 Source: Sarkar et al., "Evolution Strategies at the Hyperscale" (arXiv 2511.16652), eq. 4-7.
 """
@@ -26,19 +26,19 @@ from esengine.es.layers import ADAPTER, U_OUT, Target, Theta, V
 
 @dataclass(frozen=True)
 class Direct:
-    """Which weights `esengine.attach` perturbs and moves, in place of a LoraConfig.
+    """Selects the weights that `esengine.attach` perturbs and updates. Used in place of a LoraConfig.
 
     Attributes:
-        target_modules: as in `peft.LoraConfig`: names that a layer's name ends with, a regular expression of the whole
-            name, "all-linear", or None for those that PEFT knows for the architecture.
-        exclude_modules: likewise, layers to leave out.
+        target_modules: as in `peft.LoraConfig`: suffixes of layer names, a regular expression for the whole name,
+            "all-linear", or None for PEFT's defaults for the architecture.
+        exclude_modules: layers to leave out, in the same form.
     """
 
     target_modules: Sequence[str] | str | None = None
     exclude_modules: Sequence[str] | str | None = None
 
     def selection(self) -> LoraConfig:
-        """The LoraConfig that selects the same layers. Raises TypeError for what cannot be names."""
+        """The LoraConfig that selects the same layers. Raises TypeError for a value that does not hold names."""
         return LoraConfig(
             r=1,
             target_modules=_names("target_modules", self.target_modules),
@@ -47,7 +47,7 @@ class Direct:
 
 
 class DirectLinear(Target, nn.Module, BaseTunerLayer):
-    """A linear whose weight is W + delta and which perturbs that. Switched off as PEFT's layers are, it is W alone."""
+    """A linear that computes with W + delta and perturbs it. With adapters disabled, as in PEFT, it computes with W."""
 
     adapter_layer_names = ("delta",)
 
@@ -55,20 +55,20 @@ class DirectLinear(Target, nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         weight = base_layer.weight.detach()
-        # below the base layer: who asks a module for the dtype of its first parameter is to get W's
+        # after the base layer: the dtype of the module's first parameter must be W's
         self.delta = nn.ParameterDict({adapter_name: torch.zeros_like(weight, dtype=torch.float32)})
         self.register_buffer("moved", weight.clone(), persistent=False)
 
     @property
     def base_weight(self) -> torch.Tensor:
-        """W + delta as of the last `refresh`, [out, in]."""
+        """W + delta as of the last `refresh`, [out, in]; W with adapters disabled."""
         return self.base_layer.weight if self.disable_adapters else self.moved
 
     def thetas(self) -> dict[str, Theta]:
         return {"delta": Theta(self.delta[ADAPTER], U_OUT, V)}
 
     def lora(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of full rank r = min(in, out), with B A = delta bit for bit: one of the two is delta, the other 1."""
+        """A LoRA of full rank r = min(in, out), with B A = delta bit for bit: one factor is delta, the other is 1."""
         delta = self.delta[ADAPTER].data
         one = torch.eye(min(delta.shape), dtype=delta.dtype, device=delta.device)
         return (one, delta) if delta.shape[1] <= delta.shape[0] else (delta, one)
@@ -78,11 +78,11 @@ class DirectLinear(Target, nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        torch.add(self.base_layer.weight, self.delta[ADAPTER], out=self.moved)  # in place: stacks and graphs hold it
+        torch.add(self.base_layer.weight, self.delta[ADAPTER], out=self.moved)  # in place: stacks and graphs use it
 
 
 def full_rank(config: LoraConfig, layers: Mapping[str, Target]) -> LoraConfig:
-    """`config` for the adapters that `DirectLinear.lora` makes: each layer of its own rank, and alpha = r."""
+    """`config` for the adapters that `DirectLinear.lora` makes: each layer has its full rank r, and alpha = r."""
     config = copy.deepcopy(config)
     ranks = {name: min(layer.base_weight.shape) for name, layer in layers.items()}
     config.r = config.lora_alpha = Counter(ranks.values()).most_common(1)[0][0]

@@ -1,13 +1,14 @@
-"""Ask and tell: a step asks for scores of every member on some prompts, and is told them.
+"""Ask and tell: `ask` returns a step's task, `tell` takes its scores and updates the adapter.
 
     task = engine.ask()                        which members, prompts and repeats to render
     scores = ...                               float32 [N, P, R], by any means
-    engine.tell(task, scores)                  fitness, update, on to the next step
+    engine.tell(task, scores)                  fitness, update, next step
 
-The state is explicit (the population's, and the number of the next step), so a run can be stopped, moved and resumed
-between any two calls. How images are rendered and scored is not known here.
+The state is explicit: the population's state and the number of the next step. So a run can be stopped, moved and
+resumed between any two calls. The engine does not depend on how images are rendered and scored.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,11 +18,12 @@ from esengine.base.errors import ConfigError
 from esengine.es.fitness import METHODS, PROMPT_STDS, shape
 from esengine.es.population import Population
 from esengine.es.prompts import PromptSampler
+from esengine.es.rows import Rows
 
 
 @dataclass(frozen=True)
 class Task:
-    """One step's work: N members each render P prompts R times.
+    """One step's work: each of N members renders P prompts R times.
 
     Attributes:
         step: the step of the noise contract.
@@ -44,11 +46,11 @@ class Task:
     def images(self) -> int:
         return self.size * len(self.prompts) * self.repeats
 
-    def rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def rows(self) -> Rows:
         """Member, prompt and repeat of every image, each int64 [N P R], in the order of the flattened scores."""
         members, prompts, repeats = torch.arange(self.size), self.prompts, torch.arange(self.repeats)
         grid = torch.meshgrid(members, prompts, repeats, indexing="ij")
-        return tuple(axis.reshape(-1) for axis in grid)
+        return Rows(*(axis.reshape(-1) for axis in grid))
 
 
 class Engine:
@@ -56,13 +58,13 @@ class Engine:
 
     Args:
         population: from `esengine.attach`.
-        sampler: which prompts a step draws.
+        sampler: draws the prompts of each step.
         size: population size N, even.
         repeats: images of each prompt for each member.
         shaping: one of `esengine.es.fitness.METHODS`.
         prompt_std: one of `esengine.es.fitness.PROMPT_STDS`.
-        drop_pairs: Members with a score that is not finite, and their antithetic halves, get fitness 0 and no part in
-            that of the others. Otherwise such a score is an error.
+        drop_pairs: If True, a member with a score that is not finite and its antithetic partner get fitness 0. They do
+            not affect the fitness of other members. If False, such a score is an error.
 
     Attributes:
         step: number of the next step.
@@ -93,15 +95,20 @@ class Engine:
         self.drop_pairs = drop_pairs
 
     def ask(self) -> Task:
-        """The next step's work. Asking again gives the same task until it is told."""
+        """The next step's task. Repeated calls return the same task until `tell`."""
         return Task(self.step, self.sampler.draw(self.step), self.size, self.repeats)
+
+    def tasks(self, until: int) -> Iterator[Task]:
+        """Yields the task of each step until `until` steps are done. Call `tell` before taking the next task."""
+        while self.step < until:
+            yield self.ask()
 
     def fitness(self, task: Task, scores: torch.Tensor) -> torch.Tensor:
         """float32 [N] from scores float32 [N, P, R] (or flat in the order of `Task.rows`)."""
         if scores.shape not in (task.shape, (task.images,)):
             raise ValueError(f"scores: expected float32 {list(task.shape)}, got {list(scores.shape)}")
         scores = scores.reshape(task.shape)
-        whole = scores.isfinite().all(2).all(1).view(-1, 2).all(1).repeat_interleave(2)  # of each member, both halves
+        whole = scores.isfinite().all(2).all(1).view(-1, 2).all(1).repeat_interleave(2)  # [N], per pair
         if whole.all() or not self.drop_pairs:
             return shape(scores, self.shaping, self.prompt_std)
         fitness = scores.new_zeros(len(scores))
@@ -109,24 +116,26 @@ class Engine:
             fitness[whole] = shape(scores[whole], self.shaping, self.prompt_std)
         return fitness
 
-    def tell(self, task: Task, scores: torch.Tensor) -> dict[str, float]:
-        """Update the adapter and go on to the next step.
+    def tell(self, task: Task, scores: torch.Tensor) -> dict[str, Any]:
+        """Update the adapter and advance to the next step.
 
         Args:
-            task: what `ask` gave.
-            scores: float32 [N, P, R], higher is better; finite, unless pairs may be dropped.
+            task: the task that `ask` returned.
+            scores: float32 [N, P, R], higher is better; finite unless `drop_pairs`.
 
         Returns:
-            L2 norms by name: gradient_norm, step_norm, adapter_norm.
+            `fitness`, the float32 [N] that the update used, and the L2 norms gradient_norm, step_norm, adapter_norm.
 
         Raises:
-            ValueError: another step's task, or scores of another shape or dtype or not finite; nothing has changed.
+            ValueError: the task is another step's, or scores have another shape or dtype or are not finite. Nothing has
+                changed then.
         """
         if task.step != self.step:
             raise ValueError(f"task: expected one of step {self.step}, got one of step {task.step}")
-        stats = self.population.update(step=task.step, fitness=self.fitness(task, scores))
+        fitness = self.fitness(task, scores)
+        stats = self.population.update(step=task.step, fitness=fitness)
         self.step += 1
-        return asdict(stats)
+        return {"fitness": fitness, **asdict(stats)}
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "population": self.population.state_dict()}

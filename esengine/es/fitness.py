@@ -1,16 +1,16 @@
-"""From a population's scores to one fitness for each member.
+"""Computes one fitness for each member from a population's scores.
 
 Symbols: s[n, p, r] is the score of member n on prompt p, repeat r; N, P, R their counts. All in float64 inside.
 
-    c[n, p, r] = s[n, p, r] - mean_{n, r} s[:, p, :]        a prompt's level says nothing about a member
+    c[n, p, r] = s[n, p, r] - mean_{n, r} s[:, p, :]        removes each prompt's mean
     f[n]       = mean_{p, r} c[n, p, r] / d[p]
 
     d[p] = d = sqrt(mean_{n, p, r} c^2)                     global: one standard deviation for all prompts
-    d[p] = max(sqrt(mean_{n, r} c[:, p, :]^2), d / 100)     own: each prompt's, so that none outweighs the others; below
-                                                            a hundredth of the global one it is taken for rounding
+    d[p] = max(sqrt(mean_{n, r} c[:, p, :]^2), d / 100)     own: each prompt's, so that all weigh the same; less than a
+                                                            hundredth of the global one counts as rounding error
 
-f is in units of one standard deviation, so rounding it to 9 decimals is below float32's own resolution of it; it
-makes members that are equal on paper exactly equal, so ties tie and a flat population stays flat.
+f is in units of one standard deviation and is rounded to 9 decimals, which is finer than float32 resolves. The rounding
+makes mathematically equal members exactly equal, so ties stay ties and a flat population stays flat.
 """
 
 import torch
@@ -20,7 +20,7 @@ PROMPT_STDS = ("global", "own")
 
 
 def prompt_normalized(scores: torch.Tensor, prompt_std: str = "global") -> torch.Tensor:
-    """Each prompt's mean over population and repeats removed, over a (biased) standard deviation, averaged.
+    """Scores minus their prompt's mean, divided by a (biased) standard deviation and averaged for each member.
 
     Args:
         scores: float32 [N, P, R], finite.
@@ -30,21 +30,22 @@ def prompt_normalized(scores: torch.Tensor, prompt_std: str = "global") -> torch
         float32 [N] on the scores' device; zeros if no prompt's scores vary.
 
     Raises:
-        ValueError: another shape or dtype, an empty dimension, a score that is not finite, or an unknown `prompt_std`.
+        ValueError: scores of another shape or dtype, with an empty dimension or a value that is not finite; or an
+            unknown `prompt_std`.
 
-    Source: global as the published run's; own as GRPO's, Shao et al., arXiv 2402.03300.
+    Source: `global` is the published run's; `own` is GRPO's, Shao et al., arXiv 2402.03300.
     """
     return _normalized(scores, prompt_std).float()
 
 
 def shape(scores: torch.Tensor, method: str = "zscore", prompt_std: str = "global") -> torch.Tensor:
-    """Prompt-normalised scores f, shaped into the fitness that the update is given.
+    """Shape prompt-normalised scores f into the fitness that the update takes.
 
         zscore         (f - mean f) / std f, biased std
-        centered_rank  rank(f) / (N - 1) - 1/2 in [-1/2, 1/2], equal members sharing their average rank
+        centered_rank  rank(f) / (N - 1) - 1/2 in [-1/2, 1/2]; equal members share their average rank
         none           f
 
-    The same scores give the same bits on one device; reordering members reorders the result, up to float32 rounding.
+    The result is bitwise deterministic on one device. Reordering members reorders it, up to float32 rounding.
 
     Args:
         scores: float32 [N, P, R], finite.
@@ -52,23 +53,23 @@ def shape(scores: torch.Tensor, method: str = "zscore", prompt_std: str = "globa
         prompt_std: one of `PROMPT_STDS`.
 
     Returns:
-        float32 [N] on the scores' device; zeros if no member differs from another.
+        float32 [N] on the scores' device; zeros if all members are equal.
 
     Raises:
         ValueError: as `prompt_normalized`, or an unknown method.
 
-    Source: centred ranks as Salimans et al., arXiv 1703.03864.
+    Source: centred ranks are those of Salimans et al., arXiv 1703.03864.
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     f = _normalized(scores, prompt_std)
-    if (f == f[0]).all():  # a mean of equal values need not equal them, and a std of that error would blow it up
+    if (f == f[0]).all():  # rounding can make their mean differ from them, and dividing by std would amplify that
         return torch.zeros_like(f, dtype=torch.float32)
     if method == "zscore":
         f = (f - f.mean()) / f.std(unbiased=False)
     elif method == "centered_rank":
         _, group, count = torch.unique(f, return_inverse=True, return_counts=True)
-        rank = count.cumsum(0) - (count + 1) / 2  # average of the group's ranks, counted from 0
+        rank = count.cumsum(0) - (count + 1) / 2  # average rank of the group, from 0
         f = rank.double()[group] / (len(f) - 1) - 0.5
     return f.float()
 

@@ -1,6 +1,6 @@
-"""The drop-in layer: a linear that, inside `Population.perturbed`, gives each batch row its own member.
+"""The drop-in layer: a linear that perturbs each batch row by its member's noise inside `Population.perturbed`.
 
-`PopulationLinear` is PEFT's LoRA linear; `esengine.es.direct` has the one whose own weight is perturbed.
+`PopulationLinear` is PEFT's LoRA linear. `esengine.es.direct` has the linear whose weight itself is perturbed.
 """
 
 import functools
@@ -19,7 +19,7 @@ from esengine.kernels import Lora, MemberNoise, Streams, population_linear, popu
 ADAPTER = "default"
 
 V, U, V_OUT, U_OUT = range(4)
-"""Places of a linear's factors, in `Streams` and wherever there are four of them."""
+"""Positions of a linear's factors in `Streams` and in every other tuple of the four factors."""
 
 HONOURED = (
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"),
@@ -27,7 +27,7 @@ HONOURED = (
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "runtime_config", "megatron_core"),
 )
-"""Fields of a LoraConfig that may be set: what selects and scales layers, and what has no part in the forward."""
+"""LoraConfig fields that may be set: those that select and scale layers, and those that do not affect the forward."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Chunk:
     """What the layers need to perturb one batch of B rows.
 
     Attributes:
-        noise: of the batch; its step is int64 [1] on the device where Triton runs.
-        c: fp32 [B], sign * sigma / sqrt(k); torch path only, as is the next.
-        factors: V, U, V', U' of each layer by name, fp32 [P, L, k] of pairs whose B / P rows stand together; None where
-            a layer has no such factor.
+        noise: noise of the batch. With Triton its step is int64 [1] on the device.
+        c: fp32 [B], sign * sigma / sqrt(k). Torch path only.
+        factors: V, U, V', U' by layer name, fp32 [P, L, k]; each of P pairs has B / P consecutive rows. None where a
+            layer has no such factor. Torch path only.
     """
 
     noise: MemberNoise
@@ -47,13 +47,13 @@ class Chunk:
 
 
 class Scope:
-    """The chunk now in force, shared by a population and its layers, and what happened since it came into force.
+    """The current chunk, shared by a population and its layers, and what happened since `enter`.
 
     Attributes:
         chunk: None outside `Population.perturbed`.
         called: names of the layers that computed with their noise.
-        read: names of the layers whose weight was read by somebody else.
-        used: names of those with whose weight somebody else computed.
+        read: names of the layers whose weight was read by other code.
+        used: names of the layers whose weight other code computed with.
         ran: whether the whole module ran to its end.
     """
 
@@ -66,7 +66,10 @@ class Scope:
 
     @contextmanager
     def watch(self, module: nn.Module) -> Iterator[None]:
-        """Inside, note when `module` ran to its end. With a forward hook torch's encoder layers compute otherwise."""
+        """Within the context, record that `module` ran to its end.
+
+        This wraps forward, because torch's encoder layers take another path if they have a forward hook.
+        """
         before, forward = vars(module).get("forward"), module.forward
 
         @functools.wraps(forward)
@@ -91,16 +94,16 @@ _LOOKS = frozenset((
     *("is_floating_point", "get_device", "is_inference", "is_signed", "__len__"),
     *("new_zeros", "new_ones", "new_empty", "new_full"),
 ))  # fmt: skip
-"""What of a tensor does not depend on its numbers."""
+"""Tensor attributes and methods that do not depend on the tensor's values."""
 _VIEWS = ("data", "detach")
 _LIKE_THE_SECOND = ("to", "type_as", "view_as", "expand_as", "reshape_as")
-"""Methods that take no more than dtype, device or shape from their second argument."""
+"""Methods that take only dtype, device or shape from their second argument."""
 
 
 class WatchedWeight(torch.Tensor):
-    """A target's frozen weight in the hands of other code, for which there is no noise.
+    """A target's frozen weight as other code sees it. It has no noise.
 
-    Its dtype, device or shape may be asked for, as many modules do. Any use of its numbers is noted in the scope.
+    Code may read its dtype, device or shape, as many modules do. Any use of its values is recorded in the scope.
     """
 
     @classmethod
@@ -115,7 +118,7 @@ class WatchedWeight(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
         name = func.__name__
-        if name == "__get__":  # a property, whose function is that of a descriptor
+        if name == "__get__":  # a property: func is its descriptor's __get__
             name = func.__self__.__name__
         if name in _VIEWS and isinstance(args[0], WatchedWeight):
             return cls.of(result, args[0].note)
@@ -136,7 +139,7 @@ def _flat(value: object) -> Iterator[object]:
 
 
 class Theta(NamedTuple):
-    """One tensor that ES moves: fp32 [L, S], perturbed by U V^T / sqrt(k), and the places of U [L, k] and V [S, k]."""
+    """A tensor that ES optimises, fp32 [L, S], perturbed by U V^T / sqrt(k); the positions of U [L, k] and V [S, k]."""
 
     parameter: nn.Parameter
     u: int
@@ -144,7 +147,7 @@ class Theta(NamedTuple):
 
 
 class Target:
-    """What the forms of a perturbed linear share; comes before an `nn.Module` with a `base_layer` among the bases.
+    """Base class of the perturbed linears. List it before an `nn.Module` with a `base_layer` among the bases.
 
     Attributes:
         name, streams, scope: set by the population.
@@ -163,11 +166,11 @@ class Target:
     scale = 1.0
 
     def thetas(self) -> dict[str, Theta]:
-        """What ES moves, by the end of its name."""
+        """The tensors that ES optimises, by the suffix of their name."""
         raise NotImplementedError
 
     def lora(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [r, in] and B [out, r], fp32: `scale` times their product is what theta adds to the weight."""
+        """A [r, in] and B [out, r], fp32. Theta adds `scale` times B A to the weight."""
         raise NotImplementedError
 
     @property
@@ -177,27 +180,27 @@ class Target:
 
     @property
     def operands(self) -> Lora:
-        """The target as kernels take it."""
+        """The target in the form that kernels take."""
         return Lora(self.a, self.b, self.scale, stream_table((self.streams,), self.base_weight.device))
 
     @property
     def weight(self) -> torch.Tensor:
-        """`base_weight`, for code that takes this layer for a plain linear. It has no noise, so its use is noted."""
+        """`base_weight`, for code that treats this layer as a plain linear. It has no noise, so its use is recorded."""
         if self.scope is None or self.scope.chunk is None:
             return self.base_weight
         self.scope.read.add(self.name)
-        # torch's encoder layer goes by whether its tensors are of a subclass; a compiler sees no looks apart from uses
+        # torch's encoder layer checks for tensor subclasses; a compiler cannot tell reading a shape from computing
         if self.owner.forward is nn.TransformerEncoderLayer.forward or torch.compiler.is_compiling():
             return self.base_weight
         return WatchedWeight.of(self.base_weight, lambda: self.scope.used.add(self.name))
 
     def mark_called(self) -> None:
-        """Note that this layer computed with its noise. Whoever computes in its place calls this."""
+        """Record that this layer computed with its noise. Code that computes in its place must call this."""
         if self.scope is not None:
             self.scope.called.add(self.name)
 
     def require_in_force(self) -> None:
-        """Raises RuntimeError where something else would be computed than is perturbed."""
+        """Raises RuntimeError if the layer would compute something other than what is perturbed."""
         self.require_unmerged()
         if changed(self.base_layer):
             what = "has a base layer with a hook or a forward of its own, which would be left out; take that off"
@@ -209,7 +212,7 @@ class Target:
         raise RuntimeError(f"perturbed: the adapter of '{self.name}' {what}")
 
     def require_unmerged(self) -> None:
-        """Raises RuntimeError where the adapter is in the frozen weight."""
+        """Raises RuntimeError if the adapter is merged into the frozen weight."""
         if self.merged:
             raise RuntimeError(
                 f"adapter of '{self.name}' is merged into the weight, where noise or a step would count twice; take it "
@@ -220,17 +223,17 @@ class Target:
         raise NotImplementedError
 
     def refresh(self) -> None:
-        """Theta has changed: take it over into whatever is derived from it."""
+        """Recompute what is derived from theta, after theta has changed."""
 
     def lengths(self) -> tuple[int, ...]:
-        """Of V, U, V', U'; 0 where there is none."""
+        """Lengths of V, U, V', U'; 0 for a factor that does not exist."""
         found = [0] * 4
         for theta in self.thetas().values():
             found[theta.u], found[theta.v] = theta.parameter.shape
         return tuple(found)
 
     def _apply(self, fn, *args, **kwargs):
-        """Moves with the module; theta stays fp32 when the module is cast."""
+        """Move and cast with the module. Theta stays fp32."""
         masters = [(theta.parameter, theta.parameter.data) for theta in self.thetas().values()]
         super()._apply(fn, *args, **kwargs)
         for parameter, master in masters:
@@ -243,7 +246,7 @@ class Target:
         chunk = self.scope.chunk if self.scope is not None else None
         if chunk is None:
             return self.unperturbed(x, *args, **kwargs)
-        if self.disable_adapters:  # switched off by the user: no noise is wanted
+        if self.disable_adapters:  # disabled by the user: no noise
             return self.unperturbed(x, *args, **kwargs)
         self.require_in_force()
         if len(x) != len(chunk.noise.members):
@@ -267,7 +270,7 @@ class Target:
 
 
 class PopulationLinear(Target, LoraLinear):
-    """A LoRA linear that renders one member per batch row while its scope holds a chunk, and is PEFT's otherwise."""
+    """A LoRA linear that renders one member per batch row while its scope holds a chunk. Otherwise it is PEFT's."""
 
     @property
     def a(self) -> nn.Parameter:
@@ -297,9 +300,13 @@ class PopulationLinear(Target, LoraLinear):
 
 
 def make_layer(form: type[Target], target: nn.Module, adapter_name: str, **kwargs) -> Target:
-    """PEFT's dispatch calls this for every target. Anything but a dense `torch.nn.Linear` is refused by name."""
+    """Build the layer of a target, called by PEFT's dispatch.
+
+    Raises:
+        TypeError: the target is not a dense `torch.nn.Linear`; the message names it.
+    """
     dense = isinstance(target, nn.Linear) and type(target).forward is nn.Linear.forward
-    fused = isinstance(target, nn.modules.linear.NonDynamicallyQuantizableLinear)  # its owner reads the weight itself
+    fused = isinstance(target, nn.modules.linear.NonDynamicallyQuantizableLinear)  # its owner reads the weight directly
     name = kwargs.get("target_name", "?")
     if dense and changed(target):
         raise TypeError(
@@ -312,12 +319,12 @@ def make_layer(form: type[Target], target: nn.Module, adapter_name: str, **kwarg
 
 
 def changed(module: nn.Module) -> bool:
-    """Whether somebody put another forward in place of a module's own, or a hook beside it."""
+    """Whether a module's forward was replaced or a hook was added."""
     return "forward" in vars(module) or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def shared_linears(module: nn.Module) -> dict[int, list[str]]:
-    """Names of each linear that stands at several places, by its id. A shared parent is one place."""
+    """Names of each linear that has several owners, by its id. A shared parent counts as one owner."""
     places: dict[int, dict[tuple[int, str], str]] = {}
     for name, each in module.named_modules(remove_duplicate=False):
         parent, _, child = name.rpartition(".")
@@ -327,7 +334,7 @@ def shared_linears(module: nn.Module) -> dict[int, list[str]]:
 
 
 def why_not_perturbed(layer: Target, scope: Scope) -> str:
-    """Why a target had no noise in a forward, for an error."""
+    """Why a target had no noise in a forward, for an error message."""
     name = layer.name
     if name in scope.called:
         return "it was called, but other code computed with its weight too"
@@ -340,7 +347,7 @@ def why_not_perturbed(layer: Target, scope: Scope) -> str:
 
 
 def strip(module: nn.Module, trainable: dict[str, bool]) -> None:
-    """Put the base layers back and forget the adapter."""
+    """Put the base layers back and remove the adapter."""
     for name, layer in list(module.named_modules()):
         if isinstance(layer, Target):
             parent, _, child = name.rpartition(".")
@@ -352,7 +359,7 @@ def strip(module: nn.Module, trainable: dict[str, bool]) -> None:
 
 
 def check_config(config: LoraConfig) -> None:
-    """Refuse what would change the base weights, add parameters besides A and B, or make the forward random."""
+    """Reject options that would change the base weights, add parameters besides A and B, or make the forward random."""
     if not isinstance(config, LoraConfig):
         raise TypeError(f"config: expected peft.LoraConfig or esengine.Direct, got {type(config).__name__}")
     default = LoraConfig()

@@ -1,14 +1,14 @@
-"""A population of adapters around one module: attach it, render its members in one batch, update it, take it off.
+"""A population of adapters on one module: attach, render members in one batch, update, detach.
 
     population = esengine.attach(module, LoraConfig(...), esengine.Noise(sigma=1e-2, rank=1, seed=0))
     with population.perturbed(step=7, members=members):     # int64 [B], one for each batch row
         y = module(x)
     population.update(step=7, fitness=fitness)              # fp32 [N]
 
-Nothing of a member is stored: its noise is rebuilt from (seed, step, layer, member) wherever it is needed.
+No member is stored. Its noise is regenerated from (seed, step, layer, member) wherever it is needed.
 
-Theta, what ES moves, is A and B of a LoRA; with `esengine.Direct` in place of the LoraConfig it is delta, added to the
-weights themselves.
+Theta is what ES optimises: A and B of a LoRA. With `esengine.Direct` in place of the LoraConfig, theta is delta, which
+is added to the weights.
 """
 
 import copy
@@ -31,7 +31,7 @@ from torch import nn
 
 from esengine.base.errors import UnperturbedError
 from esengine.base.files import replace_file
-from esengine.base.memory import fits
+from esengine.base.memory import oom_guard
 from esengine.base.transfer import upload
 from esengine.es.direct import Direct, DirectLinear, full_rank
 from esengine.es.layers import (
@@ -71,7 +71,7 @@ class Noise:
     """How members differ from the adapter.
 
     Attributes:
-        sigma: standard deviation of the noise on every element of theta: of A and B, or of delta.
+        sigma: standard deviation of the noise on every element of theta (A and B, or delta).
         rank: rank k of the noise on each tensor.
         seed: the run's seed, in [0, 2^64).
     """
@@ -97,47 +97,38 @@ def attach(
     rule: UpdateRule | None = None,
     backend: Literal["auto", "triton", "torch"] = "auto",
 ) -> "Population":
-    """Put an adapter on `module`, in place, whose members can be rendered together.
+    """Attach an adapter to `module` in place, so that its members can be rendered in one batch.
 
     Args:
         module: any module with dense `torch.nn.Linear` layers below it.
-        config: PEFT's; its target_modules, exclude_modules, rank_pattern, alpha_pattern and the rest select as in PEFT.
-            Or `Direct`, which perturbs and moves the weights themselves.
+        config: PEFT's LoraConfig. Its target_modules, exclude_modules, rank_pattern, alpha_pattern and the rest select
+            as in PEFT. Or `Direct`, which perturbs and updates the weights themselves.
         noise: defaults to `Noise()`.
-        rule: how `update` moves the adapter, defaults to `UpdateRule()`.
-        backend: `auto` takes Triton on CUDA and batched torch elsewhere.
+        rule: rule of `update`, defaults to `UpdateRule()`.
+        backend: `auto` uses Triton on CUDA and batched torch elsewhere.
 
     Returns:
         The population. `module` computes with the unperturbed adapter outside `Population.perturbed`.
 
     Raises:
-        ValueError: an option of `config` that ES on frozen weights cannot honour, a target that matches nothing, an
-            adapter already there or on a module below, a target that stands at two places, a clash of stream ids.
-        TypeError: a target that is not a dense linear, or one with a hook or a forward of its own.
+        ValueError: `config` has an option that ES on frozen weights does not support, a target matches nothing,
+            `module` or a submodule already has an adapter, a target has two owners, or stream ids collide.
+        TypeError: a target is not a dense linear, or has a hook or a replaced forward.
     """
     noise, rule = noise or Noise(), rule or UpdateRule()
     form = DirectLinear if isinstance(config, Direct) else PopulationLinear
     config = config.selection() if isinstance(config, Direct) else config
     check_config(config)
-    for name, each in module.named_modules():
-        if getattr(each, "peft_config", None) or isinstance(each, BaseTunerLayer):
-            where = f"at '{name}'" if name else "with peft_config"
-            raise ValueError(
-                f"module: expected one without an adapter, got one {where}; detach, unload or merge it first"
-            )
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"backend: expected auto, triton or torch, got {backend}")
-    names = [name for name, _ in module.named_modules(remove_duplicate=False)]
+    _check_module(module, config)
     shared = shared_linears(module)
-    for target in config.target_modules if isinstance(config.target_modules, (list, set, tuple)) else ():
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise ValueError(f"target_modules: '{target}' matches nothing in {type(module).__name__}")
     config = copy.deepcopy(config)
     config._register_custom_module({nn.Module: partial(make_layer, form)})
     trainable = {name: p.requires_grad for name, p in module.named_parameters()}
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(noise.seed & (1 << 63) - 1)  # the CPU's alone
+            torch.random.default_generator.manual_seed(noise.seed & (1 << 63) - 1)  # only the CPU's generator
             LoraModel(module, config, ADAPTER)
         layers = {name: m for name, m in module.named_modules() if isinstance(m, Target)}
         for layer in layers.values():
@@ -157,8 +148,22 @@ def attach(
         raise
 
 
+def _check_module(module: nn.Module, config: LoraConfig) -> None:
+    """Raises ValueError if the module already has an adapter or lacks one of the targets."""
+    for name, each in module.named_modules():
+        if getattr(each, "peft_config", None) or isinstance(each, BaseTunerLayer):
+            where = f"at '{name}'" if name else "with peft_config"
+            raise ValueError(
+                f"module: expected one without an adapter, got one {where}; detach, unload or merge it first"
+            )
+    names = [name for name, _ in module.named_modules(remove_duplicate=False)]
+    for target in config.target_modules if isinstance(config.target_modules, (list, set, tuple)) else ():
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise ValueError(f"target_modules: '{target}' matches nothing in {type(module).__name__}")
+
+
 class Population:
-    """The members of one run around one module. Made by `attach`."""
+    """The members of one run on one module. Made by `attach`."""
 
     def __init__(
         self,
@@ -173,7 +178,7 @@ class Population:
         self.module, self.layers, self.config, self.noise, self.rule = module, layers, config, noise, rule
         self._backend, self._trainable, self._scope = backend, trainable, Scope()
         self._kept_plan: UpdatePlan | None = None
-        self._called: set[str] | None = None  # targets that had noise since the last update; None: no `perturbed` since
+        self._called: set[str] | None = None  # targets perturbed since the last update; None: `perturbed` not used
         taken: dict[int, str] = {}
         for name, layer in layers.items():
             layer.name, layer.scope = name, self._scope
@@ -189,13 +194,13 @@ class Population:
         self._updater = Updater(rule, self.parameters(), noise.sigma)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Theta, fp32: `<layer>.lora_A.weight` and `<layer>.lora_B.weight`, or `<layer>.delta`, of every layer."""
+        """Theta, fp32: `<layer>.lora_A.weight` and `<layer>.lora_B.weight`, or `<layer>.delta`, for every layer."""
         return {name: theta.parameter for name, _, theta in self._thetas()}
 
     def lora(self) -> dict[str, torch.Tensor]:
-        """The adapter as a LoRA, fp32: `<layer>.lora_A.weight` and `<layer>.lora_B.weight` of every layer.
+        """The adapter as a LoRA, fp32: `<layer>.lora_A.weight` and `<layer>.lora_B.weight` for every layer.
 
-        A delta is one of full rank r = min(in, out), whose product is delta bit for bit: A or B is the identity.
+        A delta becomes a LoRA of full rank r = min(in, out). A or B is the identity, so B A equals delta bit for bit.
         """
         found = {}
         for name, layer in self.layers.items():
@@ -209,37 +214,37 @@ class Population:
 
     @property
     def backend(self) -> str:
-        """`triton` or `torch`: what the layers compute with on the device they are on now."""
+        """`triton` or `torch`: the backend of the layers on their current device."""
         if self._backend != "auto":
             return self._backend
         return "triton" if uses_triton(self.device) else "torch"
 
     @property
     def perturbation(self) -> MemberNoise:
-        """The noise of the batch in force, as kernels take it. Raises RuntimeError outside `perturbed`."""
+        """The current batch's noise, in the form that kernels take. Raises RuntimeError outside `perturbed`."""
         if self._scope.chunk is None:
             raise RuntimeError("perturbation: expected to be inside perturbed")
         return self._scope.chunk.noise
 
     @contextmanager
     def perturbed(self, *, step: int | torch.Tensor, members: torch.Tensor) -> Iterator["Population"]:
-        """Inside, every target linear applies to each batch row the noise of that row's member.
+        """Within the context, every target linear perturbs each batch row by the noise of that row's member.
+
+        On a GPU the forward supports no gradient. Call it under torch.no_grad.
 
         Args:
-            step: of the noise contract, in [0, 2^32); or int64 [1] on the module's device.
-            members: int64 [B], not negative, one for each batch row; on the module's device, or on the CPU, where
-                looking at them does not wait for the device.
-
-        On a GPU the forward has no gradient: call it under torch.no_grad.
+            step: step of the noise contract, an int in [0, 2^32) or an int64 [1] tensor on the module's device.
+            members: int64 [B], one in [0, 2^33) for each batch row, on the module's device or the CPU. Checking them on
+                the CPU does not wait for the device.
 
         Raises:
-            ValueError: `members` is of another dtype, shape or device, or has a negative entry; in the forward, when
-                its length is not the batch size.
-            UnperturbedError: at the end, when the module ran and a target was not called, or when other code computed
-                with a target's weight, which has no noise. Every member would compute the same there. An adapter that
-                you switched off is off, without an error; `update` then has one.
+            ValueError: `members` has another dtype, shape or device, or an entry out of range. The forward raises it if
+                the length of `members` is not the batch size.
+            UnperturbedError: on exit, if the module ran but a target was not called, or if other code computed with a
+                target's weight. That weight has no noise, so every member would compute the same there. A disabled
+                adapter raises no error here; `update` then raises it.
             RuntimeError: inside another `perturbed`, or after `detach`; or a target's adapter is merged into the weight
-                or not the active one, or its base linear has a hook or a forward of its own.
+                or is not the active one; or its base linear has a hook or a replaced forward.
         """
         self._check_attached()
         if self._scope.chunk is not None:
@@ -269,10 +274,10 @@ class Population:
 
     @torch.no_grad()
     def gradient(self, *, step: int, fitness: torch.Tensor) -> dict[str, torch.Tensor]:
-        """g = mean_i(f_i E_i) of every tensor of `parameters`, fp32, with the noise rebuilt and never stored.
+        """g = mean_i(f_i E_i) for every tensor of `parameters`, fp32. The noise is regenerated, never stored.
 
         Args:
-            step: of the noise contract.
+            step: step of the noise contract.
             fitness: fp32 [N], finite, N even, entry i for member i.
         """
         self._check_attached()
@@ -293,24 +298,25 @@ class Population:
     @torch.inference_mode(False)
     @torch.no_grad()
     def update(self, *, step: int, fitness: torch.Tensor) -> UpdateStats:
-        """Move the adapter along g by the rule it was attached with.
+        """Update the adapter along g by the population's rule. After an error nothing has changed.
 
         Args:
             step: the step that the members were rendered with.
             fitness: fp32 [N], finite, N even, entry i for member i.
 
         Raises:
-            ValueError: `fitness` is of another dtype or shape, of odd length, or not finite; nothing has changed then.
-            UnperturbedError: `perturbed` was used since the last update, but some target never had its noise there, and
-                would be moved at random; nothing has changed then.
-            RuntimeError: an adapter is merged into the weight, from which a moved one could not be taken out.
-            UpdateError, OutOfMemory: the adapter would not be finite, or there is no room; nothing has changed then.
+            ValueError: `fitness` has another dtype or shape, an odd length, or a value that is not finite.
+            UnperturbedError: `perturbed` was used since the last update, but a target never had its noise there. The
+                update would move that target at random.
+            RuntimeError: an adapter is merged into the weight. After an update it could not be unmerged.
+            UpdateError: the adapter would not be finite.
+            OutOfMemory: the update does not fit into memory.
         """
         self._require_unmerged()
         if self._called is not None and (missed := [name for name in self.layers if name not in self._called]):
             why = {True: "its adapter was switched off", False: "it was not called since the last update"}
             raise UnperturbedError({name: why[bool(self.layers[name].disable_adapters)] for name in missed})
-        with fits("the numbers of an update", "stop what else uses this device"):
+        with oom_guard("the numbers of an update", "stop what else uses this device"):
             stats = self._updater.step(self.gradient(step=step, fitness=fitness))
         self._refresh()
         self._called = None
@@ -318,9 +324,9 @@ class Population:
 
     @torch.no_grad()
     def member_state_dict(self, *, step: int, member: int) -> dict[str, torch.Tensor]:
-        """One member's theta, fp32: what `perturbed` renders, as plain weights.
+        """One member's theta as plain weights, fp32: what `perturbed` renders.
 
-        Of a LoRA by PEFT's key names; of a delta, `base_model.model.<layer>.delta`.
+        A LoRA has PEFT's key names. A delta has the key `base_model.model.<layer>.delta`.
         """
         self._check_attached()
         members = self._check_members(torch.tensor([member], device=self.device))
@@ -342,10 +348,10 @@ class Population:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave.
+        """Restore what `state_dict` returned.
 
         Raises:
-            ValueError: the state is of other noise settings, layers, shapes or another optimizer; nothing has changed.
+            ValueError: the state has other noise settings, layers, shapes or optimizer. Nothing has changed then.
         """
         self._require_unmerged()
         mine, parameters = self.state_dict(), self.parameters()
@@ -364,8 +370,8 @@ class Population:
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Write the adapter as a PEFT folder: adapter_config.json and adapter_model.safetensors.
 
-        A delta becomes a LoRA of full rank min(in, out) at scale 1, see `lora`: any reader of LoRAs loads it, at about
-        the size of the weights in fp32 or, where they are square, twice that.
+        A delta becomes a LoRA of full rank min(in, out) at scale 1, see `lora`. Any LoRA reader can load it. Its size
+        is about that of the weights in fp32, or twice that if they are square.
         """
         path = Path(path)
         tensors = {f"{PEFT_PREFIX}{name}": p.detach().cpu().contiguous() for name, p in self.lora().items()}
@@ -373,12 +379,12 @@ class Population:
         config._custom_modules, config.inference_mode = None, True
         config.base_model_name_or_path = getattr(self.module, "name_or_path", None) or None
         facts = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
-        facts = dict(sorted(facts.items()))  # but not what is in a pattern, of which PEFT takes the first that fits
+        facts = dict(sorted(facts.items()))  # patterns keep their order: PEFT takes the first that matches
         replace_file(path / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
         replace_file(path / "adapter_config.json", json.dumps(facts, indent=2).encode())
 
     def detach(self) -> nn.Module:
-        """Take the adapter off and return the module as it was. The population is spent.
+        """Remove the adapter and return the module as it was. The population cannot be used afterwards.
 
         Raises:
             RuntimeError: inside `perturbed`, after another `detach`, or while an adapter is merged.
@@ -392,7 +398,7 @@ class Population:
         return self.module
 
     def _thetas(self) -> Iterator[tuple[str, Target, Theta]]:
-        """Name, layer and tensor of all that ES moves."""
+        """Yields the name, layer and tensor of each theta."""
         for name, layer in self.layers.items():
             for end, theta in layer.thetas().items():
                 yield f"{name}.{end}", layer, theta
@@ -437,12 +443,12 @@ class Population:
         pairs, rows = torch.unique_consecutive(pair, return_counts=True)
         found, slots = pairs.tolist(), None
         if len(set(rows.tolist())) > 1 or len(set(found)) < len(found):
-            # else as many batch rows of each pair, one after the other: no row needs a copy of its pair's noise
+            # otherwise each pair has equally many consecutive rows, and no row needs a copy of its pair's noise
             pairs, slots = torch.unique(pair, return_inverse=True)
         return Chunk(noise, c, self._factors(step, pairs, slots))
 
     def _factors(self, step: int, pairs: torch.Tensor, slots: torch.Tensor | None) -> dict[str, tuple]:
-        """V, U, V', U' [P, L, k] of every layer, [B, L, k] with `slots`; None where a layer has no such factor."""
+        """V, U, V', U' of every layer, [P, L, k], or [B, L, k] with `slots`. None where a layer has no such factor."""
         block = self._plan.noise.block(seed=self.noise.seed, step=step, pairs=pairs, slots=slots)
         found: dict[str, list[torch.Tensor | None]] = {name: [None] * 4 for name in self.layers}
         for (_, layer, theta), (u, v) in zip(self._thetas(), self._plan.places, strict=True):
@@ -451,13 +457,13 @@ class Population:
 
     @property
     def _plan(self) -> UpdatePlan:
-        """Of all noise on the torch path, on the device where the layers are now."""
+        """The plan of all noise on the torch path, on the layers' current device."""
         if self._kept_plan is None or self._kept_plan.device != self.device:
             self._kept_plan = UpdatePlan(self._tensors(), self.noise.rank, self.device)
         return self._kept_plan
 
     def _tensors(self) -> list[tuple[tuple[int, int], int, int]]:
-        """Shape, stream of U and stream of V of all that ES moves."""
+        """Shape, stream of U and stream of V of each theta."""
         return [
             (tuple(theta.parameter.shape), layer.streams[theta.u], layer.streams[theta.v])
             for _, layer, theta in self._thetas()

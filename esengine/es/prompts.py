@@ -1,4 +1,4 @@
-"""Which prompts a step draws."""
+"""Draws the prompts of each step."""
 
 import numpy as np
 import torch
@@ -9,18 +9,18 @@ from esengine.base.errors import ConfigError
 class PromptSampler:
     """Draws prompts without replacement, epoch after epoch, as a pure function of (seed, step).
 
-    Epoch e is a permutation of all prompts: the stable order of `count` raw 64-bit Philox4x64-10 words under the key
-    (seed, e), which no numpy release may change. The epochs follow one another and step t takes positions
-    t * per_step to (t + 1) * per_step - 1. So no prompt comes again before all have come, and a resumed run needs
-    no state. A step that spans two epochs can hold a prompt twice.
+    Epoch e is a permutation of all prompts: the stable argsort of `count` raw 64-bit Philox4x64-10 words under the key
+    (seed, e). NumPy keeps these words the same in every release. Epochs follow one another, and step t takes positions
+    t * per_step to (t + 1) * per_step - 1. So no prompt repeats before all have been drawn, and a resumed run needs no
+    state. A step that spans two epochs can hold a prompt twice.
 
     Args:
         count: number of prompts.
-        per_step: prompts drawn a step, 1 to count.
+        per_step: prompts drawn in each step, 1 to count.
         seed: the run's seed, taken modulo 2^64.
 
     Raises:
-        ConfigError: per_step is not in that range.
+        ConfigError: per_step is out of range.
     """
 
     def __init__(self, count: int, per_step: int, seed: int):
@@ -31,7 +31,7 @@ class PromptSampler:
         self.count, self.per_step, self.seed = count, per_step, seed % 2**64
 
     def draw(self, step: int) -> torch.Tensor:
-        """Indices of the prompts of step 0, 1, ... Returns int64 [per_step]; ValueError if step is negative."""
+        """Indices of a step's prompts, int64 [per_step]. Steps count from 0. Raises ValueError if step is negative."""
         if step < 0:
             raise ValueError(f"step: expected 0 or more, got {step}")
         epoch, start = divmod(step * self.per_step, self.count)

@@ -1,4 +1,4 @@
-"""The rule by which an update moves the adapter. Plain Python, so that `--help` answers before torch is imported."""
+"""The update rule of the adapter. Plain Python, so that `--help` need not import torch."""
 
 import math
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ class UpdateRule:
     """
 
     optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
-    """sgd is the reference update; momentum and adam are torch.optim's."""
+    """sgd: the update of the reference run. momentum, adam: torch.optim's."""
     lr_scale: float = 0.1
     """Learning rate in units of sigma."""
     momentum: float = 0.9
-    """Of momentum, and beta1 of adam."""
+    """Momentum; for adam, beta1."""
     beta2: float = 0.999
-    """Of adam."""
+    """beta2 of adam."""
     max_step_norm: float | None = None
     """Cap on the L2 norm of one step."""
     max_norm: float | None = 40.0

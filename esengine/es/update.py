@@ -1,4 +1,4 @@
-"""How the adapter moves along the ES gradient: torch.optim's rules, then caps on the step's and the adapter's norm."""
+"""Updates the adapter along the ES gradient by torch.optim's rules, then caps the norms of the step and the adapter."""
 
 import math
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from esengine.es.rule import UpdateRule
 from esengine.kernels.noise import KEPT_BYTES
 
 _AT_ONCE = 1 << 17
-"""Elements, on a CPU, of one piece of a tensor, and of pieces whose differences are formed together: in its cache."""
+"""Most elements of a piece of a CPU tensor, and of pieces that are subtracted together. They fit into the cache."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class UpdateStats:
 
 
 class Updater:
-    """A rule at work on named fp32 tensors, in place, with the optimizer's state as plain tensors.
+    """Applies a rule to named fp32 tensors in place. The optimizer's state is plain tensors.
 
     Args:
-        rule: what to do.
+        rule: the update rule.
         parameters: the tensors by name.
         sigma: the noise scale, the unit of the learning rate.
     """
@@ -44,16 +44,17 @@ class Updater:
 
     @torch.no_grad()
     def step(self, gradient: dict[str, torch.Tensor]) -> UpdateStats:
-        """Move every tensor up its gradient, of the same name, shape and dtype.
+        """Move every tensor up its gradient, which has the same name, shape and dtype.
+
+        After any error nothing has changed.
 
         Raises:
-            UpdateError: the gradient, the step, the adapter or a moment would not be finite. After this and any other
-                error, nothing has changed.
+            UpdateError: the gradient, the step, the adapter or a moment would not be finite.
         """
         gradient_norm = _norm(gradient.values())
         if not math.isfinite(gradient_norm):
             raise UpdateError(f"gradient: expected a finite norm, got {gradient_norm}")
-        for parameter, state in self.optimizer.state.items():  # follows a module that has moved
+        for parameter, state in self.optimizer.state.items():  # follows a module moved to another device
             state |= {key: value.to(parameter.device) for key, value in state.items() if _moves(key, value)}
         theta = list(self.parameters.values())
         before, moments = self._copies_of(theta), self.state_dict()
@@ -82,12 +83,12 @@ class Updater:
         gradient_norm: float,
         before: list[torch.Tensor],
     ) -> UpdateStats:
-        if self.rule.optimizer == "sgd":  # as torch.optim's, without its preparations
+        if self.rule.optimizer == "sgd":  # same as torch.optim.SGD, with less overhead
             torch._foreach_add_(theta, gradient, alpha=self.optimizer.param_groups[0]["lr"])
         else:
             for parameter, each in zip(theta, gradient, strict=True):
                 parameter.grad = each
-            torch._foreach_neg_(gradient)  # in place and back: maximize=True would make a copy
+            torch._foreach_neg_(gradient)  # negate in place and back; maximize=True would copy
             try:
                 self.optimizer.step()
             finally:
@@ -108,7 +109,7 @@ class Updater:
         return UpdateStats(gradient_norm, step_norm, norm)
 
     def _copies_of(self, theta: list[torch.nn.Parameter]) -> list[torch.Tensor]:
-        """In the memory of the last copies, where that is little and still fits: on a CPU new memory costs more."""
+        """Copies of theta. Small copies reuse the memory of the last ones, because new memory costs more on a CPU."""
         kept, self._before = self._before, []
         if [each.device for each in kept] == [each.device for each in theta]:
             torch._foreach_copy_(kept, theta)
@@ -129,7 +130,7 @@ class Updater:
         return dict(zip(found, _copies(list(found.values())), strict=True))
 
     def check_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Raises ValueError if the state is another optimizer's or other tensors'."""
+        """Raises ValueError if the state belongs to another optimizer or to other tensors."""
         moments = {"sgd": (), "momentum": ("momentum_buffer",), "adam": ("step", "exp_avg", "exp_avg_sq")}
         known = {f"{name}.{moment}" for name in self.parameters for moment in moments[self.rule.optimizer]}
         if set(state) not in (set(), known):
@@ -142,7 +143,7 @@ class Updater:
                 raise ValueError(f"state: {key}: expected {expected}, got {list(value.shape)}")
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Take over what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self.optimizer.state.clear()
         for key, value in state.items():
             name, _, moment = key.rpartition(".")
@@ -152,17 +153,17 @@ class Updater:
 
 
 def _moves(key: str, value: torch.Tensor | None) -> bool:
-    """Adam's step counter stays on the CPU, as torch.optim has it."""
+    """Whether a state entry follows its parameter's device. Adam's step counter stays on the CPU, as in torch.optim."""
     return isinstance(value, torch.Tensor) and key != "step"
 
 
 def _copies(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Of many tensors in one call: every number times one is itself."""
+    """Copies of many tensors in one call, made by multiplying by 1."""
     return list(torch._foreach_mul(tensors, 1.0)) if tensors else []
 
 
 def _norm(tensors: Iterable[torch.Tensor], less: Iterable[torch.Tensor] = ()) -> float:
-    """The L2 norm of all of them, or of their differences from others, summed in fp64."""
+    """The L2 norm of all tensors together, or of their differences from `less`, summed in fp64."""
     pieces, others = _pieces(tensors), _pieces(less)
     if not pieces:
         return 0.0
@@ -181,7 +182,7 @@ def _norm(tensors: Iterable[torch.Tensor], less: Iterable[torch.Tensor] = ()) ->
 
 
 def _pieces(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """Flat parts of those that are long and on a CPU, the others as they are."""
+    """Flat pieces of long CPU tensors; other tensors as they are."""
     found: list[torch.Tensor] = []
     for each in tensors:
         found += each.reshape(-1).split(_AT_ONCE) if each.is_cpu and each.numel() > _AT_ONCE else (each,)

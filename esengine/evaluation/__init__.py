@@ -1,1 +1,1 @@
-"""Models compared on the same prompts and latents: benchmarks, drawing, statistics."""
+"""Compares models on the same prompts and latents: benchmarks, rendering, statistics."""

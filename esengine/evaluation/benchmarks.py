@@ -1,4 +1,4 @@
-"""The prompts of an evaluation: PartiPrompts, DrawBench, the test captions of the nano world, or one's own file."""
+"""The prompts of an evaluation: PartiPrompts, DrawBench, the test captions of the nano world, or the user's file."""
 
 import dataclasses
 import hashlib
@@ -23,7 +23,7 @@ PUBLISHED = {
     "partiprompts": _Published("nateraw/parti-prompts", "PartiPrompts.tsv", ("prompt", "category", "challenge")),
     "drawbench": _Published("sayakpaul/drawbench", "DrawBench Prompts - Sheet1.csv", ("prompt", "category")),
 }
-"""Benchmarks by name: the dataset on the hub, its one file, and the columns that the file must have."""
+"""Benchmarks by name: the dataset on the hub, its file, and the columns that the file must have."""
 
 PACKAGED = {"nano": DATA / "nano_test.tsv"}
 """Benchmarks of this package, by name."""
@@ -31,7 +31,7 @@ PACKAGED = {"nano": DATA / "nano_test.tsv"}
 
 @dataclass(frozen=True)
 class Benchmark:
-    """P prompts, with their categories and challenges where the file has them. A prompt's place keys its latents."""
+    """P prompts, with categories and challenges if the file has them. A prompt's latents depend on its index."""
 
     name: str
     prompts: tuple[str, ...]
@@ -42,12 +42,12 @@ class Benchmark:
         return len(self.prompts)
 
     def first(self, count: int | None) -> "Benchmark":
-        """The first so many prompts; None: all."""
+        """The first `count` prompts; None: all."""
         cut = {name: getattr(self, name)[:count] for name in ("prompts", "categories", "challenges")}
         return dataclasses.replace(self, **cut)
 
     def sha256(self) -> str:
-        """Of everything but the name."""
+        """Hash of everything except the name."""
         content = [self.prompts, self.categories, self.challenges]
         return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
 
@@ -56,13 +56,13 @@ def read_benchmark(name: str | None, path: Path | None = None) -> Benchmark:
     """Prompts of a published benchmark, or of a file.
 
     Args:
-        name: a key of `PUBLISHED` or `PACKAGED`, a file, or None for `path` alone. See
-            `esengine.base.prompt_files` for the forms of a file.
-        path: the file of a published benchmark. None: the hub's.
+        name: a key of `PUBLISHED` or `PACKAGED`, a file, or None to read `path`. See `esengine.base.prompt_files` for
+            the file formats.
+        path: the file of a published benchmark. None: the hub's file.
 
     Raises:
         ConfigError: no such benchmark or file, the hub cannot be reached, or the file lacks a column, is not UTF-8, is
-            torn, or holds no prompt; with the line number where there is one.
+            damaged, or holds no prompt. The message has the line number if there is one.
     """
     if name in PUBLISHED:
         published = PUBLISHED[name]

@@ -1,4 +1,4 @@
-"""Curves of training runs: read from a run's folder, and kept in an evaluation's folder for the page of that."""
+"""Curves of training runs. They are read from a run's folder and kept in an evaluation's folder for its page."""
 
 import math
 from collections.abc import Sequence
@@ -12,14 +12,15 @@ from esengine.evaluation.entries import ADAPTER, Entry
 REWARDS = ("reward", "reward_best", "reward_worst")
 KEPT = ("step", *REWARDS, "reward_std")
 LAST_STEP = 1 << 53
-"""Steps are below, so that a float holds each."""
+"""Steps are below this, so that a float64 holds each exactly."""
 
 
 @dataclass(frozen=True)
 class Held:
-    """One line of heldout.jsonl: score -> (change since the first line, its standard error), NaN for none.
+    """One line of heldout.jsonl.
 
-    `prompts` is how many have a score; 0 where that is not recorded.
+    `change` maps a score to (change since the first line, its standard error), NaN for a missing value. `prompts` is
+    the number of prompts with a score, 0 if that is not recorded.
     """
 
     step: int
@@ -30,9 +31,9 @@ class Held:
 
 
 def kept_curves(entries: Sequence[Entry]) -> dict[str, Any]:
-    """What an evaluation keeps of the runs its adapters are of, by label: {"run", "metrics", "heldout"}, JSON values.
+    """The curves that an evaluation keeps of its adapters' runs, by label: {"run", "metrics", "heldout"}, JSON values.
 
-    An entry whose adapter does not lie in a run's folder has none.
+    An entry whose adapter is not in a run's folder is left out.
 
     Raises:
         RunError: a run's metrics.jsonl or heldout.jsonl is damaged.
@@ -67,12 +68,12 @@ def _json(value: float) -> float | None:
 
 
 def read_metrics(path: Path) -> dict[int, dict[str, float]]:
-    """Step -> numbers by name, in the order of steps; what a run logged twice counts as logged last."""
+    """Numbers by name for each step, in the order of steps. If a step was logged twice, the last line counts."""
     return dict(sorted(dict(read_lines(path, as_metric)).items())) if path.is_file() else {}
 
 
 def read_held(path: Path) -> list[Held]:
-    """The measures of a heldout.jsonl, in the order of steps; as `read_metrics`."""
+    """The measurements of a heldout.jsonl, in the order of steps. If a step was logged twice, the last line counts."""
     found = {line.step: line for line in read_lines(path, as_measure)} if path.is_file() else {}
     return [found[step] for step in sorted(found)]
 

@@ -1,4 +1,4 @@
-"""Draw several models on the same prompts and latents, chunk by chunk, and score what they drew."""
+"""Renders several models on the same prompts and latents, chunk by chunk, and scores the images."""
 
 import hashlib
 import json
@@ -10,34 +10,35 @@ from typing import Any
 import torch
 
 from esengine.base.errors import RewardError
+from esengine.es.rows import Rows
 from esengine.evaluation.benchmarks import Benchmark
 from esengine.evaluation.entries import Entry
 from esengine.evaluation.statistics import Report, summarise
 from esengine.kernels import CONTRACT
-from esengine.models import RenderSettings, SanaSprint, TextEmbeddings
+from esengine.models import Generator, RenderSettings, TextEmbeddings
 from esengine.models.lora_file import WEIGHT_NAME
 from esengine.rewards import Weighted
-from esengine.rewards.fault_tolerant import Bearing
+from esengine.rewards.fault_tolerant import FaultTolerant
 from esengine.sampling.environment import PACKAGES, describe
 from esengine.sampling.rollout import Renderer
 
 EVAL_STEP = (1 << 32) - 1
-"""The step of the noise contract that evaluation draws its latents at; no training run gets there."""
+"""The step of the noise contract at which evaluation draws its latents. No training run reaches it."""
 
-Rows = list[tuple[int, int]]
+Places = list[tuple[int, int]]
 """(prompt, repeat) of each image of a chunk."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which images are drawn. Every entry draws the same rows in the same chunks, from the same latents.
+    """The images to render. Every entry renders the same rows in the same chunks, from the same latents.
 
     Attributes:
-        entries: what is compared; the others are compared with the first.
-        prompts: P.
+        entries: the entries to compare. The others are compared with the first.
+        prompts: number of prompts, P.
         repeats: images of each prompt, R.
-        seed: keys the latents, with the prompt's place and the repeat.
-        settings: how to render; each entry has its own number of steps, and `x0_angle` counts for one step only.
+        seed: seed of the latents, which also depend on the prompt's index and the repeat.
+        settings: how to render. Each entry has its own number of steps; `x0_angle` applies only to one step.
         chunk: images in one forward.
     """
 
@@ -48,8 +49,8 @@ class Plan:
     settings: RenderSettings
     chunk: int
 
-    def chunks(self) -> list[Rows]:
-        """Rows of every forward of an entry; they depend on nothing but P, R and the chunk size."""
+    def chunks(self) -> list[Places]:
+        """Rows of every forward of an entry. They depend only on P, R and the chunk size."""
         rows = [(prompt, repeat) for prompt in range(self.prompts) for repeat in range(self.repeats)]
         return [rows[start : start + self.chunk] for start in range(0, len(rows), self.chunk)]
 
@@ -60,43 +61,43 @@ class Plan:
 
 @dataclass(frozen=True)
 class Batch:
-    """A chunk that is drawn and scored.
+    """A chunk that is rendered and scored.
 
     Attributes:
-        entry: who drew it.
-        rows: B of (prompt, repeat).
+        entry: the entry that rendered it.
+        rows: B pairs (prompt, repeat).
         images: uint8 [B, 3, H, W] on the model's device.
-        scores: B numbers for each reported name.
+        scores: B numbers for each reported score name.
     """
 
     entry: Entry
-    rows: Rows
+    rows: Places
     images: torch.Tensor
     scores: dict[str, list[float]]
 
 
 def reported(reward: Weighted) -> list[str]:
-    """Names of the scores that a report shows: `combined` only where it is not just one of the others."""
+    """Names of the scores that a report shows. `combined` is left out if it equals one of the others."""
     weights = [weight for _, _, weight in reward.terms if weight]
     return reward.names if weights == [1.0] else [*reward.names, "combined"]
 
 
 @torch.no_grad()
 def draw(
-    model: SanaSprint,
+    model: Generator,
     texts: TextEmbeddings,
     reward: Weighted,
     plan: Plan,
-    work: Sequence[tuple[Entry, Rows]],
+    work: Sequence[tuple[Entry, Places]],
 ) -> Iterator[Batch]:
-    """Render and score chunks of a plan, in the order given, with at most one adapter in memory.
+    """Render and score chunks of a plan in the given order, with at most one adapter in memory.
 
-    Lora are loaded as diffusers loads them, in the model's dtype, where training kept them in float32: this
-    measures what its users get. The base model carries none.
+    Adapters are loaded as diffusers loads them, in the model's dtype, while training kept them in float32. So this
+    measures what their users get. The base model has no adapter.
 
     Raises:
         ConfigError: an adapter cannot be loaded.
-        RewardError, RenderError: see `Weighted.score` and `SanaSprint.render`.
+        RewardError, RenderError: see `Weighted.score` and `Generator.render_chunks`.
     """
     length = texts.trimmed_length(torch.arange(len(texts)))
     names, loaded = reported(reward), None
@@ -106,21 +107,21 @@ def draw(
             load_entry(model, entry)
             loaded, render.settings = entry, plan.settings_of(entry)
         prompts, repeats = torch.tensor(rows).unbind(1)
-        (images,) = render.chunks(EVAL_STEP, [(prompts, repeats, None)], length=length)
+        (images,) = render.chunks(EVAL_STEP, [Rows(None, prompts, repeats)], length=length)
         scores = reward.score(images, [texts.prompts[prompt] for prompt, _ in rows])
         yield Batch(entry, rows, images, {name: scores[name].tolist() for name in names})
 
 
-def load_entry(model: SanaSprint, entry: Entry) -> None:
-    """Make the model the entry's: with its adapter, or with none."""
+def load_entry(model: Generator, entry: Entry) -> None:
+    """Load the entry's adapter into the model, or unload any adapter if the entry has none."""
     if entry.adapter is None:
-        model.pipeline.unload_lora_weights()
+        model.unload_adapter()
     else:
         model.load_adapter(entry.adapter)
 
 
 def compare_entries(
-    model: SanaSprint,
+    model: Generator,
     texts: TextEmbeddings,
     reward: Weighted,
     plan: Plan,
@@ -131,19 +132,19 @@ def compare_entries(
     watch: Callable[[Batch], None] | None = None,
     bear: bool = False,
 ) -> Report:
-    """The whole plan at once, keeping no image.
+    """Render and score the whole plan without keeping the images.
 
     Args:
-        model: what the entries' adapters are for. It carries none afterwards.
-        texts: of the benchmark's prompts.
-        reward: what scores the images.
-        plan: what to draw.
+        model: the model that the entries' adapters are for. It has no adapter afterwards.
+        texts: embeddings of the benchmark's prompts.
+        reward: scores the images.
+        plan: what to render.
         benchmark: name and groups of the prompts. None: they have no groups.
         settings: how the images are made, for the report. None: `provenance`.
         progress: called with (images done, images in all).
         watch: called with each batch, in the order of the plan.
-        bear: leave out prompts of which an image has no score, and count them in the settings as `prompts_left_out`;
-            see `Bearing`. Otherwise that is an error.
+        bear: leave out every prompt with an image that has no score, and count these prompts in the settings as
+            `prompts_left_out`; see `FaultTolerant`. If False, a missing score is an error.
     """
     if benchmark is None:
         nothing = (None,) * len(texts)
@@ -152,14 +153,14 @@ def compare_entries(
     work = [(entry, rows) for entry in plan.entries for rows in plan.chunks()]
     total, records = sum(len(rows) for _, rows in work), []
     if bear:
-        reward = Bearing(reward, total, least=len(plan.entries) * plan.repeats)  # a prompt's
+        reward = FaultTolerant(reward, total, least=len(plan.entries) * plan.repeats)  # one prompt's
     for batch in draw(model, texts, reward, plan, work):
         records += batch_records(batch)
         if watch is not None:
             watch(batch)
         if progress is not None:
             progress(len(records), total)
-    model.pipeline.unload_lora_weights()
+    model.unload_adapter()
     if bad := {each["index"] for each in records if not all(map(math.isfinite, each["scores"].values()))}:
         settings["prompts_left_out"] = len(bad)
         benchmark, records = _without(benchmark, records, bad)
@@ -167,7 +168,7 @@ def compare_entries(
 
 
 def _without(benchmark: Benchmark, records: list[dict], bad: set[int]) -> tuple[Benchmark, list[dict]]:
-    """The other prompts and their records, counted anew."""
+    """The benchmark and records without the prompts in `bad`, with new indices."""
     good = [index for index in range(len(benchmark)) if index not in bad]
     if not good:
         raise RewardError("comparison: of every prompt an image has no score")
@@ -177,7 +178,7 @@ def _without(benchmark: Benchmark, records: list[dict], bad: set[int]) -> tuple[
     return Benchmark(benchmark.name, *map(tuple, columns)), kept
 
 
-def provenance(model: SanaSprint, plan: Plan, reward: Weighted) -> dict[str, Any]:
+def provenance(model: Generator, plan: Plan, reward: Weighted) -> dict[str, Any]:
     """How a plan's images are made and scored, as JSON values: weights, settings, device, versions."""
     made = asdict(plan.settings)
     del made["num_steps"]  # each entry has its own

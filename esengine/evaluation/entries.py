@@ -1,4 +1,4 @@
-"""What an evaluation compares: the base model or an adapter, at a number of denoising steps."""
+"""The entries of an evaluation: the base model or an adapter, at a number of denoising steps."""
 
 import os
 import re
@@ -22,7 +22,7 @@ class Entry:
     """A model to evaluate.
 
     Attributes:
-        name: `base`, or an adapter's.
+        name: `base`, or the name of an adapter.
         steps: denoising steps.
         adapter: folder that holds `pytorch_lora_weights.safetensors`; None: the base model.
     """
@@ -33,12 +33,12 @@ class Entry:
 
     @property
     def label(self) -> str:
-        """`name@steps`: its name in every table, and of its folder of images."""
+        """`name@steps`: the entry's name in every table and the name of its image folder."""
         return f"{self.name}@{self.steps}"
 
 
 def default_entries(steps: int, adapter: Path | None, two_steps: bool) -> tuple[Entry, ...]:
-    """Base and adapter as trained; with `two_steps`, the base at one and at two steps, the adapter between them."""
+    """Base and adapter at `steps`. With `two_steps`: base at one step, adapter at `steps`, base at two steps."""
     adapted = [] if adapter is None else [Entry(ADAPTER, steps, _holder(adapter, "adapter"))]
     if two_steps:
         return Entry(BASE, 1), *adapted, Entry(BASE, 2)
@@ -46,15 +46,15 @@ def default_entries(steps: int, adapter: Path | None, two_steps: bool) -> tuple[
 
 
 def parse_entries(specs: Sequence[str], adapter: Path | None = None) -> tuple[Entry, ...]:
-    """Read entries as they are written on the command line.
+    """Parse entries from the command line.
 
     Args:
-        specs: `base@1`, `adapter@1`, `FOLDER@1` or `NAME=FOLDER@1` each. A folder is known by its own name or, if that
-            is `adapter`, by its parent's.
-        adapter: what the word `adapter` stands for.
+        specs: each is `base@1`, `adapter@1`, `FOLDER@1` or `NAME=FOLDER@1`. A folder's entry has the folder's name or,
+            if that is `adapter`, its parent's.
+        adapter: the folder that the word `adapter` stands for.
 
     Raises:
-        ConfigError: another form, a folder without an adapter, or two entries of one label.
+        ConfigError: another form, a folder without an adapter, or two entries with the same label.
     """
     entries: dict[str, tuple[Entry, str]] = {}
     for spec in specs:
@@ -89,7 +89,7 @@ def _parse(spec: str, adapter: Path | None) -> Entry:
 
 
 def adapter_of(run_dir: Path) -> Path:
-    """The folder of a run's adapter. Raises ConfigError where the run has none."""
+    """The folder of a run's adapter. Raises ConfigError if the run has none."""
     folder = run_dir / ADAPTER
     if not (folder / WEIGHT_NAME).is_file():
         raise ConfigError(

@@ -1,14 +1,14 @@
-"""The folder of an evaluation: what is drawn stays drawn, whenever the process is killed and however many share it.
+"""The folder of an evaluation. Finished images survive a killed process, and several processes can share the folder.
 
     evaluation.json                    what is evaluated and how; a folder holds one evaluation
-    curves.json                        curves of the runs that the adapters are of, where there are such
+    curves.json                        curves of the runs that the adapters come from, if there are any
     images/<entry>/00012_ab12cd34.png  the prompt's index, and the first 8 hex digits of the SHA-256 of the pixels
     scores.jsonl                       one line an image
-    scores.0-of-4.jsonl                the same of one of several processes, until all are through
+    scores.0-of-4.jsonl                the same from one of several processes, until all have finished
     report.json .md .csv .html
 
-A line is appended after its image is in place, and chunks are fixed, so whatever is missing or damaged is drawn again
-to the same bytes: a torn line, a line whose checksum does not match, an image that is gone or has other pixels.
+A line is appended after its image is in place, and chunks are fixed. So whatever is missing or damaged is rendered
+again to the same bytes: a truncated line, a line with a wrong checksum, a missing image, an image with other pixels.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from esengine.base.locks import lock
 from esengine.base.progress import Progress
 from esengine.evaluation.benchmarks import Benchmark
 from esengine.evaluation.curves import kept_curves
-from esengine.evaluation.draw import Batch, Plan, Rows, batch_records
+from esengine.evaluation.draw import Batch, Places, Plan, batch_records
 from esengine.evaluation.entries import Entry
 from esengine.evaluation.statistics import Report, flatten
 
@@ -37,16 +37,16 @@ WRITERS = min(8, os.cpu_count() or 1)
 _TEMPORARY = ".tmp-"
 
 Key = tuple[str, int, int]
-"""(entry's label, prompt's index, repeat) of an image."""
+"""(entry label, prompt index, repeat) of an image."""
 
 
 class EvaluationFolder:
-    """One process's hold on an evaluation's folder. Use `EvaluationFolder.open` in a `with` statement.
+    """An evaluation's folder, locked by this process. Use `EvaluationFolder.open` in a `with` statement.
 
     Attributes:
         path: the folder.
-        shard: (k, n): this process draws chunks k, k + n, ... of each entry.
-        scores: where this process appends.
+        shard: (k, n): this process renders chunks k, k + n, ... of each entry.
+        scores: the file that this process appends to.
     """
 
     def __init__(self, path: Path, shard: tuple[int, int]):
@@ -57,11 +57,11 @@ class EvaluationFolder:
     @classmethod
     @contextlib.contextmanager
     def open(cls, path: Path, shard: tuple[int, int] = (0, 1)) -> Iterator["EvaluationFolder"]:
-        """Make or reopen a folder, and hold this shard of it.
+        """Create or reopen a folder, and lock this shard of it.
 
         Raises:
-            RunError: the folder cannot be made, holds something else or a symbolic link, or another process draws this
-                shard.
+            RunError: the folder cannot be created, holds something else or a symbolic link, or another process renders
+                this shard.
         """
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -81,23 +81,23 @@ class EvaluationFolder:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """While no other process is inside `alone` of this folder."""
+        """Run the block while no other process is inside `alone` for this folder."""
         with _lock(self.path / ".lock"):
             yield
 
     def begin(self, record: dict, keep: Sequence[str] = ()) -> dict:
-        """Write evaluation.json, or check that this is the evaluation it tells of.
+        """Write evaluation.json, or check that it describes this evaluation.
 
         Args:
             record: what is evaluated and how, JSON values, with a mapping under "settings".
-            keep: names of settings that were chosen for the user, and stay as they were chosen when it began; whole
+            keep: names of settings that were chosen automatically. They keep the values that the file has, whole
                 numbers above 0.
 
         Returns:
             The record, as it is in the file.
 
         Raises:
-            RunError: the file is not readable, or tells of something else; the differences are named.
+            RunError: the file is not readable, or describes another evaluation. The message names the differences.
         """
         file = self.path / "evaluation.json"
         if not file.exists():
@@ -119,7 +119,7 @@ class EvaluationFolder:
         return record
 
     def keep_curves(self, entries: Sequence[Entry]) -> None:
-        """Write curves.json, if that was not done before.
+        """Write curves.json, unless it exists or there are no curves.
 
         Raises:
             RunError: a file of a run is damaged.
@@ -128,12 +128,12 @@ class EvaluationFolder:
         if not file.exists() and (kept := kept_curves(entries)):
             replace_file(file, json.dumps(kept, allow_nan=False).encode())
 
-    def missing(self, plan: Plan, progress: Progress) -> list[tuple[Entry, Rows]]:
-        """Chunks of this shard that are still to be drawn, after a look at every image of the others.
+    def missing(self, plan: Plan, progress: Progress) -> list[tuple[Entry, Places]]:
+        """Chunks of this shard that are still to be rendered. Checks every image of the finished chunks.
 
-        A chunk is drawn again as a whole, so that its images have the batch mates they had.
+        A chunk is rendered again as a whole, so that its images keep the same batch mates.
         """
-        with self.alone():  # nobody merges the files that are read
+        with self.alone():  # no other process merges the files meanwhile
             found = self._read(plan, progress)
         mine = [(entry, rows) for entry in plan.entries for rows in plan.chunks()[self.shard[0] :: self.shard[1]]]
         known = [k for entry, rows in mine if all(k in found for k in _keys(entry, rows)) for k in _keys(entry, rows)]
@@ -154,7 +154,7 @@ class EvaluationFolder:
         return work
 
     def store(self, batches: Iterable[Batch], benchmark: Benchmark) -> Iterator[int]:
-        """Write batches as they come, the images of one while the next is drawn. Yields the size of each."""
+        """Write batches as they come; one's images are written while the next is rendered. Yields each batch's size."""
         with ThreadPoolExecutor(WRITERS) as pool, open(self.scores, "ab") as lines:
             waiting: list[tuple[dict, object]] = []
             for batch in batches:
@@ -173,9 +173,9 @@ class EvaluationFolder:
             self._append(lines, waiting)
 
     def merge(self, plan: Plan, progress: Progress) -> list[dict] | None:
-        """The records of every image in the plan's order, written to scores.jsonl; None while other shards lack some.
+        """Records of every image in the plan's order, also written to scores.jsonl. None while shards are incomplete.
 
-        For use inside `alone`.
+        Call it inside `alone`.
         """
         found = self._read(plan, progress)
         order = [key for entry in plan.entries for rows in plan.chunks() for key in _keys(entry, rows)]
@@ -189,12 +189,12 @@ class EvaluationFolder:
         return records
 
     def publish(self, report: Report) -> None:
-        """Write report.json, report.md and report.csv, each whole or not at all."""
+        """Write report.json, report.md and report.csv, each atomically."""
         for suffix, text in (("json", report.to_json()), ("md", report.to_markdown()), ("csv", report.to_csv())):
             replace_file(self.path / f"report.{suffix}", text.encode())
 
     def _read(self, plan: Plan, progress: Progress) -> dict[Key, dict]:
-        """Records of all shards, by key. Those of a part come after, and replace, those of an earlier merge."""
+        """Records of all shards, by key. A shard's records replace those of an earlier merge."""
         found: dict[Key, dict] = {}
         parts = sorted(self.path.glob("scores.*-of-*.jsonl"))
         for file in [self.path / "scores.jsonl", *parts]:
@@ -206,7 +206,7 @@ class EvaluationFolder:
         return found
 
     def _lines(self, file: Path, plan: Plan) -> tuple[dict[Key, dict], list[int]]:
-        """The records of a file by key, and the numbers of lines that are not what was written."""
+        """The records of a file by key, and the numbers of its damaged lines."""
         known = {key for entry in plan.entries for rows in plan.chunks() for key in _keys(entry, rows)}
         records, bad = {}, []
         for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
@@ -226,7 +226,7 @@ class EvaluationFolder:
                 lines.flush()
 
     def _save(self, record: dict, pixels: np.ndarray) -> None:
-        """Write an image, and its name into its record."""
+        """Write an image, and add its name to its record."""
         name = f"{record['index']:05d}_{_sha8(pixels)}.png"
         folder = self.path / "images" / record["entry"]
         folder.mkdir(parents=True, exist_ok=True)
@@ -237,7 +237,7 @@ class EvaluationFolder:
         record["image"] = f"images/{record['entry']}/{name}"
 
     def _problem(self, record: dict) -> str | None:
-        """What is wrong with a record's image."""
+        """What is wrong with a record's image; None if nothing is."""
         path = self.path / record["image"]
         if not path.is_file():
             return "the image is gone"
@@ -256,24 +256,24 @@ class EvaluationFolder:
 
 @contextlib.contextmanager
 def _lock(path: Path, in_use: str | None = None) -> Iterator[None]:
-    """A lock that ends with the process. With `in_use`, a RunError of that text where another process has it."""
+    """Hold a lock that ends with the process. Wait for it, or raise RunError(in_use) if `in_use` is given."""
     with open(path, "a") as file:
         if not lock(file.fileno(), wait=in_use is None):
             raise RunError(in_use)
         yield
 
 
-def _keys(entry: Entry, rows: Rows) -> list[Key]:
+def _keys(entry: Entry, rows: Places) -> list[Key]:
     return [(entry.label, index, repeat) for index, repeat in rows]
 
 
 def _line(record: dict) -> bytes:
-    """A record as a line of JSON that ends with a checksum of the others."""
+    """A record as a line of JSON that ends with a checksum of the other fields."""
     return json.dumps({**record, "crc32": _crc32(record)}, allow_nan=False, ensure_ascii=False).encode() + b"\n"
 
 
 def _record(line: bytes) -> tuple[Key | None, dict]:
-    """What `_line` was given, with its key; no key if this line is not whole."""
+    """The key and record of a line that `_line` wrote. The key is None if the line is damaged."""
     try:
         record = json.loads(line)
         whole = record.pop("crc32") == _crc32(record)

@@ -1,6 +1,7 @@
-"""What scores of several models on the same prompts say: means, paired differences, and the gap that is closed.
+"""Statistics of several models' scores on the same prompts: means, paired differences, and the share of a gap closed.
 
-Symbols: x_p, y_p the scores of the first entry and of another on prompt p, averaged over repeats; d_p = y_p - x_p.
+Symbols: x_p and y_p are the scores of the first entry and of another entry on prompt p, averaged over repeats.
+d_p = y_p - x_p.
 """
 
 import csv
@@ -16,7 +17,7 @@ import numpy as np
 from esengine.evaluation.benchmarks import Benchmark
 
 GAP = "base@1", "base@2"
-"""The entries between which a one-step adapter is placed."""
+"""The two entries that define the gap in which a one-step adapter is placed."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,10 @@ class Report:
     """The statistics of an evaluation, as report.json holds them.
 
     Attributes:
-        benchmark: its name.
-        prompts: P.
+        benchmark: name of the benchmark.
+        prompts: number of prompts, P.
         repeats: images of each prompt.
-        entries: labels; the others are compared with the first.
+        entries: labels. The others are compared with the first.
         scores: names of the scores.
         settings: how the images were made and scored.
         groups: {"by": "overall", "category" or "challenge", "name", "rows"}, where a row of an entry is {"entry",
@@ -37,7 +38,7 @@ class Report:
         gap_closed: {score: {"from": "base@1", "to": "base@2", "gap": mean(base@2) - mean(base@1), "share": {label of
             each one-step adapter: (mean - mean(base@1)) / gap, None where two steps are no better than one},
             "standard_error": {label: that of the share, a ratio of means over the same prompts, by the delta method}}}.
-            Empty unless both are among the entries.
+            Empty unless base@1 and base@2 are among the entries.
     """
 
     benchmark: str
@@ -59,7 +60,7 @@ class Report:
         return json.dumps(asdict(self), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
     def to_csv(self) -> str:
-        """A line for each group, entry and score."""
+        """One line for each group, entry and score."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         against = ("difference", "standard_error", "win_rate")
@@ -106,7 +107,7 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
     def table(self) -> str:
-        """The overall group as aligned text, one score of one entry a line."""
+        """The overall group as aligned text, with one line for each score and entry."""
         columns = ["score", "entry", "mean", "difference", "std. error", "prompts won"]
         lines = [columns + ["gap closed"] * bool(self.gap_closed)]
         for score in self.scores:
@@ -135,7 +136,7 @@ def summarise(
 
     Args:
         benchmark: the prompts and their groups.
-        entries: labels, the first being what the others are compared with.
+        entries: labels. The others are compared with the first.
         scores: names of the scores.
         records: {"entry", "index", "repeat", "scores"} of every image, in any order.
         settings: for the report.
@@ -163,7 +164,7 @@ def summarise(
 
 
 def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with names joined by dots."""
+    """Nested mappings as one flat mapping, with names joined by dots."""
     flat: dict[str, Any] = {}
     for name, value in data.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
@@ -187,7 +188,7 @@ def _paired(d: np.ndarray) -> dict[str, float | None]:
 
 
 def _gap_closed(means: np.ndarray, entries: Sequence[str], scores: Sequence[str]) -> dict[str, dict]:
-    """Of scores by prompt, means [E, S, P]."""
+    """`Report.gap_closed`, from mean scores by prompt [E, S, P]."""
     if not set(GAP) <= set(entries):
         return {}
     of = dict(zip(entries, means, strict=True))

@@ -1,4 +1,4 @@
-"""Pages for people: one HTML file each, that opens from disk without a network, on a desktop and on a phone."""
+"""HTML reports. Each is one file that opens from disk without a network, on a desktop or a phone."""
 
 from pathlib import Path
 
@@ -11,10 +11,11 @@ __all__ = ["write_evaluation_page", "write_gallery", "write_page", "write_traini
 
 
 def write_page(folder: Path) -> Path:
-    """Write the report.html of an evaluation's or a run's folder, whichever it is, and return its path.
+    """Write report.html into the folder of an evaluation or a run, and return its path.
 
     Raises:
-        RunError: the folder is neither, or a file in it is damaged; with the file and, where it has lines, the line.
+        RunError: the folder is neither of the two, or a file in it is damaged. The message names the file and, for
+            a file of lines, the line.
     """
     if (folder / "evaluation.json").is_file():
         return write_evaluation_page(folder)

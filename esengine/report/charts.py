@@ -1,6 +1,6 @@
-"""Charts as shapes in an SVG's coordinates; `templates/parts.html` draws them.
+"""Charts as shapes in SVG coordinates. `templates/parts.html` draws them.
 
-All are 360 units wide, so that a text of 11 units is legible when a phone's width is all there is.
+Every chart is 360 units wide, so that text of 11 units is legible on a phone.
 """
 
 import math
@@ -13,28 +13,28 @@ from esengine.report.words import figure, short, signed, tick
 
 WIDTH, HEIGHT = 360, 190
 TOP, RIGHT, BOTTOM = 10, 10, 24
-MOST_POINTS = 300
-MOST_DOTS = 40
-MOST_BINS = 32
+MAX_POINTS = 300
+MAX_DOTS = 40
+MAX_BINS = 32
 TINY = 1e-300
-"""A range that a float cannot divide by."""
+"""A smaller range of values counts as zero, because dividing by it overflows."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """What is drawn, in viewBox units.
+    """The content of a chart, in viewBox units.
 
     Attributes:
-        title: its heading.
-        reading: a sentence that stands for the chart where it cannot be seen, and below it while nothing is hovered.
+        title: the heading.
+        reading: a summary, for screen readers and for the line below the chart while nothing is hovered.
         legend: (colour 0..7, label).
         note: a caption.
         x_ticks, y_ticks: (position, label).
         shapes: (CSS classes, path).
-        marks: (x, label): vertical lines.
-        hits: (x, y, width, height, text): where hovering or tapping says the text.
-        left: where the plot begins.
-        height: of the viewBox.
+        marks: (x, label) of vertical lines.
+        hits: (x, y, width, height, text): an area that shows the text when it is hovered or tapped.
+        left: the plot's left edge.
+        height: height of the viewBox.
     """
 
     title: str
@@ -56,7 +56,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: y float [n], NaN where there is none, and a band (low, high) around it."""
+    """One curve: y float [n], NaN for a missing value, and an optional band (low, high) around it."""
 
     label: str
     y: np.ndarray
@@ -78,13 +78,13 @@ def lines(
     Args:
         title: the chart's heading.
         x: float [n], increasing.
-        series: the curves. Above 300 points, each point drawn is the mean of several, which the note says.
+        series: the curves. Above 300 points, each point drawn is the mean of several, and the note says so.
         marks: (x, label) of vertical lines.
-        stacked: draw areas on top of one another; the series are parts of a sum.
-        zero: the vertical axis holds 0, with a line there.
+        stacked: draw areas on top of one another, for series that are parts of a sum.
+        zero: include 0 in the vertical axis and draw a line at 0.
         note: a caption.
     """
-    each = math.ceil(len(x) / MOST_POINTS)
+    each = math.ceil(len(x) / MAX_POINTS)
     if each > 1:
         x = _thin(x, each)
         series = [Series(s.label, _thin(s.y, each), s.band and tuple(_thin(b, each) for b in s.band)) for s in series]
@@ -105,7 +105,7 @@ def lines(
     if not stacked:
         for colour, one in enumerate(series):
             shapes.append((f"line c{colour % 8}", _path(x_axis(x), y_axis(one.y))))
-            if len(x) <= MOST_DOTS:
+            if len(x) <= MAX_DOTS:
                 shapes.append((f"dots c{colour % 8}", _dots(x_axis(x), y_axis(one.y))))
     said = [" · ".join([f"step {at:.0f}", *(f"{s.label} {short(s.y[i])}" for s in series)]) for i, at in enumerate(x)]
     return Chart(
@@ -125,20 +125,20 @@ def lines(
 def histogram(
     title: str, groups: Sequence[tuple[str, np.ndarray]], *, zero: bool = False, colour: int = 0, note: str = ""
 ) -> Chart:
-    """How values are spread: bars for one group, outlines on shared bins for several.
+    """The distribution of values: bars for one group, outlines on shared bins for several.
 
     Args:
         title: the chart's heading.
         groups: (label, finite values float [n]) with at least one value in all.
-        zero: the horizontal axis holds 0, with a line there.
-        colour: of the first group.
+        zero: include 0 in the horizontal axis and draw a line at 0.
+        colour: colour of the first group.
         note: a caption.
     """
     everything = np.concatenate([values for _, values in groups])
     low, high = everything.min(), everything.max()
     if high - low <= 1e-9 * max(abs(low), abs(high)) + TINY:
         low, high = low - max(abs(low) * 0.05, 1e-3), high + max(abs(high) * 0.05, 1e-3)
-    edges = np.linspace(low, high, max(6, min(MOST_BINS, math.isqrt(2 * max(len(v) for _, v in groups)))) + 1)
+    edges = np.linspace(low, high, max(6, min(MAX_BINS, math.isqrt(2 * max(len(v) for _, v in groups)))) + 1)
     counts = [np.histogram(values, edges)[0] for _, values in groups]
     y_axis = _Axis(np.concatenate([*counts, np.zeros(1)]), HEIGHT - BOTTOM, TOP, whole=True, pad=0)
     left = 14 + 6 * max(len(label) for _, label in y_axis.ticks)
@@ -175,12 +175,12 @@ def histogram(
 def intervals(
     title: str, rows: Sequence[tuple[str, Sequence[tuple[float, float]]]], labels: Sequence[str], *, note: str = ""
 ) -> Chart:
-    """Differences with their uncertainty: for each row a dot and a bar of twice its standard error, for each label.
+    """Differences with their uncertainty: each row has, for each label, a dot and a bar of ± 2 standard errors.
 
     Args:
         title: the chart's heading.
-        rows: (name, one (difference, standard error) for each label); NaN where there is none.
-        labels: what the dots of a row are.
+        rows: (name, one (difference, standard error) for each label); NaN for a missing value.
+        labels: names of the dots of a row.
         note: a caption.
     """
     pairs = np.array([pair for _, row in rows for pair in row], dtype=float).reshape(-1, 2)
@@ -221,10 +221,10 @@ class _Axis:
     """A linear map from values to viewBox units, and its ticks.
 
     Args:
-        values: what must be within; NaN is ignored.
-        start, end: where the axis begins and ends.
-        whole: ticks on whole numbers only.
-        pad: share of the range that stays free on each side.
+        values: values that the axis must contain; NaN is ignored.
+        start, end: where the axis begins and ends, in viewBox units.
+        whole: put ticks on whole numbers only.
+        pad: margin on each side, as a fraction of the range.
     """
 
     def __init__(self, values: np.ndarray, start: float, end: float, *, whole: bool = False, pad: float = 0.05):

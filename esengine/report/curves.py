@@ -1,4 +1,4 @@
-"""Charts of a training run's curves: for its own page, and for the page of an evaluation that keeps them."""
+"""Charts of a training run's curves, for the page of the run and for an evaluation that stores a copy of the curves."""
 
 import math
 import re
@@ -14,7 +14,7 @@ SPREAD = {"reward": "mean", "reward_best": "best", "reward_worst": "worst"}
 
 
 def kept_charts(path: Path) -> list[tuple[str, str, list[Chart]]]:
-    """(label, run, its curves) of what `kept_curves` gave, from a file; nothing where there is none.
+    """(label, run, charts) of the curves that `kept_curves` stored in a file. Empty if there is no file.
 
     Raises:
         RunError: the file is damaged.
@@ -30,12 +30,12 @@ def kept_charts(path: Path) -> list[tuple[str, str, list[Chart]]]:
 
 
 def column(metrics: dict[int, dict[str, float]], name: str) -> np.ndarray:
-    """A metric over the logged steps, float [n], NaN where it is not logged."""
+    """A metric over the logged steps, float [n]. It is NaN at steps that did not log it."""
     return np.array([record.get(name, math.nan) for record in metrics.values()])
 
 
 def names_like(metrics: dict[int, dict[str, float]], pattern: str) -> list[str]:
-    """Names of metrics that match a pattern as a whole and have a finite number."""
+    """Names of the metrics that fully match a pattern and have at least one finite value."""
     names = dict.fromkeys(name for record in metrics.values() for name in record)
     return [name for name in names if re.fullmatch(pattern, name) and np.isfinite(column(metrics, name)).any()]
 
@@ -46,7 +46,7 @@ def steps_of(metrics: dict[int, dict[str, float]]) -> np.ndarray:
 
 
 def reward_charts(metrics: dict[int, dict[str, float]]) -> list[Chart]:
-    """The reward over the steps, then the population's spread and each reward of several."""
+    """The reward over the steps, the spread of the population and, if there are several rewards, each of them."""
     x, charts = steps_of(metrics), []
     spread = names_like(metrics, "|".join(SPREAD))
     if spread:
@@ -61,13 +61,13 @@ def reward_charts(metrics: dict[int, dict[str, float]]) -> list[Chart]:
         note = "Standard deviation of the members' rewards."
         charts.append(lines("Spread of the population", x, [Series("std", column(metrics, "reward_std"))], note=note))
     each = names_like(metrics, "reward/.+")
-    for name in each if len(each) > 1 else []:  # a single one is the curve above
+    for name in each if len(each) > 1 else []:  # a single reward is the first chart already
         charts.append(lines(name.removeprefix("reward/"), x, [Series("mean", column(metrics, name))]))
     return charts
 
 
 def held_charts(held: list[Held]) -> list[Chart]:
-    """Each reward's change on held-out prompts with a band of two standard errors."""
+    """The change of each reward on held-out prompts, with a band of ± 2 standard errors."""
     x = np.array([line.step for line in held], dtype=float)
     charts = []
     for name in dict.fromkeys(name for line in held for name in line.change):
@@ -84,7 +84,7 @@ def held_charts(held: list[Held]) -> list[Chart]:
 
 
 def partings(held: list[Held]) -> list[tuple[int, list[str]]]:
-    """(step, the rewards that part ways there for the first time)."""
+    """(step, the rewards that diverge from the optimised one for the first time at this step)."""
     seen: set[str] = set()
     found = []
     for line in held:

@@ -1,4 +1,4 @@
-"""The page of an evaluation: the headline table, by category and challenge, histograms, images side by side."""
+"""The page of an evaluation: main table, tables by category and challenge, histograms, images side by side."""
 
 import math
 import random
@@ -16,15 +16,15 @@ from esengine.report.curves import kept_charts
 from esengine.report.page import write
 from esengine.report.thumbnails import Picture, thumbnail
 
-MOST_PICTURES = 72
-MOST_EXAMPLES = 8
+MAX_PICTURES = 72
+MAX_EXAMPLES = 8
 THUMBNAIL_SIDE, THUMBNAIL_BYTES = 384, 40_000
 PICK_SEED = 0
 
 
 @dataclass(frozen=True)
 class Shot:
-    """One line of scores.jsonl: an image, and its score by name (NaN for none)."""
+    """One line of scores.jsonl: an image and its scores by name. A missing score is NaN."""
 
     entry: str
     key: tuple[int, int]
@@ -36,7 +36,7 @@ class Shot:
 
 @dataclass(frozen=True)
 class Cell:
-    """An entry's mean of a score over a group and, but for the first entry, its paired difference to the first."""
+    """An entry's mean score over a group. All entries but the first also have the paired difference to the first."""
 
     mean: float
     difference: float | None = None
@@ -45,14 +45,14 @@ class Cell:
 
     @property
     def verdict(self) -> str:
-        """`up` or `down` where the difference is beyond two standard errors."""
-        sure = self.difference is not None and abs(self.difference) > 2 * self.standard_error  # never for NaN
+        """`up` or `down` if the difference is beyond two standard errors, else empty."""
+        sure = self.difference is not None and abs(self.difference) > 2 * self.standard_error  # false for NaN
         return ("up" if self.difference > 0 else "down") if sure else ""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Prompts that a table has a row of: score -> entry -> cell."""
+    """A group of prompts, which is one row of a table. `cells` is score -> entry -> cell."""
 
     by: str
     name: str
@@ -62,7 +62,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt's images, an entry each, with what stands below them."""
+    """The images of one prompt, one for each entry, with the scores shown below them."""
 
     prompt: str
     labels: list[str]
@@ -71,14 +71,14 @@ class Example:
 
 
 def write_evaluation_page(folder: Path) -> Path:
-    """Write FOLDER/report.html from evaluation.json, report.json, scores.jsonl and images/; returns its path.
+    """Write FOLDER/report.html from evaluation.json, report.json, scores.jsonl and images/, and return its path.
 
-    The page is a function of these files and of curves.json, where there is one. An image that is missing leaves a
-    placeholder and a line.
+    The page depends only on these files and on curves.json, if there is one. A missing image is shown as a placeholder
+    and listed.
 
     Raises:
-        RunError: one of the first three files is missing, or one is damaged; with the file and, where it has lines, the
-            line.
+        RunError: one of the first three files is missing, or a file is damaged. The message names the file and, for a
+            file of lines, the line.
     """
     evaluation = read_json(folder / "evaluation.json")
     if not (folder / "report.json").is_file():
@@ -120,7 +120,7 @@ def write_evaluation_page(folder: Path) -> Path:
 
 
 def overall(report: dict[str, Any], entries: list[str], scores: list[str]) -> Group:
-    """The group of all prompts. For use inside `as_written`."""
+    """The group of all prompts. Call it inside `as_written`."""
     (found,) = (group for group in report["groups"] if group["by"] == "overall")
     return _group(found, entries, scores)
 
@@ -151,7 +151,7 @@ def _cell(row: dict[str, Any], score: str) -> Cell:
 
 
 def _closed(score: str, found: dict[str, Any]) -> list[str]:
-    """The share of the gap that each adapter closes, in words."""
+    """Sentences about the share of the gap that each adapter closes."""
     first, last, gap = text(found["from"]), text(found["to"]), number(found["gap"])
     if not gap > 0:
         return [f"{score}: {last} is not above {first}, so there is no gap to close."]
@@ -172,7 +172,7 @@ def _closed(score: str, found: dict[str, Any]) -> list[str]:
 
 
 def _sections(groups: list[Group], entries: list[str], scores: list[str]) -> list[dict[str, Any]]:
-    """For category and challenge: a chart of the differences and the groups themselves, score by score."""
+    """For category and for challenge: the groups, and for each score a chart of the differences."""
     sections = []
     for by in ("category", "challenge"):
         mine = [group for group in groups if group.by == by]
@@ -196,7 +196,7 @@ def _nan(value: float | None) -> float:
 
 
 def _charts(entries: list[str], scores: list[str], shots: dict[str, dict[tuple[int, int], Shot]]) -> list[Chart]:
-    """Per score: how the scores spread, and how each entry's paired differences to the first spread."""
+    """For each score: histograms of the scores and of each entry's paired differences to the first entry."""
     charts = []
     for score in scores:
         by_prompt = {entry: _by_prompt(shots[entry], score) for entry in entries}
@@ -214,7 +214,7 @@ def _charts(entries: list[str], scores: list[str], shots: dict[str, dict[tuple[i
 
 
 def _by_prompt(shots: dict[tuple[int, int], Shot], score: str) -> dict[int, float]:
-    """A prompt's mean over its repeats."""
+    """Each prompt's mean score over its repeats."""
     found: dict[int, list[float]] = {}
     for (index, _), shot in sorted(shots.items()):
         value = shot.scores.get(score, math.nan)
@@ -226,15 +226,15 @@ def _by_prompt(shots: dict[tuple[int, int], Shot], score: str) -> dict[int, floa
 def _examples(
     folder: Path, entries: list[str], score: str, shots: dict[str, dict[tuple[int, int], Shot]]
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Prompts to look at: best gains and worst losses of each adapter, and a draw that no score has a say in.
+    """Example prompts: the best gains and worst losses of each adapter, and a random draw independent of the scores.
 
     Returns:
-        Sections of examples, and the names of images that could not be shown.
+        Sections of examples, and a line for each image that could not be shown.
     """
     first = entries[0]
-    # with no adapter among the entries, the second is looked at
+    # without an adapter among the entries, take the second entry
     chosen = [entry for entry in entries[1:] if not entry.startswith("base@")] or entries[1:2]
-    each = max(1, min(MOST_EXAMPLES, MOST_PICTURES // (len(entries) * (2 * max(1, len(chosen)) + 1))))
+    each = max(1, min(MAX_EXAMPLES, MAX_PICTURES // (len(entries) * (2 * max(1, len(chosen)) + 1))))
     sections = []
     for entry in chosen:
         gains = {

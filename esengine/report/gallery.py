@@ -1,4 +1,4 @@
-"""Base beside adapter on a few prompts: one image file and one page."""
+"""A gallery of base and adapter images side by side, as one image file and one page."""
 
 import textwrap
 from pathlib import Path
@@ -19,13 +19,13 @@ PAGE_SIDE, PAGE_BYTES = 1024, 300_000
 def write_gallery(
     folder: Path, prompts: list[str], rows: dict[str, torch.Tensor], settings: dict[str, Any]
 ) -> tuple[Path, Path]:
-    """Write FOLDER/gallery.png and FOLDER/gallery.html, in which each prompt's images stand side by side.
+    """Write FOLDER/gallery.png and FOLDER/gallery.html, which show each prompt's images side by side.
 
     Args:
-        folder: made if it is not there.
+        folder: made if missing.
         prompts: P texts.
         rows: label -> uint8 [P, 3, H, W] on a CPU, such as base and adapter.
-        settings: what the images were made with, for the end of the page.
+        settings: settings of the images, for the end of the page.
 
     Returns:
         Both paths.
@@ -42,7 +42,7 @@ def write_gallery(
 
 
 def _draw(prompts: list[str], pictures: dict[str, list[Image.Image]]) -> Image.Image:
-    """Two prompts a row, the labels and the prompt above their images."""
+    """A sheet with two prompts a row. The prompt and the labels are above the images."""
     labels = list(pictures)
     size = pictures[labels[0]][0].size
     scale = TILE / max(size)

@@ -1,4 +1,4 @@
-"""From a template and what it shows to the bytes of one HTML file."""
+"""Writes one HTML file from a template and its values."""
 
 import base64
 import hashlib
@@ -15,9 +15,9 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write(path: Path, template: str, **view: Any) -> Path:
-    """Fill a template and write the page; a text that is not valid Unicode shows as question marks.
+    """Fill a template and write the page. Characters that are not valid Unicode become question marks.
 
-    The page's content security policy allows its own script, by hash, and images inside the page: nothing else.
+    The page's content security policy allows only the page's own script, by hash, and images inside the page.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),

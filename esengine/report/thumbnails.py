@@ -1,4 +1,4 @@
-"""Images small enough to lie inside a page, as data URIs."""
+"""Small images as data URIs, to embed in a page."""
 
 import base64
 import io
@@ -8,12 +8,12 @@ from pathlib import Path
 from PIL import Image
 
 QUALITIES = ((1.0, 82), (1.0, 60), (0.7, 50))
-"""Share of the size and WebP quality, tried in this order until an image is within its bytes."""
+"""(fraction of the size, WebP quality), tried in this order until the image is small enough in bytes."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image of a page: its data URI and size in pixels, or why there is none."""
+    """An image of a page: its data URI and size in pixels, or the reason why it is missing."""
 
     uri: str | None
     width: int
@@ -22,9 +22,10 @@ class Picture:
 
 
 def thumbnail(path: Path, *, within: Path, side: int, most: int) -> Picture:
-    """An image file as WebP, at most `side` pixels long and, where three qualities can do it, `most` bytes.
+    """An image file as WebP, at most `side` pixels on its longer side.
 
-    A file that is not there, not an image, or outside the folder `within` gives a picture that says so.
+    It has at most `most` bytes, unless the last of `QUALITIES` still gives more. If the file is missing, damaged or
+    outside the folder `within`, the picture's `missing` gives the reason.
     """
     if not path.resolve().is_relative_to(within.resolve()):
         return Picture(None, 1, 1, "image outside the folder")

@@ -1,4 +1,4 @@
-"""The page of a training run: curves, images over time, norms, throughput, settings; also while it goes on."""
+"""The page of a training run: curves, images over time, norms, throughput, settings. The run may still be going."""
 
 import re
 import statistics
@@ -21,14 +21,14 @@ from esengine.report.words import TIMES, count, duration, figure, short, signed
 from esengine.rewards import spec
 from esengine.run.settings import TrainConfig, to_dict
 
-MOST_STRIPS = 16
+MAX_STRIPS = 16
 STRIP_SIDE, STRIP_BYTES = 1280, 130_000
 COMPARISON_BYTES = 400_000
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting of the run, and the default where it is another."""
+    """A setting of the run, its default, and whether the two differ."""
 
     name: str
     value: Any
@@ -37,14 +37,14 @@ class Setting:
 
 
 def write_training_page(run_dir: Path) -> Path:
-    """Write RUN/report.html from what the run has written so far; returns its path.
+    """Write RUN/report.html from what the run has written so far, and return its path.
 
-    The page is a function of the folder's files. Only config.yaml must be there.
+    The page depends only on the folder's files. Only config.yaml is required.
 
     Raises:
-        RunError: a file is damaged; with the file and, where it has lines, the line.
+        RunError: a file is damaged. The message names the file and, for a file of lines, the line.
     """
-    config = flatten(read_yaml(run_dir / "config.yaml"))  # as it is: a run of another version has other settings
+    config = flatten(read_yaml(run_dir / "config.yaml"))  # not as a TrainConfig: other versions have other settings
     with as_written(run_dir / "config.yaml"):
         steps, model, reward = int(config["steps"]), text(config["model"]), text(config["reward"])
         size = _size(config)
@@ -87,7 +87,7 @@ def write_training_page(run_dir: Path) -> Path:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Base against adapter, of `repeats` images of each prompt."""
+    """Base against adapter, with `repeats` images of each prompt."""
 
     entries: list[str]
     scores: list[str]
@@ -96,7 +96,7 @@ class Comparison:
 
 
 def _comparison(path: Path) -> tuple[Comparison | None, dict[str, Any]]:
-    """What eval.json tells, and what its images were made with; None while there is no such file."""
+    """The comparison in eval.json, and the settings of its images. (None, {}) if there is no such file."""
     if not path.is_file():
         return None, {}
     report = read_json(path)
@@ -107,7 +107,7 @@ def _comparison(path: Path) -> tuple[Comparison | None, dict[str, Any]]:
 
 
 def _checkpoint(run_dir: Path) -> dict[str, Any]:
-    """What the newest checkpoint says the run is made with."""
+    """The newest checkpoint's meta without the settings: model, rewards, versions. Empty if there is no checkpoint."""
     for path in sorted(run_dir.glob("checkpoints/step_*/meta.json"), reverse=True)[:1]:
         with as_written(path):
             meta = read_json(path)["meta"]
@@ -116,14 +116,14 @@ def _checkpoint(run_dir: Path) -> dict[str, Any]:
 
 
 def _size(config: dict[str, Any]) -> tuple[str, str, str]:
-    """(what, figure, aside) of a step."""
+    """The card (what, figure, aside) of the number of images in a step."""
     population, prompts, repeats = (config[name] for name in ("population", "es.prompts_per_step", "es.repeats"))
     aside = f"{count(population, 'member')} {TIMES} {count(prompts, 'prompt')} {TIMES} {count(repeats, 'repeat')}"
     return "images a step", f"{population * prompts * repeats}", aside
 
 
 def _compared(comparison: Comparison, reward: str) -> tuple[str, str, str] | None:
-    """(what, figure, aside) of the optimised score's held-out gain; None if the comparison does not have it."""
+    """The card (what, figure, aside) of the optimised score's held-out gain; None if the comparison lacks it."""
     score = _optimised(comparison.scores, reward)
     cell = comparison.overall.cells.get(score, {}).get(comparison.entries[-1])
     if cell is None or cell.difference is None:
@@ -133,18 +133,18 @@ def _compared(comparison: Comparison, reward: str) -> tuple[str, str, str] | Non
 
 
 def _optimised(scores: list[str], reward: str) -> str | None:
-    """The score that the run optimised: the weighted sum, or the only reward with a weight."""
+    """The score that the run optimised: the weighted sum, or the only reward with a weight. None if unclear."""
     if spec.COMBINED in scores:
         return spec.COMBINED
     try:
         weighted = [term.name for term in spec.read(reward) if term.weight]
-    except ConfigError:  # as another version wrote it
+    except ConfigError:  # written by another version
         return None
     return weighted[0] if len(weighted) == 1 else None
 
 
 def _measured(held: list[Held]) -> tuple[str, str, str] | None:
-    """The same from the last measure of a run that is not compared yet; None before the second measure."""
+    """The same card from the last held-out record, for a run without a comparison. None before the second record."""
     if len(held) < 2 or held[-1].optimised not in held[-1].change:
         return None
     last = held[-1]
@@ -158,7 +158,7 @@ def _gain(difference: float, error: float, aside: str) -> tuple[str, str, str]:
 
 
 def _outcome(metrics: dict[int, dict[str, float]]) -> list[tuple[str, str, str]]:
-    """(what, figure, aside) of what was reached so far."""
+    """The cards (what, figure, aside) of the last reward, the speed and the total time."""
     cards = []
     if names_like(metrics, "reward"):
         reward = column(metrics, "reward")
@@ -197,12 +197,12 @@ def _speed_charts(metrics: dict[int, dict[str, float]]) -> list[Chart]:
 
 
 def _timeline(folder: Path, title: str, about: str) -> dict[str, Any]:
-    """Images of a folder over the steps; some of them, evenly, when there are many."""
+    """The images of a folder, by step. Above `MAX_STRIPS` images, an evenly spaced selection."""
     steps = ((re.fullmatch(r"step_(\d+)", path.stem), path) for path in folder.glob("*.png"))
     files = sorted((int(match[1]), path) for match, path in steps if match)
     shown = files
-    if len(files) > MOST_STRIPS:
-        places = np.linspace(0, len(files) - 1, MOST_STRIPS).round().astype(int)
+    if len(files) > MAX_STRIPS:
+        places = np.linspace(0, len(files) - 1, MAX_STRIPS).round().astype(int)
         shown = [files[place] for place in places]
         about = f"{about} {len(shown)} of {len(files)}, evenly; all are in {folder.name}/."
     pictures: list[tuple[int, Picture]] = [
@@ -212,6 +212,6 @@ def _timeline(folder: Path, title: str, about: str) -> dict[str, Any]:
 
 
 def _settings(config: dict[str, Any]) -> list[Setting]:
-    """Every setting, with the default beside those that differ from it."""
+    """Every setting, with its default."""
     default = flatten(to_dict(TrainConfig()))
     return [Setting(name, value, default.get(name), value != default.get(name)) for name, value in config.items()]

@@ -1,4 +1,4 @@
-"""Numbers and settings as people read them."""
+"""Numbers and settings formatted for people."""
 
 import json
 import math
@@ -11,12 +11,12 @@ MINUS, NONE, TIMES = "\N{MINUS SIGN}", "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
 
 
 def figure(value: float | None) -> str:
-    """A score: four decimals, a real minus sign, a dash for none."""
+    """A score: four decimals, a typographic minus sign, a dash if it is None or not finite."""
     return _number(value, ".4f")
 
 
 def signed(value: float | None) -> str:
-    """A difference: four decimals, always with its sign."""
+    """A difference: four decimals, always with a sign."""
     return _number(value, "+.4f")
 
 
@@ -26,7 +26,7 @@ def short(value: float | None) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A share in whole percents."""
+    """A fraction in whole percent."""
     return _number(value, ".0%")
 
 
@@ -45,7 +45,7 @@ def duration(seconds: float) -> str:
 
 
 def plain(value: Any) -> str:
-    """A setting."""
+    """A setting's value as text."""
     if value is None:
         return NONE
     if isinstance(value, bool):
@@ -56,12 +56,12 @@ def plain(value: Any) -> str:
 
 
 def breakable(name: str) -> Markup:
-    """A name that may go on in the next line after _ . and /."""
+    """A name in which a line may break after _ . and /."""
     return Markup("<wbr>").join(re.findall(r"[^_./]*[_./]|[^_./]+", name))
 
 
 def tick(value: float, decimals: int) -> str:
-    """A label of an axis."""
+    """A label of an axis tick."""
     if value == 0:
         return "0"
     return _number(value, ".1e" if decimals > 5 else ".3g" if abs(value) >= 1e6 else f".{decimals}f")

@@ -1,4 +1,4 @@
-"""Black-box rewards: the protocol, the built-in ones, and how several combine."""
+"""Black-box rewards: the protocol, the built-in rewards, and their weighted sum."""
 
 from esengine.rewards.base import Encoder, FeatureReward, Reward
 from esengine.rewards.clip import Aesthetic, ClipScore, ClipText, HPSv2, NoArtifacts, PickScore

@@ -1,4 +1,4 @@
-"""What a reward is."""
+"""The protocol of rewards."""
 
 import math
 import numbers
@@ -11,16 +11,18 @@ from esengine.base.errors import EsengineError, RewardError
 
 
 class Reward(Protocol):
-    """Any callable that scores finished images; higher is better. It sees no gradient and needs none.
+    """Any callable that scores finished images. Higher is better. It needs no gradient and gets none.
 
-    Optional attributes: `settings()`, a dict for the record of a result; `reads_only = True`, a promise never to write
-    into `images`, for which it is given the batch itself and not a copy; `overlaps = True` for one that mostly waits,
-    as for a service: in training it is asked from a thread of its own while the next chunk renders;
-    `check_prompts(prompts)`, which raises ConfigError for prompts that it cannot score, before anything is drawn.
+    Optional attributes:
+        settings(): returns a dict for a result's record.
+        reads_only = True: a promise never to write into `images`. The reward then gets the batch itself, not a copy.
+        overlaps = True: the reward mostly waits, such as for a service. Training then calls it in a separate thread
+            while the next chunk renders.
+        check_prompts(prompts): raises ConfigError for prompts that it cannot score, before anything is rendered.
     """
 
     def __call__(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """Score images, uint8 [B, 3, H, W], each drawn from the prompt beside it.
+        """Score images, uint8 [B, 3, H, W]. Image i was rendered from prompt i.
 
         Returns B finite numbers, one for each image: a tensor [B] (float32, or another real dtype) on any device, a
         numpy array [B], or a list. See `as_scores`.
@@ -29,13 +31,13 @@ class Reward(Protocol):
 
 
 def as_scores(returned: object, count: int) -> torch.Tensor:
-    """What a reward returned, as float32 [count]; on its own device where it was a tensor.
+    """What a reward returned, as float32 [count]. A tensor stays on its device.
 
-    Floats of more bits than float32 are rounded to it. Integers must be exact in it. What a numpy mask hides is NaN.
+    Wider floats are rounded to float32. Integers must be exact in float32. Masked values of a numpy array become NaN.
 
     Raises:
-        RewardError: anything but `count` real numbers: another shape or type, or a number that is missing or that
-            float32 cannot hold.
+        RewardError: the value is not `count` real numbers: it has another shape or type, or a number is missing or
+            float32 cannot hold it.
     """
     expected = f"expected {count} numbers, one for each image: a float32 tensor [{count}], a numpy array or a list"
     if isinstance(returned, torch.Tensor):
@@ -47,7 +49,7 @@ def as_scores(returned: object, count: int) -> torch.Tensor:
     elif isinstance(returned, np.ndarray) and returned.dtype.kind in "fiu":
         if np.ma.is_masked(returned) and returned.ndim == 1:
             return as_scores([math.nan if each is None else each for each in returned.tolist()], count)
-        if returned.ndim == 1 and returned.dtype.newbyteorder("=") not in _ARRAYS:  # torch knows no such numbers
+        if returned.ndim == 1 and returned.dtype.newbyteorder("=") not in _ARRAYS:  # torch has no such dtype
             return as_scores(returned.tolist(), count)
         scores = torch.from_numpy(np.array(returned, dtype=returned.dtype.newbyteorder("="), order="C"))
     elif isinstance(returned, list | tuple):
@@ -60,7 +62,7 @@ def as_scores(returned: object, count: int) -> torch.Tensor:
         raise RewardError(f"returned {describe(returned)}; {expected}")
     if scores.dtype == torch.float32:
         return scores
-    if scores.dtype == torch.int64 and len(scores) and scores.abs().max() > 1 << 53:  # beyond what fp64 can compare
+    if scores.dtype == torch.int64 and len(scores) and scores.abs().max() > 1 << 53:  # beyond exact fp64
         return as_scores(scores.tolist(), count)
     found = scores.to(torch.float32)
     if scores.dtype in _INTEGERS and not torch.equal(found.to(torch.float64), scores.to(torch.float64)):
@@ -92,7 +94,7 @@ def _number(value: object, place: int, expected: str) -> float:
 
 
 def describe(value: object) -> str:
-    """A value's type and, where it has them, its dtype and shape."""
+    """A value's type, or its dtype and shape if it has them."""
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if isinstance(value, np.ndarray):
@@ -103,10 +105,10 @@ def describe(value: object) -> str:
 
 
 class Encoder(Protocol):
-    """What turns images into features, once for all rewards that hold the same one."""
+    """Turns images into features, once for all rewards with the same encoder."""
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Features of images, uint8 [B, 3, H, W], which are not to be written into. Returns [B, D]."""
+        """Features of images, uint8 [B, 3, H, W]. Must not write into the images. Returns [B, D]."""
         ...
 
 
@@ -121,26 +123,26 @@ class FeatureReward(Protocol):
         ...
 
     def __call__(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """As a reward on its own."""
+        """Score images as any `Reward` does."""
         ...
 
 
 def settings_of(reward: Reward) -> dict[str, Any]:
-    """What a reward says of itself, or nothing."""
+    """A reward's `settings()`, or an empty dict if it has none."""
     settings = getattr(reward, "settings", None)
     return dict(settings()) if callable(settings) else {}
 
 
 def plain(what: object) -> str:
-    """Somebody else's text for a terminal: on one line, and without what would steer it."""
+    """External text made safe for a terminal: on one line, without control characters."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(str(what).split()))
 
 
 def reason(error: BaseException) -> str:
-    """An exception as one short line: its type, unless it is ours, and the beginning of its message."""
+    """An exception as one short line: its type, unless it is an EsengineError, and the beginning of its message."""
     try:
         message = plain(error)[:300]
-    except Exception:  # its own __str__ raises
+    except Exception:  # its __str__ raises
         message = ""
     if isinstance(error, EsengineError) and message:
         return message

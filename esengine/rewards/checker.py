@@ -1,4 +1,4 @@
-"""Does a picture of the nano world show what its caption says? Rules on pixels, without a model.
+"""Scores whether a picture of the nano world shows what its caption names, by rules on pixels, without a model.
 
 The score is the mean of the degrees, each in [0, 1], of the facts that the caption names:
 
@@ -10,16 +10,16 @@ The score is the mean of the degrees, each in [0, 1], of the facts that the capt
     background  ramp(share of the pixels outside the objects that have its colour)       if named
     alone       mean object_i * (1 - ramp(pixels outside the objects that have another colour than most))
 
-    ramp(x)     from 0 to 1 between two bounds; pictures of the world are beyond the upper one
-    object      the connected patch around the spot where the named colour is densest. A pixel's colour is that of
-                the palette whose tints come nearest in RGB
-    density     ramp of the share of the colour in the 5 x 5 pixels of that spot, which a blurred rim does not reach
-    area        0 for specks and for patches that no object of the world could fill
+    ramp(x)     from 0 to 1 between two bounds; pictures of the world are above the upper one
+    object      the connected patch around the spot where the named colour is densest. A pixel's colour is the palette
+                colour with the nearest tint in RGB
+    density     ramp of the share of the colour in the 5 x 5 pixels of that spot; a blurred rim is too sparse for it
+    area        0 for specks and for patches larger than any object of the world
     colour      ramp of the distance from the patch's mean colour to the nearest tint, in RGB
-    outline     where pixels stand half way from the patch's mean colour to that of the background around it, so that
-                blur hardly moves it; area, centre and radius are taken within it
-    fit         ramp of the intersection over union of the patch and the wanted shape, at equal area and centroid, in
-                the best of some rotations
+    outline     where pixels are half way from the patch's mean colour to that of the background around it. Blur hardly
+                moves it. Area, centre and radius are measured within it
+    fit         ramp of the intersection over union of the patch and the wanted shape, at equal area and centroid, for
+                the best of several rotations
     best        1 / (1 + exp(-(fit of the wanted shape - best fit of another) / 0.02)): 1/2 where two shapes tie
 
 Source: the facts are those of GenEval (Ghosh et al., arXiv 2310.11513), here with rules in place of detectors.
@@ -38,7 +38,7 @@ from esengine.models.nano import world
 from esengine.models.nano.world import COLOURS, SHAPES, SIDE, Spec, Wanted
 
 VERSION = 1
-"""Changes with every change to a score."""
+"""Increases with every change that affects a score."""
 
 _AREAS = np.array(
     [
@@ -48,14 +48,14 @@ _AREAS = np.array(
         8 * world.ARM * world.HALF_ARM - 4 * world.HALF_ARM**2,
     ]
 )
-"""Of each of SHAPES, at radius 1."""
+"""Area of each of SHAPES, at radius 1."""
 _BELOW_MIDDLE = np.array([0, 0, world.TRIANGLE / 4, 0])
 """How far the centroid of each of SHAPES is below the middle of its box, at radius 1."""
 _BETWEEN_SIZES = math.log(math.sqrt(world.SIZES["small"][1] * world.SIZES["large"][0]))
 _ANGLES = (-8.0, 0.0, 8.0)
 _CELLS = 24
 _REACH = (np.arange(_CELLS, dtype=np.float32) + 0.5) * (2 / _CELLS) - 1
-"""Where a patch is sampled for its shape: from its centroid, in square roots of its area."""
+"""Positions where a patch's shape is sampled: offsets from its centroid, in units of the square root of its area."""
 _SOFT = 0.1
 """Width of a template's edge, in the same unit."""
 _AXIS = np.arange(SIDE, dtype=np.float32) + 0.5
@@ -64,7 +64,7 @@ _CHUNK = 16
 
 
 class Patch(NamedTuple):
-    """What stands for a wanted object: degrees of object and shape; centre and radius in pixels; bool [64, 64]."""
+    """The patch of a wanted object: degrees of object and shape; centre and radius in pixels; mask, bool [64, 64]."""
 
     present: float
     shape: float
@@ -75,9 +75,9 @@ class Patch(NamedTuple):
 
 
 class Checker:
-    """The degree to which a picture shows what its caption names; see the module for the formula.
+    """The degree to which a picture shows what its caption names. See the module docstring for the formula.
 
-    A picture of another size than 64 x 64 is brought to it first. Batch mates have no part in a score.
+    A picture of another size is first resized to 64 x 64. Batch mates do not affect a score.
     """
 
     reads_only = True
@@ -92,7 +92,7 @@ class Checker:
         """Score images, uint8 [B, 3, H, W] on any device. Returns float32 [B] on the CPU, each in [0, 1].
 
         Raises:
-            RewardError: a prompt is no caption of the world; the message names the word.
+            RewardError: a prompt is not a caption of the world. The message names the word.
         """
         scores = [sum(facts.values()) / len(facts) for facts in self.facts(images, prompts)]
         return torch.tensor(scores, dtype=torch.float32)
@@ -100,7 +100,7 @@ class Checker:
     def facts(self, images: torch.Tensor, prompts: list[str]) -> list[dict[str, float]]:
         """The degree of each fact, by name, for each image: "object_1", "shape_1", "place" and so on.
 
-        Args and raises: as a call.
+        Arguments and errors as in `__call__`.
         """
         specs, found = [_read(prompt) for prompt in prompts], []
         for start in range(0, len(specs), _CHUNK):
@@ -108,7 +108,7 @@ class Checker:
         return found
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Raises ConfigError for a prompt that is no caption of the world."""
+        """Raises ConfigError for a prompt that is not a caption of the world."""
         for prompt in prompts:
             try:
                 world.parse(prompt)
@@ -122,10 +122,10 @@ class Checker:
         return {"version": VERSION}
 
     def _facts(self, pixels: np.ndarray, specs: list[Spec]) -> list[dict[str, float]]:
-        """Of pixels, float32 [B, 64, 64, 3]."""
+        """`facts` from pixels, float32 [B, 64, 64, 3]."""
         tints = self.tints.reshape(-1, 3)
         nearness = pixels.reshape(-1, 3) @ (2 * tints.T) - (tints**2).sum(1)
-        colours = (nearness.argmax(1) // self.tints.shape[1]).reshape(pixels.shape[:3])  # places in COLOURS
+        colours = (nearness.argmax(1) // self.tints.shape[1]).reshape(pixels.shape[:3])  # indices into COLOURS
         wanted = [(row, each) for row, spec in enumerate(specs) for each in spec.objects]
         rows = [row for row, _ in wanted]
         patches = self._patches(pixels[rows], colours[rows], [each for _, each in wanted])
@@ -135,12 +135,12 @@ class Checker:
         ]
 
     def _patches(self, pixels: np.ndarray, colours: np.ndarray, wanted: list[Wanted]) -> list[Patch]:
-        """What stands for each wanted object in its own copy of a picture: [K, 64, 64, 3], [K, 64, 64] and K."""
+        """The patch of each of K wanted objects. Pixels [K, 64, 64, 3] and colours [K, 64, 64] repeat its picture."""
         colour = np.array([_COLOURS.index(each.colour) for each in wanted])
         mask = colours == colour[:, None, None]
         counts = _box(mask) * mask
         seed = counts == counts.max((1, 2), keepdims=True)
-        seed &= seed.reshape(len(seed), -1).cumsum(1).reshape(seed.shape) == 1  # the first of equals
+        seed &= seed.reshape(len(seed), -1).cumsum(1).reshape(seed.shape) == 1  # the first of equal maxima
         bits = _flood(_pack(seed & mask), _pack(mask))
         core = ~_grow(~bits)
         core = np.where(core.any(1)[:, None], core, bits)
@@ -163,7 +163,7 @@ class Checker:
         return [Patch(*each) for each in zip(present, shape, x, y, radius, near, strict=True)]
 
     def _shape(self, cover, x, y, area, wanted: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """The degree of each wanted shape and the place in SHAPES of the one that fits best, both [K]."""
+        """The degree of each wanted shape, and the index in SHAPES of the shape that fits best, both [K]."""
         step = np.sqrt(area)[:, None] * _REACH
         sampled = _sample(cover, x[:, None] + step, y[:, None] + step)[:, None]  # [K, 1, 24, 24]
         both = np.minimum(sampled, self.templates).sum((2, 3))
@@ -177,7 +177,7 @@ class Checker:
 
 
 def ramp(x: np.ndarray | float, low: float, high: float) -> np.ndarray:
-    """0 up to `low`, 1 from `high`, straight between."""
+    """0 up to `low`, 1 from `high`, linear between."""
     return np.clip((np.asarray(x, np.float64) - low) / (high - low), 0, 1)
 
 
@@ -198,7 +198,7 @@ def _judge(spec: Spec, patches: list[Patch], colours: np.ndarray) -> dict[str, f
     if spec.background:
         facts["background"] = ramp(counts[_COLOURS.index(spec.background)] / total, 0.5, 0.95)
     stray = outside & (colours != counts.argmax())
-    lumps = (_box(stray[None], 1)[0][stray] >= 6).sum()  # no rims, no single pixels
+    lumps = (_box(stray[None], 1)[0][stray] >= 6).sum()  # ignores rims and single pixels
     facts["alone"] = np.mean([patch.present for patch in patches]) * (1 - ramp(lumps, 8, 40))
     return {name: float(degree) for name, degree in facts.items()}
 
@@ -231,7 +231,7 @@ def _read(prompt: str) -> Spec:
 
 
 def _pixels(images: torch.Tensor) -> np.ndarray:
-    """float32 [B, 64, 64, 3] of uint8 [B, 3, H, W]."""
+    """float32 [B, 64, 64, 3] from uint8 [B, 3, H, W]."""
     images = images.cpu().float()
     if images.shape[2:] != (SIDE, SIDE):
         images = F.interpolate(images, (SIDE, SIDE), mode="bilinear", antialias=True)
@@ -239,7 +239,7 @@ def _pixels(images: torch.Tensor) -> np.ndarray:
 
 
 def _templates() -> np.ndarray:
-    """Each shape in each rotation, of area 1 around its centroid: [12, 24, 24], the rotations of a shape together."""
+    """Each shape in each rotation, with area 1 around its centroid: [12, 24, 24], grouped by shape."""
     drawn = []
     for shape, area, below in zip(SHAPES, _AREAS, _BELOW_MIDDLE, strict=True):
         for angle in _ANGLES:
@@ -251,7 +251,7 @@ def _templates() -> np.ndarray:
 
 
 def _cover(pixels: np.ndarray, inside: np.ndarray, outside: np.ndarray) -> np.ndarray:
-    """0 where a pixel is of the outside's colour, 1 of the inside's, steeper than linear between. [K, 64, 64]."""
+    """[K, 64, 64]: 0 where a pixel has the outside's colour, 1 for the inside's, steeper than linear between."""
     line = inside - outside
     line /= np.maximum((line**2).sum(1, keepdims=True), 1)  # [K, 3]
     share = ((pixels - outside[:, None, None]) @ line[:, None, :, None])[..., 0]
@@ -259,16 +259,16 @@ def _cover(pixels: np.ndarray, inside: np.ndarray, outside: np.ndarray) -> np.nd
 
 
 def _mean(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """[K, 3] of [K, 64, 64, 3] under bool [K, 64, 64]; 0 where the mask is empty."""
+    """Mean colours [K, 3] of [K, 64, 64, 3] under masks, bool [K, 64, 64]; 0 where a mask is empty."""
     weights = mask.reshape(len(mask), 1, -1).astype(np.float32)
     total = (weights @ pixels.reshape(len(mask), -1, 3))[:, 0]
     return total / np.maximum(weights.sum(2), 1)
 
 
 def _sample(cover: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Bilinear values at pixel positions x, y [K, n], 0 outside: [K, n, n] of [K, 64, 64]."""
+    """Bilinear values [K, n, n] of [K, 64, 64] at pixel positions x, y [K, n]; 0 outside."""
     padded = np.pad(cover, ((0, 0), (1, 1), (1, 1)))
-    x, y = (np.clip(each + 0.5, 0, SIDE + 0.999) for each in (x, y))  # pixel i of cover stands at i + 1.5
+    x, y = (np.clip(each + 0.5, 0, SIDE + 0.999) for each in (x, y))  # pixel i of cover is at i + 1.5
     left, top = x.astype(int), y.astype(int)
     right, low = (x - left)[:, None, :], (y - top)[:, :, None]
     k, row, column = np.arange(len(cover))[:, None, None], top[:, :, None], left[:, None, :]
@@ -278,7 +278,7 @@ def _sample(cover: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _box(mask: np.ndarray, reach: int = 2) -> np.ndarray:
-    """How many of the pixels at most `reach` away in x and y are set."""
+    """For each pixel, the number of set pixels at most `reach` away in x and y."""
     width = 2 * reach + 1
     padded = np.pad(mask, ((0, 0), (reach, reach), (reach, reach))).astype(np.uint8)
     lines = sum(padded[:, i : i + SIDE] for i in range(width))
@@ -286,7 +286,7 @@ def _box(mask: np.ndarray, reach: int = 2) -> np.ndarray:
 
 
 def _pack(mask: np.ndarray) -> np.ndarray:
-    """A row of 64 pixels as the bits of one number: uint64 [K, 64] of bool [K, 64, 64]."""
+    """Pack each row of 64 pixels into the bits of one number: uint64 [K, 64] from bool [K, 64, 64]."""
     return np.packbits(mask, axis=-1, bitorder="little").view("<u8")[..., 0]
 
 
@@ -295,7 +295,7 @@ def _unpack(bits: np.ndarray) -> np.ndarray:
 
 
 def _grow(bits: np.ndarray, times: int = 1) -> np.ndarray:
-    """Sets the eight neighbours of every set pixel."""
+    """Set the eight neighbours of every set pixel."""
     for _ in range(times):
         lines = bits | bits << np.uint64(1) | bits >> np.uint64(1)
         bits = lines.copy()
@@ -305,7 +305,7 @@ def _grow(bits: np.ndarray, times: int = 1) -> np.ndarray:
 
 
 def _flood(bits: np.ndarray, within: np.ndarray) -> np.ndarray:
-    """Everything within that is connected to the bits."""
+    """All pixels of `within` that are connected to `bits`."""
     while True:
         grown = _grow(bits) & within
         if np.array_equal(grown, bits):

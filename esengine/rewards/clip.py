@@ -1,8 +1,8 @@
-"""Rewards that are a cosine between a CLIP's text and image features.
+"""Rewards from the cosine between a CLIP's text and image features.
 
-    cos = <T, I> / (|T| |I|), in fp32 whatever the model's dtype
+    cos = <T, I> / (|T| |I|), in fp32 for any dtype of the model
 
-Scores of one encoder share its image pass, see `esengine.rewards.base.FeatureReward`.
+Rewards with the same encoder share its image pass, see `esengine.rewards.base.FeatureReward`.
 """
 
 import os
@@ -19,18 +19,18 @@ CLIP_B = "openai/clip-vit-base-patch32"
 
 
 class ClipScore:
-    """A score of each image's features against those of its prompt, or of one fixed text.
+    """Scores each image's features against those of its prompt, or of one fixed text.
 
     Args:
         encoder: the CLIP.
     """
 
     model: str | None
-    """Hub id of the weights, unless the user names others."""
+    """Hub id of the default weights."""
     processor: str
-    """Hub id of the tokenizer and preprocessor of models that have none of their own."""
+    """Hub id of the tokenizer and preprocessor for models that have none."""
     text: str | None = None
-    """What every image is compared with. None: its prompt."""
+    """Text that every image is compared with. None: its prompt."""
     reads_only = True
 
     def __init__(self, encoder: ClipEncoder):
@@ -47,7 +47,7 @@ class ClipScore:
         batch: int = 32,
         encoders: dict[tuple, ClipEncoder] | None = None,
     ) -> "ClipScore":
-        """The score on a CLIPModel with safetensors weights.
+        """Build the score on a CLIPModel with safetensors weights.
 
         Args:
             model: a folder, a hub id, or `nano` for clip-nano. Its own tokenizer and preprocessor config are used if it
@@ -55,7 +55,7 @@ class ClipScore:
             revision: commit, branch or tag of a hub id. Default: main, or the commit in `loading.CONVERTED`.
             dtype: float32, bfloat16 or float16. Default: float32 on a CPU, bfloat16 elsewhere.
             batch: images in one call of the image tower.
-            encoders: those already loaded, by their settings; a new one is added.
+            encoders: encoders already loaded, by their settings. A new one is added.
 
         Raises:
             ConfigError: see `ClipEncoder.from_pretrained`.
@@ -77,14 +77,14 @@ class ClipScore:
         return cls(encoders[key])
 
     def __call__(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """Score images, uint8 [B, 3, H, W] on any device. Returns float32 [B] on the model's."""
+        """Score images, uint8 [B, 3, H, W] on any device. Returns float32 [B] on the model's device."""
         return self.score_features(self.encoder.image_features(images), prompts)
 
     def score_features(self, features: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """Score unit image features, float32 [B, D]. Returns float32 [B].
 
         Raises:
-            ValueError: another number of prompts.
+            ValueError: the number of prompts differs from B.
         """
         if len(prompts) != len(features):
             raise ValueError(f"prompts: expected {len(features)}, one for each image, got {len(prompts)}")
@@ -92,7 +92,7 @@ class ClipScore:
         return self.from_cosine((features * texts).sum(-1))
 
     def from_cosine(self, cosine: torch.Tensor) -> torch.Tensor:
-        """The score, float32 [B], of cosines, float32 [B]."""
+        """The score, float32 [B], from cosines, float32 [B]."""
         raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
@@ -115,10 +115,11 @@ class PickScore(ClipScore):
 class HPSv2(ClipScore):
     """cos(text, image) of a Human Preference Score v2 or v2.1.
 
-    The authors publish pickles, which are not read here: `esengine.rewards.convert_hpsv2` makes the folder to name.
+    The authors publish pickles, which are not read here. `esengine.rewards.convert_hpsv2` converts them to a folder.
 
-    Source: Wu et al., "Human Preference Score v2", arXiv 2306.09341. Their resize keeps floats where Pillow, and so
-    this, rounds to levels, and pads an image that is not square where this keeps its centre; scores differ by that.
+    Source: Wu et al., "Human Preference Score v2", arXiv 2306.09341. Scores differ from theirs in two ways. Their
+    resize keeps floats, while this one rounds to levels as Pillow does. Theirs pads an image that is not square, while
+    this one crops it to its centre.
     """
 
     model, processor = None, CLIP_H
@@ -137,13 +138,13 @@ class ClipText(ClipScore):
 
 
 class Aesthetic(ClipText):
-    """(cos(image, text) + 1) / 2 with a text that praises."""
+    """(cos(image, text) + 1) / 2 with a text that describes a good image."""
 
     text = "a high quality, professional, beautiful, aesthetically pleasing image"
 
 
 class NoArtifacts(ClipText):
-    """1 - (cos(image, text) + 1) / 2 with a text that names flaws. Its last space is part of the definition."""
+    """1 - (cos(image, text) + 1) / 2 with a text that names flaws. Its trailing space is part of the definition."""
 
     text = "blurry, low resolution, noisy, pixelated, washed out colors, oversaturated "
 

@@ -2,8 +2,8 @@
 
     python -m esengine.rewards.convert_hpsv2 HPS_v2.1_compressed.pt FOLDER
 
-The authors publish an open_clip ViT-H-14 as a pickle. This is the one place that opens such a file, because it is yours
-and named by you, and it takes numbers from it only: torch refuses anything else in it (`weights_only=True`).
+The authors publish an open_clip ViT-H-14 as a pickle. Only this command opens such a file, because the user names it.
+It reads only tensors from it: torch rejects anything else in the file (`weights_only=True`).
 """
 
 import argparse
@@ -23,7 +23,7 @@ from esengine.rewards.clip import CLIP_H
 from esengine.rewards.loading import load_model, processor_files
 
 HEAD_WIDTH = {"vision_config": 80, "text_config": 64}
-"""Of ViT-H-14; a state dict does not tell."""
+"""Widths of an attention head of ViT-H-14. A state dict does not hold them."""
 
 _NAMES = {
     "logit_scale": "logit_scale",
@@ -53,14 +53,14 @@ def convert(source: str | Path, folder: str | Path, *, processor: str = CLIP_H) 
 
     Args:
         source: the published file.
-        folder: a new or an empty one.
-        processor: folder or hub id of the tokenizer and preprocessor config; they are copied.
+        folder: a new or an empty folder.
+        processor: folder or hub id of the tokenizer and preprocessor config, which are copied.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigError: a file that is not such a state dict, a folder that is in use, or no such processor.
+        ConfigError: the file is not such a state dict, the folder is not empty, or there is no such processor.
     """
     from safetensors.torch import save_file
     from transformers import CLIPConfig
@@ -84,10 +84,10 @@ def convert(source: str | Path, folder: str | Path, *, processor: str = CLIP_H) 
 
 
 def rename(theirs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """An open_clip CLIP's weights under transformers' names, in their own dtype.
+    """An open_clip CLIP's weights under transformers' names, with the dtype unchanged.
 
     Raises:
-        ValueError: a weight that has no place there.
+        ValueError: a weight has no counterpart in transformers.
     """
     ours = {}
     for name, value in theirs.items():
@@ -154,7 +154,7 @@ def _layer(found: re.Match) -> str:
 def _read(source: Path) -> Mapping[str, torch.Tensor]:
     try:
         found = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # what a file can make the unpickler raise is not listed anywhere
+    except Exception as error:  # the unpickler's errors are not documented
         raise ConfigError(f"{source}: cannot be read as weights alone ({reason(error)[:120]})") from error
     found = found.get("state_dict", found) if isinstance(found, Mapping) else found
     if not isinstance(found, Mapping) or not all(isinstance(each, torch.Tensor) for each in found.values()):

@@ -1,4 +1,4 @@
-"""A CLIP as rewards use it: image features in bounded batches, text features once for each prompt."""
+"""The CLIP encoder of rewards: image features in bounded batches, text features once for each prompt."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -19,18 +19,18 @@ PROMPTS_KEPT = 8192
 
 
 class ClipEncoder:
-    """Unit features of images and texts, float32 whatever the model's dtype.
+    """Unit features of images and texts, float32 for any dtype of the model.
 
     Args:
         clip: transformers' CLIPModel, on its device and in its dtype, in eval mode.
         tokenize: one text to its token ids, int64 [1, T].
         preprocess: uint8 [B, 3, H, W] to pixel values.
-        logit_scale: logarithm of the model's scale. Default: the model's own parameter, in the precision it now has.
+        logit_scale: logarithm of the model's scale. Default: the model's parameter, in its current precision.
         batch: images in one call of the image tower.
-        identity: what was loaded, for the record of a result.
+        identity: what was loaded, for a result's record.
 
-    A text is encoded alone and unpadded, so its features do not depend on what else is asked for; the last
-    `PROMPTS_KEPT` texts are remembered. In fp32 a cosine changes with `batch` by at most 1e-6 in our tests.
+    A text is encoded alone and unpadded, so its features do not depend on other texts. The last `PROMPTS_KEPT` texts
+    are cached. In fp32 a cosine changes with `batch` by at most 1e-6 in our tests.
     """
 
     def __init__(
@@ -96,10 +96,10 @@ class ClipEncoder:
 
     @torch.no_grad()
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Unit features of images, uint8 [B, 3, H, W] on any device. Returns float32 [B, D] on the model's.
+        """Unit features of images, uint8 [B, 3, H, W] on any device. Returns float32 [B, D] on the model's device.
 
         Raises:
-            ValueError: images of another dtype or shape.
+            ValueError: images have another dtype or shape.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
             got = f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
@@ -112,7 +112,7 @@ class ClipEncoder:
 
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> torch.Tensor:
-        """Unit features of T texts; a text that is not remembered costs one pass. Returns float32 [T, D]."""
+        """Unit features of T texts, float32 [T, D]. A text that is not cached costs one pass."""
         if not len(texts):
             return torch.empty(0, self.clip.config.projection_dim, device=self.device)
         distinct = list(dict.fromkeys(texts))
@@ -131,7 +131,7 @@ class ClipEncoder:
 
 
 def _unit(features: Any) -> torch.Tensor:
-    """Features as float32 of length 1. transformers 5 wraps them in an output object, 4 does not."""
+    """Features as float32 of length 1. transformers 5 wraps them in an output object; transformers 4 does not."""
     return F.normalize(getattr(features, "pooler_output", features).float(), dim=-1)
 
 

@@ -1,4 +1,4 @@
-"""Rewards that fail on some images: those have no score, NaN, up to a share of all of them."""
+"""Fault-tolerant rewards. Failed images score NaN; the run stops above 10 %."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -7,32 +7,32 @@ import torch
 from esengine.base.errors import RewardError
 from esengine.rewards import COMBINED, Weighted
 
-MOST_BAD = 0.1
-"""Share of the images without a score that a run with `on_bad_reward: drop-pair` bears."""
+MAX_BAD = 0.1
+"""Largest share of images without a score in a run with `on_bad_reward: drop-pair`."""
 
 
-MOST_IN_A_ROW = 8
-"""Images that a reward may fail on one after the other before the others of their batch are not asked for."""
+MAX_IN_A_ROW = 8
+"""After this many failures in a row, the rest of the batch is not scored."""
 
 
-class Bearing:
-    """Scores like `Weighted`, but for NaN where a reward raises or gives no finite number.
+class FaultTolerant:
+    """Scores like `Weighted`, but gives NaN where a reward raises or returns no finite number.
 
-    A batch that a reward fails on is asked for image by image, until too many are bad. After `MOST_IN_A_ROW` failures
-    the others of the batch count as bad, unasked: a service that is down may take its time limit to say so.
+    A batch that a reward fails on is scored image by image, until too many are bad. After `MAX_IN_A_ROW` failures in a
+    row the rest of the batch counts as bad without a call, because a service that is down may fail only at its timeout.
 
     Args:
-        reward: whose scores.
-        images: that are to be scored in all.
-        least: so many may be bad in any case.
+        reward: the rewards that score.
+        images: number of images to score in all.
+        least: this many may be bad in any case.
 
     Attributes:
-        bad: images without a score so far.
-        first: what the first of them failed with.
+        bad: number of images without a score so far.
+        first: the error of the first of them.
     """
 
     def __init__(self, reward: Weighted, images: int, least: int = 0):
-        self.reward, self.images, self.most = reward, images, max(least, int(MOST_BAD * images))
+        self.reward, self.images, self.most = reward, images, max(least, int(MAX_BAD * images))
         self.terms, self.names, self.settings = reward.terms, reward.names, reward.settings
         self.bad, self.first = 0, None
 
@@ -49,7 +49,7 @@ class Bearing:
                 return self._nothing(error, images, step)
         parts, row = [], 0
         for i in range(len(images)):
-            if row == MOST_IN_A_ROW:
+            if row == MAX_IN_A_ROW:
                 parts.append(self._nothing(self.first, images[i:], step))
                 break
             before, one = self.bad, slice(i, i + 1)
@@ -58,7 +58,7 @@ class Bearing:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def deferred_checks(self) -> AbstractContextManager:
-        """Nothing is put off: a bad image shows at once, so that the others of its batch can be asked for alone."""
+        """Defers nothing. A bad image raises at once, so that the rest of its batch can be scored one by one."""
         return nullcontext()
 
     def _nothing(self, error: RewardError, images: torch.Tensor, step: int | None) -> dict[str, torch.Tensor]:
@@ -70,4 +70,4 @@ class Bearing:
 
 
 def too_many(bad: int, images: int) -> str:
-    return f"{bad} of {images} images have no score, more than {MOST_BAD:.0%}"
+    return f"{bad} of {images} images have no score, more than {MAX_BAD:.0%}"

@@ -12,13 +12,13 @@ from esengine.base.errors import ConfigError
 class JpegCompressibility:
     """Minus the size of each image as a JPEG, in kB of 1000 bytes.
 
-    The bytes are libjpeg's, so scores repeat exactly on one Pillow build and may differ by some bytes on another.
+    libjpeg writes the bytes. So scores repeat exactly on one Pillow build and may differ by some bytes on another.
 
     Args:
         quality: Pillow's JPEG quality, 1 to 100. DDPO uses 95.
 
     Raises:
-        ConfigError: quality is not an int of that range.
+        ConfigError: quality is not an int in that range.
 
     Source: Black et al., "Training Diffusion Models with Reinforcement Learning", arXiv 2305.13301.
     """

@@ -1,4 +1,4 @@
-"""The parts of a CLIP from a folder or the hub: safetensors only, none of their code, one clear line when absent."""
+"""Loads the parts of a CLIP from a folder or the hub: safetensors only, no remote code, errors of one line."""
 
 import hashlib
 import json
@@ -22,21 +22,21 @@ _TOKENIZER_TOO = ("merges.txt", "tokenizer_config.json", "special_tokens_map.jso
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 CONVERTED = {"openai/clip-vit-base-patch32": "c237dc49a33fc61debc9276459120b7eac67e7ef"}
-"""Commits to take by default of models whose main branch has no safetensors: of refs/pr/66, by the hub's converter."""
+"""Default commits of models whose main branch has no safetensors. This one is refs/pr/66, by the hub's converter."""
 
 
 def locate(model: str | os.PathLike[str], revision: str | None) -> str:
-    """The folder with safetensors, or the hub id, that `model` names; `nano` is clip-nano, part of this package.
+    """The safetensors folder or the hub id that `model` names. `nano` is clip-nano, which is part of this package.
 
     Raises:
-        ConfigError: neither, or a revision that does not go with it.
+        ConfigError: `model` is neither, or `revision` does not apply to it.
     """
     model = os.fspath(model) if isinstance(model, os.PathLike) else model
     for argument, value in (("model", model), ("revision", revision)):
         if (value is not None or argument == "model") and (not isinstance(value, str) or not value):
             raise ConfigError(f"{argument}: expected text, got {value!r}; text that looks like a number needs quotes")
     if model == "nano":
-        from esengine.models.nano import CLIP  # with models comes diffusers, which no other reward needs
+        from esengine.models.nano import CLIP  # imports diffusers, which no other reward needs
 
         folder = CLIP
     else:
@@ -59,7 +59,7 @@ def has_processor(model: str, revision: str | None) -> bool:
 
 
 def processor_files(source: str) -> list[Path]:
-    """The tokenizer's and the preprocessor's files of a folder or hub id.
+    """Files of the tokenizer and the preprocessor of a folder or hub id.
 
     Raises:
         ConfigError: there is no tokenizer, or no preprocessor config.
@@ -71,13 +71,13 @@ def processor_files(source: str) -> list[Path]:
 
 
 def load_model(model: str, revision: str | None) -> tuple["CLIPModel", str | None]:
-    """The model on the CPU, in its file's dtype or float32, and the commit of its weights, None for a folder.
+    """The model on the CPU, in its file's dtype or float32, and the commit of its weights (None for a folder).
 
-    A hub model is read from the cache's folder of that commit, so nothing can put other weights in the place of these.
+    A hub model is read from the cache folder of that commit, so that no other weights can replace these.
     """
     from transformers import CLIPConfig, CLIPModel
 
-    with _one_line(model), _no_progress_bars(), torch.random.fork_rng(devices=[]):  # 4.x draws weights it then reads
+    with _one_line(model), _no_progress_bars(), torch.random.fork_rng(devices=[]):  # 4.x first draws random weights
         config_file = _file(model, "config.json", revision)
         if config_file is None:
             raise ValueError("no config.json was found")
@@ -100,7 +100,7 @@ def load_model(model: str, revision: str | None) -> tuple["CLIPModel", str | Non
 
 
 def _weights(model: str, revision: str | None) -> Path:
-    """The folder that holds all weights of a model, fetched if need be."""
+    """The folder that holds all weights of a model. They are fetched if necessary."""
     first = _file(model, _WEIGHTS, revision) or _file(model, _INDEX, revision)
     if first is None and Path(model).is_dir():
         raise ValueError(f"no {_WEIGHTS} was found")
@@ -121,7 +121,7 @@ def _weights(model: str, revision: str | None) -> Path:
 
 
 def load_preprocess(source: str, revision: str | None) -> Preprocess:
-    """What the preprocessor config of a folder or hub id says."""
+    """The preprocessing that the config of a folder or hub id describes."""
     found = [path for path in (_file(source, name, revision) for name in _PREPROCESSOR) if path]
     if not found:
         raise ConfigError(f"model: no {_PREPROCESSOR[0]} was found in {source} (offline, misspelt or private)")
@@ -129,7 +129,7 @@ def load_preprocess(source: str, revision: str | None) -> Preprocess:
 
 
 def load_tokenizer(source: str, revision: str | None, config: "CLIPTextConfig") -> Callable[[str], torch.Tensor]:
-    """From a text to its token ids, int64 [1, T] with T at most what the text tower takes; longer texts are cut."""
+    """A function from a text to its token ids, int64 [1, T]. T is at most the text tower's; longer texts are cut."""
     from transformers import CLIPTokenizerFast
 
     with _one_line(source):
@@ -150,7 +150,10 @@ def load_tokenizer(source: str, revision: str | None, config: "CLIPTextConfig") 
 
 
 def _file(model: str, name: str, revision: str | None) -> str | None:
-    """Path of one file of a model. Of `CONVERTED`, transformers caches all but the weights from main: so it may be."""
+    """Path of one file of a model, or None.
+
+    For a model of `CONVERTED` it may come from main, because transformers caches all files but the weights from there.
+    """
     from transformers.utils import cached_file
 
     converted = CONVERTED.get(model) if revision is None else None
@@ -163,7 +166,7 @@ def _file(model: str, name: str, revision: str | None) -> str | None:
 
 
 def fingerprint(model: str) -> str:
-    """A sha256 over every file of a folder that may have been read."""
+    """A sha256 of all files of a folder that may have been read."""
     total, folder = hashlib.sha256(), Path(model)
     for path in sorted(path for kind in ("safetensors", "json", "txt") for path in folder.glob(f"*.{kind}")):
         total.update(f"{path.name}\0{path.stat().st_size}\0".encode())
@@ -179,7 +182,7 @@ def _one_line(model: str):
         yield
     except ConfigError:
         raise
-    except Exception as e:  # what a file can make the libraries raise is not listed anywhere
+    except Exception as e:  # the libraries' errors are not documented
         lines = str(e).strip().splitlines() or [type(e).__name__]
         where = f"cannot load {model}"
         if not Path(model).is_dir():
@@ -189,7 +192,7 @@ def _one_line(model: str):
 
 @contextmanager
 def _no_progress_bars():
-    """Loading bars are the caller's to draw."""
+    """Disable loading bars. The caller shows progress."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

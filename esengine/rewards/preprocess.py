@@ -1,14 +1,15 @@
-"""From images to a CLIP's pixel values, the same numbers on every machine and device.
+"""Turns images into a CLIP's pixel values, with the same numbers on every machine and device.
 
-Hugging Face's image processors change path with what is installed, and torch resizes bytes on a CPU only. Here Pillow's
-bicubic resize is done in its own integers: along one axis, with in/out = s and the filter w of support 2 max(s, 1),
+Hugging Face's image processors change path with the installed packages, and torch resizes bytes on a CPU only. This
+module computes Pillow's bicubic resize in Pillow's integers. Along one axis, with in/out = s and the filter w of
+support 2 max(s, 1):
 
     c_oi = round(2^22 w((i + 1/2 - (o + 1/2) s) / max(s, 1)) / sum_i w)
     y_o  = clip(floor(sum_i c_oi x_i / 2^22 + 1/2), 0, 255)
 
-first along the width, then along the height. Every product and sum is an integer below 2^53, so a float64 matrix
-product gives it exactly, in any order of summation: levels equal those of Pillow 11 and 12 bit for bit. Pillow 13 takes
-the height first where it shrinks much more, and in images more than twice as tall as wide; here the order is fixed.
+The width is resized first, then the height. Every product and sum is an integer below 2^53, so a float64 matrix product
+is exact in any order of summation. Levels equal those of Pillow 11 and 12 bit for bit. Pillow 13 resizes the height
+first if it shrinks much more, or if the image is more than twice as tall as wide. Here the order is fixed.
 
 Source: Pillow's documentation of `Image.resize`, filter BICUBIC with a = -1/2, and its 8-bit fixed point.
 """
@@ -27,18 +28,18 @@ from esengine.base.errors import ConfigError
 _BITS = 22
 _BICUBIC = 3
 _VALUES_AT_ONCE = 1 << 25
-"""Values of images in float64 at one time: 256 MiB."""
+"""Most image values held in float64 at one time: 256 MiB."""
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Resize, centre crop, rescale, normalise: what a preprocessor_config.json says.
+    """Resize, centre crop, rescale, normalise: the steps of a preprocessor_config.json.
 
     Args:
         size: the length of the shorter edge, or (height, width).
-        crop: (height, width) of the centre to keep, or None for all of it.
+        crop: (height, width) of the centre to keep, or None to keep everything.
         mean, std: for each channel, of pixels after `scale`.
-        scale: what a level of 0 to 255 is multiplied by.
+        scale: factor for levels of 0 to 255.
     """
 
     size: int | tuple[int, int]
@@ -49,10 +50,10 @@ class Preprocess:
 
     @classmethod
     def read(cls, path: str | Path) -> "Preprocess":
-        """From a preprocessor_config.json, or the image_processor of a processor_config.json.
+        """Read a preprocessor_config.json, or the image_processor of a processor_config.json.
 
         Raises:
-            ConfigError: not such a file, or it asks for something else than a bicubic resize, crop and normalisation.
+            ConfigError: the file is not one of these, or asks for other steps than bicubic resize, crop, normalisation.
         """
         try:
             settings = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -95,7 +96,7 @@ class Preprocess:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Pixel values of images, uint8 [B, 3, H, W] on any device. Returns float32 [B, 3, h, w] there.
 
-        They equal those of transformers' CLIP processor on Pillow images bit for bit, with the exception above.
+        They equal those of transformers' CLIP processor on Pillow images bit for bit, except for Pillow 13, see above.
         """
         height, width = self._resized(*images.shape[2:])
         crop = self.crop or (height, width)
@@ -117,14 +118,14 @@ class Preprocess:
 def resize(
     images: torch.Tensor, height: int, width: int, window: tuple[slice, slice] = (slice(None), slice(None))
 ) -> torch.Tensor:
-    """Pillow's bicubic resize, and what of it a window shows.
+    """Pillow's bicubic resize, restricted to a window.
 
     Args:
         images: uint8 [B, C, H, W] on any device, H and W at least 1.
-        window: rows and columns of the resized images; nothing else is computed.
+        window: rows and columns of the resized images. Only these are computed.
 
     Returns:
-        uint8 [B, C, h, w], all of height x width without a window.
+        uint8 [B, C, h, w]; height x width without a window.
     """
     rows, columns = (range(length)[shown] for length, shown in zip((height, width), window, strict=True))
     if images.shape[3] == width:
@@ -137,7 +138,7 @@ def resize(
 
 
 def resize_ref(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """`resize` without a window by Pillow itself, one image at a time."""
+    """`resize` without a window, computed by Pillow, one image at a time."""
     from PIL import Image
 
     resized = [
@@ -151,7 +152,7 @@ def _round(sums: torch.Tensor) -> torch.Tensor:
     return sums.add_(1 << (_BITS - 1)).div_(1 << _BITS).floor_().clamp_(0, 255).to(torch.uint8)
 
 
-# both kept on their device: copying them anew for each batch would make the host wait for it
+# both are cached on their device: a copy for each batch would make the host wait for it
 
 
 @functools.lru_cache(maxsize=32)
@@ -161,7 +162,7 @@ def _of_channels(values: tuple[float, ...], device: torch.device) -> torch.Tenso
 
 @functools.lru_cache(maxsize=32)
 def _coefficients(length: int, size: int, shown: range, device: torch.device) -> torch.Tensor:
-    """Integers c_oi of the outputs shown, float64 [len(shown), length]."""
+    """Integers c_oi of the outputs in `shown`, float64 [len(shown), length]."""
     step = length / size
     reach = max(step, 1.0)
     centre = (np.array(shown)[:, None] + 0.5) * step

@@ -1,4 +1,4 @@
-"""From a reward's name to the reward: a built-in one, or the user's own as "module:attr"."""
+"""Finds a reward by its name: a built-in one, or the user's own as "module:attr"."""
 
 import contextlib
 import importlib
@@ -19,7 +19,7 @@ from esengine.rewards.weighted import Weighted
 
 
 def _checker() -> Reward:
-    from esengine.rewards.checker import Checker  # with it comes diffusers, which no other reward needs
+    from esengine.rewards.checker import Checker  # imports diffusers, which no other reward needs
 
     return Checker()
 
@@ -35,20 +35,20 @@ BUILTIN = {
     "jpeg_compressibility": JpegCompressibility,
     "jpeg_incompressibility": JpegIncompressibility,
 }
-"""Name to what builds the reward. "combined" is one more name: see `load`."""
+"""Maps a name to the callable that builds the reward. "combined" is another name: see `load`."""
 
 
 def load(name: str, **options) -> Reward:
     """Find a reward by name.
 
     Args:
-        name: a key of `BUILTIN`; or "combined"; or "module:attr". The module is looked for where Python looks, then in
-            the current folder, which is importable only while the module is. A class is instantiated with the options;
-            any other callable is the reward itself.
-        options: keyword arguments of the reward. Of "combined": the weight of each reward by its name, and `device`.
+        name: a key of `BUILTIN`, "combined" or "module:attr". The module is searched where Python searches, then in the
+            current folder, which is importable only during the import. A class is instantiated with the options; any
+            other callable is the reward itself.
+        options: keyword arguments of the reward. For "combined": each reward's weight by name, and `device`.
 
     Raises:
-        ConfigError: unknown name, failed import, no such attribute, not callable, or options that do not fit.
+        ConfigError: unknown name, failed import, no such attribute, not callable, or unsuitable options.
     """
     if name == COMBINED:
         return Weighted(build(_checked(group(options))))
@@ -60,10 +60,10 @@ def parse(spec: str, *, device: str = "cpu") -> Weighted:
 
     Args:
         spec: in the grammar of `esengine.rewards.spec`.
-        device: given as `device` to each reward that takes one and is not told another.
+        device: passed as `device` to each reward that takes one, unless the spec gives another.
 
     Raises:
-        ConfigError: what `spec.read`, `load` and `Weighted` refuse.
+        ConfigError: as `spec.read`, `load` and `Weighted`.
     """
     return Weighted(build(_checked(read(spec)), device=device))
 
@@ -76,34 +76,34 @@ def build(
     Args:
         terms: from `spec.read`.
         device: for each reward that takes one, unless its term has another.
-        encoders: models that are loaded already; those that are loaded here are added.
+        encoders: models that are already loaded. Models loaded here are added.
 
     Raises:
-        ConfigError: what `load` refuses.
+        ConfigError: as `load`.
     """
     shared = {"device": device, "encoders": {} if encoders is None else encoders}
     return [(term.name, _build(term, shared), term.weight) for term in terms]
 
 
 def _checked(terms: list[Term]) -> list[Term]:
-    """The same terms, if their names and weights can stand together: see `Weighted.check`."""
+    """The same terms, after a check of their names and weights: see `Weighted.check`."""
     Weighted.check([(term.name, term.weight) for term in terms])
     return terms
 
 
 def target(name: str) -> object:
-    """What a reward's name stands for: a class, a function or an object. Raises ConfigError as `load`."""
+    """What a reward's name refers to: a class, a function or an object. Raises ConfigError as `load`."""
     return BUILTIN.get(name) or _import(name)
 
 
 def _build(term: Term, shared: dict[str, Any]) -> Reward:
-    """The reward of a term with its own options, and those of `shared` that it has parameters for."""
+    """The reward of a term, built with the term's options and with those of `shared` that it takes."""
     name, options = term.name, term.options
     shared = shared | ({} if term.device is None else {"device": term.device})
     found = target(name)
     if name in BUILTIN or isinstance(found, type):
         parameters = _parameters(found)
-        known = [each for each in parameters if each != "encoders"]  # that one is ours to share
+        known = [each for each in parameters if each != "encoders"]  # internal, not a user's option
         unknown = sorted(set(options) - set(known))
         if unknown and name in BUILTIN:
             raise ConfigError(
@@ -125,7 +125,7 @@ def _build(term: Term, shared: dict[str, Any]) -> Reward:
 def _parameters(target: Any) -> list[str]:
     try:
         return list(inspect.signature(target).parameters)
-    except (TypeError, ValueError):  # a class written in C may not say
+    except (TypeError, ValueError):  # a class written in C may have no signature
         return []
 
 
@@ -137,7 +137,7 @@ def _import(name: str) -> object:
     try:
         with _current_folder_importable():
             module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as e:  # the user's module may do anything when it is imported
+    except (Exception, SystemExit) as e:  # importing the user's module may raise anything
         raise ConfigError(f"reward {name}: cannot import {module_name}: {reason(e)}") from e
     try:
         return operator.attrgetter(attribute)(module)
@@ -148,7 +148,7 @@ def _import(name: str) -> object:
 
 @contextlib.contextmanager
 def _current_folder_importable() -> Iterator[None]:
-    # Last, so that a folder named like an installed package (our own kernels/, say) does not hide that package.
+    # Last, so that a folder with the name of an installed package (such as kernels/) does not hide that package.
     folder = os.getcwd()
     importlib.invalidate_caches()
     sys.path.append(folder)

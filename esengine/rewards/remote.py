@@ -1,4 +1,4 @@
-"""A scorer that runs elsewhere, over HTTP: PNG images and prompts as JSON there, scores as JSON back.
+"""A reward from a scoring service over HTTP. It sends PNG images and prompts as JSON, and receives scores as JSON.
 
 POST url    {"images": ["<base64 of a PNG>", ...], "prompts": ["...", ...]}
 200         {"scores": [0.5, ...]}    one finite number for each image, in their order
@@ -30,15 +30,14 @@ _READ_AT_ONCE = 1 << 16
 
 
 class Remote:
-    """The answers of a scoring service.
+    """Scores images with a scoring service.
 
     Args:
         url: http or https, without a user or password. Redirects are not followed.
-        timeout: seconds to connect, and for a whole answer, however it comes.
-        retries: further tries after one that could not connect, ran out of time or was answered 5xx. Other answers
-            are final.
+        timeout: seconds to connect, and seconds for a whole answer, even one that arrives slowly.
+        retries: further tries after a failed connection, a timeout or a 5xx answer. Other answers are final.
         batch: images in one request.
-        limit: bytes of an answer, at most.
+        limit: most bytes of an answer.
 
     Raises:
         ConfigError: an argument that cannot be used.
@@ -68,7 +67,7 @@ class Remote:
         """Score images, uint8 [B, 3, H, W] on any device. Returns float32 [B] on the CPU.
 
         Raises:
-            RewardError: no usable answer.
+            RewardError: the service gave no usable answer.
         """
         scores = []
         for start in range(0, len(images), self.batch):
@@ -78,7 +77,7 @@ class Remote:
         return torch.tensor(scores, dtype=torch.float32)
 
     def settings(self) -> dict[str, Any]:
-        """The service, without a query that could hold a secret."""
+        """The service's URL, without its query, which could hold a secret."""
         return {"url": self._where}
 
     def _post(self, body: bytes) -> bytes:
@@ -127,9 +126,9 @@ class Remote:
 
 
 class _Deadline:
-    """Ends the connections of one request after so many seconds, at whatever they are; a late end is a TimeoutError.
+    """Closes the connections of one request after `seconds`, in any state. The request then raises TimeoutError.
 
-    A socket's own timeout begins anew with every byte, and the standard library reads a header without an end to it.
+    A socket's own timeout restarts with every byte, and the standard library sets no time limit for reading a header.
     """
 
     def __init__(self, seconds: float):
@@ -154,7 +153,7 @@ class _Deadline:
 
         def created(*args: Any, **kwargs: Any) -> socket.socket:
             found = create(*args, **kwargs)
-            self._sockets.append(found.dup())  # the other one may be wrapped for TLS, or let go of, later
+            self._sockets.append(found.dup())  # the original may later be wrapped for TLS or released
             return found
 
         connection._create_connection = created
@@ -186,7 +185,7 @@ class _Https(_Watched, urllib.request.HTTPSHandler):
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *args: Any) -> None:
-        return None  # the redirect is then an error as any other 3xx
+        return None  # the redirect then raises like any other 3xx
 
 
 def _png(image: torch.Tensor) -> str:
@@ -203,5 +202,5 @@ def _finite(score: Any) -> float:
 
 
 def _hidden(url: Any) -> Any:
-    """A url without what stands before an @, for messages."""
+    """A url without the part before an @, for messages."""
     return url if not isinstance(url, str) or "@" not in url else "..." + url[url.rindex("@") :]

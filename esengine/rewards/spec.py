@@ -1,12 +1,12 @@
-"""The text form of rewards: "pickscore(model=weights/pickscore,dtype=bfloat16)=1.0,clip_text=0".
+"""Parses the text form of rewards: "pickscore(model=weights/pickscore,dtype=bfloat16)=1.0,clip_text=0".
 
     rewards = reward {"," reward}
     reward  = name ["(" [option {"," option}] ")"] ["=" weight]
     option  = key "=" value
 
-A value is a number, true or false, or text; text with a comma, a bracket or outer spaces stands in quotes.
+A value is a number, true or false, or text. Text with a comma, a bracket or outer spaces needs quotes.
 
-"combined(a=1,b=0.5,device=cpu)=2" stands for "a=2,b=1", each on that device where it takes one.
+"combined(a=1,b=0.5,device=cpu)=2" means "a=2,b=1". Each reward that takes a device gets cpu.
 """
 
 import re
@@ -17,7 +17,7 @@ from typing import Any
 from esengine.base.errors import ConfigError
 
 COMBINED = "combined"
-"""Names the weighted sum of all rewards; in a text, a group of them."""
+"""Name of the weighted sum of all rewards. In a spec it names a group of rewards."""
 
 _NAME = re.compile(r"[^\s(),='\"]+")
 _VALUE = re.compile(r"'[^']*'|\"[^\"]*\"|[^,()'\"]+")
@@ -30,7 +30,7 @@ class Term:
     """One reward as it was written.
 
     Attributes:
-        device: of the group that it was written in. It is used where the reward takes a device and `options` has none.
+        device: device of the group it was written in. Used if the reward takes a device and `options` has none.
     """
 
     name: str
@@ -40,11 +40,11 @@ class Term:
 
 
 def read(spec: str) -> list[Term]:
-    """Read a text of the grammar above, loading nothing. A group is replaced by its rewards.
+    """Parse a text of the grammar above without loading anything. A group is replaced by its rewards.
 
     Raises:
-        ConfigError: the text does not fit the grammar; the message gives the position, from 1, and what was expected.
-            Or a group without a reward, or with a weight that is not a number.
+        ConfigError: the text does not fit the grammar (the message gives the position, from 1, and what was expected);
+            or a group has no reward, or a weight that is not a number.
     """
     found = []
     for term in _Reader(spec).terms():
@@ -53,7 +53,7 @@ def read(spec: str) -> list[Term]:
 
 
 def group(options: Mapping[str, Any], weight: float = 1.0) -> list[Term]:
-    """The rewards of a group: `options` has the weight of each by its name, and perhaps their `device`.
+    """The rewards of a group. `options` maps each reward's name to its weight, and may have a `device` for them.
 
     Raises:
         ConfigError: no reward, a weight that is not a number, or a device that is not text.

@@ -1,4 +1,4 @@
-"""Several rewards as one: each output checked, then their weighted sum."""
+"""Combines several rewards: checks each output and computes the weighted sum."""
 
 import functools
 import logging
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from esengine.base.errors import ConfigError, OutOfMemory, RewardError
-from esengine.base.memory import fits, give_back
+from esengine.base.memory import give_back, oom_guard
 from esengine.rewards.base import Encoder, FeatureReward, Reward, as_scores, describe, reason, settings_of
 from esengine.rewards.spec import COMBINED
 
@@ -19,15 +19,14 @@ _log = logging.getLogger(__name__)
 
 
 class Weighted:
-    """Rewards and their weights. A reward of weight 0 is scored and reported but has no part in the sum.
+    """Rewards and their weights. A reward of weight 0 is scored and reported but is not in the sum.
 
     Args:
         terms: (name, reward, weight) for each reward.
-
-        note: told when memory runs out and a batch is scored in smaller parts from then on.
+        note: called with a warning on out-of-memory. From then on batches are scored in smaller parts.
 
     Raises:
-        ConfigError: no terms, a name used twice or reserved, a weight that is not finite, or no weight but 0.
+        ConfigError: no terms, a name used twice or reserved, a weight that is not finite, or only weights of 0.
     """
 
     def __init__(self, terms: Sequence[tuple[str, Reward, float]], note: Callable[[str], None] = _log.warning):
@@ -38,7 +37,7 @@ class Weighted:
 
     @staticmethod
     def check(weights: Sequence[tuple[str, float]]) -> None:
-        """Refuse names and weights that cannot stand together, before anything is loaded. Raises as the class."""
+        """Check names and weights before anything is loaded. Raises as the class does."""
         names = [name for name, _ in weights]
         for name, weight in weights:
             if name == COMBINED:
@@ -51,7 +50,7 @@ class Weighted:
             raise ConfigError(f"rewards: expected at least one with a weight other than 0, got {names}")
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Raises ConfigError for prompts that a reward says it cannot score: see `Reward`."""
+        """Raises ConfigError for prompts that a reward cannot score: see `Reward`."""
         for _, reward, _ in self.terms:
             if callable(check := getattr(reward, "check_prompts", None)):
                 check(prompts)
@@ -71,20 +70,20 @@ class Weighted:
         """Score a batch with every reward.
 
         Args:
-            images: uint8 [B, 3, H, W]. A reward gets a copy of its own, unless it promises to read only, so none can
-                damage another's input. Rewards that hold the same encoder share one image pass.
+            images: uint8 [B, 3, H, W]. Each reward gets its own copy unless it has `reads_only`, so none can damage
+                another's input. Rewards with the same encoder share one image pass.
             prompts: B texts.
-            step: for the error's text.
-            members: B population members, for the error's text.
+            step: for the error message.
+            members: B population members, for the error message.
 
         Returns:
-            float32 [B] on the images' device under each reward's name, and sum_j w_j score_j, accumulated in fp64,
-            under "combined". One reward of weight 1 is its own sum, bit for bit.
+            float32 [B] on the images' device: each reward's score under its name, and sum_j w_j score_j, accumulated in
+            fp64, under "combined". For a single reward of weight 1 the sum equals its score bit for bit.
 
         Raises:
-            RewardError: see `checked`; also when the sum itself overflows float32.
+            RewardError: see `checked`; also if the sum overflows float32.
             OutOfMemory: not even one image fits.
-            ValueError: images, prompts or members do not fit each other.
+            ValueError: images have another dtype or shape, or prompts or members have another length.
         """
         if self.limit is None or len(images) <= self.limit:
             try:
@@ -94,7 +93,7 @@ class Weighted:
                     raise
                 self.limit = len(images) // 2
                 self.note(f"warning: {error}; from here on {self.limit} are scored together")
-            give_back(images.device)  # not while the error lives, which holds tensors
+            give_back(images.device)  # after the except block: the error holds tensors
         parts = [slice(start, start + self.limit) for start in range(0, len(images), self.limit)]
         found = [
             self.score(images[part], prompts[part], step=step, members=None if members is None else members[part])
@@ -114,7 +113,7 @@ class Weighted:
         if at_once:
             _require_finite(COMBINED, total, prompts, **where)
         elif self._deferred is not None:
-            kept = {name: score.clone() for name, score in scores.items()}  # the caller may write into its own
+            kept = {name: score.clone() for name, score in scores.items()}  # the caller may overwrite its own
             self._deferred.append((kept, list(prompts), where))
         else:
             _require_all_finite(scores, prompts, **where)
@@ -122,12 +121,12 @@ class Weighted:
 
     @contextmanager
     def deferred_checks(self) -> Iterator[None]:
-        """Inside, scores on a GPU that are not finite raise nothing; the end does, for the first of them.
+        """Within the context, GPU scores are checked only on exit. Exit raises for the first one that is not finite.
 
-        So a step of many chunks waits for the device once. What was made of such scores is to be thrown away.
+        So a step of many chunks waits for the device once. Discard what was computed from such scores.
 
         Raises:
-            RewardError: At the end, as `score` raises it.
+            RewardError: on exit, as `score` raises it.
         """
         if self._deferred is not None:
             raise RuntimeError("deferred_checks: already inside one; contexts do not nest")
@@ -144,12 +143,12 @@ class Weighted:
         return self.score(images, prompts)[COMBINED]
 
     def settings(self) -> dict[str, dict[str, Any]]:
-        """Each reward's weight and what it says of itself, for the record of a result."""
+        """Each reward's weight and its `settings()`, for a result's record."""
         return {name: {"weight": weight, **settings_of(reward)} for name, reward, weight in self.terms}
 
 
 class _FromFeatures:
-    """A feature reward whose encoder's pass over this batch is made once, by whichever reward comes first."""
+    """A feature reward that shares its encoder's pass over this batch. The first reward makes the pass."""
 
     reads_only = True
 
@@ -167,10 +166,10 @@ def _shared(reward: Reward, passes: dict[Encoder, torch.Tensor]) -> Reward:
 
 
 def checked(name: str, reward: Reward, images: torch.Tensor, prompts: list[str], **where) -> torch.Tensor:
-    """`asked`, and an error for what is not finite. Same arguments.
+    """As `asked`, with the same arguments, but scores must be finite.
 
     Raises:
-        RewardError: also when a score is not finite.
+        RewardError: as `asked`; also if a score is not finite.
     """
     score = asked(name, reward, images, prompts, **where)
     _require_finite(name, score, prompts, **where)
@@ -186,18 +185,18 @@ def asked(
     step: int | None = None,
     members: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """Call one reward without gradients, on a copy of the batch unless it reads only, and check what it returns.
+    """Call one reward without gradients and check what it returns. It gets a copy of the batch unless `reads_only`.
 
-    Args: as `Weighted.score`; name is for the error's text.
+    Args: as `Weighted.score`; `name` is for the error message.
 
     Returns:
         float32 [B], a copy on the images' device.
 
     Raises:
-        RewardError: the reward raised (chained as the cause), or did not return float32 [B]. The text names the reward,
-            the step, the members of the offending images and their prompt.
-        OutOfMemory: torch said so inside the reward.
-        ValueError: images, prompts or members do not fit each other.
+        RewardError: the reward raised (chained as the cause), or did not return float32 [B]. The message names the
+            reward, the step, the members of the offending images and their prompt.
+        OutOfMemory: torch ran out of memory inside the reward.
+        ValueError: images have another dtype or shape, or prompts or members have another length.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images: expected uint8 [B, 3, H, W], got {describe(images)}")
@@ -205,30 +204,30 @@ def asked(
         if values is not None and len(values) != len(images):
             raise ValueError(f"{argument}: expected {len(images)}, one for each image, got {len(values)}")
     try:
-        with fits(f"{len(images)} images and reward {name}", "give it a smaller model, or a device of its own"):
+        with oom_guard(f"{len(images)} images and reward {name}", "give it a smaller model, or a device of its own"):
             score = _asked(reward, images, prompts)
     except (KeyboardInterrupt, OutOfMemory):
         raise
-    except BaseException as e:  # somebody else's code may raise anything
+    except BaseException as e:  # external code may raise anything
         said = reason(e) if isinstance(e, RewardError) else f"raised {reason(e)}"
         raise RewardError(f"{_where(name, range(len(images)), prompts, step, members)}: {said}") from e
     return score
 
 
 def _asked(reward: Reward, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    """A copy of what the reward returns, float32 [B] on the images' device, or an error of any kind."""
+    """A copy of what the reward returns, float32 [B] on the images' device. May raise any error."""
     with torch.no_grad():
         score = reward(images if getattr(reward, "reads_only", False) is True else images.clone(), list(prompts))
         return as_scores(score, len(images)).to(images.device, copy=True)
 
 
 def _waits(device: torch.device) -> bool:
-    """Whether to look at numbers there is to wait for what was launched before."""
+    """Whether reading values on this device waits for kernels launched before."""
     return device.type != "cpu"
 
 
 def _require_all_finite(scores: dict[str, torch.Tensor], prompts, step=None, members=None) -> None:
-    """Waits for the device once. The first that is not finite is named."""
+    """Raises RewardError for the first score that is not finite. Waits for the device once."""
     if not torch.stack(list(scores.values())).isfinite().all():
         for name, score in scores.items():
             _require_finite(name, score, prompts, step, members)

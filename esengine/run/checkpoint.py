@@ -1,12 +1,12 @@
-"""Checkpoints that a crash cannot tear and a flipped bit cannot fool.
+"""Checkpoints that are written atomically and verified by checksum.
 
-A checkpoint is a folder `step_00000012/` of two files, never a pickle:
+A checkpoint is a folder `step_00000012/` with two files, neither of them a pickle:
 
     state.safetensors   the tensors
     meta.json           format, step, the caller's meta, and a SHA-256 of each of the two contents
 
-It is written under a temporary name, synced and renamed, so it is there whole or not at all. The same step, tensors
-and meta give the same bytes.
+It is written under a temporary name, synced and renamed. After a crash it is either complete or absent. The same step,
+tensors and meta give the same bytes.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class Checkpoint:
         path: its folder.
         tensors: name -> tensor on the CPU.
         meta: the caller's JSON values.
-        skipped: newer checkpoints that did not pass, newest first, as (path, why). Only `load_latest` fills it.
+        skipped: newer checkpoints that failed verification, newest first, as (path, why). Only `load_latest` fills it.
     """
 
     step: int
@@ -53,22 +53,23 @@ class Checkpoint:
 def save(root: str | Path, step: int, tensors: dict[str, torch.Tensor], meta: dict, keep: int = 2) -> Path:
     """Write a checkpoint under root, then remove all but the newest `keep` up to this step.
 
-    Checkpoints of later steps are removed too: the run went back before them, because they could not be read. A
-    step that is saved again is left alone if its bytes are the same, and replaced if not. Left-over temporary
-    folders are removed, so only the owner of the run folder may call this.
+    Checkpoints of later steps are removed too: they could not be read, so the run resumed from an earlier one. An
+    existing checkpoint of the same step is kept if its bytes are equal and replaced otherwise. Left-over temporary
+    folders are removed, so only the process that holds the run folder may call this.
 
     Args:
         root: the folder of checkpoints, made if missing.
         step: 0 or more.
         tensors: any dtype, device and layout.
-        meta: JSON values with finite numbers; it comes back as JSON gives it (tuples as lists, keys as text).
+        meta: JSON values with finite numbers. `load` returns tuples as lists and keys as strings.
         keep: 1 or more.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        ValueError: a step, keep or meta that is not as above (TypeError for a value JSON does not know).
+        ValueError: step, keep or meta is not as described above.
+        TypeError: meta holds a value that JSON cannot store.
         OSError: the disk is full, or the folder cannot be written.
     """
     if step < 0 or keep < 1:
@@ -140,14 +141,14 @@ def load(path: str | Path) -> Checkpoint:
 
 
 def load_latest(root: str | Path, check: Callable[[Checkpoint], None] | None = None) -> Checkpoint:
-    """The newest checkpoint that verifies. Newer ones that do not are logged and listed in its `skipped`.
+    """Return the newest checkpoint that passes verification. Newer ones that fail are logged and listed in `skipped`.
 
     Args:
         root: the folder of checkpoints.
-        check: raises RunError for a checkpoint that is whole and of no use; it counts as one that does not verify.
+        check: raises RunError for an intact checkpoint that cannot be used; such a checkpoint fails verification.
 
     Raises:
-        RunError: there is none, or none verifies.
+        RunError: there is no checkpoint, or none passes verification.
     """
     skipped: list[tuple[Path, str]] = []
     for path in checkpoint_folders(Path(root)):
@@ -166,13 +167,13 @@ def load_latest(root: str | Path, check: Callable[[Checkpoint], None] | None = N
 
 
 def set_aside(damaged: Iterable[Path]) -> None:
-    """Make checkpoints that were passed over count as none; `remove_temporaries` removes them."""
+    """Rename skipped checkpoints so that they are ignored from now on. `remove_temporaries` deletes them."""
     for path in damaged:
         path.rename(path.with_name(f"{TEMPORARY}damaged-{path.name}"))
 
 
 def remove_temporaries(root: Path) -> None:
-    """Remove what is half written or set aside. Only the owner of the run folder may call this."""
+    """Delete partly written and set-aside checkpoints. Only the process that holds the run folder may call this."""
     for path in root.glob(f"{TEMPORARY}*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 

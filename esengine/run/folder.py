@@ -1,6 +1,6 @@
-"""The folder of a run, held by one process at a time, and the names of what a run writes into it.
+"""The folder of a run, locked by one process at a time, and the names of the files that a run writes into it.
 
-Nothing here imports torch, so that a second process is sent away before it has loaded anything.
+This module does not import torch. A second process is refused before it loads anything.
 """
 
 import contextlib
@@ -38,13 +38,13 @@ def path_step(path: Path) -> int:
 
 
 class RunFolder:
-    """A run's folder, held by one process at a time through a lock that ends with the process.
+    """A run's folder, locked by one process at a time. The lock ends with the process.
 
     Use `RunFolder.open` in a `with` statement, or call `close`.
     """
 
     def __init__(self, path: Path, lock: int | None, created: tuple[Path, ...] = ()):
-        """`lock`: descriptor of the locked file. `created`: that file and the folders made for it, innermost first."""
+        """`lock`: descriptor of the locked file. `created`: the file and folders that were made, innermost first."""
         self.path = path
         self._lock = lock
         self._created = created
@@ -56,12 +56,13 @@ class RunFolder:
         """Make or reopen a run folder and lock it.
 
         Args:
-            path: the folder; without resume it may be missing, or hold anything but a run that has made a step.
-            resume: the folder must hold a checkpoint.
+            path: the folder. Without resume it may be missing, but it must not hold a run that has made a step.
+            resume: if true, the folder must hold a checkpoint.
 
         Raises:
-            RunError: another process holds it, it cannot be made or locked, what a run writes is a symbolic link, it
-                holds a run with a step behind it and resume is false, or no checkpoint and resume is true.
+            RunError: another process holds the folder, it cannot be made or locked, or a file that a run writes is a
+                symbolic link. Without resume: it holds a run that has made a step. With resume: it holds no
+                checkpoint.
         """
         path = Path(path)
         if resume and not path.is_dir():
@@ -80,10 +81,10 @@ class RunFolder:
 
     @staticmethod
     def require_free(path: str | Path) -> None:
-        """Raises RunError if another process holds the folder now. Makes, changes and keeps nothing."""
+        """Raise RunError if another process holds the folder now. The folder is not changed or locked."""
         try:
             file = os.open(Path(path) / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except OSError:  # none, or one for `open` to complain of
+        except OSError:  # there is no lock file, or `open` reports the error
             return
         try:
             _take(file, Path(path), shared=True)
@@ -123,7 +124,7 @@ class RunFolder:
         return self.path / "heldout"
 
     def close(self) -> None:
-        """Release the lock; the `.lock` file stays, for removing it could split the lock in two."""
+        """Release the lock. The `.lock` file stays: if it were removed, two processes could each lock their own."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -137,15 +138,15 @@ class RunFolder:
         self.close()
 
     def _leave_nothing(self) -> None:
-        """Where nothing was begun, take away what `open` made."""
+        """Remove what `open` made, if the run has written no config.yaml and no checkpoint."""
         if self._lock is None or not self._created or self.config.exists() or checkpoint_folders(self.checkpoints):
             return
         for made in self._created:
-            with contextlib.suppress(OSError):  # not empty: it holds something else
+            with contextlib.suppress(OSError):  # a folder with other files in it stays
                 made.unlink() if made.name == LOCK else made.rmdir()
 
     def _refuse_links(self) -> None:
-        """What a run writes, prunes or appends to must lie in its own folder."""
+        """Raise RunError for a symbolic link among the files that a run writes, prunes or appends to."""
         written = [self.path / name for name in (*_FILES, *_FOLDERS)]
         for folder in (self.checkpoints, self.adapter, self.tensorboard, self.strips, self.held_out):
             if folder.is_dir() and not folder.is_symlink():
@@ -153,10 +154,10 @@ class RunFolder:
         refuse_links(f"run folder {self.path}", written)
 
     def _remove_torn_files(self) -> None:
-        """What a killed process left half written."""
+        """Remove the partly written files of a killed process."""
         for place in (self.path, self.adapter, self.strips, self.held_out):
             for torn in place.glob(f"{TEMPORARY}*"):
-                with contextlib.suppress(IsADirectoryError):  # none of ours
+                with contextlib.suppress(IsADirectoryError):  # a run makes no such folder here
                     torn.unlink()
 
     def _require(self, resume: bool) -> None:
@@ -174,7 +175,11 @@ class RunFolder:
 
 
 def _locked(path: Path) -> int:
-    """Descriptor of the lock file of a run folder, both made if missing, held by this process and saying so."""
+    """Make a run folder and its lock file if missing, lock the file and write this process's id and host into it.
+
+    Returns:
+        The descriptor of the lock file.
+    """
     while True:
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -188,7 +193,7 @@ def _locked(path: Path) -> int:
             if not stat.S_ISREG(os.fstat(file).st_mode) or os.fstat(file).st_nlink > 1:
                 raise RunError(f"run folder {path}: expected {LOCK} to be a file with one name")
             _take(file, path)
-            if os.fstat(file).st_nlink:  # else its last holder left nothing, and took it away
+            if os.fstat(file).st_nlink:  # else its last holder removed it: try again
                 with naming(path / LOCK):
                     os.ftruncate(file, 0)
                     os.pwrite(file, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
@@ -200,7 +205,7 @@ def _locked(path: Path) -> int:
 
 
 def _take(file: int, path: Path, *, shared: bool = False) -> None:
-    """Raises RunError if another process holds the lock file."""
+    """Lock the file. Raises RunError if another process holds it."""
     try:
         free = lock(file, shared=shared)
     except OSError as e:

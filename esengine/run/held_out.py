@@ -1,12 +1,12 @@
-"""Held-out rewards: whether what is optimised is still what was meant.
+"""Held-out rewards: they show when a run optimises its reward at the cost of other rewards.
 
-Symbols: s_t[p] is a score of held-out prompt p after t steps, from the unperturbed adapter; P prompts, always the
-same ones from the same latents.
+Symbols: s_t[p] is a score of held-out prompt p after t steps, from the unperturbed adapter. The P prompts and their
+latents are the same at every measurement.
 
     d_t[p] = s_t[p] - s_0[p]      change = mean_p d_t      standard error = std_p d_t / sqrt(P)
 
-The rewards part ways at the first t where the optimised one has change > 2 standard errors while a held-out one has
-change < -2 standard errors.
+The rewards diverge ("part ways" in messages) at the first t where the optimised one has change > 2 standard errors
+while a held-out one has change < -2 standard errors.
 """
 
 import math
@@ -17,32 +17,33 @@ import torch
 
 from esengine.base.errors import RunError
 from esengine.evaluation.draw import EVAL_STEP
-from esengine.rewards.fault_tolerant import Bearing
+from esengine.rewards.fault_tolerant import FaultTolerant
 from esengine.rewards.roles import Rewards
 from esengine.run.log import RunLog
 from esengine.sampling.rollout import Renderer, render_all
 
 CERTAIN = 2.0
-"""Standard errors beyond which a change is taken for one."""
+"""A change counts as significant beyond this many standard errors."""
 
 
-class Guard:
-    """Measures a run's rewards on held-out prompts, writes them down, and says when they part ways.
+class HeldOut:
+    """Measures a run's rewards on held-out prompts, records them, and warns when they diverge.
 
-    The prompts are spread evenly over the list. Nothing here has a say in the adapter.
+    The prompts are spread evenly over the list. The measurements do not affect the adapter.
 
     Args:
         rewards: see `load_rewards`.
-        render: draws the held-out list.
-        prompts: how many of it, at most.
-        every: steps between measures.
-        log: the run's; measures from before the step that it resumes at are gone on with if they are of the same
-            prompts and rewards, else set aside.
-        note: told of a warning, once for each held-out reward.
-        bear: leave out images that a reward fails on, and say so, up to one or a tenth. Otherwise that is an error.
+        render: renders the held-out list.
+        prompts: maximum number of prompts to measure on.
+        every: steps between measurements.
+        log: the log of the run. Measurements from before the resumed step are continued if their prompts and rewards
+            are the same. Otherwise they are set aside.
+        note: receives one warning for each held-out reward that diverges.
+        bear: if true, leave out images that a reward fails on and log a warning; the limit is one image or a tenth,
+            whichever is more. If false, such an image is an error.
 
     Raises:
-        RunError: a measure from before is not as this writes it; with its line.
+        RunError: an earlier record was not written by esengine; the message names its line.
     """
 
     def __init__(
@@ -75,21 +76,22 @@ class Guard:
                 raise RunError(f"{log.held_out_file}, line {number}: not as esengine writes it: {error!r}") from error
 
     def due(self, step: int, last: int) -> bool:
-        """Whether to measure after so many steps: at first, every so many, and at the last."""
+        """Whether to measure after `step` steps: at the first call, after every `every` steps, and at `last`."""
         return not self.log.held_out or step % self.every == 0 or step == last
 
     def measure(self, step: int, stopped: Callable[[], bool] = lambda: False) -> None:
-        """Draw and score the held-out prompts with the adapter as it stands after `step` steps.
+        """Render and score the held-out prompts with the adapter after `step` steps.
 
         Args:
-            stopped: asked before each chunk. Where it says so, nothing is written: a resumed run measures anew.
+            step: number of steps that are done.
+            stopped: called before each chunk. If it returns true, nothing is written; a resumed run measures again.
 
         Raises:
-            RewardError, RenderError: see `Weighted.score` and `SanaSprint.render`.
+            RewardError, RenderError: see `Weighted.score` and `Generator.render_chunks`.
         """
         images, parts, reward = [], [], self.rewards.everything
         if self.bear:
-            reward = Bearing(reward, len(self.prompts), least=1)
+            reward = FaultTolerant(reward, len(self.prompts), least=1)
         for drawn, words in render_all(self.render, EVAL_STEP, self.prompts, stopped=stopped):
             parts.append(reward.score(drawn, words, step=step))
             images.append(drawn)
@@ -115,7 +117,7 @@ class Guard:
         return list(dict.fromkeys([self.rewards.objective, *self.rewards.everything.names]))
 
     def _require_written(self, record: dict[str, Any]) -> None:
-        """Raises KeyError, TypeError or ValueError for what `measure` does not write."""
+        """Raise KeyError, TypeError or ValueError for a record that `measure` cannot have written."""
         for name in self._names:
             score = record["scores"][name]
             numbers = [score["mean"], score["change"], score["standard_error"], *score["each"]]
@@ -127,7 +129,7 @@ class Guard:
             raise ValueError(f"expected {objective} as optimised and {parted} as parted, as the scores say")
 
     def parted(self) -> dict[str, int]:
-        """The step at which each held-out reward, if it did, parted ways with the optimised one."""
+        """The step at which each held-out reward diverged from the optimised one. Others have no entry."""
         found: dict[str, int] = {}
         for record in self.log.held_out:
             for name in record["parted"]:
@@ -135,7 +137,7 @@ class Guard:
         return found
 
     def warning(self, name: str) -> str:
-        """One line on a held-out reward that parted ways."""
+        """One line about a held-out reward that diverged."""
         step = self.parted()[name]
         record = next(each for each in self.log.held_out if each["step"] == step)
         up, down = (record["scores"][each] for each in (record["optimised"], name))
@@ -146,7 +148,10 @@ class Guard:
 
 
 def part_ways(changes: dict[str, dict[str, Any]], objective: str, held_out: Sequence[str]) -> list[str]:
-    """Held-out rewards that are surely down while the optimised one is surely up; unsure without a standard error."""
+    """Held-out rewards that fell significantly while the optimised one rose significantly.
+
+    A change without a standard error is not significant.
+    """
 
     def sure(name: str, sign: int) -> bool:
         change, error = changes[name]["change"], changes[name]["standard_error"]
@@ -156,9 +161,9 @@ def part_ways(changes: dict[str, dict[str, Any]], objective: str, held_out: Sequ
 
 
 def _against(now: list[float], first: list[float | None]) -> dict[str, Any]:
-    """Mean score and its change, paired by prompt, with no standard error for one prompt.
+    """Mean score and its change, paired by prompt. With one prompt the standard error is None.
 
-    A score that is not there is NaN in `now` and None in what is returned, and so in `first`.
+    A missing score is NaN in `now`. It is None in the returned record, and so also in `first`.
     """
     each = [score if math.isfinite(score) else None for score in now]
     there = [score for score in each if score is not None]

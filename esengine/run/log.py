@@ -1,4 +1,4 @@
-"""What a run writes down: metrics, fitness and held-out measures as JSON lines, trackers, image strips and grids."""
+"""The log of a run: metrics, fitness and held-out scores as JSON lines, trackers, image strips and grids."""
 
 import json
 import logging
@@ -21,10 +21,10 @@ _log = logging.getLogger(__name__)
 
 
 def require_steps(folder: RunFolder, count: int) -> None:
-    """What a run that goes on from step `count` stands on: metrics and fitness of each step before, and of no other.
+    """Check that a run can resume at step `count`: line i of metrics and fitness must be step i, for each i < count.
 
     Raises:
-        RunError: a step is missing, out of its place or unreadable; with the line.
+        RunError: a step is missing, in the wrong place or unreadable; the message names the line.
     """
     for path in (folder.metrics, folder.fitness):
         lines = path.read_bytes().splitlines() if count and path.exists() else []
@@ -41,19 +41,19 @@ def require_steps(folder: RunFolder, count: int) -> None:
 
 
 class RunLog:
-    """Appends to a run folder's metrics and held-out measures, and shows them. Use it in a `with` statement.
+    """Appends to a run folder's logs and sends them to the trackers. Use it in a `with` statement.
 
     Args:
-        folder: the run folder, held.
-        resume_step: the step the run goes on from: what an earlier process logged at this step and later is dropped,
-            from the files atomically and from TensorBoard by its purge. None starts afresh.
-        trackers: besides TensorBoard, see `esengine.run.trackers`.
-        settings: of the run, for the trackers.
-        opening: said in the first line of fitness.jsonl that this process writes.
-        note: told of a tracker that is dropped.
+        folder: the run folder, locked by this process.
+        resume_step: the step at which the run resumes. Records of this step and later are dropped: atomically from
+            the files, and by its purge from TensorBoard. None for a new run.
+        trackers: trackers besides TensorBoard, see `esengine.run.trackers`.
+        settings: settings of the run, for the trackers.
+        opening: keys to add to the first line of fitness.jsonl that this process writes.
+        note: receives a warning for each tracker that is dropped.
 
     Attributes:
-        resume_step: 0 for a run that starts afresh.
+        resume_step: 0 for a new run.
         held_out: records of heldout.jsonl, oldest first.
     """
 
@@ -85,14 +85,14 @@ class RunLog:
         return self._measures.path
 
     def log(self, step: int, metrics: dict[str, float | int | str], fitness: torch.Tensor | None = None) -> None:
-        """Append one line {"step": step, **metrics}, flushed, and show the numbers.
+        """Append one line {"step": step, **metrics}, flush it, and send the numbers to the trackers.
 
-        A number that is not finite is written as null, for JSON has no NaN; trackers get it as it is.
+        A number that is not finite is written as null, because JSON has no NaN. Trackers get the number itself.
 
         Args:
-            step: of both.
-            metrics: by name.
-            fitness: float32 [N], for fitness.jsonl: every digit, so that the update can be made again.
+            step: the step of the metrics and the fitness.
+            metrics: value by name.
+            fitness: float32 [N], for fitness.jsonl. It is written with every digit, so that replay is exact.
         """
         if fitness is not None:
             self._fitness.append({"step": step, **self._opening, "fitness": fitness.tolist()})
@@ -101,14 +101,14 @@ class RunLog:
         self._trackers.log(step, {name: value for name, value in metrics.items() if not isinstance(value, str)})
 
     def histogram(self, step: int, name: str, values: torch.Tensor) -> None:
-        """Show how values [K] are distributed."""
+        """Send a histogram of values [K] to the trackers."""
         self._trackers.histogram(step, name, values.cpu().numpy())
 
     def strip(self, step: int, images: dict[str, torch.Tensor], captions: Sequence[str] = ()) -> Path:
-        """Write strips/step_00000010.png, one labelled row of images each, and show it.
+        """Write strips/step_00000010.png, with one row of images for each label, and send it to the trackers.
 
         Args:
-            step: for the name.
+            step: the step in the file's name.
             images: label -> uint8 [K, 3, H, W] on any device.
             captions: texts above the columns, such as their prompts.
 
@@ -121,10 +121,10 @@ class RunLog:
         return self._picture("strips", step, draw_strip(images, captions))
 
     def measured(self, record: dict[str, Any], images: torch.Tensor, captions: Sequence[str]) -> Path:
-        """Append a measure to heldout.jsonl, write heldout/step_00000010.png, and show both.
+        """Append a record to heldout.jsonl, write heldout/step_00000010.png, and send both to the trackers.
 
         Args:
-            record: with the keys step and scores, where scores are {name: {"mean", "change", ...}}. None is not shown.
+            record: has the keys step and scores; scores is {name: {"mean", "change", ...}}. Trackers get no None.
             images: uint8 [K, 3, H, W] on any device.
             captions: K texts.
 
@@ -140,11 +140,11 @@ class RunLog:
         return path
 
     def set_held_out_aside(self) -> Path:
-        """Begin heldout.jsonl anew; what it held is kept as heldout.<resume step>.jsonl, whose path is returned."""
+        """Rename heldout.jsonl to heldout.<resume step>.jsonl and start an empty one. Returns the renamed file."""
         return self._measures.set_aside(f"heldout.{self.resume_step}.jsonl")
 
     def sync(self) -> None:
-        """Wait until the steps that were logged are on the disk."""
+        """Wait until the logged steps are on the disk."""
         self._metrics.sync()
         self._fitness.sync()
 
@@ -168,9 +168,9 @@ class RunLog:
 
 
 class _Lines:
-    """A file of JSON records, one a line, each with its step; those of `before` and later are dropped at first.
+    """A file with one JSON record a line, each with its step. Opening it drops the records of step `before` and later.
 
-    With `keep` they stay in memory too, as `records`.
+    With `keep` the records also stay in memory, in `records`.
     """
 
     def __init__(self, path: Path, before: int, *, keep: bool = True):
@@ -203,7 +203,7 @@ class _Lines:
 
 
 def _keep_steps_before(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop later records from the file, and return those that stay."""
+    """Drop the records of `step` and later from the file, and return the others."""
     if not path.exists():
         return []
     data = path.read_bytes()

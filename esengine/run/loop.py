@@ -1,7 +1,9 @@
-"""The steps of a run: render, score, update, log, and checkpoints between them."""
+"""The steps of a run: render, score, update and record; then a checkpoint and held-out scores when they are due."""
 
 import hashlib
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +17,11 @@ from esengine.es.engine import Engine, Task
 from esengine.es.population import Population
 from esengine.models import write_diffusers_lora
 from esengine.rewards import COMBINED, Weighted
-from esengine.rewards.fault_tolerant import MOST_BAD, Bearing, too_many
+from esengine.rewards.fault_tolerant import MAX_BAD, FaultTolerant, too_many
 from esengine.run import checkpoint
 from esengine.run import state as run_state
 from esengine.run.folder import RunFolder
-from esengine.run.held_out import Guard
+from esengine.run.held_out import HeldOut
 from esengine.run.log import RunLog
 from esengine.run.settings import TrainConfig, to_yaml
 from esengine.run.stop import Stop
@@ -30,24 +32,24 @@ STRIP_PROMPTS = 8
 
 @dataclass(frozen=True)
 class Record:
-    """What the leading process writes to.
+    """The outputs of the leading process.
 
     Attributes:
-        folder: of the run, held.
-        meta: of every checkpoint.
+        folder: the run folder, locked by this process.
+        meta: the meta of every checkpoint.
         log: metrics, fitness, pictures.
-        guard: measures held-out rewards; None for none.
+        guard: measures held-out rewards; None if the run has none.
     """
 
     folder: RunFolder
     meta: dict
     log: RunLog
-    guard: Guard | None
+    guard: HeldOut | None
 
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of a run that do not change from step to step; `record` is None in processes that do not lead."""
+    """The parts of a run that are the same in every step. `record` is None except in the leading process."""
 
     config: TrainConfig
     reward: Weighted
@@ -58,86 +60,164 @@ class Run:
 
 
 def take_steps(run: Run, engine: Engine, stop: Stop, *, resumed: bool) -> None:
-    """Go on to the last step. On SIGTERM or SIGINT the chunk is finished and a checkpoint written.
+    """Take all steps up to the last. On a signal the current chunk is finished and a checkpoint is written.
 
     Raises:
-        Stopped: after such a signal.
-        RewardError, RenderError, UpdateError: a step failed; the adapter is as before it, and a checkpoint of that is
-            written.
-        RunError: the processes of the group have come to differ, or one has ended.
+        Stopped: a signal came.
+        RewardError, RenderError, UpdateError: a step failed. The adapter is as before that step, and a checkpoint of
+            it is written.
+        RunError: the adapters of the processes differ, or a process has ended.
     """
-    config, record = run.config, run.record
-    if resumed and record:
-        save_adapter(engine.population, record.folder.adapter)
-    if record:  # before the first checkpoint: a run that has one can be resumed
-        replace_file(record.folder.config, (to_yaml(config) + run_state.signature(record.meta)).encode())
-    _compare(run, engine)
-    kept = engine.step if resumed else _save(run, engine)
+    checkpoints = Checkpoints(run, engine, resumed=resumed)
+    with checkpoints, _progress(run, engine), stop.gently():
+        _measure_held_out(run, engine, stop)
+        for task in engine.tasks(until=run.config.steps):
+            scores, seconds = _score(run, engine, task, stop)
+            _draw_strip(run, engine, task, scores, stop)
+            with checkpoints.all_or_nothing(UpdateError, OutOfMemory):
+                metrics = _update(run, engine, task, scores, seconds)
+            run.progress.step(engine.step, run.config.steps, metrics)
+            checkpoints.after_step()
+            _measure_held_out(run, engine, stop)
+
+
+class Checkpoints:
+    """Saves the engine every `checkpoint_every` steps, after the last step, and when the run ends early.
+
+    Use it in a `with` statement around the steps. It does not save while the adapter, the step number and the log may
+    be inconsistent, or while the processes may differ.
+    """
+
+    def __init__(self, run: Run, engine: Engine, *, resumed: bool):
+        self.run, self.engine, self._agree = run, engine, True
+        record = run.record
+        if resumed and record:
+            save_adapter(engine.population, record.folder.adapter)
+        if record:  # before the first checkpoint, because a run with a checkpoint can be resumed
+            replace_file(record.folder.config, (to_yaml(run.config) + run_state.signature(record.meta)).encode())
+        self._compare()
+        self.saved_step = engine.step
+        if not resumed:
+            self._save()
+
+    def after_step(self) -> None:
+        """Save if a checkpoint is due."""
+        config = self.run.config
+        if self.engine.step % config.checkpoint_every == 0 or self.engine.step == config.steps:
+            self._compare()
+            self._save()
+
+    @contextmanager
+    def all_or_nothing(self, *harmless: type[Exception]) -> Iterator[None]:
+        """After an error inside, the state is never saved, unless the error is `harmless`: it changes nothing."""
+        self._agree = False
+        try:
+            yield
+        except harmless:
+            self._agree = True
+            raise
+        self._agree = True
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, trace) -> None:
+        unsaved = self.engine.step > self.saved_step
+        try:
+            if unsaved and isinstance(error, Stopped):  # in every process, after the same step
+                self._compare()
+        finally:
+            if unsaved and self._agree:
+                self._save()
+        if error is None and self.run.record:  # `save` removes them too, but not if there was no step to take
+            checkpoint.remove_temporaries(self.run.record.folder.checkpoints)
+
+    def _compare(self) -> None:
+        """Raise RunError unless every process has the same adapter."""
+        with self.all_or_nothing():
+            own = torch.frombuffer(bytearray.fromhex(adapter_sha256(self.engine.population)), dtype=torch.uint8)
+            hashes = [bytes(each.tolist()).hex() for each in self.run.group.gather(own)]
+            for rank, each in enumerate(hashes):
+                if each != hashes[0]:
+                    step = self.engine.step
+                    raise RunError(f"process {rank}: its adapter differs from that of process 0 after step {step}")
+
+    def _save(self) -> None:
+        """Write a checkpoint, in the leading process only."""
+        run, engine = self.run, self.engine
+        if record := run.record:
+            limits = {"limit": run.render.limit, "scoring_limit": run.reward.limit}
+            meta = record.meta | limits | {"adapter_sha256": adapter_sha256(engine.population)}
+            record.log.sync()  # a checkpoint is never ahead of its logs
+            checkpoint.save(record.folder.checkpoints, engine.step, run_state.tensors(engine), meta)
+            save_adapter(engine.population, record.folder.adapter)
+        self.saved_step = engine.step
+
+
+@contextmanager
+def _progress(run: Run, engine: Engine) -> Iterator[None]:
+    """Show a progress bar of the run's images inside the block."""
     per_step = engine.ask().images
-    run.progress.start(config.steps * per_step, engine.step * per_step)
-    settled = True  # the adapter, the step's number and its metrics agree, and so do the processes
+    run.progress.start(run.config.steps * per_step, engine.step * per_step)
     try:
-        with stop.gently():
-            while True:
-                if record and record.guard and record.guard.due(engine.step, config.steps):
-                    record.guard.measure(engine.step, lambda: stop.requested)
-                if engine.step == config.steps:
-                    break
-                task = engine.ask()
-                scores, seconds = _score(run, engine, task, stop)
-                fitness = engine.fitness(task, scores[COMBINED])
-                shown = config.strip_every and (task.step % config.strip_every == 0 or task.step == config.steps - 1)
-                if shown:
-                    strip = _strip(run, engine.population, task, fitness, stop) if record else {}
-                    if run.group.any(stop.requested):  # before anything is written: a resumed run makes the step anew
-                        raise Stopped(f"stopped in step {task.step}")
-                    if record:
-                        record.log.strip(task.step, strip, run.render.words(task.prompts[:STRIP_PROMPTS]))
-                        for name, score in scores.items():
-                            means = score.mean(dim=(1, 2))
-                            record.log.histogram(task.step, f"members/{name}", means[means.isfinite()])
-                start, settled = time.perf_counter(), False
-                try:
-                    norms = engine.tell(task, scores[COMBINED])
-                except (UpdateError, OutOfMemory):
-                    settled = True  # nothing has changed
-                    raise
-                seconds["seconds_update"] = time.perf_counter() - start
-                seconds["seconds"] += seconds["seconds_update"]
-                metrics = _metrics(run, task, scores) | norms
-                metrics |= {"images_per_second": task.images / seconds["seconds"], **seconds}
-                if record:
-                    record.log.log(task.step, metrics, fitness)
-                settled = True
-                run.progress.step(engine.step, config.steps, metrics)
-                if engine.step % config.checkpoint_every == 0 or engine.step == config.steps:
-                    settled = False
-                    _compare(run, engine)
-                    settled = True
-                    kept = _save(run, engine)
-    except Stopped:  # in every process, after the same step
-        if engine.step > kept:
-            settled = False
-            _compare(run, engine)
-            settled = True
-        raise
+        yield
     finally:
         run.progress.stop()
-        if settled and engine.step > kept:
-            _save(run, engine)
-    if record:  # where no step was left to take, nothing was saved
-        checkpoint.remove_temporaries(record.folder.checkpoints)
+
+
+def _measure_held_out(run: Run, engine: Engine, stop: Stop) -> None:
+    """Score the held-out prompts if a measurement is due."""
+    guard = run.record and run.record.guard
+    if guard and guard.due(engine.step, run.config.steps):
+        guard.measure(engine.step, lambda: stop.requested)
+
+
+def _update(
+    run: Run, engine: Engine, task: Task, scores: dict[str, torch.Tensor], seconds: dict[str, float]
+) -> dict[str, float]:
+    """Update the adapter and record the step. Returns the metrics of the step."""
+    start = time.perf_counter()
+    told = engine.tell(task, scores[COMBINED])
+    update = time.perf_counter() - start
+    seconds = seconds | {"seconds_update": update, "seconds": seconds["seconds"] + update}
+    fitness = told.pop("fitness")
+    metrics = _metrics(run, task, scores) | told
+    metrics |= {"images_per_second": task.images / seconds["seconds"], **seconds}
+    if run.record:
+        run.record.log.log(task.step, metrics, fitness)
+    return metrics
+
+
+def _draw_strip(run: Run, engine: Engine, task: Task, scores: dict[str, torch.Tensor], stop: Stop) -> None:
+    """Write a strip of the best, median and worst member of this step if one is due, before the adapter is updated.
+
+    Raises:
+        Stopped: a signal came. Nothing is written, and a resumed run repeats the step.
+    """
+    every = run.config.strip_every
+    if not every or (task.step % every and task.step != run.config.steps - 1):
+        return
+    strip = {}
+    if run.record:
+        strip = _strip(run, engine.population, task, engine.fitness(task, scores[COMBINED]), stop)
+    if run.group.any(stop.requested):
+        raise Stopped(f"stopped in step {task.step}")
+    if run.record:
+        run.record.log.strip(task.step, strip, run.render.words(task.prompts[:STRIP_PROMPTS]))
+        for name, score in scores.items():
+            means = score.mean(dim=(1, 2))
+            run.record.log.histogram(task.step, f"members/{name}", means[means.isfinite()])
 
 
 def save_adapter(population: Population, path: Path) -> None:
-    """Write the adapter for PEFT and, in the same folder, for `SanaSprintPipeline.load_lora_weights`."""
+    """Write the adapter into one folder, once for PEFT and once for `SanaSprintPipeline.load_lora_weights`."""
     population.save_pretrained(path)
     scaling = {name: layer.scale for name, layer in population.layers.items()}
     write_diffusers_lora(path, population.lora(), scaling)
 
 
 def adapter_sha256(population: Population) -> str:
-    """Of the adapter's bytes, in the order of its names."""
+    """SHA-256 of the adapter: names and bytes of its tensors, in the order of the names."""
     found = hashlib.sha256()
     for name, parameter in sorted(population.parameters().items()):
         found.update(name.encode())
@@ -145,28 +225,8 @@ def adapter_sha256(population: Population) -> str:
     return found.hexdigest()
 
 
-def _compare(run: Run, engine: Engine) -> None:
-    """Raises RunError unless every process has come to the same adapter."""
-    own = torch.frombuffer(bytearray.fromhex(adapter_sha256(engine.population)), dtype=torch.uint8)
-    hashes = [bytes(each.tolist()).hex() for each in run.group.gather(own)]
-    for rank, each in enumerate(hashes):
-        if each != hashes[0]:
-            raise RunError(f"process {rank}: its adapter differs from that of process 0 after step {engine.step}")
-
-
-def _save(run: Run, engine: Engine) -> int:
-    """Write a checkpoint, in the process that does. Returns the step."""
-    if record := run.record:
-        limits = {"limit": run.render.limit, "scoring_limit": run.reward.limit}
-        meta = record.meta | limits | {"adapter_sha256": adapter_sha256(engine.population)}
-        record.log.sync()  # a checkpoint is never ahead of its logs
-        checkpoint.save(record.folder.checkpoints, engine.step, run_state.tensors(engine), meta)
-        save_adapter(engine.population, record.folder.adapter)
-    return engine.step
-
-
 def _share_limits(run: Run) -> None:
-    """Where memory ran out in one process, all go on in parts as small, as they do where the run is resumed."""
+    """After out-of-memory in one process, set the smaller batch limit in all processes. A resumed run uses it too."""
     for part, what in ((run.render, "in one forward"), (run.reward, "scored together")):
         limits = [int(each) for each in run.group.gather(torch.tensor([part.limit or 0]))]
         least = min(filter(None, limits), default=None)
@@ -177,8 +237,8 @@ def _share_limits(run: Run) -> None:
 
 
 def _score(run: Run, engine: Engine, task: Task, stop: Stop) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """The step's scores by name; NaN where a reward failed, if such pairs may be dropped."""
-    reward = Bearing(run.reward, task.images) if engine.drop_pairs else run.reward
+    """The step's scores by name, and its times. With `drop_pairs` a score is NaN where a reward failed."""
+    reward = FaultTolerant(run.reward, task.images) if engine.drop_pairs else run.reward
     scores, seconds = score_task(
         run.render,
         reward,
@@ -195,7 +255,7 @@ def _score(run: Run, engine: Engine, task: Task, stop: Stop) -> tuple[dict[str, 
         if first:
             run.progress.note(f"warning: {first}")
         count, members = int(bad.sum()), bad.any(2).any(1)
-        if count > MOST_BAD * task.images:  # of all processes together
+        if count > MAX_BAD * task.images:  # count and images of all processes together
             raise RewardError(f"step {task.step}: {too_many(count, task.images)}") from first
         if members.view(-1, 2).any(1).all():
             raise RewardError(f"step {task.step}: every antithetic pair has an image without a score") from first
@@ -212,7 +272,7 @@ def _some(members: list[int]) -> str:
 
 
 def _metrics(run: Run, task: Task, scores: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Means over the images that have a score, and the spread of the members whose images all have one."""
+    """Mean scores over the images with a score, and the spread of the members whose images all have a score."""
     whole = scores[COMBINED].mean(dim=(1, 2))
     members = whole[whole.isfinite()]
     found = {
@@ -233,7 +293,7 @@ def _mean(scores: torch.Tensor) -> float:
 
 
 def _strip(run: Run, population: Population, task: Task, fitness: torch.Tensor, stop: Stop) -> dict[str, torch.Tensor]:
-    """The best, median and worst member of this step, rendered again: images are never kept. Less if stopped."""
+    """Render the best, median and worst member of this step again, since images are not kept. Fewer if stopped."""
     order = fitness.argsort(descending=True).tolist()
     prompts = task.prompts[:STRIP_PROMPTS]
     images = {}

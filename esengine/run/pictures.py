@@ -1,4 +1,4 @@
-"""Images beside each other, with the words they belong to."""
+"""Pictures with several images side by side, labelled with their prompts."""
 
 import math
 import textwrap
@@ -13,9 +13,9 @@ HEADER = 3 * 13 + 4
 
 
 def draw_strip(images: dict[str, torch.Tensor], captions: Sequence[str] = (), margin: int = 4) -> Image.Image:
-    """Draw one row of images for each label, the label on its left and captions above the columns.
+    """Draw one row of images for each label, with the label on the left and captions above the columns.
 
-    Images are shown 128 to 512 pixels wide: smaller ones by whole pixels, larger ones resampled.
+    Images are drawn 128 to 512 pixels wide. Smaller ones are enlarged by a whole factor, larger ones are resampled.
 
     Args:
         images: label -> uint8 [K, 3, H, W]; rows may differ in K.
@@ -23,7 +23,7 @@ def draw_strip(images: dict[str, torch.Tensor], captions: Sequence[str] = (), ma
         margin: pixels between images.
 
     Raises:
-        ValueError: no image, or one that is not uint8 [K, 3, H, W].
+        ValueError: there is no image, or a row is not uint8 [K, 3, H, W].
     """
     for label, row in images.items():
         if row.dtype != torch.uint8 or row.ndim != 4 or row.shape[1] != 3:
@@ -53,7 +53,7 @@ def draw_strip(images: dict[str, torch.Tensor], captions: Sequence[str] = (), ma
 
 
 def draw_grid(images: torch.Tensor, captions: Sequence[str], margin: int = 4) -> Image.Image:
-    """Draw images as square a grid as they fill, each below its caption, 128 to 256 pixels wide.
+    """Draw images in a nearly square grid, 128 to 256 pixels wide, each below its caption.
 
     Args:
         images: uint8 [K, 3, H, W], K at least 1.
@@ -61,7 +61,7 @@ def draw_grid(images: torch.Tensor, captions: Sequence[str], margin: int = 4) ->
         margin: pixels between images.
 
     Raises:
-        ValueError: images of another dtype or shape, or not a caption for each.
+        ValueError: images have another dtype or shape, or the number of captions is not K.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
         raise ValueError(f"images: expected uint8 [K, 3, H, W], got {images.dtype} {list(images.shape)}")
@@ -79,12 +79,12 @@ def draw_grid(images: torch.Tensor, captions: Sequence[str], margin: int = 4) ->
 
 
 def _height(font: ImageFont.FreeTypeFont, count: int) -> int:
-    """Pixels that so many lines of text take."""
+    """Height in pixels of `count` lines of text."""
     return count * math.ceil(1.3 * font.size) + 4
 
 
 def _caption(text: str, width: int, font: ImageFont.FreeTypeFont, most: int) -> Image.Image:
-    """A cell of at most so many lines that clips a text that is too wide."""
+    """A cell with the text in at most `most` lines. Text that is too wide is cut off."""
     cell = Image.new("RGB", (width, _height(font, most)), color="white")
     letters = max(1, int(width / (0.5 * font.size)))
     lines = textwrap.wrap(text[: most * width], width=letters, max_lines=most, placeholder="...")

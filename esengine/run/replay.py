@@ -1,4 +1,4 @@
-"""A run made again from its settings and its fitness log: nothing is rendered, so anyone can check an adapter."""
+"""Replays a run from its settings and its fitness log, to check its adapter. Nothing is rendered."""
 
 import json
 from collections.abc import Iterator
@@ -13,24 +13,26 @@ from esengine.base.errors import RunError
 from esengine.base.progress import Progress
 from esengine.base.settings_file import from_dict
 from esengine.es.population import PEFT_PREFIX, Population
-from esengine.models import SanaSprint
+from esengine.models import Generator
 from esengine.run.folder import checkpoint_folders, path_step
 from esengine.run.loop import adapter_sha256, save_adapter
+from esengine.run.prepare import IN_THE_UPDATE, attach_population
 from esengine.run.settings import ReplayConfig, TrainConfig, load_run
-from esengine.run.train import IN_THE_UPDATE, attach_population
 from esengine.sampling.build import load_model, pick_dtype, take_device
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """What a replay found.
+    """The result of a replay.
 
     Attributes:
-        steps: so many updates were made, all that are logged.
-        sha256: of the adapter they make, see `adapter_sha256`.
-        agreed: the run's adapter is, bit for bit, what the first so many of them make: fewer than `steps` where a run
-            was killed between two checkpoints or still goes on. None if it is not, or if there is none.
-        parted: names of its tensors that differ from those of all the steps, where `agreed` is None for that reason.
+        steps: number of updates made, which is the number of logged steps.
+        sha256: hash of the replayed adapter, see `adapter_sha256`.
+        agreed: number of updates after which the replayed adapter equals the run's adapter bit for bit. It is less
+            than `steps` if the run was killed between two checkpoints or is still running. None if they are never
+            equal, or if the run has no adapter.
+        parted: names of the tensors that differ after all steps; empty if `agreed` is not None. None if the run has no
+            adapter.
     """
 
     steps: int
@@ -41,21 +43,21 @@ class Replayed:
 
 @dataclass(frozen=True)
 class Logged:
-    """A step of the log: its fitness, float32 [N], every bit as it was, and the settings it was made with."""
+    """A logged step: its fitness, float32 [N], exact to the bit, and the settings of the run at that step."""
 
     fitness: torch.Tensor
     config: TrainConfig
 
 
 def replay(config: ReplayConfig, progress: Progress) -> Replayed:
-    """Make the updates of a run folder's fitness.jsonl again, from the adapter that its seed gives.
+    """Repeat the updates in a run folder's fitness.jsonl, starting from the initial adapter that the seed determines.
 
-    The result is that of the run bit for bit on the same kind of device with the same versions.
+    On the same kind of device with the same versions the result equals the run's adapter bit for bit.
 
     Raises:
-        ConfigError: no run there, or a model that cannot be loaded.
-        RunError: the fitness log is missing, empty, damaged, of another population, or too short for the adapter; the
-            adapter cannot be read.
+        ConfigError: the folder holds no run, or the model cannot be loaded.
+        RunError: the fitness log is missing, empty, damaged, of another population, or too short for the adapter; or
+            the adapter cannot be read.
     """
     run = load_run(config.run_dir)
     kept = max(map(path_step, checkpoint_folders(config.run_dir / "checkpoints")), default=0)
@@ -89,15 +91,16 @@ def replay(config: ReplayConfig, progress: Progress) -> Replayed:
 
 
 def read_fitness(path: Path, run: TrainConfig) -> list[Logged]:
-    """Steps 0, 1, ... of a log. A last line without an end, which is being written or never was, does not count.
+    """Steps 0, 1, ... of a fitness log. A last line without a line break is incomplete and is ignored.
 
     Args:
-        path: of fitness.jsonl.
-        run: settings of the run; what a line says of `IN_THE_UPDATE` goes before them, from its step on.
+        path: path of fitness.jsonl.
+        run: settings of the run. Settings in a line, those of `IN_THE_UPDATE`, replace them from its step on.
 
     Raises:
-        RunError: the file is missing or empty, or a line is not what a run of N members writes; with its number.
-        ConfigError: settings in it are none.
+        RunError: the file is missing or empty, or a line was not written by a run of N members; the message gives its
+            number.
+        ConfigError: the settings in a line are invalid.
     """
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
@@ -125,8 +128,8 @@ def read_fitness(path: Path, run: TrainConfig) -> list[Logged]:
     return found
 
 
-def _changed(model: SanaSprint, population: Population, config: TrainConfig) -> Population:
-    """The population as a run that is resumed with other settings has it."""
+def _changed(model: Generator, population: Population, config: TrainConfig) -> Population:
+    """The population with other settings and the same state, as after a resume with those settings."""
     state = population.state_dict()
     population.detach()
     population = attach_population(model, config)
@@ -147,7 +150,7 @@ def _read_adapter(file: Path) -> dict[str, torch.Tensor] | None:
 
 
 def _parted(population: Population, stored: dict[str, torch.Tensor]) -> Iterator[str]:
-    """Names of the tensors that are not the same bits in both."""
+    """Names of the tensors that differ in any bit or exist in only one of the two."""
     names = [f"{PEFT_PREFIX}{name}.lora_{side}.weight" for name in population.layers for side in "AB"]
     yield from sorted(stored.keys() ^ set(names))
     for name, layer in population.layers.items():

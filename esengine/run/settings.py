@@ -21,22 +21,22 @@ from esengine.es.rule import UpdateRule
 from esengine.sampling.settings import ImageSettings
 
 MAX_RATE = 1e6
-"""Learning rate above which float32 is left in a step or two."""
+"""Largest learning rate. Above it float32 overflows within a step or two."""
 
 REFERENCE_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "linear_1", "linear_2", "proj_out", "linear")
 
 _LAYER = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
-"""A name that is no regular expression, but for its dots."""
+"""A layer's name: no regular expression, apart from its dots."""
 
 
 def _pairs(words: list[str]) -> dict[str, float]:
-    """Layers' names and alphas as they are given on the command line, in turn."""
+    """Names and alphas in turn, as on the command line."""
     if len(words) % 2 or len(set(words[::2])) < len(words) // 2:
         raise ValueError("expected names, each once, and behind each its alpha")
     return {name: float(alpha) for name, alpha in zip(words[::2], words[1::2], strict=True)}
 
 
-# left to itself tyro makes a flag of each name that is there already, and of no other
+# by itself tyro would make one flag of each name in the default, and accept no other name
 _PAIRS = tyro.constructors.PrimitiveConstructorSpec(
     nargs="*",
     metavar="[NAME ALPHA ...]",
@@ -51,15 +51,15 @@ class LoraSettings:
     """The adapter. Targets are chosen as PEFT does: by the end of a layer's name."""
 
     rank: int = 2
-    """LoRA rank r. 0: none, the weights themselves are perturbed and moved."""
+    """LoRA rank r. With 0 there is no LoRA: noise and updates go to the weights themselves."""
     alpha: float = 8.0
-    """The adapter counts alpha / r. Where r is 0 it has no part. Given as a flag without alpha_pattern, it is that of
-    all layers."""
+    """LoRA alpha: the adapter is scaled by alpha / r. Ignored if the rank is 0. Given as a flag without alpha_pattern,
+    it holds for all layers."""
     targets: tuple[str, ...] = REFERENCE_TARGETS
     """Linear layers of the transformer."""
     alpha_pattern: Annotated[dict[str, float], _PAIRS] = field(default_factory=dict)
-    """Another alpha for some of them, by the end of a layer's name: `linear_2 16 proj_out 2`. No part where r is 0.
-    Where to_q, to_k and to_v have unlike ones, blocks do not run fused."""
+    """Another alpha for some layers, by the end of a layer's name: `linear_2 16 proj_out 2`. Ignored if the rank is 0.
+    Blocks cannot run fused if to_q, to_k and to_v have different alphas."""
 
     def __post_init__(self):
         check_counts(self, "lora.", rank=(0, 1 << 14))
@@ -80,21 +80,21 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class ESSettings:
-    """The search: how members are drawn and how their scores become fitness."""
+    """How members are drawn, and how their scores become fitness."""
 
     sigma: float = 1e-2
-    """Standard deviation of the noise on every element of the adapter, or of the weights where lora.rank is 0."""
+    """Standard deviation of the noise on each element of the adapter, or of the weights if lora.rank is 0."""
     noise_rank: int = 1
     """Rank k of each member's noise."""
     shaping: Literal["zscore", "centered_rank", "none"] = "zscore"
-    """After each prompt's mean is removed: z-score, centred ranks, or as it is."""
+    """How scores become fitness. Each prompt's mean is removed first. Then: z-score, centred ranks, or no change."""
     prompt_std: Literal["global", "own"] = "global"
-    """What a prompt's scores are divided by: the standard deviation of all, as in the reference run, or its own, so
-    that no prompt outweighs the others."""
+    """A prompt's scores are divided by a standard deviation. global: of all scores, as in the reference run. own: of
+    this prompt's scores, so that no prompt outweighs the others."""
     prompts_per_step: int = 4
-    """Prompts drawn each step, without replacement until all have come. Left out, it adapts to a shorter list."""
+    """Prompts drawn each step. No prompt is drawn again before all have been. The default adapts to a shorter list."""
     repeats: int = 4
-    """Images of each prompt for each member, from different latents."""
+    """Images of each prompt for each member. Each comes from another latent."""
 
     def __post_init__(self):
         if not (math.isfinite(self.sigma) and self.sigma > 0):
@@ -117,54 +117,55 @@ class TrainConfig:
     run_dir: Path | None = None
     """Folder of the run: config, metrics, checkpoints, adapter, strips. By default runs/<date and time>."""
     model: str = "nano"
-    """A SanaSprintPipeline folder; a hub id; `nano`, the small trained model of this package; or `tiny`, an untrained
-    one."""
+    """A SanaSprintPipeline folder or a hub id. Or `nano`, the small trained model of this package; or `tiny`, an
+    untrained model for tests."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     prompts: Path | None = None
-    """File of prompts: text with one on each line, .tsv, .csv or .jsonl. By default a packaged list; of `nano`,
-    captions of its world."""
+    """File of prompts to train on: text with one prompt a line, .tsv, .csv or .jsonl. By default a packaged list; for
+    `nano`, a list of captions."""
     eval_prompts: Path | None = None
-    """File of prompts never trained on, to compare base and adapter at the end. By default a packaged list."""
+    """File of prompts that are never trained on. Base and adapter are compared on them. By default a packaged list."""
     reward: str | None = None
-    """A reward, or several with weights: `a=1.0,my_module:score=0.5`. By default pickscore; for `tiny`
-    jpeg_compressibility, for `nano` checker with some pickscore."""
+    """A reward, or several with weights: `a=1.0,my_module:score=0.5`. By default pickscore. For `tiny`
+    jpeg_compressibility; for `nano` checker and, with a small weight, pickscore."""
     steps: int = 40
     """ES steps."""
     population: int = 32
-    """Members N, an even number: they come in antithetic pairs."""
+    """Number of members N. It is even, because members come in antithetic pairs."""
     seed: int = 0
-    """Keys the noise, the latents, the prompts drawn and the adapter's start."""
+    """Seed of the noise, the latents, the order of prompts, and the adapter's initial weights."""
     resume: bool = False
     """Continue the run in --run-dir from its last checkpoint."""
     allow_change: bool = False
-    """With --resume, go on although settings, model or prompts differ from the run's; what differs is told."""
+    """With --resume, continue even if settings, model or prompts differ from the run's. The differences are printed."""
     config: str | None = None
-    """YAML file below the flags, or the name of a packaged one: `reference`, the published run's settings; or `nano`.
-    For the model `nano` the latter's settings stand below a YAML file of your own too."""
+    """YAML file of settings, which flags override. Or the name of a packaged file: `reference` (the published run) or
+    `nano`. For the model `nano`, your own YAML file overrides the packaged one."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU when there is one."""
+    """cpu, cuda, cuda:1 and so on. auto: a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the frozen model. auto: bfloat16 on a GPU, float32 on a CPU. The adapter is float32 always."""
+    """Data type of the frozen model. auto: bfloat16 on a GPU, float32 on a CPU. The adapter is always float32."""
     on_bad_reward: Literal["fail", "drop-pair"] = "fail"
-    """Where a reward raises or gives no finite number: stop, or leave the member and its antithetic half out of the
-    update. A step with more than a tenth of its images bad stops the run in any case."""
+    """What to do if a reward raises or returns no finite number. fail: stop. drop-pair: leave the member and its
+    antithetic partner out of the update. The run stops anyway if more than a tenth of a step's images are bad."""
     deterministic: bool = False
-    """Draw and score one image at a time: slower, and no bit depends on the size of a chunk."""
+    """Draw and score one image at a time. This is slower. The result then does not depend on the chunk size."""
     checkpoint_every: int = 5
     """Steps between checkpoints."""
     strip_every: int = 10
-    """Steps between strips of the best, median and worst member's images. 0: none."""
+    """Steps between pictures of the best, median and worst member's images. 0: none."""
     heldout_reward: str = "auto"
-    """Rewards that are watched on held-out prompts, besides the optimised one: `pickscore,my_module:score`, or none.
-    auto: where pickscore, clip_text, aesthetic, no_artifacts or hpsv2 is optimised, the rest of the first four; on
-    `nano` always, with clip-nano, and checker beside them."""
+    """Rewards to measure on held-out prompts besides the optimised ones, such as `pickscore,my_module:score`; or none.
+    auto: if you optimise pickscore, clip_text, aesthetic, no_artifacts or hpsv2, the others of the first four. For
+    `nano`: those four with clip-nano, and checker, whatever you optimise."""
     heldout_every: int = 10
-    """Steps between measures of the optimised and the held-out rewards on held-out prompts. 0: none."""
+    """Steps between measurements on held-out prompts. 0: none."""
     heldout_prompts: int = 16
-    """So many of the --eval-prompts are drawn at each measure, always the same."""
+    """Number of --eval-prompts in each measurement. They are always the same ones."""
     trackers: tuple[Literal["wandb", "trackio"], ...] = ()
-    """Besides TensorBoard; each needs the extra of its name. WANDB_MODE=offline needs no account."""
+    """Trackers besides TensorBoard. Each needs the extra of its name: pip install 'eggroll-esengine[wandb]'.
+    WANDB_MODE=offline needs no account."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     es: ESSettings = field(default_factory=ESSettings)
     update: UpdateRule = field(default_factory=lambda: UpdateRule(lr_scale=1.0))
@@ -192,9 +193,9 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ReplayConfig:
-    """Make a run's adapter again from its config.yaml and fitness.jsonl alone, and say whether it is the run's.
+    """Rebuild a run's adapter from its config.yaml and fitness.jsonl, and compare it with the saved one.
 
-    Nothing is rendered or scored. On the same kind of device with the same versions every bit is the same.
+    No image is rendered or scored. On the same kind of device, with the same versions, the result is bit-identical.
     """
 
     run_dir: tyro.conf.Positional[Path]
@@ -202,9 +203,9 @@ class ReplayConfig:
     out: Path | None = None
     """Folder to write the adapter to."""
     model: str | None = None
-    """A SanaSprintPipeline folder, a hub id, `nano` or `tiny`, where the run's is not there any more."""
+    """The model, if it is not where the run had it: a SanaSprintPipeline folder, a hub id, `nano` or `tiny`."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: the run's."""
+    """cpu, cuda, cuda:1 and so on. auto: the run's."""
 
 
 MAY_CHANGE = (
@@ -212,7 +213,7 @@ MAY_CHANGE = (
     *("checkpoint_every", "strip_every", "trackers", "heldout_reward", "heldout_every", "heldout_prompts"),
     *("model", "revision", "prompts", "eval_prompts"),  # names; what `model` and `prompts` hold is compared by hash
 )
-"""Settings that a resumed run may be given anew: none of them has a say in the adapter of a given step."""
+"""Settings that may change on resume. None affects the adapter of a given step."""
 
 
 def load_run(run_dir: Path) -> TrainConfig:

@@ -1,4 +1,4 @@
-"""What a run's checkpoint holds: the adapter and the optimizer's moments as tensors, and what they belong to."""
+"""The contents of a run's checkpoint: the adapter and the optimizer's moments as tensors, and the run's meta."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ _META = {
     "adapter_sha256": str,
 }
 LIMITS = ("limit", "scoring_limit")
-"""Images in one forward and images scored together, where memory ran out; else None."""
+"""Names of the two batch limits: images in one forward, images scored together. None before any out-of-memory."""
 
 
 def tensors(engine: Engine) -> dict[str, torch.Tensor]:
@@ -33,16 +33,16 @@ def tensors(engine: Engine) -> dict[str, torch.Tensor]:
 
 
 def latest(root: Path) -> Checkpoint:
-    """The newest checkpoint under root that verifies and is a run's; those passed over are in its `skipped`.
+    """The newest valid checkpoint of a run under root. Its `skipped` lists the newer ones that are not valid.
 
     Raises:
-        RunError: there is none.
+        RunError: there is no valid checkpoint.
     """
     return load_latest(root, check=_check)
 
 
 def engine_state(saved: Checkpoint, config: TrainConfig) -> dict:
-    """What `Engine.load_state_dict` takes, with the noise settings of `config`."""
+    """The state for `Engine.load_state_dict`: step and tensors of the checkpoint, noise settings of `config`."""
     parts: dict[str, dict[str, torch.Tensor]] = {part: {} for part in _PARTS}
     for key, tensor in saved.tensors.items():
         part, _, name = key.partition("/")
@@ -53,9 +53,9 @@ def engine_state(saved: Checkpoint, config: TrainConfig) -> dict:
 
 
 def changes(saved: dict, now: dict, free: Collection[str] = MAY_CHANGE) -> list[str]:
-    """What differs between the meta of two checkpoints or processes, in words; settings in `free` may.
+    """Differences between the meta of two checkpoints or processes, as text. Settings in `free` are not compared.
 
-    A setting that is newer than what was saved had its default.
+    A setting that `saved` does not have counts as its default.
     """
     config = to_dict(TrainConfig())
     for name, value in saved["config"].items():
@@ -70,14 +70,14 @@ def changes(saved: dict, now: dict, free: Collection[str] = MAY_CHANGE) -> list[
 
 
 def signature(meta: dict) -> str:
-    """A comment for config.yaml, of all that `changes` compares: what the run was last begun or gone on with."""
+    """A comment for config.yaml: the SHA-256 of all that `changes` compares, as of the run's last start or resume."""
     config = {name: value for name, value in meta["config"].items() if name not in MAY_CHANGE}
     compared = json.dumps([config, meta["rewards"], meta["model"], meta["prompts_sha256"]], sort_keys=True)
     return f"# with the prompts, model and rewards: sha256 {hashlib.sha256(compared.encode()).hexdigest()}\n"
 
 
 def _check(saved: Checkpoint) -> None:
-    """Raises RunError for what no run writes, such as another type or a number that is not finite."""
+    """Raise RunError for contents that no run writes, such as a wrong type or a number that is not finite."""
 
     def refuse(what: str, expected: str, got: object) -> RunError:
         return RunError(f"checkpoint {saved.path}: {what}: expected {expected}, got {got}")

@@ -1,4 +1,4 @@
-"""Stopping on request: a first SIGTERM or SIGINT ends a run where it can go on from, a second at once."""
+"""Stops a run on SIGTERM or SIGINT. The first signal stops it where it can be resumed; the second kills it at once."""
 
 import os
 import signal
@@ -13,14 +13,13 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stop:
-    """Inside a `with` statement, a signal raises KeyboardInterrupt, as Ctrl-C does; inside `gently` it only asks.
+    """Handles SIGTERM and SIGINT inside a `with` statement, in the main thread only.
 
-    Outside a `with` statement no signal is taken over, and `requested` stays False.
-
-    A second signal ends the process by its default action. In other threads nothing of this happens.
+    A signal sets `requested` and raises KeyboardInterrupt, as Ctrl-C does. Inside `gently` it only sets `requested`. A
+    second signal ends the process by the signal's default action.
 
     Attributes:
-        requested: a signal has come.
+        requested: whether a signal has come; always False outside a `with` statement.
     """
 
     def __init__(self):
@@ -39,10 +38,10 @@ class Stop:
 
     @contextmanager
     def gently(self) -> Iterator[None]:
-        """Inside, look at `requested` where it suits.
+        """A block in which a signal only sets `requested`. The code inside checks it and may stop early.
 
         Raises:
-            Stopped: at the end, if nobody did.
+            Stopped: at the end of the block, if a signal has come.
         """
         self._gentle = True
         try:

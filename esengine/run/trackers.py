@@ -1,4 +1,4 @@
-"""Where a run's numbers and pictures are shown: TensorBoard, Weights & Biases, Trackio. None of them can stop a run."""
+"""Trackers show a run's numbers and pictures: TensorBoard, Weights & Biases, Trackio. Their errors never stop a run."""
 
 import contextlib
 import json
@@ -22,10 +22,10 @@ PROJECT = "esengine"
 
 
 class Tracker(Protocol):
-    """One place. Any method may raise: see `Trackers`."""
+    """One tracker. Any method may raise, see `Trackers`."""
 
     def start(self, settings: dict[str, Any]) -> None:
-        """Begin, or go on with, the run of these settings."""
+        """Start or resume the run with these settings."""
 
     def log(self, step: int, scalars: dict[str, float]) -> None: ...
 
@@ -37,7 +37,7 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files below the run's folder; what was written at the resumed step and later is purged."""
+    """Event files below the run's folder. On resume, events of the resumed step and later are purged."""
 
     def __init__(self, folder: Path, resume_step: int | None):
         self.folder, self.resume_step = folder, resume_step
@@ -65,7 +65,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """Weights & Biases; WANDB_MODE=offline needs no account. Files go below the run's folder."""
+    """Weights & Biases, with its files below the run's folder. WANDB_MODE=offline needs no account."""
 
     def __init__(self, folder: Path, identity: str):
         self.folder, self.identity = folder, identity
@@ -74,7 +74,7 @@ class Wandb:
         import wandb
 
         self.wandb = wandb
-        # a network that is down costs minutes at most; what is not uploaded by then waits for `wandb sync`
+        # without a network this takes a few minutes at most; `wandb sync` can upload the rest later
         limits = wandb.Settings(init_timeout=60, login_timeout=30, finish_timeout=120, console="off")
         name = self.folder.resolve().name
         self.run = wandb.init(
@@ -86,7 +86,7 @@ class Wandb:
             resume="allow",
             settings=limits,
         )
-        self.run.define_metric("*", step_metric="step")  # its own counter only rises, a resumed run goes back
+        self.run.define_metric("*", step_metric="step")  # wandb's own counter cannot go back, as a resumed run does
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
         self.run.log({"step": step, **scalars})
@@ -102,7 +102,7 @@ class Wandb:
 
 
 class Trackio:
-    """Trackio: a local database that `trackio show` draws, or the Space that TRACKIO_SPACE_ID names."""
+    """Trackio: a local database, shown by `trackio show`, or the Space that TRACKIO_SPACE_ID names."""
 
     def __init__(self, folder: Path, identity: str):
         self.name = f"{folder.resolve().name}-{identity}"
@@ -129,25 +129,26 @@ class Trackio:
 
 
 EXTRAS: dict[str, Callable[[Path, str], Tracker]] = {"wandb": Wandb, "trackio": Trackio}
-"""Trackers that are installed by an extra of the same name."""
+"""Optional trackers. Each is installed by the pip extra of the same name."""
 
 
 def require_installed(names: Sequence[str]) -> None:
-    """Raises ConfigError for a tracker whose extra is not installed."""
+    """Raise ConfigError for a tracker that is not installed."""
     for name in names:
         if find_spec(name) is None:
             raise ConfigError(f"trackers: {name} is not installed; in esengine's folder: pip install -e '.[{name}]'")
 
 
 class Trackers:
-    """Several trackers as one.
+    """Several trackers used as one.
 
-    A tracker that raises is noted once, recorded in the run folder's trackers.json and dropped; the run goes on.
+    A tracker that raises is dropped, with one warning and an entry in the run folder's trackers.json. The run
+    continues without it.
 
     Args:
-        makers: what makes each tracker, by its name.
-        record: of the run folder.
-        note: told of a tracker that is dropped.
+        makers: name -> a function that makes the tracker.
+        record: trackers.json of the run folder.
+        note: receives a warning for each tracker that is dropped.
     """
 
     def __init__(self, makers: dict[str, Callable[[], Tracker]], record: "Record", note: Callable[[str], None]):
@@ -191,14 +192,14 @@ class Trackers:
 class Record:
     """trackers.json of a run folder: {"identity": "1f0c...", "failed": {tracker: why}}.
 
-    The identity is what trackers know the run by, so that a resumed one goes on in the same place.
+    The identity is the run's id in the trackers. With it a resumed run continues the same entry.
     """
 
     def __init__(self, path: Path, resume: bool):
         self.path = path
         self._data: dict[str, Any] = {"identity": uuid.uuid4().hex[:12], "failed": {}}
         if resume:
-            # none, or damaged: a new place
+            # missing or damaged: keep the new identity
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
                 self._data["identity"] = str(json.loads(path.read_bytes())["identity"])
 
@@ -217,18 +218,18 @@ class Record:
 def open_trackers(
     folder: Path, tensorboard: Path, names: Sequence[str], resume_step: int | None, note: Callable[[str], None]
 ) -> Trackers:
-    """TensorBoard and the named extras, not started yet.
+    """Return TensorBoard and the named extras. They are not started yet.
 
     Args:
-        folder: of the run.
-        tensorboard: where its event files go.
+        folder: the run folder.
+        tensorboard: folder for TensorBoard's event files.
         names: keys of `EXTRAS`.
-        resume_step: the step that the run goes on from; None for a new run.
+        resume_step: the step at which the run resumes; None for a new run.
         note: see `Trackers`.
     """
     record = Record(folder / "trackers.json", resume=resume_step is not None)
     if names:
-        record.save()  # before the first contact: a run that is killed in it finds its place again
+        record.save()  # before a tracker starts, so that a run killed in its start keeps its identity
     makers: dict[str, Callable[[], Tracker]] = {"tensorboard": partial(TensorBoard, tensorboard, resume_step)}
     makers |= {name: partial(EXTRAS[name], folder, record.identity) for name in names}
     return Trackers(makers, record, note)

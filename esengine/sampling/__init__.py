@@ -1,1 +1,1 @@
-"""What a run and an evaluation share: a step's images, rendered and scored chunk by chunk."""
+"""Renders and scores images chunk by chunk, for runs and evaluations."""

@@ -1,4 +1,4 @@
-"""What a result was made with: versions, devices, and which kernels are in use and why."""
+"""Describes the environment of a result: versions, devices, and which kernels are in use and why."""
 
 import importlib.metadata
 import json
@@ -16,7 +16,7 @@ PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "safetensors
 
 
 def describe() -> dict[str, str]:
-    """Facts by name, for people and for the record of a result.
+    """Facts by name, for display and for a result's record.
 
     Raises:
         ConfigError: the file of launch settings is not usable.
@@ -46,7 +46,7 @@ def to_json(facts: dict[str, str]) -> str:
 
 
 def _settings(device: torch.device) -> str:
-    """The file of launch settings, its hash, and the hash of what sets the order of sums."""
+    """The file of launch settings, its hash, and the hash of the settings that determine the order of sums."""
     if not uses_triton(device):
         return "none: no Triton kernels in use"
     try:
@@ -57,7 +57,7 @@ def _settings(device: torch.device) -> str:
 
 
 def _fused(device: torch.device) -> str:
-    """Whether a model's blocks can run fused here; a run's plan says it of its own model."""
+    """Whether a model's blocks can run fused here. A run's plan states this for its model."""
     if not uses_triton(device):
         return f"none: they need the Triton kernels ({_kernels(device)})"
     return "of SANA-Sprint in bfloat16 or float32; `esengine train` prints why where a model's blocks cannot"

@@ -1,4 +1,4 @@
-"""A step's images: rendered and scored chunk by chunk, without waiting where nothing has to wait."""
+"""Renders and scores a step's images chunk by chunk, with as few waits as possible."""
 
 import logging
 import time
@@ -10,32 +10,32 @@ import torch
 
 from esengine.base.errors import OutOfMemory, Stopped
 from esengine.base.group import ALONE, Group
-from esengine.base.memory import fits, give_back
+from esengine.base.memory import give_back, oom_guard
 from esengine.es.engine import Task
 from esengine.es.population import Population
-from esengine.models import RenderSettings, SanaSprint, TextEmbeddings
-from esengine.models.sana.sana_sprint import Rows
+from esengine.es.rows import Rows
+from esengine.models import Generator, RenderSettings, TextEmbeddings
 from esengine.rewards import COMBINED, Weighted
-from esengine.rewards.fault_tolerant import Bearing
+from esengine.rewards.fault_tolerant import FaultTolerant
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class Renderer:
-    """How a run draws a list of prompts, the same from step to step.
+    """Renders a list of prompts in the same way at every step.
 
     Attributes:
-        model: with the run's population attached.
+        model: the generator, with the run's population attached.
         texts: embeddings of the prompts.
         settings: how an image is sampled.
-        seed: keys latents and noise.
-        chunk: images that are drawn and scored together.
-        limit: images in one forward; at first a chunk. Where memory runs out it is halved, and stays so.
-        note: told of that.
+        seed: seed of latents and noise.
+        chunk: images that are rendered and scored together.
+        limit: most images in one forward; None: a chunk. On out-of-memory it is halved for the rest of the run.
+        note: called with a warning when the limit is halved.
     """
 
-    model: SanaSprint
+    model: Generator
     texts: TextEmbeddings
     settings: RenderSettings
     seed: int
@@ -46,36 +46,30 @@ class Renderer:
     def chunks(
         self, step: int, rows: Iterable[Rows], population: Population | None = None, *, length: int
     ) -> Iterator[torch.Tensor]:
-        """uint8 [B, 3, H, W] of each of some chunks of (prompts, repeats, members). See `SanaSprint.render_chunks`.
+        """Yields uint8 [B, 3, H, W] for each of the given chunks of a step. See `Generator.render_chunks`.
 
         Raises:
             OutOfMemory: not even one image fits.
-            RenderError: see `SanaSprint.render`.
+            RenderError: see `Generator.render_chunks`.
         """
         keys = dict(seed=self.seed, step=step, population=population, settings=self.settings, text_length=length)
-        todo = [tuple(chunk) for chunk in rows]
+        todo = list(rows)
         while True:
-            parts = [self._parts(chunk) for chunk in todo]
+            parts = [chunk.split(self.limit or max(1, chunk.count)) for chunk in todo]
             drawn = self.model.render_chunks(self.texts, (part for each in parts for part in each), **keys)
             try:
                 for each in parts:
-                    with fits(f"{len(each[0][0])} images in one forward", "give a smaller chunk"):
+                    with oom_guard(f"{each[0].count} images in one forward", "give a smaller chunk"):
                         images = [next(drawn) for _ in each]
                         images = images[0] if len(images) == 1 else torch.cat(images)
                     yield images
                     todo.pop(0)
                 return
             except OutOfMemory as error:
-                self._halve(max(len(each[0]) for each in parts[0]), error)
-            del drawn  # with the error, all that holds tensors of the failed forward
+                self._halve(parts[0][0].count, error)
+            del drawn  # this and the error hold tensors of the failed forward
             self.model.release_graphs()
             give_back(self.model.device)
-
-    def _parts(self, chunk: Rows) -> list[Rows]:
-        """A chunk in as many forwards as it takes."""
-        limit = self.limit or len(chunk[0])
-        columns = [[None] * -(-len(chunk[0]) // limit) if each is None else each.split(limit) for each in chunk]
-        return list(zip(*columns, strict=True))
 
     def _halve(self, images: int, error: OutOfMemory) -> None:
         if images <= 1:
@@ -89,39 +83,37 @@ class Renderer:
 
 def score_task(
     render: Renderer,
-    reward: Weighted | Bearing,
+    reward: Weighted | FaultTolerant,
     population: Population,
     task: Task,
-    heard: Callable[[int], None],
+    on_images: Callable[[int], None],
     *,
     stopped: Callable[[], bool] = lambda: False,
     group: Group = ALONE,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Render and score every image of a step.
 
-    Scores stay on the device until the last chunk. A reward with an attribute `overlaps = True`, which waits for
-    something other than this machine's processors, is asked in a thread while the next chunk renders: one chunk
-    behind, never more, so at most two chunks of images are held. The scores are the same either way.
+    Scores stay on the device until the last chunk. A reward that `_overlaps` is at most one chunk behind, so at most
+    two chunks of images are in memory. The scores are the same either way.
 
-    Of K processes the one of rank r draws chunks r, r + K, ... Chunks are as for one process, and so are the scores.
+    With K processes, the process of rank r renders chunks r, r + K, ... Chunks and scores are identical to those of one
+    process.
 
     Args:
-        heard: called with so many images that are rendered and scored, or on their way to be scored.
-        stopped: asked before each chunk.
+        on_images: called with the number of images that are rendered and scored, or queued to be scored.
+        stopped: called before each chunk. True ends the step.
         group: the processes that share the step.
 
     Returns:
-        Scores by reward name and "combined", float32 [N, P, R] on the CPU; and seconds: all of it by the wall clock
-        as "seconds", and those spent on "seconds_render" and "seconds_score", which together are more where the two
-        overlap.
+        Scores by reward name and "combined", float32 [N, P, R] on the CPU; and times in seconds: "seconds" in all,
+        "seconds_render" and "seconds_score", which may overlap.
 
     Raises:
-        RewardError, RenderError: naming the step and the members.
-        Stopped: it was asked for, in whichever process.
+        RewardError, RenderError: the message names the step and the members.
+        Stopped: `stopped` returned True in any process.
     """
     began = time.perf_counter()
-    overlapped = any(getattr(each, "overlaps", False) for _, each, _ in reward.terms)
-    length = render.texts.trimmed_length(task.prompts)
+    overlapped = _overlaps(reward)
     rendering = _Stopwatch(render.model.device)
     scoring = _Stopwatch(torch.device("cpu") if overlapped else render.model.device)
 
@@ -129,15 +121,11 @@ def score_task(
         with scoring:
             return reward.score(images, render.words(prompts), step=task.step, members=members.tolist())
 
-    chunks = list(zip(*(column.split(render.chunk) for column in task.rows()), strict=True))
-    mine = chunks[group.rank :: group.size]
-    drawn = render.chunks(task.step, ((p, r, m) for m, p, r in mine), population, length=length)
+    mine = task.rows().split(render.chunk)[group.rank :: group.size]
+    drawn = render.chunks(task.step, mine, population, length=render.texts.trimmed_length(task.prompts))
     parts: list[Future] = []
-    with (
-        ThreadPoolExecutor(1) if overlapped else _AtOnce() as worker,
-        render.model.deferred_checks(),
-        reward.deferred_checks(),
-    ):
+    worker = ThreadPoolExecutor(1) if overlapped else _AtOnce()
+    with worker, render.model.deferred_checks(), reward.deferred_checks():
         for members, prompts, _ in mine:
             if stopped():
                 break
@@ -146,24 +134,38 @@ def score_task(
             if parts:
                 parts[-1].result()
             parts.append(worker.submit(score, images, prompts, members))
-            heard(len(members))
+            on_images(len(members))
         done = [part.result() for part in parts]
     if group.any(stopped()):
         raise Stopped(f"stopped in step {task.step}")
-    heard(task.images - sum(len(members) for members, _, _ in mine))  # by the others
-    names = [*reward.names, COMBINED]
+    on_images(task.images - sum(len(members) for members, _, _ in mine))  # by the other processes
+    scores = _gathered(task, [*reward.names, COMBINED], done, render.chunk, group)
+    spent = {"seconds_render": rendering.total(), "seconds_score": scoring.total()}
+    return scores, {"seconds": time.perf_counter() - began, **spent}
+
+
+def _overlaps(reward: Weighted | FaultTolerant) -> bool:
+    """Whether the reward is called in a thread while the next chunk renders.
+
+    A reward sets `overlaps = True` if it waits for something other than this machine's processors.
+    """
+    return any(getattr(each, "overlaps", False) for _, each, _ in reward.terms)
+
+
+def _gathered(
+    task: Task, names: list[str], done: list[dict[str, torch.Tensor]], chunk: int, group: Group
+) -> dict[str, torch.Tensor]:
+    """Scores float32 [N, P, R] by name, gathered from the chunks of all processes."""
     own = [torch.cat([each[name] for each in done]).cpu() if done else torch.empty(0) for name in names]
     table = torch.empty(task.images, len(names))
     for rank, part in enumerate(group.gather(torch.stack(own, 1))):
-        places = torch.arange(task.images).split(render.chunk)[rank :: group.size]
+        places = torch.arange(task.images).split(chunk)[rank :: group.size]
         table[torch.cat(places) if places else slice(0)] = part
-    scores = {name: column.reshape(task.shape) for name, column in zip(names, table.unbind(1), strict=True)}
-    seconds = {"seconds": time.perf_counter() - began}
-    return scores, seconds | {"seconds_render": rendering.total(), "seconds_score": scoring.total()}
+    return {name: column.reshape(task.shape) for name, column in zip(names, table.unbind(1), strict=True)}
 
 
 class _AtOnce(Executor):
-    """Does the work where it is handed in."""
+    """An executor that runs the work inside `submit`."""
 
     def submit(self, fn: Callable, /, *args, **kwargs) -> Future:
         future = Future()
@@ -172,7 +174,7 @@ class _AtOnce(Executor):
 
 
 class _Stopwatch:
-    """Adds up the time inside its `with` blocks: the host's, or between events of a GPU's stream without waiting."""
+    """Sums the time of its `with` blocks: host time, or time between events of a GPU's stream, without waiting."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -185,7 +187,7 @@ class _Stopwatch:
         self._spans[-1].append(self._mark())
 
     def total(self) -> float:
-        """Seconds of all blocks. On a GPU, call it when the stream is done with the last."""
+        """Seconds of all blocks. On a GPU, call it after the stream has finished the last block."""
         if self.device.type != "cuda":
             return sum(end - start for start, end in self._spans)
         return sum(start.elapsed_time(end) for start, end in self._spans) / 1000
@@ -207,19 +209,21 @@ def render_all(
     *,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[torch.Tensor, list[str]]]:
-    """The first repeat of each of some prompts, chunk by chunk.
+    """Render the first repeat of each of the given prompts, chunk by chunk.
 
     Args:
-        prompts: int64 [K].
-        member: of the population. None: the adapter as it stands.
-        population: the member's.
-        stopped: asked before each chunk; the others are left out.
+        prompts: int64 [K], indices into the renderer's prompts.
+        member: a member of the population. None: the current adapter.
+        population: the population of the member.
+        stopped: called before each chunk. True skips the remaining chunks.
 
     Yields:
         uint8 [B, 3, H, W] and the B prompts.
     """
     length, parts = render.texts.trimmed_length(prompts), prompts.split(render.chunk)
-    rows = ((part, torch.zeros_like(part), None if member is None else torch.full_like(part, member)) for part in parts)
+    rows = (
+        Rows(None if member is None else torch.full_like(part, member), part, torch.zeros_like(part)) for part in parts
+    )
     drawn = render.chunks(step, rows, population, length=length)
     for part in parts:
         if stopped():

@@ -13,11 +13,11 @@ class ImageSettings(RenderSettings):
     """How an image is sampled."""
 
     chunk: int | None = None
-    """Images in one transformer forward; chosen by the device's memory by default."""
+    """Images in one forward of the model. By default chosen from the device's memory."""
     vae: str | None = None
-    """Another decoder of the same latents, such as DC-AE-Lite: a folder or a hub id, perhaps with @revision behind."""
+    """Another decoder of the same latents, such as DC-AE-Lite: a folder, or a hub id, optionally with @revision."""
     instruction: bool = True
-    """Encode prompts behind the pipeline's own instruction to the text encoder."""
+    """Put the pipeline's instruction to the text encoder before each prompt."""
 
     def __post_init__(self):
         pixels, count = (1, 1 << 14), (1, MAX_COUNT)

@@ -1,1 +1,1 @@
-"""SANA-Sprint: its sampler, keyed latents, fused blocks and CUDA graphs."""
+"""SANA-Sprint: sampler, keyed latents, fused blocks and CUDA graphs."""

@@ -1,4 +1,4 @@
-"""Whether rendered images are finite: looked at image by image, or once for many, as the device is waited for."""
+"""Checks that rendered images are finite, for each batch or once for many batches. Each check waits for the device."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,17 +8,17 @@ import torch
 from esengine.base.errors import RenderError
 
 Describe = Callable[[int], str]
-"""Which image a row is, for a message."""
+"""Row -> a text that names its image, for a message."""
 
 
 class FiniteChecks:
-    """Raises RenderError for images that are not finite, at once or, inside `deferred`, at its end."""
+    """Raises RenderError for images that are not finite: at once, or at the end of `deferred`."""
 
     def __init__(self):
         self._waiting: list[tuple[torch.Tensor, Describe]] | None = None
 
     def __call__(self, good: torch.Tensor, describe: Describe) -> None:
-        """Takes bool [B], which of B images are finite, on any device."""
+        """Check a batch. `good`: bool [B] on any device, which of its B images are finite."""
         if self._waiting is not None:
             self._waiting.append((good, describe))
         else:
@@ -26,7 +26,7 @@ class FiniteChecks:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside, nothing is raised; the end raises for the first image, unless something else was raised before."""
+        """Collect checks inside the block. Its end raises for the first bad image, unless the block itself raised."""
         if self._waiting is not None:
             raise RuntimeError("deferred: already inside one; contexts do not nest")
         self._waiting = []
@@ -40,7 +40,7 @@ class FiniteChecks:
 def _raise_first(checks: list[tuple[torch.Tensor, Describe]]) -> None:
     if not checks:
         return
-    bad = (~torch.cat([good for good, _ in checks])).nonzero()  # the one wait
+    bad = (~torch.cat([good for good, _ in checks])).nonzero()  # waits for the device
     if not len(bad):
         return
     row = int(bad[0])

@@ -1,4 +1,4 @@
-"""Starting noise of the sampler, keyed so that all members of a population render from the same one."""
+"""The sampler's noise, keyed so that all members of a population render from the same noise."""
 
 import torch
 
@@ -18,23 +18,23 @@ def latents(
 ) -> torch.Tensor:
     """Standard normal latents, a pure function of (seed, step, draw, prompt, repeat).
 
-    A row depends on nothing else: not on its batch mates, their order, or the member that renders it. It is noise
-    contract v1 with stream = stream_id("latent/<draw>/<repeat>"), pair = prompt and e = the row-major element.
+    A row does not depend on the other rows, their order, or the member that renders it. The noise follows contract v1
+    with stream = stream_id("latent/<draw>/<repeat>"), pair = prompt and e = the row-major element.
 
     Args:
         seed: The run's seed.
         step: The ES step.
-        prompts: int64 [B] on the CPU, index of each row's prompt.
-        repeats: int64 [B] on the CPU, which of the prompt's repeats each row is.
+        prompts: int64 [B] on the CPU, prompt index of each row.
+        repeats: int64 [B] on the CPU, repeat index of each row.
         shape: (channels, height, width) of a latent.
         draw: 0 for the initial latent, j for the noise added after denoising step j.
-        device: Where the latents are made.
+        device: Device of the latents.
 
     Returns:
         float32 [B, C, H, W].
     """
     rows = list(zip(prompts.tolist(), repeats.tolist(), strict=True))
-    slots = {row: slot for slot, row in enumerate(dict.fromkeys(rows))}  # members share: draw each row once
+    slots = {row: slot for slot, row in enumerate(dict.fromkeys(rows))}  # one draw for all members
     streams = {repeat: stream_id(f"latent/{draw}/{repeat}") for _, repeat in slots}
     channels, height, width = shape
     unique = normals(

@@ -1,4 +1,4 @@
-"""SANA's transformer block in a dozen launches, for a batch whose rows are members of a population.
+"""SANA's transformer block in about 12 kernel launches, for a batch whose rows belong to members of a population.
 
     x, h  = shrink(LayerNorm(z) (1 + scale) + shift)           low-rank columns of to_q, to_k, to_v
     q|k|v = x [W_q | W_k | W_v]^T + expand(h)                  one stacked GEMM
@@ -8,21 +8,21 @@
 
     text  = linear_2(GELU(linear_1(text)))                     before the first block, GELU in the epilogue
 
-That is the path `epilogue`. By the path `consumer` torch's GEMM makes the plain products, and what reads them adds
-their low-rank parts, h [B | U']^T, as it loads them:
+This is the path `epilogue`. In the path `consumer`, torch's GEMM computes the plain products. The kernel that reads a
+product adds its low-rank part, h [B | U']^T, when it loads it:
 
     q|k|v = x [W_q | W_k | W_v]^T                              y = linear_attention(q, k, v, h)
     z, h  = z + gate (y W_out^T + low)                         residual_norm, with the low-rank columns of to_q
     q     = rms(z W_q^T + low)                                 rms_norm
     z, x  = z + (y W_out^T + low)                              residual_norm, with the modulation of the GLUMBConv
-    z    += gate GLUMBConv(x)                                  SiLU in the first GEMM, which is ours; residual_norm
+    z    += gate GLUMBConv(x)                                  SiLU in the first GEMM, a `fused_linear`; residual_norm
 
-The device's launch settings choose (`sana_block` of `configs.PATHS`). By `consumer` the last bits of a row may depend
-on its batch mates, as they do in torch's GEMM.
+The device's launch settings choose the path (`sana_block` of `configs.PATHS`). In `consumer` the last bits of a row may
+depend on the other rows of the batch, as they do in torch's GEMM.
 
-It equals diffusers' block up to rounding, of which it does less: sums and products stay in fp32 inside a launch. Where
-Triton does not run, only the GLUMBConv is replaced: on tokens its channels are last, which is what a CPU's depthwise
-convolution wants, and SiLU and gate work in place.
+The result equals that of diffusers' block up to rounding. It rounds less often, because sums and products stay in fp32
+inside a launch. Without Triton only the GLUMBConv is replaced: it runs channels-last, which is faster for a CPU's
+depthwise convolution, with SiLU and gate in place.
 
 Legend: z_btd hidden states of B rows and T tokens, text_blc text states, table_b6d the block's shifts, scales, gates.
 
@@ -66,10 +66,12 @@ from esengine.kernels.factors import STORE_FROM
 
 @torch.inference_mode(False)
 def stacked(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """The tensors one below the other, of which each becomes a view: no second copy, and updates in place show.
+    """Concatenate tensors along dim 0 and make each of them a view of the result.
+
+    So no second copy is kept, and in-place updates of a tensor change the result too.
 
     Args:
-        tensors: Of equal shape, dtype and device; or all None, which gives None.
+        tensors: Tensors of equal shape, dtype and device; or all None, which gives None.
     """
     first = tensors[0]
     if first is None:
@@ -77,7 +79,7 @@ def stacked(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     step, memory = first.numel() * first.element_size(), first.untyped_storage().data_ptr()
 
     def in_place(i: int, tensor: torch.Tensor) -> bool:
-        # neighbours in memory may be separate allocations
+        # adjacent addresses alone are not enough: they may be separate allocations
         same = tensor.untyped_storage().data_ptr() == memory
         return same and tensor.is_contiguous() and tensor.data_ptr() == first.data_ptr() + i * step
 
@@ -89,11 +91,11 @@ def stacked(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
 
 
 class CannotFuse(ValueError):
-    """A module has no fused form, and why: a sentence for people."""
+    """A module has no fused form. The message says why."""
 
 
 class Stack:
-    """Linears that read the same x: one shrink, one GEMM."""
+    """Linears that read the same x, run as one shrink and one GEMM."""
 
     def __init__(self, *layers: nn.Module):
         """Raises CannotFuse as `check`."""
@@ -109,8 +111,9 @@ class Stack:
 
     @staticmethod
     def check(*layers: nn.Module) -> None:
-        """Raises CannotFuse for linears that cannot be stacked: some targets and some not, of unlike ranks, scales or
-        shapes, or something other than a linear.
+        """Raise CannotFuse for linears that cannot be stacked.
+
+        All must be plain linears, all or none of them targets, with equal ranks, scales and shapes.
         """
         for layer in layers:
             if not isinstance(layer, (nn.Linear, Target)) or changed(layer):
@@ -124,7 +127,7 @@ class Stack:
             )
 
     def after(self, keys: MemberNoise, dtype: torch.dtype) -> Lora | None:
-        """The targets, if what makes x in this dtype can leave shares of their shrink for them."""
+        """The targets, if the op that makes x in this dtype can also make partial sums of their shrink; else None."""
         return self.adapters if self.adapters and takes_shares(self.adapters, keys.rank, dtype) else None
 
     def __call__(
@@ -136,8 +139,8 @@ class Stack:
         reader: "Stack | None" = None,
         **epilogue,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """y, and the shares for the `reader` of y if it takes any. See `shrink`, `mix` and `fused_linear`."""
-        # behind shares the GEMM rebuilds U', once for each of its tall tiles
+        """y, and partial sums for `reader`, the stack that reads y, or None. See `shrink`, `mix`, `fused_linear`."""
+        # with partial sums no factors are stored: the GEMM rebuilds U' once for each of its tall tiles
         low = self.noise(keys, x.shape[1] if shares is None else 0)
         x, low = self.columns(x, low, modulation, shares)
         h, _, own, factors = low or (None, None, None, None)
@@ -148,7 +151,7 @@ class Stack:
         return fused_linear(x, self.weight, self.bias, perturbation=keys, then=then, **options)
 
     def noise(self, keys: MemberNoise, tokens: int) -> LowRank | None:
-        """The targets and their noise, to which h is missing: factors stored where so many rows share them."""
+        """The low-rank part without h; None without targets. From `STORE_FROM` tokens on it has stored factors."""
         for layer in self.layers:
             layer.mark_called()
         if self.adapters is None:
@@ -166,7 +169,7 @@ class Stack:
         modulation: Modulation | None = None,
         shares: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, LowRank | None]:
-        """x, modulated if asked, and h for `low`: from the shares, or by a pass of x."""
+        """x, modulated if asked, and `low` with its h, which comes from the partial sums or else from a pass over x."""
         if shares is not None:
             return x, low._replace(h=mix(shares, low.adapters, low.perturbation))
         if low is None:
@@ -181,7 +184,7 @@ class Stack:
         modulation: Modulation | None = None,
         shares: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, LowRank | None]:
-        """The product without the low-rank part, by torch, and that part for what reads it."""
+        """torch's product without the low-rank part, and the low-rank part for the op that reads the product."""
         x, low = self.columns(x, self.noise(keys, x.shape[1]), modulation, shares)
         return F.linear(x, self.weight, self.bias), low
 
@@ -191,7 +194,7 @@ def _weights(layers: Sequence[nn.Module]) -> list[torch.Tensor]:
 
 
 class FusedBlock:
-    """One block's stacked weights and its forward for the members of a batch; then its signature is diffusers'."""
+    """The stacked weights of a block and its forward. The forward takes the noise first, then diffusers' arguments."""
 
     def __init__(self, block: nn.Module):
         """Raises CannotFuse as `check`."""
@@ -204,7 +207,7 @@ class FusedBlock:
 
     @staticmethod
     def check(block: nn.Module) -> None:
-        """Raises CannotFuse for a block with parts that the launches do not have."""
+        """Raise CannotFuse for a block with parts that the kernels do not support."""
         attention, cross = block.attn1, block.attn2
         if cross is None:
             raise CannotFuse("it has no cross-attention")
@@ -240,7 +243,7 @@ class FusedBlock:
     ) -> torch.Tensor:
         block, conv = self.module, self.module.ff
         _check(keys, z_btd, text_blc)
-        z_btd = z_btd.contiguous()  # the first block's has the patches' layout; the residual is copied either way
+        z_btd = z_btd.contiguous()  # the first block's input has the layout of the patch embedding
         table_b6d = block.scale_shift_table[None] + timestep.reshape(len(z_btd), 6, -1)
         shift, scale, gate, shift_ff, scale_ff, gate_ff = table_b6d.unbind(1)
         modulation = Modulation(shift, scale, block.norm1.eps)
@@ -257,7 +260,11 @@ class FusedBlock:
         return fused_linear(y, point, residual=z_btd, gate=gate_ff)
 
     def _by_consumer(self, keys: MemberNoise, z_btd: torch.Tensor) -> bool:
-        """Whether the settings say so for this shape, and the attention can add the low-rank parts of q, k and v."""
+        """Whether to take the path `consumer`.
+
+        The launch settings must choose it for this shape, and the attention must be able to add the low-rank parts of
+        q, k and v.
+        """
         adapters, heads = self.qkv.adapters, self.module.attn1.heads
         if adapters is not None and not (
             takes_low(adapters, keys.rank) and self.module.attn1.inner_dim // heads % 4 == 0
@@ -269,7 +276,7 @@ class FusedBlock:
     def _attend_by_epilogue(
         self, keys, z_btd, text_blc, text_mask, modulation, gate, modulation_ff
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """z behind both attentions, and the GLUMBConv's x; low-rank parts in our GEMM's epilogue."""
+        """z after both attentions, and the GLUMBConv's x. `fused_linear` adds the low-rank parts in its epilogue."""
         cross = self.module.attn2
         y_btd, shares = self._linear_attention(self.qkv(z_btd, keys, modulation)[0], keys)
         z_btd, shares = self.out(y_btd, keys, shares=shares, reader=self.q, residual=z_btd, gate=gate)
@@ -283,7 +290,7 @@ class FusedBlock:
     def _attend_by_consumer(
         self, keys, z_btd, text_blc, text_mask, modulation, gate, modulation_ff
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same, low-rank parts where the products are read."""
+        """The same result, but the op that reads a product adds its low-rank part."""
         norm, tokens = self.module.attn2.norm_q, z_btd.shape[1]
         qkv, low = self.qkv.plain(z_btd, keys, modulation)
         y_btd, shares = self._linear_attention(qkv, keys, low)
@@ -301,7 +308,7 @@ class FusedBlock:
     def _linear_attention(
         self, qkv: torch.Tensor, keys: MemberNoise, low: LowRank | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """y, and the shares for to_out if it takes any."""
+        """y, and the partial sums for to_out, or None."""
         attention = self.module.attn1
         norms = {} if attention.norm_q is None else {"eps": attention.norm_q.eps}
         for name in ("norm_q", "norm_k") if norms else ():
@@ -314,7 +321,7 @@ class FusedBlock:
     def _cross_attention(
         self, q: torch.Tensor, text_blc: torch.Tensor, text_mask: torch.Tensor | None, keys: MemberNoise
     ) -> torch.Tensor:
-        """What to_out reads: q, normed, attends to the text."""
+        """The input of to_out: attention of the normalised q to the text."""
         cross, (k, v) = self.module.attn2, self.kv(text_blc, keys)[0].chunk(2, -1)
         if cross.norm_k is not None:
             k = F.rms_norm(k, cross.norm_k.dim, cross.norm_k.weight, cross.norm_k.eps)
@@ -324,7 +331,7 @@ class FusedBlock:
 
 
 class FusedCaption:
-    """The projection of the text states, GELU between two linears; signature as `FusedBlock`."""
+    """The projection of the text states: GELU between two linears. `forward` takes the noise first, as `FusedBlock`."""
 
     def __init__(self, projection: nn.Module):
         """Raises CannotFuse as `check`."""
@@ -334,7 +341,7 @@ class FusedCaption:
 
     @staticmethod
     def check(projection: nn.Module) -> None:
-        """Raises CannotFuse for a projection with another activation, or a hook."""
+        """Raise CannotFuse for a projection with another activation or a hook."""
         act = getattr(projection, "act_1", None)
         if not isinstance(act, nn.GELU) or act.approximate != "tanh":
             raise CannotFuse(f"its activation is {act}, not GELU by tanh")
@@ -349,7 +356,7 @@ class FusedCaption:
 
 
 class TokenConv:
-    """GLUMBConv in torch, on tokens: channels last, SiLU and gate in place; signature as `FusedBlock`."""
+    """GLUMBConv in torch: channels-last, SiLU and gate in place. `forward` takes the noise first, as `FusedBlock`."""
 
     def __init__(self, conv: nn.Module):
         """Raises CannotFuse as `check`."""
@@ -358,7 +365,7 @@ class TokenConv:
 
     @staticmethod
     def check(conv: nn.Module) -> None:
-        """Raises CannotFuse for a GLUMBConv with a norm, a residual or a hook."""
+        """Raise CannotFuse for a GLUMBConv with a norm, a residual, a hook, or other layers than SANA's."""
         if conv.norm_type is not None or conv.residual_connection:
             raise CannotFuse("its GLUMBConv has a norm or a residual")
         _refuse_changed(conv)
@@ -379,7 +386,7 @@ class TokenConv:
 
 
 def _refuse_changed(module: nn.Module) -> None:
-    """Raises CannotFuse for a hook, a forward or a parametrized weight that the other form would not have."""
+    """Raise CannotFuse for a hook, a replaced forward or a parametrized weight, which the fused form would ignore."""
     for name, each in module.named_modules():
         if changed(each):
             raise CannotFuse(f"{name or type(each).__name__} has a forward of its own or a hook")
@@ -396,7 +403,7 @@ def _check(keys: MemberNoise, *states: torch.Tensor) -> None:
 
 
 def _alike(attention: nn.Module) -> bool:
-    """Whether q and k have RMS norms with weights over all heads, of one eps, or both have none."""
+    """Whether q and k both have RMS norms over all heads, with weights and equal eps, or both have no norm."""
     norms = attention.norm_q, attention.norm_k
     rms = all(isinstance(n, RMSNorm) and n.weight is not None and n.bias is None for n in norms)
     return norms == (None, None) or (rms and norms[0].eps == norms[1].eps)
@@ -406,10 +413,11 @@ Part = FusedBlock | FusedCaption | TokenConv
 
 
 def why_not_fused(transformer: SanaTransformer2DModel, triton: bool) -> str | None:
-    """Why a transformer has no fused form, in a sentence; None if it has one. Nothing is changed.
+    """The reason why a transformer has no fused form; None if it has one. The transformer is not changed.
 
     Args:
-        triton: whether its blocks would run fused in Triton; else only the convolutions have another form.
+        transformer: the transformer to check.
+        triton: check the blocks for Triton. If false, check only the convolutions.
     """
     blocks = {f"transformer_blocks.{i}": block for i, block in enumerate(transformer.transformer_blocks)}
     if not triton:
@@ -428,10 +436,10 @@ def why_not_fused(transformer: SanaTransformer2DModel, triton: bool) -> str | No
 
 
 def fused_parts(transformer: SanaTransformer2DModel, triton: bool) -> list[Part]:
-    """What stands in for the text's projection and the blocks (Triton) or for the convolutions (torch).
+    """The fused forms of the text projection and the blocks (Triton), or of the convolutions (torch).
 
-    Empty if `why_not_fused` has a reason. Weights that are read together are moved next to each other: build once, and
-    again when the module's tensors were moved or its adapters switched.
+    Empty if `why_not_fused` gives a reason. Stacked weights are moved next to each other in memory, so build the parts
+    once. Build them again after the module's tensors were moved or its adapters were switched.
     """
     if why_not_fused(transformer, triton) is not None:
         return []
@@ -442,10 +450,10 @@ def fused_parts(transformer: SanaTransformer2DModel, triton: bool) -> list[Part]
 
 
 @contextmanager
-def in_place_of(parts: Sequence[Part], keys: MemberNoise | None) -> Iterator[None]:
-    """Inside, the modules of the parts run in their other form, for the members of `keys`; outside, as they did.
+def patched(parts: Sequence[Part], keys: MemberNoise | None) -> Iterator[None]:
+    """Inside the block, the modules of the parts run in their fused form, with the noise `keys`.
 
-    `TokenConv` needs no keys.
+    `TokenConv` does not use `keys`. Afterwards the modules run as before.
     """
     try:
         for each in parts:

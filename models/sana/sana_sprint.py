@@ -1,8 +1,8 @@
-"""SANA-Sprint: renders a batch of (member, prompt, repeat) rows with one transformer forward a denoising step.
+"""SANA-Sprint: renders a batch of (member, prompt, repeat) rows with one transformer forward per denoising step.
 
-The sampler is `SanaSprintPipeline.__call__` line for line, except that the noise is keyed (see `latents`).
+The sampler is that of `SanaSprintPipeline.__call__` line for line, except that the noise is keyed (see `latents`).
 
-Legend: x_bchw noisy latent times sigma_data, v trigflow velocity, s angle of this step, t of the next; B rows.
+Legend: x_bchw noisy latent times sigma_data, v trigflow velocity, s angle of this step, t angle of the next; B rows.
 
 Source: Chen et al., "SANA-Sprint" (2025), the trigflow sampler; diffusers' `pipeline_sana_sprint.py`.
 """
@@ -19,8 +19,9 @@ import torch
 from diffusers import SanaSprintPipeline
 
 from esengine.base.errors import ConfigError
-from esengine.base.memory import fits
+from esengine.base.memory import oom_guard
 from esengine.base.transfer import upload
+from esengine.es.rows import Rows
 from esengine.kernels import key_words
 from esengine.models import graphs
 from esengine.models.decoder import Decoder
@@ -28,26 +29,23 @@ from esengine.models.loading import READ_ERRORS, download, first_line, load, loa
 from esengine.models.lora_file import WEIGHT_NAME, check_diffusers_lora
 from esengine.models.sana.checks import Describe, FiniteChecks
 from esengine.models.sana.latents import latents
-from esengine.models.sana.sana_block import Part, fused_parts, in_place_of, why_not_fused
+from esengine.models.sana.sana_block import Part, fused_parts, patched, why_not_fused
 from esengine.models.settings import FIRST_ANGLE, SECOND_ANGLE, RenderSettings
 from esengine.models.text_cache import Progress, TextEmbeddings, embed_prompts, fingerprint
 
-Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-"""Prompts, repeats and members of a chunk, each int64 [B] on the CPU; members is None without a population."""
-
 
 class SanaSprint:
-    """A frozen SANA-Sprint without its text encoder, which is loaded only while prompts are encoded.
+    """A frozen SANA-Sprint. Its text encoder is loaded only while prompts are encoded.
 
     Attributes:
-        pipeline: The `SanaSprintPipeline`, whose tokenizer and text encoder are None.
+        pipeline: The `SanaSprintPipeline`. Its tokenizer and text encoder are None.
         transformer: Frozen `SanaTransformer2DModel`, to attach a population to.
         vae: Frozen `AutoencoderDC`.
-        decoder: The VAE's, channels-last.
+        decoder: The `Decoder` of the VAE, channels-last.
         scheduler: `SCMScheduler`.
-        image_size: Height and width of the model's own images, in pixels.
-        device: Where it lies.
-        dtype: Its data type.
+        image_size: Default height and width of an image, in pixels.
+        device: Device of the transformer.
+        dtype: Data type of the transformer.
     """
 
     def __init__(
@@ -59,7 +57,7 @@ class SanaSprint:
         local_files_only: bool = True,
         vae_identity: str | None = None,
     ):
-        """`from_pretrained` calls this. `source` is the local folder; `identity` a hub id and its commit, or empty."""
+        """Called by `from_pretrained`. `source`: the local folder. `identity`: a hub id and its commit, or empty."""
         self.pipeline = pipeline
         self.transformer = pipeline.transformer.eval().requires_grad_(False)
         self.vae = pipeline.vae.eval().requires_grad_(False)
@@ -73,6 +71,11 @@ class SanaSprint:
         self._captured: tuple[tuple, graphs.Graphs | None, graphs.Places] | None = None
         self._built: tuple[tuple, list[Part], graphs.Places] | None = None
         self._checks = FiniteChecks()
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The transformer, to attach a population to."""
+        return self.transformer
 
     @property
     def device(self) -> torch.device:
@@ -93,21 +96,21 @@ class SanaSprint:
         local_files_only: bool = False,
         vae: str | Path | None = None,
     ) -> "SanaSprint":
-        """Loads a pipeline folder or a hub id; safetensors only, no remote code.
+        """Load a pipeline folder or a hub id. Reads only safetensors and runs no remote code.
 
         Args:
-            model: A folder that `SanaSprintPipeline.save_pretrained` wrote, or a hub id.
+            model: A folder that `SanaSprintPipeline.save_pretrained` wrote, a hub id, `nano` or `tiny`.
             revision: Branch, tag or commit of a hub id.
-            device: Where the transformer and the VAE go.
-            dtype: Of the transformer and the VAE.
-            local_files_only: Take a hub id from the local cache alone.
-            vae: An `AutoencoderDC` in place of the pipeline's own, such as DC-AE-Lite: a folder, or a hub id, perhaps
-                with a revision behind an @. Its latents must be the same, its decoder may be another.
+            device: Device of the transformer and the VAE.
+            dtype: Data type of the transformer and the VAE.
+            local_files_only: Take a hub id from the local cache only.
+            vae: An `AutoencoderDC` that replaces the pipeline's, such as DC-AE-Lite: a folder or a hub id. A hub id
+                may end in @revision. Its latents must be the same; its decoder may differ.
 
         Raises:
-            ConfigError: There is no such model, or it is not a SANA-Sprint pipeline that can be read, a weight is
-                missing, or the VAE is of other latents.
-            OutOfMemory: It does not fit.
+            ConfigError: There is no such model, it is not a readable SANA-Sprint pipeline, a weight is missing, or the
+                VAE has other latents.
+            OutOfMemory: It does not fit into memory.
         """
         source, identity = locate(str(model), revision, local_files_only)
         parts, vae_identity = {}, None
@@ -123,9 +126,9 @@ class SanaSprint:
         )
 
     def identity(self) -> str:
-        """What was loaded, for the record of a run: a hub id and its commit, or fingerprints of a folder's weights.
+        """A text that identifies the loaded weights: a hub id and its commit, or fingerprints of a folder's files.
 
-        Of a folder the text side has its own, behind; and so has a VAE other than the pipeline's.
+        For a folder, the fingerprint of its text encoder follows. The identity of a replaced VAE comes last.
         """
         if "commit" in self._identity:
             name = f"{self._identity['model']}@{self._identity['commit']}"
@@ -151,17 +154,17 @@ class SanaSprint:
         dtype: torch.dtype | None = None,
         progress: Progress | None = None,
     ) -> TextEmbeddings:
-        """Text embeddings of `prompts`, as the pipeline's own call computes them.
+        """Text embeddings of `prompts`, as the pipeline's call computes them.
 
-        The text encoder is loaded only when the cache lacks a prompt, and dropped before this returns. Prompts go
-        through it one at a time, so that an embedding does not depend on which others were missing.
+        The text encoder is loaded only if the cache lacks a prompt, and is freed before this returns. Prompts are
+        encoded one at a time, so that an embedding does not depend on the other prompts.
 
         Args:
             prompts: At least one.
-            cache_dir: Folder of the cache. None: encode everything, write nothing.
-            max_sequence_length: Tokens a prompt may have, as in the pipeline's call.
+            cache_dir: Folder of the cache. None: encode everything and write nothing.
+            max_sequence_length: Maximum number of tokens of a prompt, as in the pipeline's call.
             instruction: Put the pipeline's complex human instruction before each prompt, as its call does by default.
-            dtype: Of the text encoder and the embeddings. Default: the transformer's.
+            dtype: Data type of the text encoder and the embeddings. Default: the transformer's.
             progress: Called with (encoded, to encode).
 
         Raises:
@@ -197,11 +200,11 @@ class SanaSprint:
         settings: RenderSettings | None = None,
         text_length: int | None = None,
     ) -> torch.Tensor:
-        """Images of B rows, each a (member, prompt, repeat).
+        """Render the images of B rows, each a (member, prompt, repeat).
 
-        Every denoising step is one transformer forward over all B rows. Noise is shared by the members of a (prompt,
-        repeat). A row's latents do not depend on its batch mates; its image does up to the reduction order of the
-        matrix products, and up to the padding if `text_length` is left to the chunk.
+        Every denoising step is one transformer forward over all B rows. All members share the noise of a (prompt,
+        repeat). A row's latents do not depend on the other rows. Its image depends on them only through the reduction
+        order of the matrix products and, without `text_length`, through the padding.
 
         Args:
             texts: Embeddings of the prompts.
@@ -210,17 +213,17 @@ class SanaSprint:
             prompts: int64 [B] on the CPU, index into `texts` for each row.
             repeats: int64 [B] on the CPU, repeat for each row.
             members: int64 [B] on the CPU, member for each row; needs `population`.
-            population: What `esengine.attach(model.transformer, ...)` returned. None: the transformer as it stands.
-            settings: Defaults to `RenderSettings()`.
-            text_length: Tokens to pad the text to. Default: the longest of this batch. Give
-                `texts.trimmed_length(...)` of a whole step so that all its chunks agree.
+            population: The result of `esengine.attach(model.transformer, ...)`. None: the unperturbed transformer.
+            settings: Default: `RenderSettings()`.
+            text_length: Number of tokens to pad the text to. Default: the longest prompt of this batch. Pass
+                `texts.trimmed_length(...)` of a whole step so that all its chunks are padded equally.
 
         Returns:
             uint8 [B, 3, H, W] on the model's device, rounded as diffusers does for PIL.
 
         Raises:
-            ValueError: Rows that do not match, `members` without `population` or the reverse, or a size that the
-                model cannot render.
+            ValueError: The numbers of rows differ, only one of `members` and `population` is given, or the model cannot
+                render this size.
             RenderError: An image is not finite; the message names its step, member and prompt. Inside
                 `deferred_checks`, only its end raises this.
         """
@@ -251,10 +254,10 @@ class SanaSprint:
         settings: RenderSettings | None = None,
         text_length: int | None = None,
     ) -> Iterator[torch.Tensor]:
-        """`render` of several chunks of a step, one after the other; the arguments are its own.
+        """Render several chunks of a step one after the other. The arguments are those of `render`.
 
-        With `settings.overlap` on a GPU, a chunk is decoded on a second stream while the next is denoised on the
-        caller's, one ahead. The images are the same and are ready for the caller's stream.
+        With `settings.overlap` on a GPU, a chunk is decoded on a second stream while the next chunk is denoised on the
+        caller's stream. The images are the same, and they are ready for use on the caller's stream.
 
         Yields:
             uint8 [B, 3, H, W] of each chunk.
@@ -262,21 +265,21 @@ class SanaSprint:
         settings = settings or RenderSettings()
         keys = dict(seed=seed, step=step, population=population, settings=settings, text_length=text_length)
         if not settings.overlap or not graphs.supported(self.device):
-            for prompts, repeats, members in chunks:
-                yield self.render(texts, prompts=prompts, repeats=repeats, members=members, **keys)
+            for rows in chunks:
+                yield self.render(texts, **rows._asdict(), **keys)
             return
         main, side, waiting = torch.cuda.current_stream(self.device), self._side, None
 
         def ready(images: torch.Tensor, good: torch.Tensor, describe, decoded: torch.cuda.Event) -> torch.Tensor:
             main.wait_event(decoded)
-            for tensor in (images, good):  # freed on this stream, not on the one that made them
+            for tensor in (images, good):  # they are freed on this stream, but were allocated on the other
                 tensor.record_stream(main)
             self._checks(good, describe)
             return images
 
         try:
-            for prompts, repeats, members in chunks:
-                x0_bchw = self.denoise(texts, prompts=prompts, repeats=repeats, members=members, **keys)
+            for rows in chunks:
+                x0_bchw = self.denoise(texts, **rows._asdict(), **keys)
                 side.wait_stream(main)
                 with torch.cuda.stream(side):
                     images, good = self.decoder(x0_bchw, chunk=settings.decode_chunk, mode=settings.decode)
@@ -284,11 +287,11 @@ class SanaSprint:
                 x0_bchw.record_stream(side)
                 if waiting is not None:
                     yield ready(*waiting)
-                waiting = images, good, _describe(texts, step, prompts, members), decoded
+                waiting = images, good, _describe(texts, step, rows.prompts, rows.members), decoded
             if waiting is not None:
                 yield ready(*waiting)
         finally:
-            main.wait_stream(side)  # a caller that stops early leaves a decode whose graph may be replayed next
+            main.wait_stream(side)  # if the caller stops early, a decode may still run
 
     @cached_property
     def _side(self) -> torch.cuda.Stream:
@@ -341,7 +344,7 @@ class SanaSprint:
             inside = self.perturbed(population, step=step, members=members)
         with inside:
             for i, (s, t) in enumerate(pairwise(angles)):
-                with fits(f"{batch} images in one transformer forward", "give a smaller chunk"):
+                with oom_guard(f"{batch} images in one transformer forward", "give a smaller chunk"):
                     v_bchw = velocity(x_bchw, s, *inputs)
                 if settings.x0_angle is not None:
                     s = torch.full_like(s, settings.x0_angle)
@@ -370,9 +373,9 @@ class SanaSprint:
 
     @contextmanager
     def deferred_checks(self) -> Iterator[None]:
-        """Inside, images that are not finite raise nothing; the end does, for the first of them.
+        """Delay the check for images that are not finite to the end of the block. It raises for the first of them.
 
-        So a step of many chunks waits for the device once. What was made of such images is to be thrown away.
+        So a step of many chunks waits for the device only once. If the end raises, discard all results of the block.
 
         Raises:
             RenderError: At the end, naming the step, member and prompt.
@@ -382,14 +385,14 @@ class SanaSprint:
 
     @contextmanager
     def perturbed(self, population, *, step: int, members: torch.Tensor) -> Iterator[None]:
-        """`population.perturbed`, inside which the transformer also runs in the fastest form that it has."""
+        """`population.perturbed`, with the transformer's fused form if it has one."""
         with population.perturbed(step=step, members=members):
             keys = population.perturbation if population.backend == "triton" else None
-            with in_place_of(self._parts(population), keys):
+            with patched(self._parts(population), keys):
                 yield
 
     def plan(self, population, settings: RenderSettings) -> str:
-        """How a population is rendered here, in words for the record of a run."""
+        """A text that says how a population is rendered on this device, for the log of a run."""
         forward = "fused blocks" if self.fuses(population) else "diffusers' blocks"
         if population.backend == "triton" and (reason := why_not_fused(self.transformer, True)):
             forward += f" ({reason})"
@@ -397,12 +400,20 @@ class SanaSprint:
         overlapped = ", overlapped" if settings.overlap and self.device.type == "cuda" else ""
         return f"{forward}, {captured}, decode {settings.decode}{overlapped}"
 
+    def image_bytes(self, settings: RenderSettings) -> int:
+        """Estimated bytes for one more image in a forward: 16 of the widest tensors, those of a block's MLP."""
+        config = self.transformer.config
+        patch = self.image_size // config.sample_size * config.patch_size  # in pixels
+        tokens = (settings.height or self.image_size) * (settings.width or self.image_size) // patch**2
+        width = int(config.num_attention_heads * config.attention_head_dim * config.mlp_ratio)
+        return tokens * width * self.dtype.itemsize * 16
+
     def release_graphs(self) -> None:
-        """Gives back the memory of captured forwards; the next ones are captured anew."""
+        """Free the memory of captured forwards. Later forwards are captured again."""
         self._captured = None
 
     def _graphs(self, population, settings: RenderSettings) -> graphs.Graphs | None:
-        """The graphs of the transformer's forward for this population as it is now; None where none are used."""
+        """The graphs of the transformer's forward for the population's present state; None if no graphs are used."""
         if self._captured is not None and not self._captured[0][0].layers:
             self._captured = self._built = None  # its population is detached
         if population is None or settings.graphs == "never":
@@ -412,7 +423,7 @@ class SanaSprint:
             state = population, population.noise, _switches(population), population.backend
             if self._captured is None or self._captured[0] != state or not self._captured[2].hold():
                 found = graphs.Graphs(self._session(population)) if self.fuses(population) else None
-                # places now: stacking q, k and v may just have moved weights
+                # record the addresses now: stacking q, k and v may have moved weights
                 self._captured = state, found, graphs.Places(self.transformer)
             found = self._captured[1]
         if found is None and settings.graphs == "always":
@@ -428,11 +439,11 @@ class SanaSprint:
         return session
 
     def fuses(self, population) -> bool:
-        """Whether a population's members render through fused blocks: on Triton, where the model has the parts."""
+        """Whether a population is rendered with fused blocks. It needs Triton, and a transformer that can be fused."""
         return population.backend == "triton" and why_not_fused(self.transformer, True) is None
 
     def _parts(self, population) -> list[Part]:
-        """Fused blocks are built once, and again when tensors were moved or adapters switched since."""
+        """The fused parts. They are built once, and again after tensors were moved or adapters were switched."""
         if population.backend != "triton":
             return fused_parts(self.transformer, False)
         if why_not_fused(self.transformer, True) is not None:
@@ -440,17 +451,17 @@ class SanaSprint:
         state = population, _switches(population)
         if self._built is None or self._built[0] != state or not self._built[2].hold():
             parts = fused_parts(self.transformer, True)
-            self._built = state, parts, graphs.Places(self.transformer)  # places now: stacking moves weights
+            self._built = state, parts, graphs.Places(self.transformer)  # after stacking, which moves weights
         return self._built[1]
 
     def load_adapter(self, path: str | Path) -> None:
-        """Loads a LoRA folder with the pipeline's own loader, in place of one loaded before.
+        """Load a LoRA folder with the pipeline's loader. It replaces an adapter loaded before.
 
         Args:
             path: Folder with `pytorch_lora_weights.safetensors`.
 
         Raises:
-            ConfigError: No such file, it cannot be read, it is not whole, or the loader took up only some of it.
+            ConfigError: The file is missing, unreadable or incomplete, or the loader loaded only some of its layers.
         """
         file = Path(path) / WEIGHT_NAME
         if not file.is_file():
@@ -467,10 +478,18 @@ class SanaSprint:
         if taken != layers:
             self.pipeline.unload_lora_weights()
             raise ConfigError(f"adapter: {file}: the pipeline took {len(taken)} of its {len(layers)} LoRA layers")
-        self.transformer.eval().requires_grad_(False)  # PEFT's layers come in training mode, where dropout is at work
+        self.transformer.eval().requires_grad_(False)  # PEFT adds its layers in training mode, with dropout on
+
+    def unload_adapter(self) -> None:
+        """Remove the loaded adapter, which leaves the base model."""
+        self.pipeline.unload_lora_weights()
 
     def adapter_enabled(self, enabled: bool) -> None:
-        """Turns the adapter that `load_adapter` loaded on or off."""
+        """Switch the adapter that `load_adapter` loaded on or off.
+
+        Raises:
+            ValueError: No adapter is loaded.
+        """
         if not getattr(self.transformer, "peft_config", None):
             raise ValueError("adapter_enabled: expected an adapter loaded by load_adapter, got none")
         if enabled:
@@ -479,7 +498,7 @@ class SanaSprint:
             self.pipeline.disable_lora()
 
     def _angles(self, settings: RenderSettings) -> torch.Tensor:
-        """float32 [num_steps + 1] on the device, made on the CPU as the scheduler does."""
+        """Angles float32 [num_steps + 1] on the device, computed on the CPU as the scheduler does."""
         self.scheduler.set_timesteps(
             settings.num_steps,
             max_timesteps=FIRST_ANGLE,
@@ -524,7 +543,7 @@ class SanaSprint:
     def _encode(
         self, prompts: list[str], instruction: list[str] | None, max_sequence_length: int, dtype: torch.dtype
     ) -> Iterator[torch.Tensor]:
-        """Loads the text encoder, yields one trimmed [L, C] for each prompt, and drops the encoder."""
+        """Load the text encoder, yield one trimmed [L, C] for each prompt, and free the encoder."""
         source = self._source
         if "commit" in self._identity:
             source = download(
@@ -534,7 +553,7 @@ class SanaSprint:
         try:
             pipeline.text_encoder.eval().requires_grad_(False)
             for prompt in prompts:
-                with torch.no_grad(), fits("a prompt's tokens", "take a smaller model or --dtype bfloat16"):
+                with torch.no_grad(), oom_guard("a prompt's tokens", "take a smaller model or --dtype bfloat16"):
                     embeds, mask = pipeline.encode_prompt(
                         prompt,
                         device=self.device,
@@ -554,12 +573,12 @@ def _default_instruction() -> list[str]:
 
 
 def _switches(population) -> tuple:
-    """What of a population's layers decides how they are stacked, beside where their tensors lie."""
+    """The state of a population's layers that affects how they are stacked, besides the addresses of their tensors."""
     return tuple((layer.disable_adapters, layer.scale) for layer in population.layers.values())
 
 
 def _describe(texts: TextEmbeddings, step: int, prompts: torch.Tensor, members: torch.Tensor | None) -> Describe:
-    """Says of a row of a chunk which image it is."""
+    """A function that names the image of a row of a chunk."""
 
     def describe(row: int) -> str:
         member = "" if members is None else f", member {int(members[row])}"
@@ -569,7 +588,7 @@ def _describe(texts: TextEmbeddings, step: int, prompts: torch.Tensor, members: 
 
 
 def _check_keys(seed: int, step: int, members: torch.Tensor) -> None:
-    """What `Population.perturbed` refuses, for a replay, which does not come by it."""
+    """The checks of `Population.perturbed`, for a graph replay, which does not call it."""
     key_words(seed, step)
     if members.dtype != torch.int64 or members.dim() != 1:
         raise ValueError(f"members: expected int64 [B], got {str(members.dtype)[6:]} {list(members.shape)}")

@@ -19,7 +19,7 @@ from suite_context import SCALES
 
 import esengine
 from esengine.kernels import Lora, MemberNoise, population_linear
-from esengine.models.sana.sana_block import fused_parts, in_place_of
+from esengine.models.sana.sana_block import fused_parts, patched
 
 NOTES = Path(suite_predict.__file__).with_name("NOTES.md")
 
@@ -65,7 +65,7 @@ def forward(side, text):
     with population.perturbed(step=1, members=torch.arange(64)), aot.recorded_launches() as noted:
         parts = fused_parts(model, True)
         assert parts
-        with in_place_of(parts, population.perturbation):
+        with patched(parts, population.perturbation):
             model(empty(64, 32, side, side), empty(64, text, 2304), **inputs)
     return kinds(noted)
 

@@ -321,7 +321,9 @@ def test_usage_and_version(esengine):
     assert esengine("--version") == (0, f"esengine {package.__version__}\n", "")
 
 
-@pytest.mark.parametrize("flags", [["--config", "nosuch.yaml"], ["--config", "bad.yaml"], ["--run-dir", "nosuch", "--resume"]])
+@pytest.mark.parametrize(
+    "flags", [["--config", "nosuch.yaml"], ["--config", "bad.yaml"], ["--run-dir", "nosuch", "--resume"]]
+)
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help_answers_beside_what_cannot_be_used(esengine, workspace, flags, flag):
     (workspace / "bad.yaml").write_text("[")
@@ -471,7 +473,7 @@ def test_a_setting_of_a_file_keeps_its_name():
 
 def test_a_model_that_is_not_there_is_told_before_rewards_are_built(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("esengine.run.train.load_rewards", lambda *a, **k: pytest.fail("rewards were built"))
+    monkeypatch.setattr("esengine.run.prepare.load_rewards", lambda *a, **k: pytest.fail("rewards were built"))
     monkeypatch.setattr("esengine.cli.eval.parse", lambda *a, **k: pytest.fail("rewards were built"))
     (tmp_path / "empty").mkdir()
     (tmp_path / "c.json").write_text('["a cat"]')

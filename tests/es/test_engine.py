@@ -80,7 +80,8 @@ def test_ask_is_the_same_until_told():
     assert torch.equal(first.prompts, again.prompts)
     before = theta(engine)
     told = engine.tell(first, scores(toy, engine, first))
-    assert set(told) == {"gradient_norm", "step_norm", "adapter_norm"}
+    assert set(told) == {"fitness", "gradient_norm", "step_norm", "adapter_norm"}
+    assert told["fitness"].shape == (engine.size,)
     assert engine.ask().step == engine.step == 1
     assert not same(before, theta(engine))
 

@@ -25,12 +25,12 @@ class Stub:
     def load_adapter(self, path):
         self.adapter = path
 
-    def unload_lora_weights(self):
+    def unload_adapter(self):
         self.adapter = None
 
     def render_chunks(self, texts, rows, *, seed, step, population, settings, text_length):
         assert population is None
-        for prompts, repeats, members in rows:
+        for members, prompts, repeats in rows:
             assert members is None
             yield self.render(seed, step, prompts, repeats, settings, text_length)
 
@@ -150,7 +150,7 @@ def test_an_adapter_is_loaded_once_and_before_the_base_taken_off():
     """Of three chunks of an entry that follow each other the first loads."""
     model, loads = Stub(), []
     model.load_adapter = lambda path: loads.append(path)
-    model.unload_lora_weights = lambda: loads.append(None)
+    model.unload_adapter = lambda: loads.append(None)
     each = plan(chunk=3)
     work = [(entry, rows) for entry in (ADAPTER, BASE) for rows in each.chunks()]
     assert len(list(draw(model, texts(), Weighted([("pixel", pixel, 1.0)]), each, work))) == 6

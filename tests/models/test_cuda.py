@@ -6,7 +6,7 @@ from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import esengine
-from esengine.models import RenderSettings, SanaSprint, graphs
+from esengine.models import RenderSettings, Rows, SanaSprint, graphs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -106,7 +106,7 @@ def test_decoders_agree(model, texts, population):
 
 def test_overlapped_chunks_are_the_same_images(model, texts, population):
     members = torch.arange(12)
-    chunks = [(ROWS["prompts"], ROWS["repeats"], part) for part in members.split(4)] * 2
+    chunks = [Rows(part, ROWS["prompts"], ROWS["repeats"]) for part in members.split(4)] * 2
     keys = dict(seed=3, step=5, population=population, text_length=48)
     plain = list(model.render_chunks(texts, chunks, **keys, settings=RenderSettings(graphs="never")))
     for decode in ("eager", "graphed"):

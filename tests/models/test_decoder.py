@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderDC
 
 from esengine.base.errors import ConfigError, RenderError
-from esengine.models import RenderSettings, SanaSprint, latents
+from esengine.models import RenderSettings, Rows, SanaSprint, latents
 from esengine.models.decoder import Decoder
 from esengine.models.loading import load_vae
 from esengine.models.sana.checks import FiniteChecks
@@ -176,7 +176,7 @@ def test_nothing_in_render_reads_from_the_device(tiny_folder, texts, rows):
     def step():
         with model.deferred_checks():
             drawn.append(model.render(texts, **keys))
-            drawn.extend(model.render_chunks(texts, [(*rows, None)], seed=0, step=0, settings=settings))
+            drawn.extend(model.render_chunks(texts, [Rows(None, *rows)], seed=0, step=0, settings=settings))
 
     with pytest.raises(NotImplementedError, match="meta"):  # the one look at the end
         step()
@@ -188,9 +188,9 @@ def test_nothing_in_render_reads_from_the_device(tiny_folder, texts, rows):
 def test_chunks_render_as_one_by_one(model, texts, rows):
     prompts, repeats = rows
     keys = dict(seed=0, step=3, settings=RenderSettings(overlap=True), text_length=texts.trimmed_length(prompts))
-    chunks = [(prompts[:2], repeats[:2], None), (prompts[2:], repeats[2:], None)]
+    chunks = Rows(None, prompts, repeats).split(2)
     images = list(model.render_chunks(texts, chunks, **keys))
-    for got, (words, draws, _) in zip(images, chunks, strict=True):
+    for got, (_, words, draws) in zip(images, chunks, strict=True):
         assert torch.equal(got, model.render(texts, prompts=words, repeats=draws, **keys))
     assert list(model.render_chunks(texts, [], **keys)) == []
 
@@ -231,7 +231,7 @@ def test_overlapped_chunks_wait_for_what_they_need(fresh_model, texts, rows, mon
     monkeypatch.setattr(model, "decoder", lambda *a, **k: log.append(f"{current[-1]}: decode") or decoder(*a, **k))
     prompts, repeats = rows
     keys = dict(seed=0, step=3, text_length=texts.trimmed_length(prompts))
-    chunks = [(prompts[i : i + 2], repeats[i : i + 2], None) for i in (0, 2)]
+    chunks = [Rows(None, prompts[i : i + 2], repeats[i : i + 2]) for i in (0, 2)]
     images, overlapped = [], dict(keys, settings=RenderSettings(overlap=True))
     for each in model.render_chunks(texts, chunks, **overlapped):
         log.append("score")
@@ -246,7 +246,7 @@ def test_overlapped_chunks_wait_for_what_they_need(fresh_model, texts, rows, mon
     drawn.close()  # as a reward that raises does: what is drawn next waits for the decode that is left
     assert log == made * 2 + ["main waits for decode 1", *taken[:2], end]
     assert made_streams == [model.device]  # one for good
-    for got, (words, draws, _) in zip(images, chunks, strict=True):
+    for got, (_, words, draws) in zip(images, chunks, strict=True):
         assert torch.equal(got, model.render(texts, prompts=words, repeats=draws, **keys))
 
 

@@ -10,7 +10,7 @@ from peft import LoraConfig
 import esengine
 from esengine.kernels.noise import INTERPRET
 from esengine.models.graphs import Graphs
-from esengine.models.sana.sana_block import fused_parts, in_place_of
+from esengine.models.sana.sana_block import fused_parts, patched
 
 pytestmark = pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1")
 
@@ -55,7 +55,7 @@ def test_fused_blocks_replay_other_members_and_steps(recorded, monkeypatch, conf
         arguments = dict(timestep=time, guidance=time, encoder_attention_mask=mask, return_dict=False)
         with ExitStack() as inside:
             inside.enter_context(population.perturbed(step=step, members=members))
-            inside.enter_context(in_place_of(fused_parts(transformer, True), population.perturbation))
+            inside.enter_context(patched(fused_parts(transformer, True), population.perturbation))
             yield lambda: transformer(x_bchw, encoder_hidden_states=text, **arguments)[0]
 
     captured = Graphs(session)

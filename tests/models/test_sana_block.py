@@ -19,7 +19,7 @@ from esengine.models.sana.sana_block import (
     FusedCaption,
     TokenConv,
     fused_parts,
-    in_place_of,
+    patched,
     stacked,
     why_not_fused,
 )
@@ -112,7 +112,7 @@ def both(transformer, population):
         plain = transformer(**arguments)[0]
         parts = fused_parts(transformer, True)
         assert [type(part) for part in parts] == [FusedCaption, FusedBlock]
-        with in_place_of(parts, population.perturbation):
+        with patched(parts, population.perturbation):
             return plain, transformer(**arguments)[0]
 
 
@@ -231,7 +231,7 @@ def test_members_of_any_stride(transformer):
     column = torch.tensor([[member, 7] for member in MEMBERS], device=transformer.device)[:, 0]
     with torch.no_grad(), population.perturbed(step=3, members=column):
         parts = fused_parts(transformer, True)
-        with in_place_of(parts, population.perturbation):
+        with patched(parts, population.perturbation):
             got = transformer(**inputs(transformer))[0]
     assert torch.equal(got, both(transformer, population)[1])
 
@@ -250,7 +250,7 @@ def test_no_text_mask(transformer):
     population, arguments = attach(transformer, ["to_out.0"]), inputs(transformer) | {"encoder_attention_mask": None}
     with torch.no_grad(), population.perturbed(step=3, members=torch.tensor(MEMBERS, device=transformer.device)):
         plain = transformer(**arguments)[0]
-        with in_place_of(fused_parts(transformer, True), population.perturbation):
+        with patched(fused_parts(transformer, True), population.perturbation):
             assert relative(transformer(**arguments)[0], plain) <= 1e-5
 
 
@@ -308,7 +308,7 @@ def test_cross_attention_norms_by_torchs_op_alone(transformer, monkeypatch):
         for norm in (cross.norm_q, cross.norm_k):
             monkeypatch.setattr(norm, "forward", lambda x: pytest.fail("the module was called"))
         monkeypatch.setattr(F, "rms_norm", lambda x, *args: normed.append(tuple(x.shape)) or rms_norm(x, *args))
-        with in_place_of(parts, population.perturbation):
+        with patched(parts, population.perturbation):
             transformer(**inputs(transformer))
     assert normed == [(2, 15, 32), (2, 5, 32)]
 
@@ -366,7 +366,7 @@ def test_convolution_on_tokens_equals_diffusers(transformer):
     plain = transformer(**inputs(transformer))[0]
     parts = fused_parts(transformer, False)
     assert [type(part) for part in parts] == [TokenConv]
-    with in_place_of(parts, None):
+    with patched(parts, None):
         assert "forward" in vars(transformer.transformer_blocks[0].ff)
         assert relative(transformer(**inputs(transformer))[0], plain) <= 1e-6
     assert "forward" not in vars(transformer.transformer_blocks[0].ff)
@@ -386,7 +386,7 @@ def test_convolution_on_tokens_leaves_its_input_alone(transformer):
 
 def test_a_raising_forward_puts_everything_back(transformer):
     parts = fused_parts(transformer, False)
-    with pytest.raises(KeyError), in_place_of(parts, None):
+    with pytest.raises(KeyError), patched(parts, None):
         raise KeyError
     assert "forward" not in vars(transformer.transformer_blocks[0].ff)
 

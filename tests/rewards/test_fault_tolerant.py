@@ -5,7 +5,7 @@ import torch
 
 from esengine.base.errors import RewardError
 from esengine.rewards import COMBINED, Weighted
-from esengine.rewards.fault_tolerant import MOST_IN_A_ROW, Bearing
+from esengine.rewards.fault_tolerant import MAX_IN_A_ROW, FaultTolerant
 
 
 def bearing(bad, images, least):
@@ -19,7 +19,7 @@ def bearing(bad, images, least):
             raise RuntimeError("down")
         return torch.tensor(places, dtype=torch.float32)
 
-    return Bearing(Weighted([("own", score, 1.0)]), images, least), asked
+    return FaultTolerant(Weighted([("own", score, 1.0)]), images, least), asked
 
 
 def batch(places):
@@ -34,7 +34,7 @@ def test_a_dead_service_is_asked_a_few_times_a_batch():
         assert scores[COMBINED].isnan().all()
         assert scores["own"].shape == (48,)
     first, second = asked[: len(asked) // 2], asked[len(asked) // 2 :]
-    assert first == [[*range(48)], *([place] for place in range(MOST_IN_A_ROW))]
+    assert first == [[*range(48)], *([place] for place in range(MAX_IN_A_ROW))]
     assert len(second) == len(first)
     assert reward.bad == 96
 
@@ -43,11 +43,11 @@ def test_images_that_are_not_asked_for_count_as_bad():
     reward, asked = bearing(set(range(48)), 470, least=0)
     with pytest.raises(RewardError, match="step 3: 48 of 470 images have no score, more than 10%; the first: "):
         reward.score(*batch([*range(48)]), step=3)
-    assert len(asked) == 1 + MOST_IN_A_ROW
+    assert len(asked) == 1 + MAX_IN_A_ROW
 
 
 def test_failures_with_a_score_between_them_end_no_batch():
-    bad = {place for place in range(48) if place % MOST_IN_A_ROW}
+    bad = {place for place in range(48) if place % MAX_IN_A_ROW}
     reward, asked = bearing(bad, 48, least=48)
     scores = reward.score(*batch([*range(48)]))
     assert len(asked) == 49

@@ -126,7 +126,7 @@ def test_a_crash_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch, 
 
 def test_killed_again_and_again_it_always_loads(tmp_path):
     program = (
-        "import sys, torch; from esengine import checkpoint\n"
+        "import sys, torch; from esengine.run import checkpoint\n"
         "print('go', flush=True)\n"
         "for step in range(1, 10**6):\n"
         "    checkpoint.save(sys.argv[1], step, {'w': torch.full((50_000,), float(step))}, {'step': step}, keep=1)\n"

@@ -19,9 +19,10 @@ from esengine.models.defaults import defaults
 from esengine.rewards import BUILTIN, Weighted, load
 from esengine.rewards.roles import CLIP_FAMILY, Rewards, load_rewards
 from esengine.run.folder import RunFolder
-from esengine.run.held_out import Guard, part_ways
+from esengine.run.held_out import HeldOut, part_ways
 from esengine.run.log import RunLog
-from esengine.run.train import attach_population, train
+from esengine.run.prepare import attach_population
+from esengine.run.train import train
 from esengine.sampling.build import encode, render_settings
 from esengine.sampling.rollout import Renderer, render_all
 
@@ -49,7 +50,7 @@ class Blank(Renderer):
 
     def chunks(self, step, rows, population=None, *, length):
         assert (step, population, length) == (EVAL_STEP, None, 7)
-        for prompts, repeats, members in rows:
+        for members, prompts, repeats in rows:
             assert members is None
             assert repeats.eq(0).all()
             yield prompts.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8).contiguous()
@@ -79,7 +80,7 @@ def make(tmp_path, notes):
         log = RunLog(folder, resume_step)
         opened.extend((log, folder))
         render = Blank(None, Texts(prompts), None, 0, 2)
-        guard = Guard(rewards, render, prompts=count, every=every, log=log, note=notes.said.append)
+        guard = HeldOut(rewards, render, prompts=count, every=every, log=log, note=notes.said.append)
         return guard, scores
 
     yield make
@@ -152,10 +153,10 @@ def test_a_measure_that_is_not_what_was_written_is_refused_with_its_line(make, t
         (tmp_path / "again" / "heldout.jsonl").write_text("".join(json.dumps(each) + "\n" for each in found))
         with RunFolder.open(tmp_path / "again") as folder, RunLog(folder, 20) as log:
             if not spoiled:
-                assert Guard(log=log, **again).parted() == {}
+                assert HeldOut(log=log, **again).parted() == {}
                 continue
             with pytest.raises(RunError, match=rf"again/heldout\.jsonl, line {at + 1}: not as esengine writes it"):
-                Guard(log=log, **again)
+                HeldOut(log=log, **again)
 
 
 UP, DOWN, FLAT = (dict(change=c, standard_error=0.1) for c in (0.3, -0.3, 0.0))

@@ -90,13 +90,13 @@ def test_ctrl_c_ends_a_library_call_with_a_checkpoint(small, tmp_path, reward):
 
 
 PLACES = {
-    "the model loads": ("esengine.run.train.load_model", 1, None),
-    "prompts are encoded": ("esengine.run.train.encode", 1, None),
+    "the model loads": ("esengine.run.prepare.load_model", 1, None),
+    "prompts are encoded": ("esengine.run.prepare.encode", 1, None),
     "the log opens": ("esengine.run.train.RunLog", 1, None),
     "the first checkpoint": ("esengine.run.checkpoint.save", 1, None),
-    "a held-out measure": ("esengine.run.held_out.Guard.measure", 2, 1),
+    "a held-out measure": ("esengine.run.held_out.HeldOut.measure", 2, 1),
     "the last checkpoint": ("esengine.run.checkpoint.save", 3, 2),
-    "the last held-out measure": ("esengine.run.held_out.Guard.measure", 3, 2),
+    "the last held-out measure": ("esengine.run.held_out.HeldOut.measure", 3, 2),
     "the comparison": ("esengine.run.train.compare_entries", 1, 2),
 }
 

@@ -11,7 +11,7 @@ from esengine.es.rule import UpdateRule
 from esengine.es.update import Updater
 from esengine.models import SanaSprint, build_tiny
 from esengine.run import checkpoint
-from esengine.run.held_out import Guard
+from esengine.run.held_out import HeldOut
 from esengine.run.log import RunLog
 from esengine.run.replay import replay
 from esengine.run.settings import ESSettings, LoraSettings, ReplayConfig, load, load_run
@@ -76,7 +76,7 @@ def stop_at(function, call, after=False):
         (RunLog, "log", 1, True),
         (RunLog, "measured", 1, False),
         (RunLog, "measured", 2, True),
-        (Guard, "measure", 0, True),
+        (HeldOut, "measure", 0, True),
     ],
 )  # fmt: skip
 def test_interrupted_and_resumed_it_ends_with_the_same_bytes(
@@ -225,7 +225,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(small, tmp_path, chang
 def test_a_checkpoint_of_another_noise_contract_is_refused(small, tmp_path, monkeypatch):
     config = small(tmp_path / "run", steps=1, strip_every=0)
     with monkeypatch.context() as patch:
-        patch.setattr("esengine.run.train.CONTRACT", 99)
+        patch.setattr("esengine.run.prepare.CONTRACT", 99)
         train(config)
     try:
         train(dataclasses.replace(config, resume=True, steps=2))
@@ -294,7 +294,7 @@ def test_a_run_that_goes_on_with_other_versions_says_so(small, tmp_path, notes, 
     train(small(tmp_path / "run", steps=1), notes)
     assert not [line for line in notes.said if "bits may differ" in line]
     facts = describe()
-    monkeypatch.setattr("esengine.run.train.describe", lambda: facts | {"torch": "0.0"})
+    monkeypatch.setattr("esengine.run.prepare.describe", lambda: facts | {"torch": "0.0"})
     train(small(tmp_path / "run", steps=2, resume=True), notes)
     (line,) = [line for line in notes.said if "bits may differ" in line]
     assert line == f"warning: bits may differ from before, torch: {facts['torch']} -> 0.0"

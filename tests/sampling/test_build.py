@@ -8,8 +8,8 @@ import torch
 
 from esengine.base.errors import ConfigError
 from esengine.models import RenderSettings, tiny_model
+from esengine.run.prepare import _resolved
 from esengine.run.settings import TrainConfig
-from esengine.run.train import _resolved
 from esengine.sampling.build import load_model, render_settings, settled, take_device
 from esengine.sampling.settings import ImageSettings
 

@@ -35,7 +35,7 @@ class Numbers(Renderer):
     def chunks(self, step, rows, population=None, *, length):
         return (self.draw(*each) for each in rows)
 
-    def draw(self, prompts, repeats, members):
+    def draw(self, members, prompts, repeats):
         pixels = torch.stack([members, prompts, repeats], dim=1).to(torch.uint8)
         return pixels.view(-1, 3, 1, 1).expand(-1, 3, 4, 4).contiguous()
 
@@ -84,10 +84,10 @@ def test_a_reward_that_waits_is_asked_while_the_next_chunk_renders():
     second = threading.Event()
 
     class Signalling(Numbers):
-        def draw(self, prompts, repeats, members):
+        def draw(self, members, prompts, repeats):
             if members[0] == 1:
                 second.set()
-            return super().draw(prompts, repeats, members)
+            return super().draw(members, prompts, repeats)
 
     def score(images, prompts):
         assert second.wait(DEADLINE), "nothing was rendered meanwhile"
@@ -103,9 +103,9 @@ def test_it_is_never_more_than_one_chunk_ahead():
     scored, ahead = [], []
 
     class Counting(Numbers):
-        def draw(self, prompts, repeats, members):
+        def draw(self, members, prompts, repeats):
             ahead.append(len(ahead) - len(scored))
-            return super().draw(prompts, repeats, members)
+            return super().draw(members, prompts, repeats)
 
     def score(images, prompts):
         scored.append(len(images))
@@ -132,10 +132,10 @@ def test_an_error_in_the_other_thread_names_step_and_members(bad):
 
 def test_a_failing_render_is_what_is_raised_and_the_thread_ends():
     class Breaking(Numbers):
-        def draw(self, prompts, repeats, members):
+        def draw(self, members, prompts, repeats):
             if members[0] == 2:
                 raise ValueError("no image")
-            return super().draw(prompts, repeats, members)
+            return super().draw(members, prompts, repeats)
 
     reward = Weighted([("place", waiting(place), 1.0)])
     with pytest.raises(ValueError, match="no image"):

@@ -1,0 +1,83 @@
+"""The interface of an image model to the engine."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from esengine.es.population import Population
+from esengine.es.rows import Rows
+from esengine.models.settings import RenderSettings
+from esengine.models.text_cache import TextEmbeddings
+
+
+class Generator(Protocol):
+    """A frozen model that renders a batch of rows. Each row may belong to a different member.
+
+    Attributes:
+        module: the module to which a population is attached.
+        device: the device of the model.
+        dtype: the data type of the model.
+        image_size: default height and width of an image, in pixels.
+    """
+
+    module: torch.nn.Module
+    device: torch.device
+    dtype: torch.dtype
+    image_size: int
+
+    def identity(self) -> str:
+        """A text that identifies the loaded weights. Equal weights give equal texts."""
+
+    def encode(
+        self,
+        prompts: Sequence[str],
+        *,
+        cache_dir: str | Path | None = None,
+        instruction: bool = True,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> TextEmbeddings:
+        """Embeddings of prompts, read from the cache if possible. `progress` is called with (encoded, to encode)."""
+
+    def render_chunks(
+        self,
+        texts: TextEmbeddings,
+        chunks: Iterable[Rows],
+        *,
+        seed: int,
+        step: int,
+        population: Population | None = None,
+        settings: RenderSettings | None = None,
+        text_length: int | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """Render the chunks of a step: uint8 [B, 3, H, W] for each chunk.
+
+        A row's latents depend only on (seed, step, prompt, repeat), so all members of a population share them.
+
+        Raises:
+            RenderError: an image is not finite.
+            OutOfMemory: a chunk does not fit into memory. It is a RenderError too.
+        """
+
+    def deferred_checks(self) -> AbstractContextManager:
+        """A context that delays the check for images that are not finite. Its end raises the RenderError."""
+
+    def image_bytes(self, settings: RenderSettings) -> int:
+        """Estimated memory for one more image in a forward, in bytes."""
+
+    def plan(self, population: Population, settings: RenderSettings) -> str:
+        """A text that says how a population is rendered on this device, for the log of a run."""
+
+    def release_graphs(self) -> None:
+        """Free memory that is kept between forwards. The next forward allocates it again."""
+
+    def load_adapter(self, path: str | Path) -> None:
+        """Load a LoRA folder. It replaces an adapter loaded before. Raises ConfigError if it cannot be used."""
+
+    def unload_adapter(self) -> None:
+        """Remove the loaded adapter, which leaves the base model."""
+
+    def adapter_enabled(self, enabled: bool) -> None:
+        """Switch the loaded adapter on or off."""
