@@ -153,7 +153,7 @@ def _joined(x_pmk: torch.Tensor, a: torch.Tensor, factors, c_pm1: torch.Tensor, 
     """h [P, m, r + k], A and V read in one product. Worth the copies of A for each pair from `JOIN_FROM` rows on."""
     v, u, v_out, _ = factors
     h = torch.bmm(x_pmk, torch.cat((a.expand(len(v), -1, -1), v.mT), 1).mT)
-    low, noise = h.split((len(a), v.shape[-1]), -1)
+    low, noise = h[..., : len(a)], h[..., len(a) :]  # autograd lets slices be changed in place
     add_outer(low, noise.mul_(c_pm1), u).mul_(scale)
     noise.copy_(torch.bmm(low, v_out).mul_(c_pm1))
     return h

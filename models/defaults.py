@@ -17,6 +17,9 @@ class Defaults:
         reward: the reward to optimise.
         judges: rewards of an evaluation, by name. The first has weight 1, the others weight 0.
         watches: whether a run always uses the judges that it does not optimise as held-out rewards.
+        settings: packaged YAML file of the model's own settings.
+        benchmark_name: name of the packaged benchmark of the model's own captions.
+        test: file of that benchmark.
     """
 
     train: Path
@@ -24,10 +27,13 @@ class Defaults:
     reward: str
     judges: dict[str, str]
     watches: bool = False
+    settings: Path | None = None
+    benchmark_name: str | None = None
+    test: Path | None = None
 
     def benchmark(self, name: str) -> str:
-        """The rewards of a benchmark, as for `esengine eval --reward`. `checker` reads only the captions of `nano`."""
-        judges = [judge for judge in self.judges.values() if judge != "checker" or name == "nano"]
+        """The rewards of a benchmark, as for `esengine eval --reward`. `checker` reads only its own captions."""
+        judges = [judge for judge in self.judges.values() if judge != "checker" or name == self.benchmark_name]
         return ",".join(f"{judge}=0" if i else judge for i, judge in enumerate(judges))
 
     def scored(self, reward: str, optimised: Set[str], prompts_given: bool) -> str:
@@ -64,8 +70,16 @@ _BY_NAME = {
         "checker",
         {"checker": "checker"} | {name: f"{name}(model=nano)" for name in _CLIP},
         watches=True,
+        settings=DATA / "nano.yaml",
+        benchmark_name="nano",
+        test=DATA / "nano_test.tsv",
     ),
 }
+
+DEMO = "nano"
+"""The model of a run without flags."""
+BENCHMARKS = {each.benchmark_name: each.test for each in _BY_NAME.values() if each.benchmark_name}
+"""Packaged benchmarks: file by name."""
 
 
 def defaults(model: str) -> Defaults:

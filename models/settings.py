@@ -56,7 +56,11 @@ class RenderSettings:
             )
         if self.x0_angle is not None and not 0 < self.x0_angle <= 1.5708:
             raise ConfigError(f"x0_angle: expected an angle in (0, 1.5708], got {self.x0_angle}")
+        self.check_choices()
+
+    def check_choices(self, section: str = "") -> None:
+        """Raises ConfigError for a `graphs` or `decode` that there is not."""
         for name in ("graphs", "decode"):
             known = get_args(get_type_hints(RenderSettings)[name])
             if getattr(self, name) not in known:
-                raise ConfigError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)}")
+                raise ConfigError(f"{section}{name}: expected one of {', '.join(known)}, got {getattr(self, name)}")

@@ -67,7 +67,7 @@ class Group:
         return cls(rank, size)
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
     def leave(self) -> None:
@@ -81,10 +81,10 @@ class Group:
     @contextmanager
     def first(self) -> Iterator[None]:
         """Run the block on process 0 first, then on the others, which find its results in the cache."""
-        if not self.leads:
+        if not self.is_main:
             self.wait()
         yield
-        if self.leads:
+        if self.is_main:
             self.wait()
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -116,10 +116,10 @@ class Group:
                 pause = min(2 * pause, LONGEST_PAUSE)
             work.wait()
         except RuntimeError as error:
-            said = (str(error).strip().splitlines() or [""])[0][:200]
+            why = (str(error).strip().splitlines() or [""])[0][:200]
             raise RunError(
                 f"process {self.rank} of {self.size}: another process of the group has ended or is out of reach; the "
-                f"first to fail says why ({said})"
+                f"first to fail says why ({why})"
             ) from error
         return found
 

@@ -23,8 +23,8 @@ def oom_guard(what: str, advice: str) -> Iterator[None]:
             raise
         found = zip(("asked for", "free"), (_ASKED.search(str(error)), _FREE.search(str(error))), strict=True)
         numbers = ", ".join(f"{name} {number[1]}" for name, number in found if number)
-        told = f" ({numbers})" if numbers else ""
-        raise OutOfMemory(f"{what} do not fit into memory{told}: {advice}") from error
+        details = f" ({numbers})" if numbers else ""
+        raise OutOfMemory(f"{what} do not fit into memory{details}: {advice}") from error
 
 
 def give_back(device: torch.device) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from esengine.base.errors import ConfigError, EsengineError, Stopped
+from esengine.cli.output import lasting_output
 
 USAGE = """usage: esengine COMMAND [flags]
 
@@ -26,14 +27,14 @@ Post-train a frozen text-to-image model from black-box rewards by Evolution Stra
 def main(args: list[str] | None = None) -> int:
     """The console script. Returns the exit code: 0, 1 for a failed run, 2 for wrong usage, 130 for Ctrl-C."""
     args = sys.argv[1:] if args is None else args
-    try:
+    with lasting_output() as output:
         try:
-            return _main(args)
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:  # who reads our output has read enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+            code = _main(args)
+        except SystemExit as leave:  # of the flag parser: after help, or for a flag that it does not know
+            code = leave.code
+    if output is not None and output.error is not None:
+        return _fail(f"stdout: {output.error.strerror or output.error}", 1)
+    return code
 
 
 def _main(args: list[str]) -> int:
@@ -75,8 +76,6 @@ def _main(args: list[str]) -> int:
         from esengine.cli.flags import as_typed
 
         return _fail(as_typed(str(error), args) if isinstance(error, ConfigError) else str(error), 1)
-    except BrokenPipeError:
-        raise
     except OSError as error:
         if os.environ.get("ESENGINE_DEBUG"):
             raise
@@ -114,8 +113,7 @@ def _train(args: list[str]) -> int:
     from esengine.run.stop import Stop
     from esengine.run.train import train
 
-    with Stop() as stop:
-        result = train(config, Bar(), stop)
+    result = train(config, Bar(), Stop())
     if result is None:  # of several processes one reports
         return 0
     comparison = result.comparison
@@ -137,7 +135,7 @@ def _page(folder: Path) -> Path | None:
 
     try:
         return write_training_page(folder)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         print(f"warning: no page of the run could be drawn: {reason(error)}", file=sys.stderr)
         return None
 
@@ -241,7 +239,3 @@ def _env(args: list[str]) -> int:
     for name, value in facts.items():
         print(f"{name.ljust(width)}  {value}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

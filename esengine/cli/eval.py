@@ -47,8 +47,8 @@ def evaluate(config: EvalConfig, progress: Progress) -> Evaluated:
     """
     run = load_run(config.run_dir) if config.run_dir else TrainConfig()
     name, revision = config.model or run.model, config.revision or (None if config.model else run.revision)
-    silent = defaults(name)
-    prompts = config.prompts or (None if config.benchmark else run.eval_prompts or silent.heldout)
+    model_defaults = defaults(name)
+    prompts = config.prompts or (None if config.benchmark else run.eval_prompts or model_defaults.heldout)
     with of_setting(_setting_of_prompts(config), "benchmark", "prompts"):
         benchmark = read_benchmark(config.benchmark, prompts).first(config.limit)
     image = config.image or run.image
@@ -63,7 +63,7 @@ def evaluate(config: EvalConfig, progress: Progress) -> Evaluated:
     settings = render_settings(image)
     require_pipeline(name, revision, image.vae)
     with of_setting("reward"):
-        reward = parse(_scored(config, run, silent), device=str(device))
+        reward = parse(_scored(config, run, model_defaults), device=str(device))
     with of_setting(_setting_of_prompts(config)):
         reward.check_prompts(benchmark.prompts)
 
@@ -89,20 +89,20 @@ def _setting_of_prompts(config: EvalConfig) -> str:
     return "prompts" if config.prompts else "benchmark" if config.benchmark else "eval_prompts"
 
 
-def _scored(config: EvalConfig, run: TrainConfig, silent: Defaults) -> str:
+def _scored(config: EvalConfig, run: TrainConfig, model_defaults: Defaults) -> str:
     """The rewards of an evaluation: those of --reward, else the benchmark's, else the run's with its held-out rewards.
 
-    The nano benchmark on a run of the model `nano` uses the last of these: the run's rewards with their weights, and
+    The model's own benchmark on a run of that model uses the last of these: the run's rewards with their weights, and
     the model's other judges with weight 0.
     """
     if config.reward:
         return config.reward
-    of_nano = config.run_dir and silent.watches and defaults(run.model).watches
-    if config.benchmark and not (config.benchmark == "nano" and of_nano):
-        return silent.benchmark(config.benchmark)
-    reward = run.reward or silent.reward
+    own_run = config.run_dir and model_defaults.watches and defaults(run.model).watches
+    if config.benchmark and not (config.benchmark == model_defaults.benchmark_name and own_run):
+        return model_defaults.benchmark(config.benchmark)
+    reward = run.reward or model_defaults.reward
     prompts_given = not config.benchmark and bool(config.prompts or run.eval_prompts)
-    return silent.scored(reward, reward_names(reward), prompts_given)
+    return model_defaults.scored(reward, reward_names(reward), prompts_given)
 
 
 @dataclass(frozen=True)

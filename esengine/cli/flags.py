@@ -16,6 +16,7 @@ from esengine.base.files import DATA
 from esengine.base.prompt_files import read_prompt_file
 from esengine.base.settings_file import from_dict
 from esengine.cli.settings import EvalConfig, RenderConfig
+from esengine.models.defaults import DEMO, defaults
 from esengine.run.settings import TrainConfig, config_file, load, load_run, read_settings
 from esengine.sampling.settings import ImageSettings
 
@@ -23,7 +24,7 @@ from esengine.sampling.settings import ImageSettings
 def parse_train(args: list[str]) -> TrainConfig:
     """The settings of `esengine train`. Flags override the YAML file, and the YAML file overrides the defaults.
 
-    The YAML file is that of --config, or with --resume the run's config.yaml. The model `nano` has packaged defaults.
+    The YAML file is that of --config, or with --resume the run's config.yaml. A model may have packaged defaults.
 
     Raises:
         ConfigError: a file cannot be read, or a setting is unknown, of the wrong type or out of range.
@@ -34,8 +35,9 @@ def parse_train(args: list[str]) -> TrainConfig:
         raise ConfigError(f"config {source}: config: expected no other file below this one, got {data['config']!r:.60}")
     default = TrainConfig()
     packaged = source is not None and source.parent == DATA
-    if not run and not packaged and (_peek(args, "model") or data.get("model", "nano")) == "nano":
-        default = load("nano")
+    of_model = defaults(_peek(args, "model") or str(data.get("model", DEMO)))
+    if not run and not packaged and of_model.settings is not None:
+        default = load(of_model.settings)
         if isinstance(lora := data.get("lora"), dict) and "alpha" in lora:  # it applies to all layers, as the flag does
             data = data | {"lora": {"alpha_pattern": {}} | lora}
     if source is not None:
@@ -44,7 +46,7 @@ def parse_train(args: list[str]) -> TrainConfig:
         default = dataclasses.replace(default, lora=dataclasses.replace(default.lora, alpha_pattern={}))
     config = tyro.cli(TrainConfig, args=args, default=default, prog="esengine train")
     chosen = _peek(args, "es.prompts-per-step") or (data.get("es") or {}).get("prompts_per_step")
-    if config.prompts is not None and (chosen is None or source == DATA / "nano.yaml"):
+    if config.prompts is not None and (chosen is None or (source is not None and source == of_model.settings)):
         with contextlib.suppress(ConfigError):  # the run reports the error in the file
             count = len(read_prompt_file(config.prompts)["prompt"])
             per_step = min(count, config.es.prompts_per_step)
@@ -105,9 +107,9 @@ def as_typed(message: str, args: list[str]) -> str:
     if not colon or None in found:
         return message
     typed = {arg.partition("=")[0].replace("_", "-"): arg.partition("=")[0] for arg in args if arg.startswith("--")}
-    said = [typed[flag] for name, flag in flags.items() if "." in name and name in rest and flag in typed]
-    if said and not any(flags[name] in typed for name in found):  # the setting conflicts with a typed one
-        return f"{said[0]}: {message}"
+    conflicting = [typed[flag] for name, flag in flags.items() if "." in name and name in rest and flag in typed]
+    if conflicting and not any(flags[name] in typed for name in found):  # the setting conflicts with a typed one
+        return f"{conflicting[0]}: {message}"
     if not any(flags[name] in typed for name in found) and (file := _holder(found[0], args)):
         return f"{file}: {message}"
     some = any(flags[name] in typed for name in found)

@@ -1,4 +1,4 @@
-"""The prompts of an evaluation: PartiPrompts, DrawBench, the test captions of the nano world, or the user's file."""
+"""The prompts of an evaluation: PartiPrompts, DrawBench, a model's own test captions, or the user's file."""
 
 import dataclasses
 import hashlib
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from esengine.base.errors import ConfigError
-from esengine.base.files import DATA
 from esengine.base.prompt_files import read_prompt_file
+from esengine.models.defaults import BENCHMARKS
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,6 @@ PUBLISHED = {
     "drawbench": _Published("sayakpaul/drawbench", "DrawBench Prompts - Sheet1.csv", ("prompt", "category")),
 }
 """Benchmarks by name: the dataset on the hub, its file, and the columns that the file must have."""
-
-PACKAGED = {"nano": DATA / "nano_test.tsv"}
-"""Benchmarks of this package, by name."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ def read_benchmark(name: str | None, path: Path | None = None) -> Benchmark:
     """Prompts of a published benchmark, or of a file.
 
     Args:
-        name: a key of `PUBLISHED` or `PACKAGED`, a file, or None to read `path`. See `esengine.base.prompt_files` for
+        name: a key of `PUBLISHED` or `BENCHMARKS`, a file, or None to read `path`. See `esengine.base.prompt_files` for
             the file formats.
         path: the file of a published benchmark. None: the hub's file.
 
@@ -67,12 +64,12 @@ def read_benchmark(name: str | None, path: Path | None = None) -> Benchmark:
     if name in PUBLISHED:
         published = PUBLISHED[name]
         return _read(name, path or _download(name, published), published.columns)
-    if name is not None and name not in PACKAGED and not Path(name).is_file():
-        raise ConfigError(f"benchmark: expected {', '.join([*PUBLISHED, *PACKAGED])} or a file, got '{name}'")
+    if name is not None and name not in BENCHMARKS and not Path(name).is_file():
+        raise ConfigError(f"benchmark: expected {', '.join([*PUBLISHED, *BENCHMARKS])} or a file, got '{name}'")
     if name is not None and path is not None:
         raise ConfigError(f"prompts: expected with {' or '.join(PUBLISHED)} only, got {path} beside benchmark {name}")
-    if name in PACKAGED:
-        return _read(name, PACKAGED[name], ("prompt", "category", "challenge"))
+    if name in BENCHMARKS:
+        return _read(name, BENCHMARKS[name], ("prompt", "category", "challenge"))
     file = Path(name) if path is None else path
     return _read(file.stem, file)
 

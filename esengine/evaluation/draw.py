@@ -130,7 +130,7 @@ def compare_entries(
     settings: dict[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
     watch: Callable[[Batch], None] | None = None,
-    bear: bool = False,
+    drop_bad: bool = False,
 ) -> Report:
     """Render and score the whole plan without keeping the images.
 
@@ -143,7 +143,7 @@ def compare_entries(
         settings: how the images are made, for the report. None: `provenance`.
         progress: called with (images done, images in all).
         watch: called with each batch, in the order of the plan.
-        bear: leave out every prompt with an image that has no score, and count these prompts in the settings as
+        drop_bad: leave out every prompt with an image that has no score, and count these prompts in the settings as
             `prompts_left_out`; see `FaultTolerant`. If False, a missing score is an error.
     """
     if benchmark is None:
@@ -152,7 +152,7 @@ def compare_entries(
     settings = provenance(model, plan, reward) if settings is None else dict(settings)
     work = [(entry, rows) for entry in plan.entries for rows in plan.chunks()]
     total, records = sum(len(rows) for _, rows in work), []
-    if bear:
+    if drop_bad:
         reward = FaultTolerant(reward, total, least=len(plan.entries) * plan.repeats)  # one prompt's
     for batch in draw(model, texts, reward, plan, work):
         records += batch_records(batch)

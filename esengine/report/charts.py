@@ -107,17 +107,17 @@ def lines(
             shapes.append((f"line c{colour % 8}", _path(x_axis(x), y_axis(one.y))))
             if len(x) <= MAX_DOTS:
                 shapes.append((f"dots c{colour % 8}", _dots(x_axis(x), y_axis(one.y))))
-    said = [" · ".join([f"step {at:.0f}", *(f"{s.label} {short(s.y[i])}" for s in series)]) for i, at in enumerate(x)]
+    hints = [" · ".join([f"step {at:.0f}", *(f"{s.label} {short(s.y[i])}" for s in series)]) for i, at in enumerate(x)]
     return Chart(
         title,
-        said[-1],
+        hints[-1],
         legend=[(colour % 8, s.label) for colour, s in enumerate(series)] if len(series) > 1 else [],
         note=note,
         x_ticks=x_axis.ticks,
         y_ticks=y_axis.ticks,
         shapes=[shape for shape in shapes if shape[1]],
         marks=[(x_axis(at), label) for at, label in marks],
-        hits=_columns(x_axis(x), left, said),
+        hits=_columns(x_axis(x), left, hints),
         left=left,
     )
 
@@ -155,10 +155,10 @@ def histogram(
             means.append(f"{label} mean {short(values.mean())}")
     if zero:
         shapes.append(("zero", f"M{x_axis(0):.1f} {base}V{TOP}"))
-    said = []
+    hints = []
     for i in range(len(edges) - 1):
         each = [f"{label} {heights[i]}" for (label, _), heights in zip(groups, counts, strict=True)]
-        said.append(" · ".join([f"{short(edges[i])} to {short(edges[i + 1])}", *each]))
+        hints.append(" · ".join([f"{short(edges[i])} to {short(edges[i + 1])}", *each]))
     return Chart(
         title,
         " · ".join(means),
@@ -167,7 +167,7 @@ def histogram(
         x_ticks=x_axis.ticks,
         y_ticks=y_axis.ticks,
         shapes=shapes,
-        hits=[(at[i], TOP, at[i + 1] - at[i], HEIGHT - BOTTOM - TOP, text) for i, text in enumerate(said)],
+        hits=[(at[i], TOP, at[i + 1] - at[i], HEIGHT - BOTTOM - TOP, text) for i, text in enumerate(hints)],
         left=left,
     )
 
@@ -193,15 +193,15 @@ def intervals(
     shapes = [("zero", f"M{axis(0):.1f} {TOP}V{height - BOTTOM}")]
     hits = []
     for i, (name, row) in enumerate(rows):
-        said = [name]
+        hints = [name]
         for j, (label, (value, error)) in enumerate(zip(labels, row, strict=True)):
             if not math.isfinite(value):
                 continue
             y, wide = TOP + tall * (i + 0.5) + 8 * (j - (len(labels) - 1) / 2), 2 * np.nan_to_num(error)
             shapes.append((f"line c{(j + 1) % 8}", f"M{axis(value - wide):.1f} {y:.1f}H{axis(value + wide):.1f}"))
             shapes.append((f"dots c{(j + 1) % 8}", f"M{axis(value):.1f} {y:.1f}h0"))
-            said.append(f"{label} {signed(value)} ± {figure(error)}")
-        hits.append((0, TOP + tall * i, WIDTH, tall, " · ".join(said)))
+            hints.append(f"{label} {signed(value)} ± {figure(error)}")
+        hits.append((0, TOP + tall * i, WIDTH, tall, " · ".join(hints)))
     return Chart(
         title,
         "Point at a row for its figures; the table has all of them.",
@@ -281,6 +281,6 @@ def _band(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> str:
     return "".join(parts)
 
 
-def _columns(x: np.ndarray, left: float, said: list[str]) -> list[tuple[float, float, float, float, str]]:
+def _columns(x: np.ndarray, left: float, hints: list[str]) -> list[tuple[float, float, float, float, str]]:
     borders = np.concatenate([[left], (x[1:] + x[:-1]) / 2, [WIDTH - RIGHT]])
-    return [(borders[i], TOP, borders[i + 1] - borders[i], HEIGHT - BOTTOM - TOP, text) for i, text in enumerate(said)]
+    return [(borders[i], TOP, borders[i + 1] - borders[i], HEIGHT - BOTTOM - TOP, text) for i, text in enumerate(hints)]

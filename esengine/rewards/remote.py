@@ -94,10 +94,10 @@ class Remote:
                 e.close()
                 if e.code < 500:
                     raise RewardError(f"{self._where}: answered {e.code} {plain(e.reason)[:80]}") from e
-                error, said = e, f"answered {e.code} {plain(e.reason)[:80]}"
+                error, answer_text = e, f"answered {e.code} {plain(e.reason)[:80]}"
             except (OSError, http.client.HTTPException) as e:
-                error, said = e, plain(getattr(e, "reason", None) or e)[:200] or type(e).__name__
-        raise RewardError(f"{self._where}: no answer after {tries} tries; the last one: {said}") from error
+                error, answer_text = e, plain(getattr(e, "reason", None) or e)[:200] or type(e).__name__
+        raise RewardError(f"{self._where}: no answer after {tries} tries; the last one: {answer_text}") from error
 
     def _read(self, request: urllib.request.Request) -> bytes:
         answer = bytearray()
@@ -118,8 +118,8 @@ class Remote:
         try:
             scores = [_finite(score) for score in json.loads(answer)["scores"]]
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as e:
-            said = answer[:80].decode(errors="replace")
-            raise RewardError(f'{self._where}: expected {{"scores": [finite numbers]}}, got {said!r}') from e
+            answer_text = answer[:80].decode(errors="replace")
+            raise RewardError(f'{self._where}: expected {{"scores": [finite numbers]}}, got {answer_text!r}') from e
         if len(scores) != count:
             raise RewardError(f"{self._where}: expected {count} scores, got {len(scores)}")
         return scores

@@ -209,8 +209,8 @@ def asked(
     except (KeyboardInterrupt, OutOfMemory):
         raise
     except BaseException as e:  # external code may raise anything
-        said = reason(e) if isinstance(e, RewardError) else f"raised {reason(e)}"
-        raise RewardError(f"{_where(name, range(len(images)), prompts, step, members)}: {said}") from e
+        why = reason(e) if isinstance(e, RewardError) else f"raised {reason(e)}"
+        raise RewardError(f"{_where(name, range(len(images)), prompts, step, members)}: {why}") from e
     return score
 
 

@@ -39,7 +39,7 @@ class HeldOut:
         log: the log of the run. Measurements from before the resumed step are continued if their prompts and rewards
             are the same. Otherwise they are set aside.
         note: receives one warning for each held-out reward that diverges.
-        bear: if true, leave out images that a reward fails on and log a warning; the limit is one image or a tenth,
+        drop_bad: if true, leave out images that a reward fails on and log a warning; the limit is one image or a tenth,
             whichever is more. If false, such an image is an error.
 
     Raises:
@@ -55,10 +55,10 @@ class HeldOut:
         every: int,
         log: RunLog,
         note: Callable[[str], None],
-        bear: bool = False,
+        drop_bad: bool = False,
     ):
         self.rewards, self.render, self.every, self.log, self.note = rewards, render, every, log, note
-        self.bear = bear
+        self.drop_bad = drop_bad
         total = len(render.texts)
         count = min(prompts, total)
         self.prompts = torch.arange(count) * total // count
@@ -90,14 +90,14 @@ class HeldOut:
             RewardError, RenderError: see `Weighted.score` and `Generator.render_chunks`.
         """
         images, parts, reward = [], [], self.rewards.everything
-        if self.bear:
+        if self.drop_bad:
             reward = FaultTolerant(reward, len(self.prompts), least=1)
         for drawn, words in render_all(self.render, EVAL_STEP, self.prompts, stopped=stopped):
             parts.append(reward.score(drawn, words, step=step))
             images.append(drawn)
         if sum(map(len, images)) < len(self.prompts):
             return
-        if self.bear and reward.bad:
+        if self.drop_bad and reward.bad:
             self.note(f"warning: held out, {reward.bad} of {reward.images} images are left out: {reward.first}")
         scores = {name: torch.cat([part[name] for part in parts]).tolist() for name in self._names}
         first = self.log.held_out[0]["scores"] if self.log.held_out else None

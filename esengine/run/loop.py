@@ -177,11 +177,11 @@ def _update(
 ) -> dict[str, float]:
     """Update the adapter and record the step. Returns the metrics of the step."""
     start = time.perf_counter()
-    told = engine.tell(task, scores[COMBINED])
+    result = engine.tell(task, scores[COMBINED])
     update = time.perf_counter() - start
     seconds = seconds | {"seconds_update": update, "seconds": seconds["seconds"] + update}
-    fitness = told.pop("fitness")
-    metrics = _metrics(run, task, scores) | told
+    fitness = result.pop("fitness")
+    metrics = _metrics(run, task, scores) | result
     metrics |= {"images_per_second": task.images / seconds["seconds"], **seconds}
     if run.record:
         run.record.log.log(task.step, metrics, fitness)

@@ -123,6 +123,7 @@ def read_inputs(config: TrainConfig, group: Group) -> Inputs:
         eval_prompts = read_prompts(config.eval_prompts or of_model.heldout)
     config = dataclasses.replace(config, reward=config.reward or of_model.reward)
     sampler = PromptSampler(len(prompts), config.es.prompts_per_step, config.seed)
+    render_settings(config.image)
     with of_setting("reward"):
         read(config.reward)
     if config.heldout_reward not in ("auto", "none"):
@@ -149,7 +150,7 @@ def prepare(inputs: Inputs, folder: RunFolder, progress: Progress, group: Group)
     saved = run_state.latest(folder.checkpoints) if config.resume else None
     if saved is not None and folder.config.is_file():
         config = _as_before(config, load(folder.config))
-    if saved is not None and group.leads:
+    if saved is not None and group.is_main:
         require_steps(folder, saved.step)
     device = take_device(config.device)
     dtype = pick_dtype(config.dtype, device)
@@ -168,13 +169,13 @@ def prepare(inputs: Inputs, folder: RunFolder, progress: Progress, group: Group)
         "environment": describe(),
     }
     _require_alike(group, meta)
-    if saved is not None and group.leads:
+    if saved is not None and group.is_main:
         _check_same_run(folder, saved.meta, meta, allowed, progress)
     engine = _engine(inputs.sampler, model, config, settings, progress, group)
     if saved is not None:
         _go_on(engine, saved, config, folder, progress)
         rewards.optimised.limit = saved.meta.get(run_state.LIMITS[1])
-        if group.leads:
+        if group.is_main:
             set_aside(path for path, _ in saved.skipped)
     texts, held_out = _encoded(inputs, model, config, progress, group)
     return Prepared(config, model, engine, rewards, settings, meta, saved, texts, held_out)

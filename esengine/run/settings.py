@@ -18,6 +18,7 @@ from esengine.base.errors import ConfigError
 from esengine.base.files import DATA
 from esengine.base.settings_file import MAX_COUNT, MAX_STEPS, check_counts, from_dict, read_yaml
 from esengine.es.rule import UpdateRule
+from esengine.models.defaults import DEMO
 from esengine.sampling.settings import ImageSettings
 
 MAX_RATE = 1e6
@@ -116,7 +117,7 @@ class TrainConfig:
 
     run_dir: Path | None = None
     """Folder of the run: config, metrics, checkpoints, adapter, strips. By default runs/<date and time>."""
-    model: str = "nano"
+    model: str = DEMO
     """A SanaSprintPipeline folder or a hub id. Or `nano`, the small trained model of this package; or `tiny`, an
     untrained model for tests."""
     revision: str | None = None

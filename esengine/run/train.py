@@ -49,21 +49,25 @@ def train(config: TrainConfig, progress: Progress | None = None, stop: Stop | No
     """Run or resume a training run to its last step, then compare base and adapter on held-out prompts.
 
     Under torchrun the processes share the work of each step. The leading process does everything else and returns the
-    result; the others return None. This function installs no signal handlers. To stop a run gracefully on SIGTERM or
-    SIGINT, enter a `Stop` in a `with` statement and pass it.
+    result; the others return None. Without a `Stop` this function installs no signal handlers. Pass `Stop()` to end a
+    run gracefully on SIGTERM or SIGINT.
 
     Raises:
         ConfigError: a setting, file or reward cannot be used. The run folder is unchanged.
         RunError: the run folder is in use, holds another run, or has nothing to resume.
         RewardError, RenderError: a step failed. The adapter is as before that step, and a checkpoint of it is written.
-        Stopped: a signal came while `stop` was entered. The message says how to resume. A signal during the steps
-            leaves a checkpoint.
+        Stopped: a signal came, and `stop` was given. The message says how to resume. A signal during the steps leaves a
+            checkpoint.
     """
     group = Group.join()
     try:
-        return _train(config, progress if progress and group.leads else Progress(), group, stop or Stop())
+        progress = progress if progress and group.is_main else Progress()
+        if stop is None:
+            return _train(config, progress, group, Stop())
+        with stop:  # after the processes have met, for which a signal would not be seen
+            return _train(config, progress, group, stop)
     except Stopped:
-        if group.leads:
+        if group.is_main:
             raise
         return None  # only the leading process reports it
     finally:
@@ -78,7 +82,7 @@ def _train(config: TrainConfig, progress: Progress, group: Group, stop: Stop) ->
         render = ready.renderer(ready.texts, progress)
         run = Run(ready.config, ready.rewards.optimised, render, progress, group, None)
         resumed = ready.saved is not None
-        if not group.leads:
+        if not group.is_main:
             take_steps(run, ready.engine, stop, resumed=resumed)
             return None
         identity = {key: each for key, each in ready.meta.items() if key != "config"}
@@ -108,7 +112,7 @@ def _guard(ready: Prepared, log: RunLog, progress: Progress) -> HeldOut | None:
         return None
     render = ready.renderer(ready.held_out, progress)
     watching = dict(prompts=config.heldout_prompts, every=config.heldout_every, log=log, note=progress.note)
-    return HeldOut(ready.rewards, render, **watching, bear=ready.engine.drop_pairs)
+    return HeldOut(ready.rewards, render, **watching, drop_bad=ready.engine.drop_pairs)
 
 
 def _compare(
@@ -131,7 +135,7 @@ def _compare(
         ),
         progress=lambda done, total: progress.count("images", done, total),
         watch=lambda batch: _keep_images(images, batch),
-        bear=ready.engine.drop_pairs,
+        drop_bad=ready.engine.drop_pairs,
     )
     if left_out := comparison.settings.get("prompts_left_out"):
         progress.note(f"warning: {left_out} prompts have an image without a score and are not compared")
@@ -182,7 +186,7 @@ def _draw_comparison(path: Path, images: dict[str, list[torch.Tensor]], prompts:
 @contextmanager
 def _folder(path: Path, resume: bool, group: Group) -> Iterator[RunFolder]:
     """The run folder. The leading process locks it; the others wait for the lock and then read the folder."""
-    if not group.leads:
+    if not group.is_main:
         group.wait()
         yield RunFolder(path, None)
         return

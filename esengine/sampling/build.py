@@ -66,8 +66,16 @@ def is_folder(model: str) -> bool:
 
 
 def render_settings(image: ImageSettings) -> RenderSettings:
-    """The settings that a model needs to render."""
-    return RenderSettings(**{each.name: getattr(image, each.name) for each in dataclasses.fields(RenderSettings)})
+    """The settings that a model renders with.
+
+    Raises:
+        ConfigError: they do not fit together, or no model can render by them.
+    """
+    values = {each.name: getattr(image, each.name) for each in dataclasses.fields(RenderSettings)}
+    try:
+        return RenderSettings(**values)
+    except ConfigError as error:
+        raise ConfigError(f"image.{error}") from error
 
 
 def settled(image: ImageSettings, model: Generator) -> ImageSettings:

@@ -3,7 +3,6 @@ imported."""
 
 from dataclasses import dataclass
 
-from esengine.base.errors import ConfigError
 from esengine.base.settings_file import MAX_COUNT, check_counts
 from esengine.models.settings import RenderSettings
 
@@ -22,7 +21,4 @@ class ImageSettings(RenderSettings):
     def __post_init__(self):
         pixels, count = (1, 1 << 14), (1, MAX_COUNT)
         check_counts(self, "image.", height=pixels, width=pixels, num_steps=count, chunk=count, decode_chunk=count)
-        try:
-            super().__post_init__()
-        except ConfigError as error:
-            raise ConfigError(f"image.{error}") from error
+        self.check_choices("image.")  # `render_settings` checks the rest: a flag may still change what a file says

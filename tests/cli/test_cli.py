@@ -350,6 +350,38 @@ def test_a_reader_that_has_read_enough_is_no_error(workspace, args):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_run_goes_on_without_a_reader_of_its_progress(files, workspace, cache):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "esengine", *flags()]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=write, text=True)
+    os.close(write)
+    assert done.returncode == 0
+    assert "std. error" in done.stdout
+    assert (workspace / "new" / "eval.json").is_file()
+
+
+def test_output_that_cannot_be_written_is_one_line(workspace):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "esengine", "env"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "esengine: error: stdout: No space left on device\n")
+
+
+def test_a_command_without_an_output_ends_as_it_would(workspace):
+    done = subprocess.run(["sh", "-c", f"{sys.executable} -m esengine env >&-"], stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_failure_is_one_though_nobody_reads(workspace):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "esengine", "replay", "nosuch"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 1
+    assert "nosuch" in done.stderr
+
+
 def test_env_names_versions_and_kernels(esengine):
     code, out, _ = esengine("env")
     assert code == 0

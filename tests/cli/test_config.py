@@ -356,3 +356,16 @@ def test_a_run_resumes_with_its_own_settings_and_none_of_nanos(tmp_path):
     (tmp_path / "config.yaml").write_text("model: nano\nsteps: 7\n")
     config = parse_train(["--run-dir", str(tmp_path), "--resume"])
     assert (config.update, config.lora) == (TrainConfig().update, TrainConfig().lora)
+
+
+@pytest.mark.parametrize("model", ["nano", "tiny"])
+def test_a_chosen_number_of_prompts_a_step_is_kept(tmp_path, model):
+    (tmp_path / "p.txt").write_text("a\nb\nc\nd\n")
+    flags = ["--model", model, "--prompts", str(tmp_path / "p.txt")]
+    assert parse_train([*flags, "--es.prompts-per-step", "8"]).es.prompts_per_step == 8
+    assert parse_train(flags).es.prompts_per_step == 4
+
+
+def test_a_flag_may_mend_a_pair_of_settings_of_a_file(yaml_file):
+    file = yaml_file("image:\n  num_steps: 2\n  x0_angle: 1.3\n")
+    assert parse_train(["--config", file, "--image.num-steps", "1"]).image.x0_angle == 1.3

@@ -141,7 +141,7 @@ def test_the_callers_settings_stay_as_they_are():
 
     given = {"seed": 5}
     reward = Weighted([("pixel", torn, 1.0)])
-    report = compare_entries(Stub(), texts(), reward, plan(), settings=given, bear=True)
+    report = compare_entries(Stub(), texts(), reward, plan(), settings=given, drop_bad=True)
     assert given == {"seed": 5}
     assert report.settings == {"seed": 5, "prompts_left_out": 1}
 

@@ -447,3 +447,21 @@ def test_triton_is_what_the_interpreter_runs(monkeypatch):
 def test_padded_ranks():
     assert [padded_rank(k) for k in range(1, 9)] == [1, 2, 4, 4, 8, 8, 8, 8]
     assert re.fullmatch(r"\d+", str(padded_rank(16)))
+
+
+@pytest.mark.parametrize("t", [1, 8, 40])  # below and above the rows at which columns are joined
+@pytest.mark.parametrize("bias", [True, False])
+def test_on_a_cpu_gradients_are_those_of_the_reference(t, bias):
+    torch.manual_seed(0)
+    x, weight = torch.randn(4, t, 12, requires_grad=True), torch.randn(9, 12)
+    b = torch.randn(9) if bias else None
+    lora_a, lora_b = torch.randn(3, 12, requires_grad=True), torch.randn(9, 3, requires_grad=True)
+    adapters = Lora(lora_a, lora_b, 0.5, torch.arange(4).view(1, 4))
+    noise = MemberNoise(torch.tensor([0, 1, 6, 7]), 3, 2, 0.3, 2)
+    draw = torch.randn(4, t, 9)
+    found = [
+        torch.autograd.grad((op(x, weight, b, adapters, noise) * draw).sum(), (x, lora_a, lora_b))
+        for op in (population_linear, population_linear_ref)
+    ]
+    for got, expected in zip(*found, strict=True):
+        assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4)

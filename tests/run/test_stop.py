@@ -14,6 +14,7 @@ import pytest
 
 import esengine.run.train
 from esengine.base.errors import Stopped
+from esengine.base.group import Group
 from esengine.run import checkpoint
 from esengine.run.stop import Stop
 from esengine.sampling.rollout import Renderer
@@ -35,8 +36,7 @@ def score(images, prompts):
 
 def train(config, *args):
     """As the command line calls it, which takes signals over."""
-    with Stop() as stop:
-        return esengine.run.train.train(config, *args, stop=stop)
+    return esengine.run.train.train(config, *args, stop=Stop())
 
 
 def test_the_first_signal_asks_and_handlers_come_back():
@@ -73,6 +73,19 @@ def test_a_library_call_takes_over_no_signal(small, tmp_path, reward):
     assert all(each == before for each in seen)
 
 
+def test_signals_are_taken_over_only_once_the_processes_have_met(small, tmp_path, monkeypatch):
+    """Waiting for the others is torch's, which sees no signal that Python handles."""
+    before, join, seen = signal.getsignal(signal.SIGTERM), Group.join, []
+
+    def joining():
+        seen.append(signal.getsignal(signal.SIGTERM))
+        return join()
+
+    monkeypatch.setattr(Group, "join", joining)
+    train(small(tmp_path / "run", steps=1, heldout_every=0, strip_every=0))
+    assert seen == [before]
+
+
 def test_ctrl_c_ends_a_library_call_with_a_checkpoint(small, tmp_path, reward):
     calls = 0
 
@@ -84,8 +97,12 @@ def test_ctrl_c_ends_a_library_call_with_a_checkpoint(small, tmp_path, reward):
         return images.float().mean(dim=(1, 2, 3))
 
     config = small(tmp_path / "run", reward=reward(interrupting), heldout_every=0, strip_every=0, checkpoint_every=100)
-    with pytest.raises(KeyboardInterrupt):
-        esengine.run.train.train(config)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            esengine.run.train.train(config)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())[-1] == "step_00000002"
 
 

@@ -326,6 +326,8 @@ def test_two_steps_and_the_reference_angle(small, tmp_path):
         {"eval_prompts": Path("nosuch.txt")},
         {"reward": "nosuch"},
         {"es": ESSettings(prompts_per_step=5)},
+        {"image": ImageSettings(height=100)},
+        {"image": ImageSettings(x0_angle=1.3, num_steps=2)},
         {"device": "nosuch"},
         *(pytest.param(changes) for changes in ({"model": "nosuch"}, {"lora": LoraSettings(targets=("nosuch",))})),
     ],

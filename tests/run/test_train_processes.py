@@ -43,8 +43,7 @@ def world(size, config_of, before=lambda rank: None):
         told, error = Told(), ""
         try:
             before(rank)
-            with Stop() as stop:
-                train(config_of(rank), told, stop)
+            train(config_of(rank), told, Stop())
         except Exception as failed:
             error = f"{type(failed).__name__}: {failed}"
             traceback.print_exc()
