@@ -130,10 +130,11 @@ def _train(args: list[str]) -> int:
 
 def _page(folder: Path) -> Path | None:
     """The run as one HTML page; a finished run does not fail because of it."""
-    from esengine.report import write_training_page
     from esengine.rewards.base import reason
 
     try:
+        from esengine.report import write_training_page
+
         return write_training_page(folder)
     except (Exception, KeyboardInterrupt) as error:
         print(f"warning: no page of the run could be drawn: {reason(error)}", file=sys.stderr)

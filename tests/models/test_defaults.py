@@ -3,8 +3,8 @@
 import pytest
 
 from esengine.base.prompt_files import read_prompts
-from esengine.evaluation.benchmarks import PACKAGED, read_benchmark
-from esengine.models.defaults import defaults
+from esengine.evaluation.benchmarks import read_benchmark
+from esengine.models.defaults import BENCHMARKS, defaults
 from esengine.models.nano import world
 from esengine.rewards import parse
 from esengine.rewards.spec import read
@@ -29,7 +29,7 @@ def test_a_model_has_its_own_prompts_and_reward():
     assert defaults("somebody/model") == defaults("/a/folder")
     assert defaults("somebody/model").reward == "pickscore"
     assert defaults("tiny").train == defaults("somebody/model").train != defaults("nano").train
-    assert PACKAGED["nano"].is_file()
+    assert BENCHMARKS["nano"].is_file()
 
 
 @pytest.mark.parametrize(
