@@ -96,8 +96,7 @@ def score_task(
     Scores stay on the device until the last chunk. A reward that `_overlaps` is at most one chunk behind, so at most
     two chunks of images are in memory. The scores are the same either way.
 
-    With K processes, the process of rank r renders chunks r, r + K, ... Chunks and scores are identical to those of one
-    process.
+    With K processes, rank r renders chunks r, r + K, ... Chunks and scores are those of one process.
 
     Args:
         on_images: called with the number of images that are rendered and scored, or queued to be scored.
