@@ -28,6 +28,7 @@ from esengine.base.settings_file import from_dict
 from esengine.models import SanaSprint
 from esengine.models.defaults import defaults
 from esengine.rewards import parse
+from esengine.run import journal
 from esengine.run.prepare import attach_population
 from esengine.run.settings import REFERENCE_TARGETS, TrainConfig, load, to_dict
 from esengine.run.train import train
@@ -104,7 +105,7 @@ def trial(change: dict[str, Any], images: int, seed: int) -> dict[str, Any]:
         start = time.perf_counter()
         report = train(from_dict(TrainConfig(), settings, "trial")).comparison
         seconds = time.perf_counter() - start
-        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+        last = journal.read(Path(folder) / "run" / journal.NAME).of(journal.Step)[-1]
     base, adapter = report.overall
     return {
         "change": change,
@@ -112,7 +113,7 @@ def trial(change: dict[str, Any], images: int, seed: int) -> dict[str, Any]:
         "steps": steps,
         "images": images,
         "seconds": seconds,
-        "adapter_norm": json.loads(lines[-1])["adapter_norm"],
+        "adapter_norm": last.metrics["adapter_norm"],
         "base": base["mean"],
         "gain": adapter["against_first"],
     }

@@ -30,10 +30,11 @@ from esengine.base.settings_file import from_dict
 from esengine.cli.eval import evaluate
 from esengine.cli.settings import EvalConfig
 from esengine.evaluation.benchmarks import read_benchmark
-from esengine.evaluation.curves import read_held
 from esengine.models.defaults import defaults
 from esengine.models.nano import world
 from esengine.rewards.roles import reward_names
+from esengine.run import journal
+from esengine.run.curves import held_of
 from esengine.run.pictures import draw_strip
 from esengine.run.settings import TrainConfig, differences, load, load_run, to_dict
 from esengine.run.train import train
@@ -119,7 +120,7 @@ def curves(runs: dict[str, Path], path: Path) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    measures = {name: read_held(run / "heldout.jsonl") for name, run in runs.items()}
+    measures = {name: held_of(journal.read(run / journal.NAME)) for name, run in runs.items()}
     judges = list(next(iter(measures.values()))[0].change)
     figure, axes = plt.subplots(1, len(judges), figsize=(3 * len(judges), 2.6), layout="constrained")
     for axis, judge in zip(axes, judges, strict=True):

@@ -8,7 +8,6 @@ machine the model is: a step takes the time of its largest share, ceil(chunks / 
 """
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -18,6 +17,8 @@ import tempfile
 from pathlib import Path
 
 import record
+
+from esengine.run import journal
 
 WARM = 3
 POPULATION, CHUNK, PER_STEP = 32, 32, 8
@@ -39,7 +40,7 @@ def measure(processes: int, steps: int) -> dict:
         command += ["-m", "esengine", "train", "--run-dir", str(run), "--steps", str(steps), "--strip-every", "0"]
         command += ["--heldout-every", "0", "--checkpoint-every", str(steps), *flags]
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][WARM:]
+        lines = [step.metrics for step in journal.read(run / journal.NAME).of(journal.Step)][WARM:]
     found = {}
     for name in ("seconds", "seconds_update"):
         values = sorted(line[name] for line in lines)

@@ -5,6 +5,7 @@ import types
 from dataclasses import replace
 from pathlib import Path
 
+import journals
 import pytest
 import torch
 from safetensors import safe_open
@@ -93,9 +94,9 @@ def outcome():
             found["lora"] = lora.metadata(), {key: lora.get_tensor(key).tobytes() for key in sorted(lora.keys())}
         newest = sorted((run_dir / "checkpoints").iterdir())[-1]
         found["checkpoint"] = newest.name, (newest / "state.safetensors").read_bytes()
-        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-        found["metrics"] = [{k: v for k, v in json.loads(line).items() if k not in CLOCKS} for line in lines]
-        found["heldout"] = (run_dir / "heldout.jsonl").read_bytes()
+        found["metrics"] = [{k: v for k, v in step.items() if k not in CLOCKS} for step in journals.steps(run_dir)]
+        found["fitness"] = journals.fitness(run_dir)
+        found["heldout"] = journals.measured(run_dir)
         found["grids"] = {path.name: path.read_bytes() for path in sorted(run_dir.glob("heldout/*"))}
         found["eval"] = json.loads((run_dir / "eval.json").read_text())
         return found

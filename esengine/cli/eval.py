@@ -19,6 +19,7 @@ from esengine.models.defaults import Defaults, defaults
 from esengine.report import write_evaluation_page
 from esengine.rewards import Weighted, parse
 from esengine.rewards.roles import reward_names
+from esengine.run.curves import kept_curves
 from esengine.run.settings import TrainConfig, load_run
 from esengine.sampling.build import is_folder, load_model, pick_chunk, pick_dtype, render_settings, take_device
 from esengine.sampling.settings import ImageSettings
@@ -139,7 +140,7 @@ class _Job:
             with folder.alone():  # one process encodes, the others find it in the cache
                 record = folder.begin(self.record, keep=() if self.image.chunk else ("chunk",))
                 try:
-                    folder.keep_curves(self.plan.entries)
+                    folder.keep_curves(lambda: kept_curves(self.plan.entries))
                 except RunError as error:  # it concerns a run folder, not this one
                     self.progress.note(f"warning: the page will have no curves of training: {error}")
                 texts = self._texts()

@@ -11,12 +11,13 @@ from typing import Any
 
 import tyro
 
-from esengine.base.errors import ConfigError
+from esengine.base.errors import ConfigError, RunError
 from esengine.base.files import DATA
 from esengine.base.prompt_files import read_prompt_file
 from esengine.base.settings_file import from_dict
 from esengine.cli.settings import EvalConfig, RenderConfig
 from esengine.models.defaults import DEMO, defaults
+from esengine.run import journal
 from esengine.run.settings import TrainConfig, config_file, load, load_run, read_settings
 from esengine.sampling.settings import ImageSettings
 
@@ -24,13 +25,13 @@ from esengine.sampling.settings import ImageSettings
 def parse_train(args: list[str]) -> TrainConfig:
     """The settings of `esengine train`. Flags override the YAML file, and the YAML file overrides the defaults.
 
-    The YAML file is that of --config, or with --resume the run's config.yaml. A model may have packaged defaults.
+    The YAML file is that of --config. With --resume it is the run's journal. A model may have packaged defaults.
 
     Raises:
         ConfigError: a file cannot be read, or a setting is unknown, of the wrong type or out of range.
     """
     source, run = _below(args)
-    data = {} if source is None else read_settings(source)
+    data = {} if source is None else _data(source, run)
     if not run and data.get("config") is not None:
         raise ConfigError(f"config {source}: config: expected no other file below this one, got {data['config']!r:.60}")
     default = TrainConfig()
@@ -61,8 +62,13 @@ def _below(args: list[str]) -> tuple[Path | None, bool]:
     config, run_dir = _peek(args, "config"), _peek(args, "run-dir")
     if config is not None:
         return config_file(config), False
-    saved = Path(run_dir or ".") / "config.yaml"
+    saved = Path(run_dir or ".") / journal.NAME
     return (saved, True) if run_dir and _switched_on(args, "resume") and saved.is_file() else (None, False)
+
+
+def _data(source: Path, run: bool) -> dict[str, Any]:
+    """The settings of a YAML file, or those that a run last started with."""
+    return journal.read(source).start.settings if run else read_settings(source)
 
 
 def parse(cls: type, args: list[str], prog: str) -> Any:
@@ -128,10 +134,10 @@ def _holder(name: str, args: list[str]) -> str | None:
     source, run = _below(args)
     run_dir = _peek(args, "run-dir")
     if source is None and run_dir and args[:1] != ["train"]:
-        source, run = Path(run_dir) / "config.yaml", True
+        source, run = Path(run_dir) / journal.NAME, True
     data = None
-    with contextlib.suppress(ConfigError):
-        data = source and read_settings(source)
+    with contextlib.suppress(ConfigError, RunError):
+        data = source and _data(source, run)
     section, _, key = name.rpartition(".")
     data = (data or {}).get(section) if section else data
     if not isinstance(data, dict) or data.get(key) is None:

@@ -16,9 +16,10 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -28,7 +29,6 @@ from esengine.base.files import naming, refuse_links, replace_file
 from esengine.base.locks import lock
 from esengine.base.progress import Progress
 from esengine.evaluation.benchmarks import Benchmark
-from esengine.evaluation.curves import kept_curves
 from esengine.evaluation.draw import Batch, Places, Plan, batch_records
 from esengine.evaluation.entries import Entry
 from esengine.evaluation.statistics import Report, flatten
@@ -118,14 +118,10 @@ class EvaluationFolder:
             raise RunError(f"out {self.path} holds an evaluation with other settings ({changed}): choose another --out")
         return record
 
-    def keep_curves(self, entries: Sequence[Entry]) -> None:
-        """Write curves.json, unless it exists or there are no curves.
-
-        Raises:
-            RunError: a file of a run is damaged.
-        """
+    def keep_curves(self, read: Callable[[], dict[str, Any]]) -> None:
+        """Write what `read` returns into curves.json, unless the file exists or there are no curves."""
         file = self.path / "curves.json"
-        if not file.exists() and (kept := kept_curves(entries)):
+        if not file.exists() and (kept := read()):
             replace_file(file, json.dumps(kept, allow_nan=False).encode())
 
     def missing(self, plan: Plan, progress: Progress) -> list[tuple[Entry, Places]]:

@@ -6,6 +6,7 @@ from esengine.base.errors import RunError
 from esengine.report.evaluation import write_evaluation_page
 from esengine.report.gallery import write_gallery
 from esengine.report.training import write_training_page
+from esengine.run.journal import NAME
 
 __all__ = ["write_evaluation_page", "write_gallery", "write_page", "write_training_page"]
 
@@ -19,7 +20,7 @@ def write_page(folder: Path) -> Path:
     """
     if (folder / "evaluation.json").is_file():
         return write_evaluation_page(folder)
-    if (folder / "config.yaml").is_file():
+    if (folder / NAME).is_file():
         return write_training_page(folder)
     what = "there is neither" if folder.is_dir() else "there is no such folder"
-    raise RunError(f"{folder}: expected a run's config.yaml or an evaluation's evaluation.json in it, {what}")
+    raise RunError(f"{folder}: expected a run's {NAME} or an evaluation's evaluation.json in it, {what}")

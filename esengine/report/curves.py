@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from esengine.base.records import as_written, read_json, text
-from esengine.evaluation.curves import Held, as_measure, as_metric
 from esengine.report.charts import Chart, Series, lines
+from esengine.run.curves import Held, as_measure, as_metric
 
 SPREAD = {"reward": "mean", "reward_best": "best", "reward_worst": "worst"}
 

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from esengine.base.errors import ConfigError
-from esengine.base.records import as_written, number, read_json, read_yaml, text, texts
-from esengine.evaluation.curves import Held, read_held, read_metrics
+from esengine.base.records import as_written, number, read_json, text, texts
 from esengine.evaluation.statistics import flatten
 from esengine.report.charts import Chart, Series, lines
 from esengine.report.curves import column, held_charts, names_like, partings, reward_charts, steps_of
@@ -19,6 +18,8 @@ from esengine.report.page import write
 from esengine.report.thumbnails import Picture, thumbnail
 from esengine.report.words import TIMES, count, duration, figure, short, signed
 from esengine.rewards import spec
+from esengine.run import journal
+from esengine.run.curves import Held, held_of, metrics_of
 from esengine.run.settings import TrainConfig, to_dict
 
 MAX_STRIPS = 16
@@ -39,19 +40,18 @@ class Setting:
 def write_training_page(run_dir: Path) -> Path:
     """Write RUN/report.html from what the run has written so far, and return its path.
 
-    The page depends only on the folder's files. Only config.yaml is required.
+    The page depends only on the folder's files. Only the journal is required.
 
     Raises:
         RunError: a file is damaged. The message names the file and, for a file of lines, the line.
     """
-    config = flatten(read_yaml(run_dir / "config.yaml"))  # not as a TrainConfig: other versions have other settings
-    with as_written(run_dir / "config.yaml"):
+    run = journal.read(run_dir / journal.NAME)
+    config = flatten(run.start.settings)  # not as a TrainConfig: other versions have other settings
+    with as_written(f"{run.path}: settings"):
         steps, model, reward = int(config["steps"]), text(config["model"]), text(config["reward"])
         size = _size(config)
-    metrics = read_metrics(run_dir / "metrics.jsonl")
-    held = read_held(run_dir / "heldout.jsonl")
+    metrics, held = metrics_of(run), held_of(run)
     comparison, made = _comparison(run_dir / "eval.json")
-    known = _checkpoint(run_dir)
     beside = run_dir / "comparison.png"
     gain = _compared(comparison, reward) if comparison else _measured(held)
     return write(
@@ -81,7 +81,7 @@ def write_training_page(run_dir: Path) -> Path:
             if timeline["pictures"]
         ],
         settings=_settings(config),
-        versions=known | flatten(made),
+        versions=flatten(run.start.identity) | flatten(made),
     )
 
 
@@ -104,15 +104,6 @@ def _comparison(path: Path) -> tuple[Comparison | None, dict[str, Any]]:
         entries, scores = texts(report["entries"]), texts(report["scores"])
         found = Comparison(entries, scores, int(number(report["repeats"])), overall(report, entries, scores))
         return found, dict(report["settings"])
-
-
-def _checkpoint(run_dir: Path) -> dict[str, Any]:
-    """The newest checkpoint's meta without the settings: model, rewards, versions. Empty if there is no checkpoint."""
-    for path in sorted(run_dir.glob("checkpoints/step_*/meta.json"), reverse=True)[:1]:
-        with as_written(path):
-            meta = read_json(path)["meta"]
-            return flatten({name: value for name, value in meta.items() if name != "config"})
-    return {}
 
 
 def _size(config: dict[str, Any]) -> tuple[str, str, str]:

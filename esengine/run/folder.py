@@ -14,15 +14,13 @@ from pathlib import Path
 from esengine.base.errors import RunError
 from esengine.base.files import naming, refuse_links
 from esengine.base.locks import lock
+from esengine.run import journal
 
 TEMPORARY = ".tmp-"
 LOCK = ".lock"
 _CHECKPOINT = re.compile(r"step_(\d{8,})")
 _FOLDERS = ("checkpoints", "adapter", "tensorboard", "strips", "heldout", "wandb")
-_FILES = (
-    *("config.yaml", "metrics.jsonl", "fitness.jsonl", "heldout.jsonl"),
-    *("eval.json", "comparison.png", "trackers.json", "report.html"),
-)
+_FILES = (journal.NAME, "config.yaml", "eval.json", "comparison.png", "trackers.json", "report.html")
 
 
 def checkpoint_folders(root: Path) -> list[Path]:
@@ -96,12 +94,8 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def fitness(self) -> Path:
-        return self.path / "fitness.jsonl"
+    def journal(self) -> Path:
+        return self.path / journal.NAME
 
     @property
     def checkpoints(self) -> Path:
@@ -138,8 +132,8 @@ class RunFolder:
         self.close()
 
     def _leave_nothing(self) -> None:
-        """Remove what `open` made, if the run has written no config.yaml and no checkpoint."""
-        if self._lock is None or not self._created or self.config.exists() or checkpoint_folders(self.checkpoints):
+        """Remove what `open` made, if the run has written no journal and no checkpoint."""
+        if self._lock is None or not self._created or self.journal.exists() or checkpoint_folders(self.checkpoints):
             return
         for made in self._created:
             with contextlib.suppress(OSError):  # a folder with other files in it stays
@@ -164,12 +158,12 @@ class RunFolder:
         found = checkpoint_folders(self.checkpoints)
         if resume and not found:
             raise RunError(f"run folder {self.path}: nothing to resume, it holds no checkpoint")
-        logged = [log for log in (self.metrics, self.fitness) if log.exists() and log.stat().st_size]
+        logged = journal.has_steps(self.journal)
         if not resume and found and (path_step(found[0]) > 0 or logged):
             raise RunError(f"run folder {self.path} already holds a run: add --resume, or choose another --run-dir")
         if not resume and logged:
             raise RunError(
-                f"run folder {self.path} already holds a run, {logged[0].name} of it and no checkpoint: choose another "
+                f"run folder {self.path} already holds a run, {journal.NAME} of it and no checkpoint: choose another "
                 "--run-dir"
             )
 

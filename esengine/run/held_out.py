@@ -15,76 +15,80 @@ from typing import Any
 
 import torch
 
-from esengine.base.errors import RunError
+from esengine.base.files import write_atomic
+from esengine.base.records import as_written
 from esengine.evaluation.draw import EVAL_STEP
 from esengine.rewards.fault_tolerant import FaultTolerant
 from esengine.rewards.roles import Rewards
-from esengine.run.log import RunLog
+from esengine.run.hooks import Hook, Outputs
+from esengine.run.journal import Measured, Step
+from esengine.run.pictures import draw_grid
 from esengine.sampling.rollout import Renderer, render_all
 
 CERTAIN = 2.0
 """A change counts as significant beyond this many standard errors."""
 
 
-class HeldOut:
+class HeldOut(Hook):
     """Measures a run's rewards on held-out prompts, records them, and warns when they diverge.
 
     The prompts are spread evenly over the list. The measurements do not affect the adapter.
 
     Args:
+        out: the outputs of the run. The measurements in its journal are continued if their prompts and rewards are the
+            same. Otherwise a new series begins. Each held-out reward that diverges is one warning.
         rewards: see `load_rewards`.
         render: renders the held-out list.
         prompts: maximum number of prompts to measure on.
         every: steps between measurements.
-        log: the log of the run. Measurements from before the resumed step are continued if their prompts and rewards
-            are the same. Otherwise they are set aside.
-        note: receives one warning for each held-out reward that diverges.
+        last: number of steps of the run, after which it measures too.
+        stopped: called before each chunk. If it returns true, nothing is written; a resumed run measures again.
         drop_bad: if true, leave out images that a reward fails on and log a warning; the limit is one image or a tenth,
             whichever is more. If false, such an image is an error.
 
     Raises:
-        RunError: an earlier record was not written by esengine; the message names its line.
+        RunError: an earlier record was not written by esengine.
     """
 
     def __init__(
         self,
+        out: Outputs,
         rewards: Rewards,
         render: Renderer,
         *,
         prompts: int,
         every: int,
-        log: RunLog,
-        note: Callable[[str], None],
+        last: int,
+        stopped: Callable[[], bool] = lambda: False,
         drop_bad: bool = False,
     ):
-        self.rewards, self.render, self.every, self.log, self.note = rewards, render, every, log, note
-        self.drop_bad = drop_bad
+        self.out, self.rewards, self.render, self.every, self.last = out, rewards, render, every, last
+        self.stopped, self.drop_bad = stopped, drop_bad
         total = len(render.texts)
         count = min(prompts, total)
         self.prompts = torch.arange(count) * total // count
         self.of = {"prompts": render.words(self.prompts), "rewards": rewards.identity(rewards.everything)}
-        if log.held_out and log.held_out[0].get("of") != self.of:
-            kept = log.set_held_out_aside()
-            note(
-                "held-out prompts or rewards are others than before: changes are against step "
-                f"{log.resume_step}, those before are in {kept.name}"
+        written = out.journal.contents
+        self.series = written.held_out
+        if self.series and self.series[0].of != self.of:
+            self.series = []
+            out.note(
+                "held-out prompts or rewards are others than before: from here on, changes are against step "
+                f"{written.done}"
             )
-        for number, record in enumerate(log.held_out, start=1):
-            try:
+        for record in self.series:
+            with as_written(f"{written.path}: held-out scores after step {record.step}"):
                 self._require_written(record)
-            except (KeyError, TypeError, ValueError) as error:
-                raise RunError(f"{log.held_out_file}, line {number}: not as esengine writes it: {error!r}") from error
 
-    def due(self, step: int, last: int) -> bool:
-        """Whether to measure after `step` steps: at the first call, after every `every` steps, and at `last`."""
-        return not self.log.held_out or step % self.every == 0 or step == last
+    def start(self, done: int) -> None:
+        if not self.series or done % self.every == 0 or done == self.last:
+            self.measure(done)
 
-    def measure(self, step: int, stopped: Callable[[], bool] = lambda: False) -> None:
+    def after_step(self, step: Step) -> None:
+        self.start(step.step + 1)
+
+    def measure(self, step: int) -> None:
         """Render and score the held-out prompts with the adapter after `step` steps.
-
-        Args:
-            step: number of steps that are done.
-            stopped: called before each chunk. If it returns true, nothing is written; a resumed run measures again.
 
         Raises:
             RewardError, RenderError: see `Weighted.score` and `Generator.render_chunks`.
@@ -92,57 +96,66 @@ class HeldOut:
         images, parts, reward = [], [], self.rewards.everything
         if self.drop_bad:
             reward = FaultTolerant(reward, len(self.prompts), least=1)
-        for drawn, words in render_all(self.render, EVAL_STEP, self.prompts, stopped=stopped):
+        for drawn, words in render_all(self.render, EVAL_STEP, self.prompts, stopped=self.stopped):
             parts.append(reward.score(drawn, words, step=step))
             images.append(drawn)
         if sum(map(len, images)) < len(self.prompts):
             return
         if self.drop_bad and reward.bad:
-            self.note(f"warning: held out, {reward.bad} of {reward.images} images are left out: {reward.first}")
+            self.out.note(f"warning: held out, {reward.bad} of {reward.images} images are left out: {reward.first}")
         scores = {name: torch.cat([part[name] for part in parts]).tolist() for name in self._names}
-        first = self.log.held_out[0]["scores"] if self.log.held_out else None
+        first = self.series[0].scores if self.series else None
         changes = {name: _against(each, first[name]["each"] if first else each) for name, each in scores.items()}
         parted = part_ways(changes, self.rewards.objective, self.rewards.held_out)
         before = self.parted()
-        record = {"step": step, "scores": changes, "optimised": self.rewards.objective, "parted": parted}
-        if first is None:
-            record["of"] = self.of
-        self.log.measured(record, torch.cat(images), self.of["prompts"])
+        record = Measured(step, changes, self.rewards.objective, parted, None if first else self.of)
+        self._draw(step, torch.cat(images))
+        self.out.journal.append(record)
+        self.series.append(record)
+        for kind, key in (("heldout", "mean"), ("heldout_change", "change")):
+            there = {f"{kind}/{name}": score[key] for name, score in changes.items() if score[key] is not None}
+            self.out.trackers.log(step, there)
         for name in parted:
             if name not in before:
-                self.note(f"warning: {self.warning(name)}")
+                self.out.note(f"warning: {self.warning(name)}")
+
+    def _draw(self, step: int, images: torch.Tensor) -> None:
+        """Write heldout/step_00000010.png, a grid of images uint8 [K, 3, H, W] with their prompts."""
+        picture = draw_grid(images, self.of["prompts"])
+        write_atomic(self.out.folder.held_out / f"step_{step:08d}.png", picture.save)
+        self.out.trackers.image(step, "heldout", picture)
 
     @property
     def _names(self) -> list[str]:
         return list(dict.fromkeys([self.rewards.objective, *self.rewards.everything.names]))
 
-    def _require_written(self, record: dict[str, Any]) -> None:
+    def _require_written(self, record: Measured) -> None:
         """Raise KeyError, TypeError or ValueError for a record that `measure` cannot have written."""
         for name in self._names:
-            score = record["scores"][name]
+            score = record.scores[name]
             numbers = [score["mean"], score["change"], score["standard_error"], *score["each"]]
             if len(score["each"]) != len(self.prompts) or {type(each) for each in numbers} - {float, type(None)}:
                 raise ValueError(f"{name}: expected numbers, and one for each of {len(self.prompts)} prompts")
         objective = self.rewards.objective
-        parted = part_ways(record["scores"], objective, self.rewards.held_out)
-        if (record["optimised"], record["parted"]) != (objective, parted):
+        parted = part_ways(record.scores, objective, self.rewards.held_out)
+        if (record.optimised, record.parted) != (objective, parted):
             raise ValueError(f"expected {objective} as optimised and {parted} as parted, as the scores say")
 
     def parted(self) -> dict[str, int]:
         """The step at which each held-out reward diverged from the optimised one. Others have no entry."""
         found: dict[str, int] = {}
-        for record in self.log.held_out:
-            for name in record["parted"]:
-                found.setdefault(name, record["step"])
+        for record in self.series:
+            for name in record.parted:
+                found.setdefault(name, record.step)
         return found
 
     def warning(self, name: str) -> str:
         """One line about a held-out reward that diverged."""
         step = self.parted()[name]
-        record = next(each for each in self.log.held_out if each["step"] == step)
-        up, down = (record["scores"][each] for each in (record["optimised"], name))
+        record = next(each for each in self.series if each.step == step)
+        up, down = (record.scores[each] for each in (record.optimised, name))
         return (
-            f"the rewards part ways at step {step}: {record['optimised']} {_amount(up)}, held-out {name} "
+            f"the rewards part ways at step {step}: {record.optimised} {_amount(up)}, held-out {name} "
             f"{_amount(down)} on {len(self.prompts)} prompts; look at heldout/step_{step:08d}.png"
         )
 

@@ -1,5 +1,6 @@
 """Prepares a run for its first step: reads and checks the inputs, loads the model, restores the last checkpoint."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -7,7 +8,6 @@ import re
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -25,11 +25,12 @@ from esengine.models import Generator, RenderSettings, TextEmbeddings, require_p
 from esengine.models.defaults import Defaults, defaults
 from esengine.rewards.roles import Rewards, load_rewards, reward_names
 from esengine.rewards.spec import read
+from esengine.run import journal
 from esengine.run import state as run_state
 from esengine.run.checkpoint import Checkpoint, set_aside
 from esengine.run.folder import RunFolder
-from esengine.run.log import require_steps
-from esengine.run.settings import MAY_CHANGE, TrainConfig, differences, load, to_dict
+from esengine.run.journal import Journal, Saved, Start
+from esengine.run.settings import MAY_CHANGE, TrainConfig, differences, started, to_dict, to_yaml
 from esengine.run.trackers import require_installed
 from esengine.sampling.build import (
     encode,
@@ -43,9 +44,6 @@ from esengine.sampling.build import (
 )
 from esengine.sampling.environment import describe
 from esengine.sampling.rollout import Renderer
-
-IN_THE_UPDATE = ("seed", "dtype", "population", "lora", "es", "update")
-"""Settings that determine the adapter together with the fitness. fitness.jsonl has them in the step they start at."""
 
 OF_A_PROCESS = tuple(name for name in MAY_CHANGE if name not in ("steps", "checkpoint_every", "on_bad_reward"))
 """Settings that may differ between the processes of a run: names, and settings that only the leading process uses."""
@@ -80,8 +78,9 @@ class Prepared:
         config: the settings, with a value for each of them.
         model, engine, rewards: loaded. The engine is at the step from which the run continues.
         settings: how an image is rendered.
-        meta: the run's part of a checkpoint's meta.
-        saved: the checkpoint from which the run resumes; None for a new run.
+        start: the next start in the run's journal.
+        before: the journal up to the checkpoint from which the run resumes; None for a new run.
+        limits: images in one forward, and images scored together, that fit into memory. None: not known.
         texts, held_out: embeddings of the prompts to train on and of the held-out prompts.
     """
 
@@ -90,24 +89,16 @@ class Prepared:
     engine: Engine
     rewards: Rewards
     settings: RenderSettings
-    meta: dict[str, Any]
-    saved: Checkpoint | None
+    start: Start
+    before: Journal | None
+    limits: tuple[int | None, int | None]
     texts: TextEmbeddings
     held_out: TextEmbeddings
 
     def renderer(self, texts: TextEmbeddings, progress: Progress) -> Renderer:
         """A renderer of a list of prompts with this run's settings and the batch limit of its last checkpoint."""
-        limit = self.saved.meta.get(run_state.LIMITS[0]) if self.saved else None
-        keys = dict(seed=self.config.seed, chunk=self.config.image.chunk, limit=limit, note=progress.note)
+        keys = dict(seed=self.config.seed, chunk=self.config.image.chunk, limit=self.limits[0], note=progress.note)
         return Renderer(self.model, texts, self.settings, **keys)
-
-    @property
-    def opening(self) -> dict[str, Any] | None:
-        """Settings to write into the next line of fitness.jsonl; None if an earlier line has the same."""
-        now = {name: self.meta["config"][name] for name in IN_THE_UPDATE}
-        if self.engine.step > 0 and now == {name: self.saved.meta["config"][name] for name in IN_THE_UPDATE}:
-            return None
-        return {"settings": now}
 
 
 def read_inputs(config: TrainConfig, group: Group) -> Inputs:
@@ -147,11 +138,13 @@ def prepare(inputs: Inputs, folder: RunFolder, progress: Progress, group: Group)
         RunError: the folder has nothing to resume, or holds a different run.
     """
     config = inputs.config
-    saved = run_state.latest(folder.checkpoints) if config.resume else None
-    if saved is not None and folder.config.is_file():
-        config = _as_before(config, load(folder.config))
-    if saved is not None and group.is_main:
-        require_steps(folder, saved.step)
+    saved, before = _saved(folder) if config.resume else (None, None)
+    if before is not None:
+        was = started(before)
+        config = _as_before(config, was)
+        with contextlib.suppress(OSError, ValueError):
+            if group.is_main and folder.config.read_text(encoding="utf-8") != to_yaml(was):
+                progress.note(f"warning: {folder.config} is a copy, changes in it have no effect: use flags")
     device = take_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     rewards, config = _rewards(inputs, config, str(device), progress)
@@ -160,25 +153,47 @@ def prepare(inputs: Inputs, folder: RunFolder, progress: Progress, group: Group)
         model = load_model(config.model, config.revision, device, dtype, config.image.vae)
     allowed, config = config.allow_change, _resolved(config, model)
     settings = render_settings(config.image)
-    meta = {
-        "config": to_dict(config),
-        "prompts_sha256": hashlib.sha256("\n".join(inputs.prompts).encode()).hexdigest(),
-        "model": model.identity(),
-        "rewards": rewards.identity(rewards.optimised),
-        "contract": CONTRACT,
-        "environment": describe(),
-    }
-    _require_alike(group, meta)
-    if saved is not None and group.is_main:
-        _check_same_run(folder, saved.meta, meta, allowed, progress)
+    start = Start(
+        saved.step if saved else 0,
+        to_dict(config),
+        {
+            "prompts_sha256": hashlib.sha256("\n".join(inputs.prompts).encode()).hexdigest(),
+            "model": model.identity(),
+            "rewards": rewards.identity(rewards.optimised),
+            "contract": CONTRACT,
+            "environment": describe(),
+        },
+    )
+    _require_alike(group, start)
+    if before is not None and group.is_main:
+        _check_same_run(folder, before.start, start, allowed, progress)
     engine = _engine(inputs.sampler, model, config, settings, progress, group)
+    limits = (None, None)
     if saved is not None:
         _go_on(engine, saved, config, folder, progress)
-        rewards.optimised.limit = saved.meta.get(run_state.LIMITS[1])
+        if changed := differences(before.start.identity["environment"], describe()):
+            progress.note(f"warning: bits may differ from before, {'; '.join(changed)}")
+        limits = tuple(saved.meta.get(name) for name in run_state.LIMITS)
+        rewards.optimised.limit = limits[1]
         if group.is_main:
             set_aside(path for path, _ in saved.skipped)
     texts, held_out = _encoded(inputs, model, config, progress, group)
-    return Prepared(config, model, engine, rewards, settings, meta, saved, texts, held_out)
+    before = before and before.cut(saved.step)
+    return Prepared(config, model, engine, rewards, settings, start, before, limits, texts, held_out)
+
+
+def _saved(folder: RunFolder) -> tuple[Checkpoint, Journal]:
+    """The checkpoint that a run resumes from, and its journal.
+
+    Raises:
+        RunError: there is no checkpoint, the journal is damaged or lacks a step, or the two are of different runs.
+    """
+    saved = run_state.latest(folder.checkpoints)
+    found = journal.read(folder.journal, needed=saved.step)
+    for record in found.cut(saved.step).of(Saved):
+        if record.step == saved.step and record.adapter_sha256 != saved.meta["adapter_sha256"]:
+            raise RunError(f"checkpoint {saved.path}: expected the adapter {record.adapter_sha256} of {found.path}")
+    return saved, found
 
 
 def _rewards(inputs: Inputs, config: TrainConfig, device: str, progress: Progress) -> tuple[Rewards, TrainConfig]:
@@ -294,8 +309,6 @@ def _go_on(engine: Engine, saved: Checkpoint, config: TrainConfig, folder: RunFo
     except ValueError as error:
         stays = "lora.rank, lora.targets and an optimizer with moments stay what they were, --allow-change or not"
         raise RunError(f"run folder {folder.path} cannot be gone on with: {error}; {stays}") from error
-    if changed := differences(saved.meta["environment"], describe()):
-        progress.note(f"warning: bits may differ from before, {'; '.join(changed)}")
     for path, why in saved.skipped:
         progress.note(f"skipped {path}: {why}")
     if engine.step > config.steps:
@@ -306,7 +319,7 @@ def _go_on(engine: Engine, saved: Checkpoint, config: TrainConfig, folder: RunFo
 
 
 def _as_before(config: TrainConfig, was: TrainConfig) -> TrainConfig:
-    """Fill settings that the flags leave at `auto` or None from the run's config.yaml, not from a checkpoint."""
+    """Fill settings that the flags leave at `auto` or None from the run's last start."""
     chunk = was.image.chunk if config.image.chunk is None else config.image.chunk
     watched = was.heldout_reward if config.reward == was.reward else "auto"
     return dataclasses.replace(
@@ -318,28 +331,24 @@ def _as_before(config: TrainConfig, was: TrainConfig) -> TrainConfig:
     )
 
 
-def _require_alike(group: Group, meta: dict) -> None:
+def _require_alike(group: Group, start: Start) -> None:
     """Raise RunError unless every process has the same run. Each process reads its files itself."""
-    facts = {name: value for name, value in meta.items() if name != "environment"}
-    own = torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
-    found = [json.loads(bytes(each.tolist())) for each in group.gather(own)]
+    own = torch.frombuffer(bytearray(json.dumps(dataclasses.asdict(start)).encode()), dtype=torch.uint8)
+    found = [Start(**json.loads(bytes(each.tolist()))) for each in group.gather(own)]
     for rank, each in enumerate(found):
         if changed := run_state.changes(found[0], each, OF_A_PROCESS):
             raise RunError(f"process {rank}: it was given another run than process 0 ({'; '.join(changed)})")
 
 
-def _check_same_run(folder: RunFolder, saved: dict, now: dict, allowed: bool, progress: Progress) -> None:
-    if saved["contract"] != now["contract"]:
-        raise RunError(f"run folder {folder.path}: noise contract: {saved['contract']} -> {now['contract']}")
-    changed = run_state.changes(saved, now)
-    # config.yaml has the changed settings already if the run was killed before its next checkpoint, or if that
-    # checkpoint is damaged
-    before = folder.config.is_file() and run_state.signature(now) in folder.config.read_text(encoding="utf-8")
-    if changed and (allowed or before):
-        progress.note(f"warning: goes on with other settings ({'; '.join(changed)})")
+def _check_same_run(folder: RunFolder, before: Start, now: Start, allowed: bool, progress: Progress) -> None:
+    old, new = before.identity["contract"], now.identity["contract"]
+    if old != new:
+        raise RunError(f"run folder {folder.path}: noise contract: {old} -> {new}")
+    changed = run_state.changes(before, now)
+    if changed and allowed:
+        progress.note(f"warning: the run continues with other settings ({'; '.join(changed)})")
     elif changed:
-        again = "resume without these flags" if folder.config.is_file() else "its config.yaml is gone, give them again"
         raise RunError(
             f"run folder {folder.path} was trained with other settings ({'; '.join(changed)}): "
-            f"{again}, choose another --run-dir, or add --allow-change"
+            "resume without these flags, choose another --run-dir, or add --allow-change"
         )

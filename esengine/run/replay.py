@@ -1,6 +1,5 @@
-"""Replays a run from its settings and its fitness log, to check its adapter. Nothing is rendered."""
+"""Replays a run from its journal, to check its adapter. Nothing is rendered."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,16 @@ from esengine.base.progress import Progress
 from esengine.base.settings_file import from_dict
 from esengine.es.population import PEFT_PREFIX, Population
 from esengine.models import Generator
+from esengine.run import journal
 from esengine.run.folder import checkpoint_folders, path_step
-from esengine.run.loop import adapter_sha256, save_adapter
-from esengine.run.prepare import IN_THE_UPDATE, attach_population
+from esengine.run.journal import Journal, Start, Step
+from esengine.run.prepare import attach_population
+from esengine.run.saving import adapter_sha256, save_adapter
 from esengine.run.settings import ReplayConfig, TrainConfig, load_run
 from esengine.sampling.build import load_model, pick_dtype, take_device
+
+IN_THE_UPDATE = ("seed", "dtype", "population", "lora", "es", "update")
+"""Settings that determine the adapter together with the fitness."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Replayed:
     """The result of a replay.
 
     Attributes:
-        steps: number of updates made, which is the number of logged steps.
+        steps: number of updates made, which is the number of recorded steps.
         sha256: hash of the replayed adapter, see `adapter_sha256`.
         agreed: number of updates after which the replayed adapter equals the run's adapter bit for bit. It is less
             than `steps` if the run was killed between two checkpoints or is still running. None if they are never
@@ -41,94 +45,59 @@ class Replayed:
     parted: list[str] | None
 
 
-@dataclass(frozen=True)
-class Logged:
-    """A logged step: its fitness, float32 [N], exact to the bit, and the settings of the run at that step."""
-
-    fitness: torch.Tensor
-    config: TrainConfig
-
-
 def replay(config: ReplayConfig, progress: Progress) -> Replayed:
-    """Repeat the updates in a run folder's fitness.jsonl, starting from the initial adapter that the seed determines.
+    """Repeat the updates in a run's journal, starting from the initial adapter that the seed determines.
 
     On the same kind of device with the same versions the result equals the run's adapter bit for bit.
 
     Raises:
         ConfigError: the folder holds no run, or the model cannot be loaded.
-        RunError: the fitness log is missing, empty, damaged, of another population, or too short for the adapter; or
-            the adapter cannot be read.
+        RunError: the journal is damaged, has no step, or is too short for the adapter; or the adapter cannot be read.
     """
     run = load_run(config.run_dir)
-    kept = max(map(path_step, checkpoint_folders(config.run_dir / "checkpoints")), default=0)
-    logged = read_fitness(config.run_dir / "fitness.jsonl", run)
+    found = journal.read(config.run_dir / journal.NAME)
+    if not found.done:
+        raise RunError(f"{found.path}: expected at least one step, there is none: nothing to replay")
     stored = _read_adapter(config.run_dir / "adapter" / "adapter_model.safetensors")
     device = take_device(run.device if config.device == "auto" else config.device)
     progress.note(f"model {run.model} on {device}, for the shapes of its layers")
-    now = logged[0].config
+    (_, now), *_ = steps = list(_steps(found))
     model = load_model(
         config.model or run.model, None if config.model else run.revision, device, pick_dtype(now.dtype, device)
     )
     population, agreed = attach_population(model, now), None
-    for step, each in enumerate(logged):
+    for step, then in steps:
         if stored is not None and next(_parted(population, stored), None) is None:
-            agreed = step
-        if each.config != now:
-            population, now = _changed(model, population, each.config), each.config
-        population.update(step=step, fitness=each.fitness)
-        progress.count("steps", step + 1, len(logged))
+            agreed = step.step
+        if any(getattr(then, name) != getattr(now, name) for name in IN_THE_UPDATE):
+            population = _changed(model, population, then, found.path)
+        now = then
+        population.update(step=step.step, fitness=torch.tensor(step.fitness, dtype=torch.float32))
+        progress.count("steps", step.step + 1, found.done)
     parted = None if stored is None else list(_parted(population, stored))
     if parted == []:
-        agreed = len(logged)
+        agreed = found.done
     if config.out is not None:
         save_adapter(population, config.out)
-    if agreed is None and parted is not None and kept > len(logged):
+    kept = max(map(path_step, checkpoint_folders(config.run_dir / "checkpoints")), default=0)
+    if agreed is None and parted is not None and kept > found.done:
         raise RunError(
-            f"{config.run_dir / 'fitness.jsonl'}: lines are missing: it ends after step {len(logged)}, and there is a "
-            f"checkpoint of step {kept}; what is logged does not make the run's adapter"
+            f"{found.path}: lines are missing: it ends after step {found.done}, and there is a checkpoint of step "
+            f"{kept}; the recorded steps do not make the run's adapter"
         )
-    return Replayed(len(logged), adapter_sha256(population), agreed, parted if agreed is None else [])
+    return Replayed(found.done, adapter_sha256(population), agreed, parted if agreed is None else [])
 
 
-def read_fitness(path: Path, run: TrainConfig) -> list[Logged]:
-    """Steps 0, 1, ... of a fitness log. A last line without a line break is incomplete and is ignored.
-
-    Args:
-        path: path of fitness.jsonl.
-        run: settings of the run. Settings in a line, those of `IN_THE_UPDATE`, replace them from its step on.
-
-    Raises:
-        RunError: the file is missing or empty, or a line was not written by a run of N members; the message gives its
-            number.
-        ConfigError: the settings in a line are invalid.
-    """
-    try:
-        lines = path.read_bytes().split(b"\n")[:-1]
-    except OSError as error:
-        raise RunError(f"{path}: {error.strerror or error}") from error
-    found: list[Logged] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            settings = record.get("settings", {})
-            if settings.keys() - IN_THE_UPDATE:
-                raise ValueError("other settings")
-            fitness = torch.tensor(record["fitness"], dtype=torch.float32)
-            good = record["step"] == len(found) and bool(fitness.isfinite().all())
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError):
-            good = False
-        if good and settings:
-            run = from_dict(run, settings, f"{path}, line {number}: settings")
-        if not good or fitness.shape != (run.population,):
-            what = f"expected step {len(found)} and {run.population} finite numbers as fitness"
-            raise RunError(f"{path}, line {number}: {what}")
-        found.append(Logged(fitness, run))
-    if not found:
-        raise RunError(f"{path}: expected the fitness of a step at least, there is none: nothing to make again")
-    return found
+def _steps(run: Journal) -> Iterator[tuple[Step, TrainConfig]]:
+    """Each step with the settings that it was made with."""
+    for record in run.records:
+        if isinstance(record, Start):
+            config = from_dict(TrainConfig(), record.settings, f"{run.path}: settings")
+        elif isinstance(record, Step):
+            yield record, config
 
 
-def _changed(model: Generator, population: Population, config: TrainConfig) -> Population:
+def _changed(model: Generator, population: Population, config: TrainConfig, path: Path) -> Population:
     """The population with other settings and the same state, as after a resume with those settings."""
     state = population.state_dict()
     population.detach()
@@ -136,7 +105,7 @@ def _changed(model: Generator, population: Population, config: TrainConfig) -> P
     try:
         population.load_state_dict(state | {"noise": population.state_dict()["noise"]})
     except ValueError as error:
-        raise RunError(f"fitness.jsonl: its settings change to what no run can go on with: {error}") from error
+        raise RunError(f"{path}: its settings change so that no run can continue: {error}") from error
     return population
 
 

@@ -19,6 +19,7 @@ from esengine.base.files import DATA
 from esengine.base.settings_file import MAX_COUNT, MAX_STEPS, check_counts, from_dict, read_yaml
 from esengine.es.rule import UpdateRule
 from esengine.models.defaults import DEMO
+from esengine.run import journal
 from esengine.sampling.settings import ImageSettings
 
 MAX_RATE = 1e6
@@ -194,7 +195,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ReplayConfig:
-    """Rebuild a run's adapter from its config.yaml and fitness.jsonl, and compare it with the saved one.
+    """Rebuild a run's adapter from its journal, and compare it with the saved one.
 
     No image is rendered or scored. On the same kind of device, with the same versions, the result is bit-identical.
     """
@@ -218,10 +219,21 @@ MAY_CHANGE = (
 
 
 def load_run(run_dir: Path) -> TrainConfig:
-    """The resolved settings that a run folder was made with."""
-    if not (run_dir / "config.yaml").is_file():
-        raise ConfigError(f"run folder {run_dir}: expected a run's config.yaml in it, there is none")
-    return load(run_dir / "config.yaml")
+    """The resolved settings that a run last started with.
+
+    Raises:
+        ConfigError: the folder holds no run.
+        RunError: its journal is damaged.
+    """
+    path = run_dir / journal.NAME
+    if not path.is_file():
+        raise ConfigError(f"run folder {run_dir}: expected a run's {journal.NAME} in it, there is none")
+    return started(journal.read(path))
+
+
+def started(run: journal.Journal) -> TrainConfig:
+    """The settings of a journal's last start."""
+    return from_dict(TrainConfig(), run.start.settings, f"{run.path}: settings")
 
 
 def load(source: str | Path) -> TrainConfig:

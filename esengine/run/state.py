@@ -1,7 +1,5 @@
-"""The contents of a run's checkpoint: the adapter and the optimizer's moments as tensors, and the run's meta."""
+"""The contents of a run's checkpoint: the adapter, the optimizer's moments, and what else the next step needs."""
 
-import hashlib
-import json
 from collections.abc import Collection
 from pathlib import Path
 
@@ -10,18 +8,11 @@ import torch
 from esengine.base.errors import RunError
 from esengine.es.engine import Engine
 from esengine.run.checkpoint import Checkpoint, load_latest
+from esengine.run.journal import Start
 from esengine.run.settings import MAY_CHANGE, TrainConfig, differences, to_dict
 
 _PARTS = ("adapter", "optimizer")
-_META = {
-    "config": dict,
-    "prompts_sha256": str,
-    "model": str,
-    "rewards": dict,
-    "contract": int,
-    "environment": dict,
-    "adapter_sha256": str,
-}
+_META = {"contract": int, "adapter_sha256": str}
 LIMITS = ("limit", "scoring_limit")
 """Names of the two batch limits: images in one forward, images scored together. None before any out-of-memory."""
 
@@ -52,28 +43,22 @@ def engine_state(saved: Checkpoint, config: TrainConfig) -> dict:
     return {"step": saved.step, "population": {**parts, "noise": noise}}
 
 
-def changes(saved: dict, now: dict, free: Collection[str] = MAY_CHANGE) -> list[str]:
-    """Differences between the meta of two checkpoints or processes, as text. Settings in `free` are not compared.
+def changes(before: Start, now: Start, free: Collection[str] = MAY_CHANGE) -> list[str]:
+    """Differences between two starts of a run or of its processes, as text. Settings in `free` are not compared.
 
-    A setting that `saved` does not have counts as its default.
+    A setting that `before` does not have counts as its default.
     """
     config = to_dict(TrainConfig())
-    for name, value in saved["config"].items():
+    for name, value in before.settings.items():
         section = config.get(name)
         config[name] = section | value if isinstance(section, dict) and isinstance(value, dict) else value
-    found = differences(config, now["config"], free)
-    found += differences({"reward": saved["rewards"]}, {"reward": now["rewards"]}, free)
+    old, new = before.identity, now.identity
+    found = differences(config, now.settings, free)
+    found += differences({"reward": old["rewards"]}, {"reward": new["rewards"]}, free)
     for name, what in (("model", "model: its weights"), ("prompts_sha256", "prompts: the file's contents")):
-        if saved[name] != now[name]:
+        if old[name] != new[name]:
             found.append(what)
     return found
-
-
-def signature(meta: dict) -> str:
-    """A comment for config.yaml: the SHA-256 of all that `changes` compares, as of the run's last start or resume."""
-    config = {name: value for name, value in meta["config"].items() if name not in MAY_CHANGE}
-    compared = json.dumps([config, meta["rewards"], meta["model"], meta["prompts_sha256"]], sort_keys=True)
-    return f"# with the prompts, model and rewards: sha256 {hashlib.sha256(compared.encode()).hexdigest()}\n"
 
 
 def _check(saved: Checkpoint) -> None:

@@ -19,12 +19,15 @@ from esengine.evaluation.entries import default_entries
 from esengine.evaluation.statistics import Report
 from esengine.run.folder import RunFolder, checkpoint_folders, path_step
 from esengine.run.held_out import HeldOut
-from esengine.run.log import RunLog
-from esengine.run.loop import Record, Run, take_steps
+from esengine.run.hooks import Outputs, ShowProgress, Strips, Track
+from esengine.run.journal import Writer
+from esengine.run.loop import Run, take_steps
 from esengine.run.pictures import draw_strip
 from esengine.run.prepare import Prepared, prepare, read_inputs
-from esengine.run.settings import TrainConfig
+from esengine.run.saving import Checkpoints
+from esengine.run.settings import TrainConfig, to_yaml
 from esengine.run.stop import Stop
+from esengine.run.trackers import Trackers, open_trackers
 
 SHOWN_PROMPTS = 8
 """Number of held-out prompts in comparison.png."""
@@ -80,39 +83,63 @@ def _train(config: TrainConfig, progress: Progress, group: Group, stop: Stop) ->
     with _told(inputs.run_dir, config.steps, stop), _folder(inputs.run_dir, config.resume, group) as folder:
         ready = prepare(inputs, folder, progress, group)
         render = ready.renderer(ready.texts, progress)
-        run = Run(ready.config, ready.rewards.optimised, render, progress, group, None)
-        resumed = ready.saved is not None
+        run = Run(ready.config, ready.rewards.optimised, render, progress, group)
         if not group.is_main:
-            take_steps(run, ready.engine, stop, resumed=resumed)
+            checkpoints = _checkpoints(run, ready, None)
+            take_steps(run, ready.engine, stop, checkpoints, [checkpoints])
             return None
-        identity = {key: each for key, each in ready.meta.items() if key != "config"}
-        with RunLog(
-            folder,
-            ready.engine.step if resumed else None,
-            trackers=config.trackers,
-            settings={**ready.meta["config"], "identity": identity},
-            opening=ready.opening,
-            note=progress.note,
-        ) as log:
-            guard = _guard(ready, log, progress)
-            run = dataclasses.replace(run, record=Record(folder, ready.meta, log, guard))
-            take_steps(run, ready.engine, stop, resumed=resumed)
+        with (
+            Writer(folder.journal, ready.start, ready.before) as journal,
+            _trackers(ready, folder, progress) as trackers,
+        ):
+            replace_file(folder.config, to_yaml(ready.config).encode())
+            run = dataclasses.replace(run, journal=journal)
+            out = Outputs(folder, journal, trackers, progress.note)
+            held_out = _held_out(ready, out, progress, stop)
+            checkpoints = _checkpoints(run, ready, out)
+            hooks = [ShowProgress(progress, config.steps), Track(trackers), *_strips(run, ready, out)]
+            take_steps(run, ready.engine, stop, checkpoints, [*hooks, checkpoints, *held_out])
         ready.engine.population.detach()
         comparison = _compare(ready, folder, render.limit, inputs.eval_prompts, progress)
-        parted = guard.parted() if guard else {}
+        parted = held_out[0].parted() if held_out else {}
         for name in parted:
-            progress.note(f"warning: {guard.warning(name)}")
+            progress.note(f"warning: {held_out[0].warning(name)}")
         return Result(Path(folder.path), comparison, parted)
 
 
-def _guard(ready: Prepared, log: RunLog, progress: Progress) -> HeldOut | None:
-    """The held-out measurements of the run; None if `heldout_every` is 0."""
+def _checkpoints(run: Run, ready: Prepared, to: Outputs | None) -> Checkpoints:
+    schedule = dict(every=run.config.checkpoint_every, last=run.config.steps, resumed=ready.before is not None)
+    return Checkpoints(ready.engine, group=run.group, render=run.render, reward=run.reward, to=to, **schedule)
+
+
+@contextmanager
+def _trackers(ready: Prepared, folder: RunFolder, progress: Progress) -> Iterator[Trackers]:
+    """The trackers of the run, told its settings, from its next step on."""
+    resumed_at = ready.engine.step if ready.before else None
+    trackers = open_trackers(folder.path, folder.tensorboard, ready.config.trackers, resumed_at, progress.note)
+    trackers.start({**ready.start.settings, "identity": ready.start.identity})
+    try:
+        yield trackers
+    finally:
+        trackers.finish()
+
+
+def _strips(run: Run, ready: Prepared, out: Outputs) -> list[Strips]:
+    """The hook that draws strips. Empty if `strip_every` is 0."""
+    config = run.config
+    if not config.strip_every:
+        return []
+    return [Strips(out, ready.engine, run.render, every=config.strip_every, last=config.steps - 1)]
+
+
+def _held_out(ready: Prepared, out: Outputs, progress: Progress, stop: Stop) -> list[HeldOut]:
+    """The hook that measures held-out rewards. Empty if `heldout_every` is 0."""
     config = ready.config
     if not config.heldout_every:
-        return None
-    render = ready.renderer(ready.held_out, progress)
-    watching = dict(prompts=config.heldout_prompts, every=config.heldout_every, log=log, note=progress.note)
-    return HeldOut(ready.rewards, render, **watching, drop_bad=ready.engine.drop_pairs)
+        return []
+    schedule = dict(prompts=config.heldout_prompts, every=config.heldout_every, last=config.steps)
+    stopping = dict(stopped=lambda: stop.requested, drop_bad=ready.engine.drop_pairs)
+    return [HeldOut(out, ready.rewards, ready.renderer(ready.held_out, progress), **schedule, **stopping)]
 
 
 def _compare(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 
+import journals
 import pytest
 import torch
 
@@ -127,7 +128,7 @@ def test_a_flag_that_is_not_one_is_explained(files, esengine, workspace, more, w
         (["nosuch"], ["nosuch", "train", "eval", "render", "env"]),
         (["eval"], ["--run-dir", "--adapter"]),
         (["render", "a cat"], ["--run-dir", "--adapter"]),
-        (["eval", "--run-dir", "torn"], ["torn", "config.yaml"]),
+        (["eval", "--run-dir", "torn"], ["torn", "journal.jsonl"]),
         (["eval", "--adapter", "torn"], ["torn", "does not exist"]),
         (["render", "--run-dir", "nosuch"], ["nosuch"]),
     ],
@@ -488,8 +489,7 @@ def test_an_error_begins_with_the_flag_as_it_was_typed(flags, beginning, capsys,
 )
 def test_a_setting_of_a_run_is_named_with_its_folder(args, beginning, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text("model: ./gone\neval_prompts: gone.txt\n")
+    journals.begin(tmp_path / "run", model="./gone", eval_prompts="gone.txt")
     (tmp_path / "c.csv").write_text("Prompt\na cat\n")
     if "gone.txt" not in beginning:
         (tmp_path / "gone.txt").write_text("a cat\n")

@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import journals
 import pytest
 
 from esengine.base.errors import ConfigError
@@ -116,7 +117,7 @@ def test_the_packaged_file_is_found_by_name_from_anywhere(tmp_path, monkeypatch)
 
 def test_resume_takes_the_runs_own_settings_below_the_flags(tmp_path):
     saved = TrainConfig(steps=5, population=6, es=ESSettings(sigma=0.5))
-    (tmp_path / "config.yaml").write_text(to_yaml(saved))
+    journals.begin(tmp_path, **to_dict(saved))
     for flags in (["--run-dir", str(tmp_path)], [f"--run-dir={tmp_path}"], ["--run_dir", str(tmp_path)]):
         config = parse_train([*flags, "--resume", "--steps", "9"])
         assert (config.steps, config.population, config.es.sigma) == (9, 6, 0.5)
@@ -321,8 +322,7 @@ def test_of_a_flag_given_twice_the_last_counts_for_every_reader(tmp_path):
     assert parse_train(["--model", "nano", "--model=tiny"]) == tiny
     for name, steps in (("a", 7), ("b", 8)):
         (tmp_path / f"{name}.yaml").write_text(f"model: tiny\nsteps: {steps}\n")
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.yaml").write_text(f"model: tiny\nsteps: {steps}\n")
+        journals.begin(tmp_path / name, model="tiny", steps=steps)
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     assert parse_train(["--config", f"{a}.yaml", f"--config={b}.yaml"]).steps == 8
     assert parse_train(["--run_dir", a, "--run-dir", b, "--resume"]).steps == 8
@@ -353,7 +353,7 @@ def test_an_alpha_of_a_yaml_file_is_that_of_all_layers(yaml_file):
 
 
 def test_a_run_resumes_with_its_own_settings_and_none_of_nanos(tmp_path):
-    (tmp_path / "config.yaml").write_text("model: nano\nsteps: 7\n")
+    journals.begin(tmp_path, model="nano", steps=7)
     config = parse_train(["--run-dir", str(tmp_path), "--resume"])
     assert (config.update, config.lora) == (TrainConfig().update, TrainConfig().lora)
 

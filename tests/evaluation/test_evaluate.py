@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 
+import journals
 import numpy as np
 import pytest
 import torch
@@ -155,7 +156,7 @@ def test_a_benchmark_of_a_run_is_three_entries_in_its_folder(trained, parti, ese
     ]  # fmt: skip
     assert "run/evaluations/partiprompts/report.html" in out
     kept = json.loads((folder / "curves.json").read_text())
-    logged = [json.loads(line) for line in (workspace / "run" / "metrics.jsonl").read_text().splitlines()]
+    logged = journals.steps(workspace / "run")
     assert list(kept) == ["adapter@1"]
     assert [(line["step"], line["reward"]) for line in kept["adapter@1"]["metrics"]] == [
         (line["step"], line["reward"]) for line in logged
@@ -341,7 +342,7 @@ def test_a_second_call_leaves_only_its_own_images_and_no_link_is_written_through
 @pytest.mark.parametrize("call", [evaluate, render])
 def test_a_run_whose_adapter_is_gone(call, small, trained, tmp_path):
     config, _ = trained
-    (tmp_path / "config.yaml").write_bytes((config.run_dir / "config.yaml").read_bytes())
+    (tmp_path / "journal.jsonl").write_bytes((config.run_dir / "journal.jsonl").read_bytes())
     kind = EvalConfig if call is evaluate else RenderConfig
     with pytest.raises(ConfigError, match=r"pytorch_lora_weights.safetensors does not exist"):
         call(kind(run_dir=tmp_path), Progress())

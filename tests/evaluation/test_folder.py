@@ -274,10 +274,10 @@ def test_a_corrupt_text_cache_is_a_clear_line(copy, tmp_path, monkeypatch):
 
 def test_a_run_whose_curves_are_damaged_is_evaluated_without(trained, small_evaluation, tmp_path):
     run = shutil.copytree(trained[0].run_dir, tmp_path / "run")
-    (run / "metrics.jsonl").write_text("{}\n")
+    (run / "journal.jsonl").write_text("{}\n")
     notes = Notes()
     evaluate(replace(small_evaluation, adapter=run / "adapter", out=tmp_path / "out"), notes)
-    assert any("no curves of training" in line and "metrics.jsonl, line 1" in line for line in notes.lines)
+    assert any("no curves of training" in line and "journal.jsonl, line 1" in line for line in notes.lines)
     found = contents(tmp_path / "out")
     assert "curves.json" not in found
     assert found["scores.jsonl"] == contents(small_evaluation.out)["scores.jsonl"]

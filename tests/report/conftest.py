@@ -89,28 +89,34 @@ def run_folder():
 
     def make(folder: Path, logged: int = 12, *, finished: bool = True) -> Path:
         folder.mkdir(parents=True)
-        (folder / "config.yaml").write_text(
-            f"steps: {logged if finished else 40}\npopulation: 8\nmodel: tiny\nreward: pickscore\nseed: 7\n"
-            "es:\n  prompts_per_step: 2\n  repeats: 3\n  sigma: 0.01\nsetting_of_another_version: true\n"
-        )
-        lines = []
+        settings = {"steps": logged if finished else 40, "population": 8, "model": "tiny", "reward": "pickscore"}
+        settings |= {"seed": 7, "es": {"prompts_per_step": 2, "repeats": 3, "sigma": 0.01}}
+        settings |= {"setting_of_another_version": True}
+        identity = {"prompts_sha256": "ab", "model": "tiny", "rewards": {}, "contract": 1, "environment": {}}
+        lines = [{"kind": "start", "step": 0, "settings": settings, "identity": identity}]
+
+        def held_out(step):
+            if step % 4:
+                return
+            scores = {
+                "pickscore": {"mean": 20 + step / 10, "change": step / 10, "standard_error": 0.02 if step else None},
+                "clip_text": {"mean": 0.5, "change": -step / 100, "standard_error": 0.01 if step else None},
+            }
+            parted = ["clip_text"] if step >= 8 else []
+            record = {"kind": "held_out", "step": step, "scores": scores, "optimised": "pickscore", "parted": parted}
+            lines.append(record | ({} if step else {"of": {"prompts": ["a"], "rewards": {}}}))
+
         for step in range(logged):
             reward = 20 + math.sqrt(step)
             spread = {"reward": reward, "reward_best": reward + 1, "reward_worst": reward - 1, "reward_std": 0.5}
             spread |= {"reward/pickscore": reward, "reward/clip_text": 0.5 + step / 100}
             norms = {"gradient_norm": 70.0, "step_norm": 0.7 if step else None, "adapter_norm": 5 + step / 10}
             clocks = {"images_per_second": 200.0 + step, "seconds": 0.6, "seconds_render": 0.5, "seconds_score": 0.1}
-            lines.append(json.dumps({"step": step, **spread, **norms, **clocks, "own_figure": step**2}) + "\n")
-        (folder / "metrics.jsonl").write_text("".join(lines))
-        held = []
-        for step in range(0, logged + 1, 4):
-            scores = {
-                "pickscore": {"mean": 20 + step / 10, "change": step / 10, "standard_error": 0.02 if step else None},
-                "clip_text": {"mean": 0.5, "change": -step / 100, "standard_error": 0.01 if step else None},
-            }
-            parted = ["clip_text"] if step >= 8 else []
-            held.append(json.dumps({"step": step, "scores": scores, "optimised": "pickscore", "parted": parted}) + "\n")
-        (folder / "heldout.jsonl").write_text("".join(held))
+            metrics = {**spread, **norms, **clocks, "own_figure": step**2}
+            held_out(step)
+            lines.append({"kind": "step", "step": step, "fitness": [0.5, -0.5] * 4, "metrics": metrics})
+        held_out(logged)
+        (folder / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         for part, count in (("strips", 6), ("heldout", 3)):
             (folder / part).mkdir()
             for at in range(count):

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from esengine.base.errors import RunError
-from esengine.evaluation.curves import kept_curves
 from esengine.evaluation.entries import Entry
 from esengine.report import write_evaluation_page, write_training_page
+from esengine.run.curves import kept_curves
 
 
 @pytest.fixture

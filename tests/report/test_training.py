@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import journals
 import pytest
 
 from esengine.base.errors import RunError
@@ -58,6 +59,10 @@ def test_a_finished_run(finished):
     ]
 
 
+def with_settings(record, **changes):
+    return {**record, "settings": record["settings"] | changes} if record["kind"] == "start" else record
+
+
 def test_the_first_tile_is_the_held_out_gain_of_the_comparison(finished):
     gain, prompts = gain_of(finished, "pickscore")
     assert gain == "+0.5000 ± 0.1000"
@@ -75,8 +80,7 @@ def test_the_first_tile_is_the_held_out_gain_of_the_comparison(finished):
     ],
 )
 def test_the_gain_is_of_the_optimised_score(finished, reward, scores, optimised):
-    settings = (finished / "config.yaml").read_text().replace("reward: pickscore", f"reward: '{reward}'")
-    (finished / "config.yaml").write_text(settings)
+    journals.rewrite(finished, lambda records: [with_settings(each, reward=reward) for each in records])
     record = json.loads((finished / "eval.json").read_text())
     base, adapter = record["groups"][0]["rows"]
     for at, score in enumerate(scores):
@@ -96,13 +100,17 @@ def test_the_gain_is_of_the_optimised_score(finished, reward, scores, optimised)
 def test_before_the_comparison_the_gain_is_of_the_last_held_out_measure(run_folder, tmp_path):
     folder = run_folder(tmp_path / "run", 9, finished=False)
     assert tiles(folder)[0] == ("held-out gain", "+0.8000 ± 0.0200", "pickscore, from step 0 to step 8")
-    lines = [json.loads(line) for line in (folder / "heldout.jsonl").read_text().splitlines()]
-    for line in lines:
-        line["scores"]["pickscore"]["each"] = [20.0, None, 21.0, 22.0]
-    (folder / "heldout.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def each(records):
+        for record in records:
+            if record["kind"] == "held_out":
+                record["scores"]["pickscore"]["each"] = [20.0, None, 21.0, 22.0]
+        return records
+
+    journals.rewrite(folder, each)
     aside = f"pickscore, on {count(3, 'held-out prompt')} from step 0 to step 8"
     assert tiles(folder)[0] == ("held-out gain", "+0.8000 ± 0.0200", aside)
-    (folder / "heldout.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    journals.rewrite(folder, lambda records: [r for r in records if r["kind"] != "held_out" or r["step"] == 0])
     assert tiles(folder)[0][0] == "images a step"
     assert "The held-out gain is not measured yet." in words(folder)
 
@@ -117,13 +125,13 @@ def test_base_beside_adapter(finished):
 @pytest.mark.parametrize("value", [b"1e308", b"-1e308", b"1" + b"0" * 400, b"1e-320", b"1e999", b"3.4e38"])
 def test_numbers_at_the_end_of_what_there_is(finished, value):
     """Python's JSON reads them all; no float32 holds most."""
-    data = (finished / "metrics.jsonl").read_bytes()
+    data = (finished / "journal.jsonl").read_bytes()
     opposite = value[1:] if value.startswith(b"-") else b"-" + value
     for step, own in ((2, value), (3, opposite)):
         for name in (b'"own_figure": ', b'"reward": '):
-            old = next(line for line in data.splitlines() if b'"step": %d,' % step in line)
+            old = next(line for line in data.splitlines() if b'"step", "step": %d,' % step in line)
             data = data.replace(old, re.sub(name + rb"[^,}]+", name + own, old))
-    (finished / "metrics.jsonl").write_bytes(data)
+    (finished / "journal.jsonl").write_bytes(data)
     assert "own figure" in words(finished)
     found = (finished / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"[ML ,]-?(nan|inf)\b", found)
@@ -148,8 +156,8 @@ def test_images_over_time(finished):
 
 def test_a_run_that_goes_on(run_folder, tmp_path):
     folder = run_folder(tmp_path / "run", 5, finished=False)
-    with open(folder / "metrics.jsonl", "a") as metrics:
-        metrics.write('{"step": 5, "rew')  # being written
+    with open(folder / "journal.jsonl", "a") as journal:
+        journal.write('{"kind": "step", "step": 5, "fit')  # being written
     text = words(folder)
     assert "5 of 40 steps: it goes on, or was interrupted." in text
     assert "Base against adapter" not in text
@@ -157,8 +165,7 @@ def test_a_run_that_goes_on(run_folder, tmp_path):
 
 def test_a_run_that_has_only_begun(run_folder, tmp_path):
     folder = run_folder(tmp_path / "run", 0, finished=False)
-    for file in ("metrics.jsonl", "heldout.jsonl"):
-        (folder / file).unlink()
+    journals.rewrite(folder, lambda records: records[:1])
     text = words(folder)
     assert "0 of 40 steps" in text
     assert "No step is logged yet." in text
@@ -166,21 +173,18 @@ def test_a_run_that_has_only_begun(run_folder, tmp_path):
 
 
 def test_figures_that_are_not_finite_leave_gaps(finished):
-    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        line["reward"] = None if line["step"] % 2 else line["reward"]
-        line["step_norm"] = float("nan")
-    (finished / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def gaps(records):
+        for record in records:
+            if record["kind"] == "step":
+                reward = None if record["step"] % 2 else record["metrics"]["reward"]
+                record["metrics"] |= {"reward": reward, "step_norm": float("nan")}
+        return records
+
+    journals.rewrite(finished, gaps)
     assert "step norm" not in titles(finished)
     assert not re.search(r"\bnan\b", words(finished).lower())
     assert f"step 11 · mean {NONE} · best" in words(finished)
-
-
-def test_a_step_that_was_logged_twice_counts_as_logged_last(finished):
-    line = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
-    with open(finished / "metrics.jsonl", "a") as metrics:
-        metrics.write(json.dumps({**line, "images_per_second": 77777.0}) + "\n")
-    assert "step 11 · images per second 7.778e+04" in words(finished)
 
 
 def test_a_long_run_stays_small(run_folder, tmp_path):
@@ -208,41 +212,32 @@ def test_a_real_run(trained, tmp_path):
 @pytest.mark.parametrize(
     ("name", "damage", "said"),
     [
+        ("journal.jsonl", lambda data: data.replace(b'"step": 3,', b'"step" 3,'), r"journal\.jsonl, line 6: not.*JSON"),
+        ("journal.jsonl", lambda data: data.replace(b'"step": 2,', b'"stop": 2,'), r"line 5: expected 'step'"),
         (
-            "metrics.jsonl",
-            lambda data: data.replace(b'{"step": 3,', b'{"step" 3,'),
-            r"metrics\.jsonl, line 4: not JSON",
-        ),
-        (
-            "metrics.jsonl",
-            lambda data: data.replace(b'"step": 2,', b'"stop": 2,'),
-            r"metrics\.jsonl, line 3: expected 'step'",
-        ),
-        (
-            "metrics.jsonl",
+            "journal.jsonl",
             lambda data: data.replace(b'"step": 2,', b'"step": "a",'),
-            r"line 3: not as esengine writes it",
+            "line 5: not as esengine writes it",
         ),
         (
-            "metrics.jsonl",
+            "journal.jsonl",
             lambda data: data.replace(b'"step": 2,', b'"step": 1' + b"0" * 400 + b","),
-            r"line 3: not as esengine writes it: step: expected a whole number, got 10+$",
+            r"line 5: not as esengine writes it: step: expected a whole number, got 10+$",
         ),
         (
-            "metrics.jsonl",
+            "journal.jsonl",
             lambda data: data.replace(b'"step": 2,', b'"step": 2, "own": 1' + b"0" * 5000 + b","),
-            r"line 3: not JSON: Exceeds the limit",
+            r"line 5: not.*JSON: Exceeds the limit",
         ),
-        ("heldout.jsonl", lambda data: data.replace(b'"step": 0', b'"step": 1e999'), r"line 1: not as esengine"),
+        ("journal.jsonl", lambda data: data.replace(b'"step": 0', b'"step": 1e999', 1), "line 1: not as esengine"),
+        ("journal.jsonl", lambda data: data.replace(b'"change"', b'"x"'), r"line 2: expected 'change'"),
+        ("journal.jsonl", lambda data: data.replace(b"[]", b'"a"', 1), r"line 2: not as esengine"),
+        ("journal.jsonl", lambda data: data + b"{}\n", r"journal\.jsonl, line 18: "),
+        ("journal.jsonl", lambda data: data.replace(b'"steps":', b'"stops":'), r"settings: expected 'steps'"),
+        ("journal.jsonl", lambda data: data.replace(b'"population": 8', b'"population": "many"'), "line 1: not as"),
         ("eval.json", lambda data: data.replace(b'"repeats": 2', b'"repeats": 1e999'), r"eval\.json: not as esengine"),
-        ("heldout.jsonl", lambda data: data.replace(b'"change"', b'"x"'), r"heldout\.jsonl, line 1: expected 'change'"),
-        ("heldout.jsonl", lambda data: data.replace(b"[]", b'"a"', 1), r"heldout\.jsonl, line 1: not as esengine"),
         ("eval.json", lambda data: data[:30], r"eval\.json, line 1: not JSON"),
         ("eval.json", lambda data: data.replace(b'"mean"', b'"x"'), r"eval\.json: expected 'mean'"),
-        ("config.yaml", lambda data: data + b"a: b: c\n", r"config\.yaml, line 11: "),
-        ("config.yaml", lambda data: b"- a\n", r"config\.yaml: expected a mapping"),
-        ("config.yaml", lambda data: data.replace(b"steps:", b"stops:"), r"config\.yaml: expected 'steps'"),
-        ("config.yaml", lambda data: data.replace(b"population: 8", b"population: many"), r"config\.yaml: not as"),
     ],
 )
 def test_a_damaged_file_is_named_with_its_line(finished, name, damage, said):
@@ -268,8 +263,6 @@ def test_the_command_finds_out_what_a_folder_is(run_folder, evaluation_folder, e
 def test_the_command_says_what_it_lacks(esengine, workspace, folder, why):
     code, out, err = esengine("report", folder)
     assert (code, out) == (1, "")
-    assert (
-        err
-        == f"esengine: error: {folder}: expected a run's config.yaml or an evaluation's evaluation.json in it, {why}\n"
-    )
+    expected = f"expected a run's journal.jsonl or an evaluation's evaluation.json in it, {why}"
+    assert err == f"esengine: error: {folder}: {expected}\n"
     assert list(workspace.iterdir()) == []

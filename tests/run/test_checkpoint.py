@@ -266,8 +266,8 @@ def test_replace_file_keeps_the_old_contents_in_a_crash(tmp_path, monkeypatch):
 def test_run_folder_paths(tmp_path):
     with RunFolder.open(tmp_path / "runs" / "a") as run:
         assert run.path.is_dir()
-        found = [run.config, run.metrics, run.checkpoints, run.adapter, run.tensorboard, run.strips]
-    expected = ["config.yaml", "metrics.jsonl", "checkpoints", "adapter", "tensorboard", "strips"]
+        found = [run.config, run.journal, run.checkpoints, run.adapter, run.tensorboard, run.strips]
+    expected = ["config.yaml", "journal.jsonl", "checkpoints", "adapter", "tensorboard", "strips"]
     assert found == [tmp_path / "runs" / "a" / name for name in expected]
 
 

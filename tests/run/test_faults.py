@@ -4,13 +4,13 @@ import dataclasses
 import errno
 import functools
 import io
-import json
 import os
 import pickle
 import pkgutil
 import random
 import types
 
+import journals
 import pytest
 import torch
 
@@ -31,7 +31,7 @@ PAIRED = ESSettings(prompts_per_step=2, repeats=2)
 
 
 def lines(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return journals.steps(run)
 
 
 def brightness(images, prompts):
@@ -178,7 +178,7 @@ def test_memory_that_runs_out_in_the_update_leaves_the_step_before(small, outcom
     config, step = small(tmp_path / "run", heldout_every=0, steps=3, checkpoint_every=3), Updater.step
 
     def full(self, gradient):
-        if (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 1:
+        if len(journals.steps(tmp_path / "run")) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. 3.50 MiB is free.")
         return step(self, gradient)
 
@@ -284,7 +284,7 @@ def test_bad_pairs_are_dropped(small, tmp_path, notes, reward, fail):
     dropped = [line["dropped_pairs"] for line in lines(tmp_path / "run")]
     assert failing.seen
     assert sum(dropped) > 0
-    fitness = [json.loads(line)["fitness"] for line in (tmp_path / "run" / "fitness.jsonl").read_text().splitlines()]
+    fitness = journals.fitness(tmp_path / "run")
     for each, pairs in zip(fitness, dropped, strict=True):
         zeros = [member for member, value in enumerate(each) if value == 0]
         assert len(zeros) == 2 * pairs
@@ -325,9 +325,8 @@ def test_whichever_member_is_bad_at_whichever_step_the_adapter_stays_finite(
     settings = dict(population=12, es=PAIRED, heldout_every=0, strip_every=0, steps=3, image=ImageSettings(chunk=5))
     settings["reward"] = reward(failing)
     train(small(tmp_path / "dropped", on_bad_reward="drop-pair", **settings))
-    fitness = (tmp_path / "dropped" / "fitness.jsonl").read_text().splitlines()
-    for step, line in enumerate(fitness):
-        zeros = [member for member, value in enumerate(json.loads(line)["fitness"]) if value == 0]
+    for step, fitness in enumerate(journals.fitness(tmp_path / "dropped")):
+        zeros = [member for member, value in enumerate(fitness) if value == 0]
         assert zeros == (sorted((bad[step], bad[step] ^ 1)) if step in bad else [])
     with pytest.raises(RewardError, match=rf"reward own:score, step {min(bad)}, members? .*\b{bad[min(bad)]}\b"):
         train(small(tmp_path / "stopped", **settings))
@@ -409,7 +408,7 @@ def test_held_out_and_compared_images_without_a_score_are_left_out_and_said(smal
     config = small(tmp_path / "run", reward=reward(no_owls), on_bad_reward="drop-pair", steps=2)
     found = train(config, notes).comparison
     assert (found.prompts, found.settings["prompts_left_out"]) == (2, 1)
-    measures = [json.loads(line) for line in (tmp_path / "run" / "heldout.jsonl").read_text().splitlines()]
+    measures = journals.measured(tmp_path / "run")
     for measure in measures:
         scores = measure["scores"]["own:score"]
         assert [score is None for score in scores["each"]] == [True, False, False]
@@ -447,7 +446,7 @@ def test_other_settings_are_refused_or_allowed_and_told(small, tmp_path, notes):
     with pytest.raises(RunError, match=r"es\.sigma: 0\.01 -> 0\.02.*--allow-change"):
         train(other)
     train(dataclasses.replace(other, allow_change=True), notes)
-    assert [line for line in notes.said if "goes on with other settings (es.sigma: 0.01 -> 0.02)" in line]
+    assert [line for line in notes.said if "continues with other settings (es.sigma: 0.01 -> 0.02)" in line]
     rank = dataclasses.replace(other, steps=4, allow_change=True, lora=dataclasses.replace(other.lora, rank=3))
     with pytest.raises(RunError, match=r"layers differ.*; lora\.rank, .* stay what they were, --allow-change or not"):
         train(rank)
@@ -498,9 +497,7 @@ def test_a_full_disk_is_told_with_the_file(small, esengine, workspace, monkeypat
     monkeypatch.setattr(os, "fsync", full)
     code, _, err = esengine("train", "--run-dir", "run", "--resume", "--steps", "2")
     assert code == 1
-    assert err.strip().splitlines()[-1] == (
-        "esengine: error: run/adapter/adapter_model.safetensors: No space left on device"
-    )
+    assert err.strip().splitlines()[-1] == ("esengine: error: run/journal.jsonl: No space left on device")
 
 
 class Full:

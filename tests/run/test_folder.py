@@ -17,8 +17,8 @@ from esengine.run.folder import RunFolder
 @pytest.mark.parametrize(
     "name",
     [
-        ".lock", "config.yaml", "metrics.jsonl", "fitness.jsonl", "heldout.jsonl", "eval.json", "comparison.png",
-        "trackers.json", "report.html", "checkpoints", "adapter", "tensorboard", "strips", "heldout", "wandb",
+        ".lock", "config.yaml", "journal.jsonl", "eval.json", "comparison.png", "trackers.json", "report.html",
+        "checkpoints", "adapter", "tensorboard", "strips", "heldout", "wandb",
         "checkpoints/.tmp-step_00000001", "checkpoints/step_00000003", "strips/step_00000000.png",
         "heldout/step_00000000.png", "adapter/adapter_config.json", "tensorboard/events",
     ],
@@ -135,12 +135,13 @@ def test_a_lock_that_its_holder_took_away_is_not_taken_for_the_folders(tmp_path,
             RunFolder.open(tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "fitness.jsonl"])
-def test_a_run_that_has_lost_its_checkpoints_is_not_begun_anew(tmp_path, name):
-    (tmp_path / name).write_text('{"step": 0}\n')
-    with pytest.raises(RunError, match=rf"already holds a run, {name} of it and no checkpoint: choose another"):
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_run_that_has_lost_its_checkpoints_is_not_begun_anew(trained, tmp_path, damaged):
+    content = b"{}\n" if damaged else (trained[1].folder / "journal.jsonl").read_bytes()
+    (tmp_path / "journal.jsonl").write_bytes(content)
+    with pytest.raises(RunError, match=r"already holds a run, journal\.jsonl of it and no checkpoint: choose another"):
         RunFolder.open(tmp_path)
-    assert (tmp_path / name).read_text() == '{"step": 0}\n'
+    assert (tmp_path / "journal.jsonl").read_bytes() == content
     checkpoint.save(tmp_path / "checkpoints", 0, {}, {})
     with pytest.raises(RunError, match="already holds a run: add --resume"):
         RunFolder.open(tmp_path)

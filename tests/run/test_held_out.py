@@ -1,12 +1,13 @@
 """Held-out rewards: the numbers by hand, when they part ways, and that watching changes nothing."""
 
+import contextlib
 import dataclasses
-import json
 import math
 import statistics
 import sys
 import types
 
+import journals
 import pytest
 import torch
 from PIL import Image
@@ -18,17 +19,20 @@ from esengine.models import SanaSprint, tiny_model
 from esengine.models.defaults import defaults
 from esengine.rewards import BUILTIN, Weighted, load
 from esengine.rewards.roles import CLIP_FAMILY, Rewards, load_rewards
+from esengine.run import journal
 from esengine.run.folder import RunFolder
 from esengine.run.held_out import HeldOut, part_ways
-from esengine.run.log import RunLog
+from esengine.run.hooks import Outputs
 from esengine.run.prepare import attach_population
+from esengine.run.trackers import open_trackers
 from esengine.run.train import train
 from esengine.sampling.build import encode, render_settings
 from esengine.sampling.rollout import Renderer, render_all
 
 
 def records(folder):
-    return [json.loads(line) for line in (folder / "heldout.jsonl").read_text().splitlines()]
+    """The last series of measurements."""
+    return [vars(each) for each in journal.read(folder / journal.NAME).held_out]
 
 
 # ---- the measure, on images that are drawn by nobody
@@ -67,25 +71,43 @@ class Shifting:
         return torch.tensor([self.now[int(image[0, 0, 0])] for image in images])
 
 
+START = journal.Start(0, {"population": 2}, {name: kind() for name, kind in journal.IDENTITY.items()})
+
+
+class Nobody:
+    """Trackers that keep nothing."""
+
+    def log(self, *what):
+        pass
+
+    image = log
+
+
+class Alone(HeldOut):
+    """Measures after `step` steps that nobody made."""
+
+    def measure(self, step):
+        for made in range(self.out.journal.contents.done, step):
+            self.out.journal.append(journal.Step(made, [1.0, -1.0], {}))
+        super().measure(step)
+
+
 @pytest.fixture
 def make(tmp_path, notes):
     """A guard over `prompts` prompts of which it measures `count`, in a run folder of its own."""
-    opened = []
 
-    def make(weights, prompts=5, count=5, every=10, resume_step=None):
+    def make(weights, prompts=5, count=5, every=10):
         scores = {name: Shifting() for name in weights}
         terms = [(name, scores[name], weight) for name, weight in weights.items()]
         rewards = Rewards(Weighted([term for term in terms if term[2]]), Weighted(terms))
-        folder = RunFolder.open(tmp_path / "run")
-        log = RunLog(folder, resume_step)
-        opened.extend((log, folder))
+        folder = opened.enter_context(RunFolder.open(tmp_path / "run"))
+        writer = opened.enter_context(journal.Writer(folder.journal, START))
         render = Blank(None, Texts(prompts), None, 0, 2)
-        guard = HeldOut(rewards, render, prompts=count, every=every, log=log, note=notes.said.append)
-        return guard, scores
+        out = Outputs(folder, writer, Nobody(), notes.said.append)
+        return Alone(out, rewards, render, prompts=count, every=every, last=10**6), scores
 
-    yield make
-    for each in opened:
-        each.close()
+    with contextlib.ExitStack() as opened:
+        yield make
 
 
 def test_changes_are_paired_by_prompt(make, tmp_path):
@@ -104,7 +126,7 @@ def test_changes_are_paired_by_prompt(make, tmp_path):
     assert list(zero["scores"]) == ["up", "down"]
     assert [record["optimised"] for record in (zero, ten)] == ["up", "up"]
     assert zero["of"]["prompts"] == [f"prompt {i}" for i in range(5)]
-    assert "of" not in ten
+    assert ten["of"] is None
 
 
 def test_the_step_at_which_they_part_is_told_once(make, tmp_path, notes):
@@ -144,19 +166,21 @@ def test_a_measure_that_is_not_what_was_written_is_refused_with_its_line(make, t
     for step in (0, 10):
         scores["up"].now = [step + 0.5] * 5
         guard.measure(step)
-    found = records(tmp_path / "run")
-    (tmp_path / "again").mkdir()
-    again = dict(rewards=guard.rewards, render=guard.render, prompts=5, every=10, note=pytest.fail)
-    for spoiled in (False, True):
-        if spoiled:
-            SPOILED[spoil](found[at])
-        (tmp_path / "again" / "heldout.jsonl").write_text("".join(json.dumps(each) + "\n" for each in found))
-        with RunFolder.open(tmp_path / "again") as folder, RunLog(folder, 20) as log:
-            if not spoiled:
-                assert HeldOut(log=log, **again).parted() == {}
-                continue
-            with pytest.raises(RunError, match=rf"again/heldout\.jsonl, line {at + 1}: not as esengine writes it"):
-                HeldOut(log=log, **again)
+
+    def spoiled(records):
+        SPOILED[spoil]([record for record in records if record["kind"] == "held_out"][at])
+        return records
+
+    def again():
+        before = journal.read(tmp_path / "run" / journal.NAME)
+        with journal.Writer(tmp_path / "again.jsonl", dataclasses.replace(START, step=10), before) as writer:
+            out = Outputs(guard.out.folder, writer, Nobody(), pytest.fail)
+            return HeldOut(out, guard.rewards, guard.render, prompts=5, every=10, last=20)
+
+    assert again().parted() == {}
+    journals.rewrite(tmp_path / "run", spoiled)
+    with pytest.raises(RunError, match=r"journal\.jsonl(, line |: held-out scores after step )\d+: "):
+        again()
 
 
 UP, DOWN, FLAT = (dict(change=c, standard_error=0.1) for c in (0.3, -0.3, 0.0))
@@ -227,19 +251,24 @@ def test_prompts_are_spread_over_the_whole_list(make, total, count):
 
 def test_when_it_measures(make):
     guard, _ = make({"a": 1.0}, every=4)
-    assert guard.due(3, last=9)  # nothing to compare with yet
-    guard.measure(3)
-    assert [step for step in range(4, 10) if guard.due(step, last=9)] == [4, 8, 9]
+    guard.last = 9
+    guard.start(3)  # nothing to compare with yet
+    for step in range(4, 10):
+        guard.start(step)
+    assert [record.step for record in guard.series] == [3, 4, 8, 9]
 
 
-def test_grids_and_curves(make, tmp_path):
+def test_grids_and_curves(make, tmp_path, notes):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     guard, scores = make({"a": 1.0})
+    trackers = open_trackers(tmp_path / "run", tmp_path / "run" / "tensorboard", (), None, notes.said.append)
+    guard.out = dataclasses.replace(guard.out, trackers=trackers)
+    trackers.start({})
     guard.measure(0)
     scores["a"].now = [1.0, 2.0, 3.0, 4.0, 5.0]
     guard.measure(10)
-    guard.log.close()
+    trackers.finish()
     assert sorted(path.name for path in (tmp_path / "run" / "heldout").iterdir()) == [
         "step_00000000.png",
         "step_00000010.png",
@@ -380,7 +409,6 @@ def test_watching_changes_no_bit_of_the_adapter(trained, small, outcome, tmp_pat
     _, result = trained
     train(small(tmp_path / "run", heldout_every=0))
     assert not (tmp_path / "run" / "heldout").exists()
-    (tmp_path / "run" / "heldout.jsonl").touch()
     alone, watched = outcome(tmp_path / "run"), outcome(result.folder)
     for kept in ("adapter", "lora", "metrics", "eval"):
         assert alone[kept] == watched[kept]
@@ -470,24 +498,23 @@ def test_other_prompts_or_rewards_begin_a_new_series(small, tmp_path, notes, cha
     lines = records(tmp_path / "run")
     assert [line["step"] for line in lines] == [3, 4, 5]
     assert lines[0]["scores"]["jpeg_compressibility"]["change"] == 0
-    assert "of" in lines[0]
-    assert any("against step 3" in line and "heldout.3.jsonl" in line for line in notes.said)
-    kept = [json.loads(line) for line in (tmp_path / "run" / "heldout.3.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in kept] == [0, 2]
+    assert lines[0]["of"]
+    assert any("against step 3" in line for line in notes.said)
+    assert [line["step"] for line in journals.measured(tmp_path / "run")] == [0, 2, 3, 4, 5]
 
 
 def test_what_auto_chose_stays_chosen(family, small, tmp_path, notes):
-    """A companion that cannot be loaded when the run is resumed is an error, and costs no line of heldout.jsonl."""
+    """A companion that cannot be loaded when the run is resumed is an error, and costs no line of the journal."""
     family("aesthetic")
     config = small(tmp_path / "run", reward="pickscore", heldout_reward="auto", steps=2, checkpoint_every=2)
     train(config, notes)
     assert any("aesthetic" in line and "left out" in line for line in notes.said)
-    before = (tmp_path / "run" / "heldout.jsonl").read_bytes()
+    before = (tmp_path / "run" / "journal.jsonl").read_bytes()
     family("clip_text")
     onward = dataclasses.replace(config, resume=True, steps=4)
     with pytest.raises(ConfigError, match=r"reward clip_text: .*no such model"):
         train(onward)
-    assert (tmp_path / "run" / "heldout.jsonl").read_bytes() == before
+    assert (tmp_path / "run" / "journal.jsonl").read_bytes() == before
     family()
     train(onward)
     lines = records(tmp_path / "run")
@@ -496,7 +523,7 @@ def test_what_auto_chose_stays_chosen(family, small, tmp_path, notes):
     # what is asked for by name is on purpose
     train(dataclasses.replace(onward, steps=6, heldout_reward="aesthetic"))
     assert [line["step"] for line in records(tmp_path / "run")] == [4, 6]
-    assert len((tmp_path / "run" / "heldout.4.jsonl").read_text().splitlines()) == 2
+    assert [line["step"] for line in journals.measured(tmp_path / "run")] == [0, 2, 4, 6]
 
 
 def test_the_interval_may_change_and_the_series_goes_on(small, tmp_path, notes):

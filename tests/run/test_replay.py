@@ -1,9 +1,9 @@
 """A run made again from its settings and its fitness log."""
 
 import dataclasses
-import json
 import shutil
 
+import journals
 import pytest
 import torch
 
@@ -13,8 +13,8 @@ from esengine.es.population import Population
 from esengine.es.rule import UpdateRule
 from esengine.models.sana import sana_sprint
 from esengine.run import checkpoint
-from esengine.run.replay import read_fitness, replay
-from esengine.run.settings import ESSettings, LoraSettings, ReplayConfig, TrainConfig
+from esengine.run.replay import replay
+from esengine.run.settings import ESSettings, LoraSettings, ReplayConfig
 from esengine.run.train import train
 from esengine.sampling.settings import ImageSettings
 
@@ -87,15 +87,20 @@ def test_two_hundred_steps_come_back(small, tmp_path):
     assert (found.steps, found.parted) == (200, [])
 
 
-def test_the_fitness_log_holds_every_digit(trained):
+def test_the_journal_holds_every_digit(trained):
     config, result = trained
-    lines = [json.loads(line) for line in (result.folder / "fitness.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(config.steps))
-    for line, logged in zip(lines, read_fitness(result.folder / "fitness.jsonl", config), strict=True):
-        fitness = logged.fitness
-        assert fitness.tolist() == line["fitness"]
-        assert abs(float(fitness.mean())) < 1e-6
-        assert float(fitness.std(unbiased=False)) == pytest.approx(1, abs=1e-6)
+    fitness = torch.tensor(journals.fitness(result.folder), dtype=torch.float32)
+    assert fitness.tolist() == journals.fitness(result.folder)
+    assert fitness.shape == (config.steps, config.population)
+    assert fitness.mean(1).abs().max() < 1e-6
+    assert fitness.std(1, unbiased=False).tolist() == pytest.approx([1] * config.steps, abs=1e-6)
+
+
+def swapped(records):
+    """The first step with the fitness of two members exchanged."""
+    step = next(record for record in records if record["kind"] == "step")
+    step["fitness"][0], step["fitness"][1] = step["fitness"][1], step["fitness"][0]
+    return records
 
 
 def test_a_changed_log_is_another_adapter(trained, esengine, workspace):
@@ -104,10 +109,7 @@ def test_a_changed_log_is_another_adapter(trained, esengine, workspace):
     code, out, err = esengine("replay", "run")
     assert "4 steps made again" in out
     assert "it is run/adapter bit for bit" in out
-    lines = (workspace / "run" / "fitness.jsonl").read_text().splitlines()
-    first = json.loads(lines[0])
-    first["fitness"][0], first["fitness"][1] = first["fitness"][1], first["fitness"][0]
-    (workspace / "run" / "fitness.jsonl").write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
+    journals.rewrite(workspace / "run", swapped)
     code, out, err = esengine("replay", "run")
     assert code == 1
     assert "it differs from run/adapter, first in base_model.model." in err
@@ -132,7 +134,7 @@ def test_a_run_that_dropped_pairs_comes_back(small, tmp_path, reward):
 
     settings = dict(population=12, on_bad_reward="drop-pair", heldout_every=0, strip_every=0, steps=2)
     train(small(tmp_path / "run", reward=reward(score), **settings))
-    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    metrics = journals.steps(tmp_path / "run")
     assert [line["dropped_pairs"] for line in metrics] == [1, 0]
     assert replay(ReplayConfig(run_dir=tmp_path / "run"), Progress()).agreed == 2
 
@@ -156,8 +158,8 @@ def test_a_run_killed_between_checkpoints_has_its_log_ahead(small, tmp_path, mon
     monkeypatch.setattr(checkpoint, "save", save)
     with pytest.raises(KeyboardInterrupt):
         train(small(tmp_path / "run", **settings))
-    with open(tmp_path / "run" / "fitness.jsonl", "a") as log:
-        log.write('{"step": 5, "fitn')
+    with open(tmp_path / "run" / "journal.jsonl", "a") as journal:
+        journal.write('{"kind": "step", "step": 5, "fitn')
     found = replay(ReplayConfig(run_dir=tmp_path / "run"), Progress())
     assert (found.steps, found.agreed, found.parted) == (5, agreed, [])
     code, out, _ = esengine("replay", tmp_path / "run")
@@ -172,14 +174,30 @@ def test_settings_that_changed_on_the_way_are_replayed(small, tmp_path):
     changed = dict(es=es, population=6, seed=3, update=UpdateRule(optimizer="momentum", lr_scale=0.5), steps=4)
     train(dataclasses.replace(config, resume=True, allow_change=True, **changed))
     train(dataclasses.replace(config, resume=True, **changed | {"steps": 5}))
-    log = tmp_path / "run" / "fitness.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    assert ["settings" in line for line in lines] == [True, False, True, False, False]
-    assert [len(line["fitness"]) for line in lines] == [4, 4, 6, 6, 6]
+    assert [len(each) for each in journals.fitness(tmp_path / "run")] == [4, 4, 6, 6, 6]
     assert replay(ReplayConfig(run_dir=tmp_path / "run"), Progress()).agreed == 5
-    del lines[2]["settings"]
-    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(RunError, match="line 3: expected step 2 and 4 finite numbers"):
+    lost = lambda records: [each for each in records if each["kind"] != "start" or each["step"] == 0]  # noqa: E731
+    journals.rewrite(tmp_path / "run", lost)
+    with pytest.raises(RunError, match="expected a fitness of 4 numbers, got 6"):
+        replay(ReplayConfig(run_dir=tmp_path / "run"), Progress())
+
+
+def test_settings_in_a_journal_that_are_none_are_one_line(trained, tmp_path):
+    shutil.copytree(trained[1].folder, tmp_path / "run")
+
+    def wrong(records):
+        records[0]["settings"]["es"]["sigma"] = -1
+        return records
+
+    journals.rewrite(tmp_path / "run", wrong)
+    with pytest.raises(ConfigError, match=r"es\.sigma: expected a positive number"):
+        replay(ReplayConfig(run_dir=tmp_path / "run"), Progress())
+
+
+def test_a_journal_without_a_step_is_one_line(trained, tmp_path):
+    shutil.copytree(trained[1].folder, tmp_path / "run")
+    journals.rewrite(tmp_path / "run", lambda records: records[:1])
+    with pytest.raises(RunError, match=r"journal\.jsonl: expected at least one step"):
         replay(ReplayConfig(run_dir=tmp_path / "run"), Progress())
 
 
@@ -193,11 +211,10 @@ def test_another_precision_on_the_way_is_replayed_from_the_first(small, tmp_path
 
 def test_a_log_with_its_end_missing_is_said_to_be_that(trained, esengine, workspace):
     shutil.copytree(trained[1].folder, workspace / "run")
-    lines = (workspace / "run" / "fitness.jsonl").read_text().splitlines(keepends=True)
-    (workspace / "run" / "fitness.jsonl").write_text("".join(lines[:3]))
+    journals.rewrite(workspace / "run", lambda records: [each for each in records if each["step"] < 3])
     code, _, err = esengine("replay", "run")
     assert code == 1
-    assert "run/fitness.jsonl: lines are missing: it ends after step 3, and there is a checkpoint of step 4" in err
+    assert "run/journal.jsonl: lines are missing: it ends after step 3, and there is a checkpoint of step 4" in err
 
 
 def test_an_adapter_that_cannot_be_read_is_one_line(trained, esengine, workspace):
@@ -208,55 +225,3 @@ def test_an_adapter_that_cannot_be_read_is_one_line(trained, esengine, workspace
     assert code == 1
     assert "adapter_model.safetensors: cannot be read" in err
     assert err.count("\n") <= 2
-
-
-LINE = json.dumps({"step": 0, "fitness": [1.0, -1.0]})
-TWO = TrainConfig(population=2)
-
-
-@pytest.mark.parametrize(
-    ("text", "where"),
-    [
-        (LINE + "\n" + LINE, "line 2: expected step 1"),
-        ('{"step": 0, "fitness": [1%s, 1]}' % ("0" * 400), "line 1"),
-        ('{"step": 0, "settings": {"reward": "evil:score"}, "fitness": [1, -1]}', "line 1"),
-        ('{"step": 0, "settings": 7, "fitness": [1, -1]}', "line 1"),
-        ('{"step": 0, "fitness": [[1], [-1]]}', "line 1"),
-        ("[" * 20000, "line 1"),
-        ('{"step": 0, "fitness": [1.0]}', "line 1: .* 2 finite numbers"),
-        ('{"step": 0, "fitness": [1.0, NaN]}', "line 1"),
-        ('{"step": 0, "fitness": [1.0, "a"]}', "line 1"),
-        ('{"step": 0}', "line 1"),
-        ("[]", "line 1"),
-        (LINE + '\n{"step": 1, "fit', "line 2"),
-    ],
-)
-def test_a_damaged_log_is_named_with_its_line(tmp_path, text, where):
-    (tmp_path / "fitness.jsonl").write_text(f"{text}\n")
-    with pytest.raises(RunError, match=where):
-        read_fitness(tmp_path / "fitness.jsonl", TWO)
-
-
-@pytest.mark.parametrize("text", ["", LINE, LINE[:-4]])
-def test_a_log_without_a_step_is_one_line(tmp_path, text):
-    (tmp_path / "fitness.jsonl").write_text(text)
-    with pytest.raises(RunError, match="expected the fitness of a step at least"):
-        read_fitness(tmp_path / "fitness.jsonl", TWO)
-
-
-def test_settings_in_a_log_that_are_none_are_one_line(tmp_path):
-    line = {"step": 0, "settings": {"es": {"sigma": -1}}, "fitness": [1, -1]}
-    (tmp_path / "fitness.jsonl").write_text(json.dumps(line) + "\n")
-    with pytest.raises(ConfigError, match=r"es\.sigma: expected a positive number"):
-        read_fitness(tmp_path / "fitness.jsonl", TWO)
-
-
-def test_a_missing_log_is_one_line(tmp_path):
-    with pytest.raises(RunError, match=r"fitness\.jsonl: No such file"):
-        read_fitness(tmp_path / "fitness.jsonl", TWO)
-
-
-def test_float32_survives_json(tmp_path):
-    fitness = torch.randn(4096, generator=torch.Generator().manual_seed(0)) * torch.logspace(-30, 30, 4096)
-    (tmp_path / "f.jsonl").write_text(json.dumps({"step": 0, "fitness": fitness.tolist()}) + "\n")
-    assert torch.equal(read_fitness(tmp_path / "f.jsonl", TrainConfig(population=4096))[0].fitness, fitness)

@@ -7,15 +7,13 @@ import os
 import shutil
 from pathlib import Path
 
+import journals
 import pytest
 import safetensors.torch
 import torch
 
 from esengine.base.errors import RunError
-from esengine.base.progress import Progress
-from esengine.cli import main
 from esengine.run import checkpoint
-from esengine.run.log import require_steps
 from esengine.run.state import latest
 from esengine.run.train import train
 
@@ -50,11 +48,9 @@ RECORDS = {
     "half a step": (lambda r: r.update(step=4.0), r"got 4\.0"),
     "step in words": (lambda r: r.update(step="4"), "got '4'"),
     "list of meta": (lambda r: r.update(meta=[]), "corrupt"),
-    "no config": (lambda r: r["meta"].pop("config"), "config: expected dict, got NoneType"),
-    "list of config": (lambda r: r["meta"].update(config=[]), "config: expected dict, got list"),
     "no contract": (lambda r: r["meta"].pop("contract"), "contract: expected int"),
-    "no rewards": (lambda r: r["meta"].pop("rewards"), "rewards: expected dict"),
-    "environment": (lambda r: r["meta"].update(environment=5), "environment: expected dict, got int"),
+    "no hash": (lambda r: r["meta"].pop("adapter_sha256"), "adapter_sha256: expected str, got NoneType"),
+    "contract in words": (lambda r: r["meta"].update(contract="1"), "contract: expected int, got str"),
     "limit in words": (lambda r: r["meta"].update(limit="x"), "limit: expected None or an integer"),
     "negative limit": (lambda r: r["meta"].update(limit=-3), "limit: expected None or an integer"),
     "half a scoring limit": (lambda r: r["meta"].update(scoring_limit=0.5), "scoring_limit: expected None or an"),
@@ -85,12 +81,12 @@ def test_a_checkpoint_that_no_run_writes_is_passed_over_and_named(run, changes, 
         raise RunError(found.skipped[0][1])
 
 
-def test_a_setting_that_is_newer_than_a_checkpoint_had_its_default(trained, run):
-    def older(record):
-        del record["meta"]["config"]["es"]["prompt_std"], record["meta"]["config"]["lora"]["alpha_pattern"]
+def test_a_setting_that_is_newer_than_a_run_had_its_default(trained, run):
+    def older(records):
+        del records[0]["settings"]["es"]["prompt_std"], records[0]["settings"]["lora"]["alpha_pattern"]
+        return records
 
-    for path in (run / "checkpoints").iterdir():
-        rewrite(path, older)
+    journals.rewrite(run, older)
     config = dataclasses.replace(trained[0], run_dir=run, resume=True, steps=5)
     with pytest.raises(RunError, match=r"es\.prompt_std: global -> own"):
         train(dataclasses.replace(config, es=dataclasses.replace(config.es, prompt_std="own")))
@@ -98,85 +94,54 @@ def test_a_setting_that_is_newer_than_a_checkpoint_had_its_default(trained, run)
     assert latest(run / "checkpoints").step == 5
 
 
-@pytest.mark.parametrize("part", ["image", "es", "lora", "dtype", "model", "heldout_reward"])
-def test_settings_of_a_checkpoint_are_compared_with_and_never_used(trained, run, part, monkeypatch):
-    rewrite(run / "checkpoints" / "step_00000004", lambda r: r["meta"]["config"].update({part: "zzz"}))
-    settings = (run / "config.yaml").read_text()
-    config = dataclasses.replace(trained[0], run_dir=run, resume=True, steps=5)
-    if part not in ("model", "heldout_reward"):  # names: what a model holds is compared by hash
-        (run / "config.yaml").unlink()
-        with pytest.raises(RunError, match=f"was trained with other settings .*{part}"):
-            train(config)
-        (run / "config.yaml").write_text(settings)
-    notes = []
-    monkeypatch.setattr(Progress, "note", lambda self, text: notes.append(text))
-    train(config)  # the run's own config.yaml has these settings: it was changed, and killed before a checkpoint
-    warned = [note for note in notes if "other settings" in note and part in note]
-    assert len(warned) == (part not in ("model", "heldout_reward"))
+def test_config_yaml_is_a_copy_that_a_run_can_do_without(trained, run):
+    copy = (run / "config.yaml").read_bytes()
+    (run / "config.yaml").write_bytes(b"evil: [")
+    train(dataclasses.replace(trained[0], run_dir=run, resume=True))
+    assert (run / "config.yaml").read_bytes() == copy
+    (run / "config.yaml").unlink()
+    train(dataclasses.replace(trained[0], run_dir=run, resume=True))
+    assert (run / "config.yaml").read_bytes() == copy
 
 
-@pytest.mark.parametrize("signed", [True, False])
+def test_a_checkpoint_of_another_run_is_refused(trained, small, run, tmp_path):
+    train(small(tmp_path / "other", seed=5))
+    shutil.copytree(tmp_path / "other" / "checkpoints", run / "checkpoints", dirs_exist_ok=True)
+    with pytest.raises(RunError, match=r"step_00000004: expected the adapter [0-9a-f]{64} of .*journal\.jsonl"):
+        train(dataclasses.replace(trained[0], run_dir=run, resume=True, steps=5))
+
+
 @pytest.mark.parametrize("setting", ["reward", "heldout_reward"])
-def test_no_code_is_imported_that_a_checkpoint_names(trained, run, tmp_path, monkeypatch, capsys, setting, signed):
+def test_no_code_is_imported_that_a_checkpoint_or_an_adapter_names(trained, run, tmp_path, monkeypatch, setting):
+    """Only the journal's settings name code, and a folder of a run is trusted with that by --resume alone."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "evilmod.py").write_text("open('imported', 'w')\ndef score(images, prompts): pass\n")
-    (run / "config.yaml").unlink()
     for path in (run / "checkpoints").iterdir():
-        if signed:
-            rewrite(path, lambda r: r["meta"]["config"].update({setting: "evilmod:score"}))
-        else:
-            meta = path / "meta.json"
-            old = json.loads(meta.read_text())["meta"]["config"][setting]
-            meta.write_text(meta.read_text().replace(f'"{setting}": "{old}"', f'"{setting}": "evilmod:score"'))
-    flags = ["--model", "tiny", "--prompts", str(trained[0].prompts), "--eval-prompts", str(trained[0].eval_prompts)]
-    assert main(["train", "--resume", "--run-dir", str(run), "--steps", "5", "--es.prompts-per-step", "2", *flags]) == 1
+        rewrite(path, lambda r: r["meta"].update({"config": {setting: "evilmod:score"}, setting: "evilmod:score"}))
+    train(dataclasses.replace(trained[0], run_dir=run, resume=True, steps=5))
     assert not (tmp_path / "imported").exists()
-    expected = "its config.yaml is gone, give them again" if signed else "meta.json: corrupt"
-    assert expected in capsys.readouterr().err
 
 
-class Folder:
-    def __init__(self, path):
-        self.metrics, self.fitness = path / "metrics.jsonl", path / "fitness.jsonl"
-
-
-@pytest.mark.parametrize("name", ["metrics.jsonl", "fitness.jsonl"])
 @pytest.mark.parametrize(
-    ("change", "why"),
+    ("change", "where"),
     [
-        (lambda lines: lines[:1] + lines[2:], "line 2: expected step 1, got 2"),
-        (lambda lines: lines[:2] + lines[1:], "line 3: expected step 2, got 1"),
-        (lambda lines: lines[:3], "line 4: expected step 3, got the file's end"),
-        (lambda lines: [], "line 1: expected step 0, got the file's end"),
-        (lambda lines: None, "line 1: expected step 0, got the file's end"),
-        (lambda lines: ["[" * 100_000 + "\n", *lines], "line 1: expected step 0, got no record"),
-        (lambda lines: ['{"step": true}\n', *lines[1:]], "line 1: expected step 0, got no record"),
+        (lambda steps: steps[:1] + steps[2:], "expected step 1, got 2"),
+        (lambda steps: steps[:2] + steps[1:], "expected step 2, got 1"),
+        (lambda steps: steps[:3], "expected (4 steps, got 3|step 3, got 4)"),
+        (lambda steps: [], "expected step 0, got 4"),
+        (lambda steps: [*steps[:3], {**steps[3], "fitness": steps[3]["fitness"][:-1]}], "expected a fitness of 4"),
+        (lambda steps: [*steps[:3], {**steps[3], "fitness": [1.0, None, 1.0, 1.0]}], "fitness: expected a list of fin"),
     ],
 )
-def test_logs_with_a_gap_or_a_step_twice_are_refused_and_left_alone(run, name, change, why):
-    require_steps(Folder(run), 4)
-    changed = change((run / name).read_text().splitlines(keepends=True))
-    (run / name).unlink()
-    if changed is not None:
-        (run / name).write_text("".join(changed))
-    with pytest.raises(RunError, match=f"{name}, {why}"):
-        require_steps(Folder(run), 4)
-    assert (run / name).exists() is (changed is not None)
+def test_a_run_with_a_gap_in_its_journal_is_not_resumed_and_left_alone(trained, run, change, where):
+    def kinds(records, *which):
+        return [record for record in records if record["kind"] in which]
 
-
-@pytest.mark.parametrize("fitness", [None, {}, [1.0, None], [float("nan")], ["1"], [True]])
-def test_a_step_without_its_fitness_is_refused(run, fitness):
-    lines = (run / "fitness.jsonl").read_text().splitlines(keepends=True)
-    (run / "fitness.jsonl").write_text("".join([*lines[:3], json.dumps({"step": 3, "fitness": fitness}) + "\n"]))
-    with pytest.raises(RunError, match=r"fitness\.jsonl, line 4: expected step 3, got it without a fitness of finite"):
-        require_steps(Folder(run), 4)
-
-
-def test_a_run_with_a_gap_in_its_logs_is_not_gone_on_with(trained, run):
-    lines = (run / "fitness.jsonl").read_text().splitlines(keepends=True)
-    (run / "fitness.jsonl").write_text("".join(lines[:1] + lines[2:]))
-    with pytest.raises(RunError, match=r"fitness\.jsonl, line 2: expected step 1, got 2"):
+    journals.rewrite(run, lambda records: [records[0], *change(kinds(records, "step")), *kinds(records, "saved")[-1:]])
+    before = (run / "journal.jsonl").read_bytes()
+    with pytest.raises(RunError, match=where):
         train(dataclasses.replace(trained[0], run_dir=run, resume=True, steps=5))
+    assert (run / "journal.jsonl").read_bytes() == before
 
 
 def test_logs_are_on_the_disk_before_a_checkpoint_is(small, tmp_path, monkeypatch):
@@ -195,4 +160,4 @@ def test_logs_are_on_the_disk_before_a_checkpoint_is(small, tmp_path, monkeypatc
     train(small(tmp_path / "run", steps=1, heldout_every=0, strip_every=0))
     meta = [place for place, name in enumerate(order) if name == "meta.json"]
     assert len(meta) == 2
-    assert {"metrics.jsonl", "fitness.jsonl"} <= set(order[meta[0] : order.index("checkpoint", meta[0])])
+    assert "journal.jsonl" in order[meta[0] : order.index("checkpoint", meta[0])]

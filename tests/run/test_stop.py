@@ -1,7 +1,6 @@
 """SIGTERM and SIGINT: the first ends a run with a checkpoint, the second at once."""
 
 import dataclasses
-import json
 import os
 import pkgutil
 import signal
@@ -10,6 +9,7 @@ import sys
 import threading
 import time
 
+import journals
 import pytest
 
 import esengine.run.train
@@ -109,7 +109,7 @@ def test_ctrl_c_ends_a_library_call_with_a_checkpoint(small, tmp_path, reward):
 PLACES = {
     "the model loads": ("esengine.run.prepare.load_model", 1, None),
     "prompts are encoded": ("esengine.run.prepare.encode", 1, None),
-    "the log opens": ("esengine.run.train.RunLog", 1, None),
+    "the log opens": ("esengine.run.train.Writer", 1, None),
     "the first checkpoint": ("esengine.run.checkpoint.save", 1, None),
     "a held-out measure": ("esengine.run.held_out.HeldOut.measure", 2, 1),
     "the last checkpoint": ("esengine.run.checkpoint.save", 3, 2),
@@ -144,8 +144,7 @@ def test_a_signal_at_any_stage_ends_the_run_and_it_goes_on(small, tmp_path, monk
         again = f"it goes on with: esengine train --run-dir {config.run_dir} --resume"
         assert str(caught.value) == f"stopped after step {step} of 2; {again}"
         train(dataclasses.replace(config, resume=True))
-    lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [0, 1]
+    assert [each["step"] for each in journals.steps(config.run_dir)] == [0, 1]
     assert (config.run_dir / "eval.json").is_file()
 
 
@@ -171,16 +170,15 @@ def test_a_held_out_measure_breaks_off_between_chunks(small, outcome, tmp_path, 
     with pytest.raises(Stopped, match=f"stopped after step {step} of 2; it goes on with"):
         train(config)
     assert calls == at
-    measured = (tmp_path / "run" / "heldout.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in measured] == list(range(step))
+    assert [each["step"] for each in journals.measured(tmp_path / "run")] == list(range(step))
     calls = 100
     train(dataclasses.replace(config, resume=True))
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("at", [1, 2, 6])
-def test_a_strip_breaks_off_between_chunks_and_the_step_is_made_anew(small, outcome, tmp_path, monkeypatch, at):
-    """Of three members in two chunks each."""
+def test_a_signal_in_a_strip_ends_the_run_once_the_step_is_recorded(small, outcome, tmp_path, monkeypatch, at):
+    """A strip is three members in two chunks each: few images beside those of the step."""
     settings = dict(steps=2, heldout_every=1, image=ImageSettings(chunk=1), strip_every=1)
     train(small(tmp_path / "whole", **settings))
     config, chunks, drawn = small(tmp_path / "run", **settings), Renderer.chunks, 0
@@ -188,7 +186,7 @@ def test_a_strip_breaks_off_between_chunks_and_the_step_is_made_anew(small, outc
     def counted(self, step, rows, population=None, **keys):
         nonlocal drawn
         rows = list(rows)
-        of_a_strip = step == 1 and len(rows) == 2
+        of_a_strip = step == 0 and len(rows) == 2
         for images in chunks(self, step, rows, population, **keys):
             drawn += of_a_strip
             if of_a_strip and drawn == at:
@@ -199,7 +197,7 @@ def test_a_strip_breaks_off_between_chunks_and_the_step_is_made_anew(small, outc
         patch.setattr(Renderer, "chunks", counted)
         with pytest.raises(Stopped, match="stopped after step 1 of 2; it goes on with"):
             train(config)
-    assert drawn == at
+    assert drawn == 6
     assert [path.name for path in (tmp_path / "run" / "strips").iterdir()] == ["step_00000000.png"]
     train(dataclasses.replace(config, resume=True))
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")

@@ -8,15 +8,13 @@ import subprocess
 import sys
 import types
 
+import journals
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from esengine.base.errors import ConfigError
 from esengine.run import trackers
-from esengine.run.folder import RunFolder
-from esengine.run.log import RunLog
 from esengine.run.train import train
 
 METHODS = ("start", "log", "image", "histogram", "finish")
@@ -76,7 +74,7 @@ def test_a_run_gives_each_its_scores_pictures_histograms_and_settings(small, tmp
     json.dumps(settings)
     logged = [call[1:] for call in wandb.calls if call[0] == "log"]
     steps = {step: scalars for step, scalars in logged if "reward" in scalars}
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = journals.steps(tmp_path / "run")
     assert steps == {line.pop("step"): line for line in lines}
     pictures = [call[1:] for call in wandb.calls if call[0] == "image"]
     assert [(step, kind) for step, kind, _ in pictures] == [
@@ -97,17 +95,19 @@ FAILURES = [("__init__", 0), *((method, 0) for method in METHODS), ("log", 1), (
 @pytest.mark.parametrize(("broken", "good"), FAILURES)
 def test_one_that_fails_is_dropped_and_said_once(tmp_path, fakes, notes, broken, error, good):
     fakes(broken=broken, error=error, good=good)
-    with RunFolder.open(tmp_path / "run") as folder, RunLog(folder, trackers=BOTH, note=notes.said.append) as log:
-        for step in range(4):
-            log.log(step, {"x": 1.0})
-            log.strip(step, {"best": torch.zeros(1, 3, 8, 8, dtype=torch.uint8)})
-            log.histogram(step, "members/a", torch.ones(4))
+    each = trackers.open_trackers(tmp_path, tmp_path / "tensorboard", BOTH, None, notes.said.append)
+    each.start({})
+    for step in range(4):
+        each.log(step, {"x": 1.0})
+        each.image(step, "strips", Image.new("RGB", (8, 8)))
+        each.histogram(step, "members/a", np.ones(4))
+    each.finish()
     (line,) = notes.said
     method = "start" if broken == "__init__" else broken
     assert line.startswith("warning: trackio is dropped")
     assert f"{method} raised {error.__name__}: no network" in line
     assert "\n" not in line
-    record = json.loads((tmp_path / "run" / "trackers.json").read_text())
+    record = json.loads((tmp_path / "trackers.json").read_text())
     assert list(record["failed"]) == ["trackio"]
     healthy = Fake.made[0]
     assert [call[0] for call in healthy.calls].count("log") == 4

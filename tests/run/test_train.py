@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import journals
 import numpy as np
 import pytest
 import torch
@@ -17,8 +18,8 @@ from esengine.es.rule import UpdateRule
 from esengine.evaluation.draw import Batch
 from esengine.evaluation.entries import Entry
 from esengine.models import SanaSprint, tiny_model
-from esengine.run.loop import save_adapter
 from esengine.run.prepare import attach_population
+from esengine.run.saving import save_adapter
 from esengine.run.settings import ESSettings, LoraSettings, TrainConfig, load
 from esengine.run.train import _draw_comparison, _keep_images, train
 from esengine.sampling.settings import ImageSettings
@@ -33,8 +34,8 @@ def test_the_run_folder(trained):
     folder = result.folder
     assert folder == config.run_dir
     assert sorted(path.name for path in folder.iterdir()) == [
-        ".lock", "adapter", "checkpoints", "comparison.png", "config.yaml", "eval.json", "fitness.jsonl", "heldout",
-        "heldout.jsonl", "metrics.jsonl", "strips", "tensorboard",
+        ".lock", "adapter", "checkpoints", "comparison.png", "config.yaml", "eval.json", "heldout", "journal.jsonl",
+        "strips", "tensorboard",
     ]  # fmt: skip
     assert sorted(path.name for path in (folder / "adapter").iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors",
@@ -72,7 +73,7 @@ def test_the_resolved_configuration_is_saved(trained):
 
 def test_metrics_have_a_line_for_each_step(trained):
     config, result = trained
-    lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    lines = journals.steps(result.folder)
     assert [line["step"] for line in lines] == list(range(config.steps))
     for line in lines:
         assert line["reward_worst"] < line["reward"] < line["reward_best"]
@@ -89,7 +90,7 @@ def test_tensorboard_has_the_same_numbers(trained):
     _, result = trained
     events = EventAccumulator(str(result.folder / "tensorboard"))
     events.Reload()
-    lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    lines = journals.steps(result.folder)
     assert [(e.step, e.value) for e in events.Scalars("reward")] == [
         (line["step"], pytest.approx(line["reward"], rel=1e-6)) for line in lines
     ]
@@ -277,7 +278,7 @@ def test_another_seed_is_another_run(trained, small, outcome, tmp_path):
 def test_another_chunk_size_draws_the_same_images_up_to_rounding(trained, small, tmp_path):
     _, result = trained
     train(small(tmp_path / "run", steps=1, image=ImageSettings(chunk=64)))
-    a, b = (json.loads((f / "metrics.jsonl").read_text().splitlines()[0]) for f in (result.folder, tmp_path / "run"))
+    a, b = (journals.steps(folder)[0] for folder in (result.folder, tmp_path / "run"))
     assert a["reward"] == pytest.approx(b["reward"], rel=1e-3)
 
 
@@ -307,7 +308,7 @@ def test_progress_hears_every_image(small, tmp_path):
 def test_more_than_one_reward_is_weighed_and_logged(small, tmp_path, reward):
     name = reward(brightness)
     result = train(small(tmp_path / "run", steps=1, reward=f"jpeg_compressibility=0.5,{name}=-2"))
-    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    line = journals.steps(tmp_path / "run")[0]
     assert line["reward"] == pytest.approx(0.5 * line["reward/jpeg_compressibility"] - 2 * line[f"reward/{name}"])
     assert result.comparison.scores == ["jpeg_compressibility", name, "combined"]
 
@@ -315,7 +316,7 @@ def test_more_than_one_reward_is_weighed_and_logged(small, tmp_path, reward):
 def test_two_steps_and_the_reference_angle(small, tmp_path):
     for name, image in (("two", ImageSettings(num_steps=2)), ("angle", ImageSettings(x0_angle=1.3))):
         train(small(tmp_path / name, steps=1, image=image))
-    first = [json.loads((tmp_path / name / "metrics.jsonl").read_text())["reward"] for name in ("two", "angle")]
+    first = [journals.steps(tmp_path / name)[0]["reward"] for name in ("two", "angle")]
     assert first[0] != first[1]
 
 
@@ -354,4 +355,4 @@ def test_judges_that_have_no_say_are_compared_where_nothing_is_measured_on_the_w
     config = dataclasses.replace(config, es=dataclasses.replace(config.es, prompts_per_step=1))
     report = train(config).comparison
     assert set(report.scores) == {"checker", "pickscore", "clip_text", "aesthetic", "no_artifacts", "combined"}
-    assert (tmp_path / "run" / "heldout.jsonl").read_text() == ""
+    assert journals.measured(tmp_path / "run") == []

@@ -70,7 +70,7 @@ Path(sys.argv[2]).write_text(json.dumps(found))
 
 KILLER = """
 import functools, os, pathlib, signal
-from esengine.run.log import _Lines
+from esengine.run.journal import Writer
 
 SYSTEM = ("fsync", "rename", "replace", "unlink", "mkdir")
 armed, calls = (None, 0), dict.fromkeys(("reward", "append", *SYSTEM), 0)
@@ -94,14 +94,9 @@ def system(kind, call, *args, **keys):
     return call(*args, **keys)
 
 
-def torn(lines):
-    lines._file.write('{"step": 1')
-    lines._file.flush()
-
-
-def append(lines, record, whole=_Lines.append):
-    reach("append", lambda: torn(lines))
-    whole(lines, record)
+def append(writer, record, whole=Writer.append):
+    reach("append", lambda: writer._file.write(b'{"kind": "step", "step": 1'))
+    whole(writer, record)
 
 
 def score(images, prompts):
@@ -109,7 +104,7 @@ def score(images, prompts):
     return images.float().mean(dim=(1, 2, 3)) / 255
 
 
-_Lines.append = append
+Writer.append = append
 for name in SYSTEM:
     wrapped = functools.partial(system, name, getattr(os, name))
     setattr(os, name, wrapped)
@@ -118,7 +113,7 @@ for name in SYSTEM:
 """
 
 KINDS = ("reward", "append", "fsync", "rename", "replace", "unlink", "mkdir")
-"""What a run does when it is killed: before a call, or with half a line of a log written."""
+"""What a run does when it is killed: before a call, or with half a line of the journal written."""
 
 
 def drawn(count, seed):

@@ -1,12 +1,12 @@
 """Processes of one run, forked here: the run of one, whatever their number; and what happens where they differ."""
 
 import dataclasses
-import json
 import os
 import signal
 import socket
 import traceback
 
+import journals
 import pytest
 import torch
 import torch.multiprocessing as processes
@@ -139,7 +139,7 @@ def test_a_signal_in_a_measure_which_the_first_process_makes_alone_stops_all(sma
     found = world(2, lambda rank: small(tmp_path / "run", reward=reward(signalling), **settings))
     assert found[0][1].startswith(f"Stopped: stopped after step {step} of 2; it goes on with")
     assert found[1][1] == ""
-    assert len((tmp_path / "run" / "heldout.jsonl").read_text().splitlines()) == step
+    assert len(journals.measured(tmp_path / "run")) == step
     assert steps(tmp_path / "run")[-1] == step
 
 
@@ -201,4 +201,4 @@ def test_processes_may_name_the_same_prompts_differently(small, tmp_path, prompt
     changes = [{}, {"prompts": tmp_path / "same.txt"}]
     found = world(2, lambda rank: small(tmp_path / "run", steps=1, heldout_every=0, strip_every=0, **changes[rank]))
     assert [error for _, error in found] == ["", ""]
-    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["step"] == 0
+    assert journals.steps(tmp_path / "run")[0]["step"] == 0

@@ -1,0 +1,127 @@
+"""Saves a run: a checkpoint every few steps and when the run ends, and the adapter beside it."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from esengine.base.errors import RunError, Stopped
+from esengine.base.group import Group
+from esengine.es.engine import Engine
+from esengine.es.population import Population
+from esengine.kernels import CONTRACT
+from esengine.models import write_diffusers_lora
+from esengine.rewards import Weighted
+from esengine.run import checkpoint
+from esengine.run import state as run_state
+from esengine.run.hooks import Hook, Outputs
+from esengine.run.journal import Saved, Step
+from esengine.sampling.rollout import Renderer
+
+
+class Checkpoints(Hook):
+    """Saves the engine every `every` steps, after the last step, and when the run ends early.
+
+    Use it in a `with` statement around the steps. It does not save while the adapter, the step number and the journal
+    may be inconsistent, or while the processes may differ.
+
+    Args:
+        engine: the engine. If it resumes from a checkpoint, `resumed` is true.
+        every: steps between checkpoints.
+        last: number of steps of the run.
+        group: the processes. Before each checkpoint their adapters are compared.
+        render, reward: a checkpoint stores their batch limits.
+        to: the outputs of the run; None except in the leading process.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        every: int,
+        last: int,
+        group: Group,
+        render: Renderer,
+        reward: Weighted,
+        to: Outputs | None,
+        resumed: bool,
+    ):
+        self.engine, self.every, self.last, self.group = engine, every, last, group
+        self.render, self.reward, self.to, self._agree = render, reward, to, True
+        if resumed and to:
+            save_adapter(engine.population, to.folder.adapter)
+        self._compare()
+        self.saved_step = engine.step
+        if not resumed:
+            self._save()
+
+    def after_step(self, step: Step) -> None:
+        if self.engine.step % self.every == 0 or self.engine.step == self.last:
+            self._compare()
+            self._save()
+
+    @contextmanager
+    def all_or_nothing(self, *harmless: type[Exception]) -> Iterator[None]:
+        """After an error inside, the state is never saved, unless the error is `harmless`: it changes nothing."""
+        self._agree = False
+        try:
+            yield
+        except harmless:
+            self._agree = True
+            raise
+        self._agree = True
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, trace) -> None:
+        unsaved = self.engine.step > self.saved_step
+        try:
+            if unsaved and isinstance(error, Stopped):  # in every process, after the same step
+                self._compare()
+        finally:
+            if unsaved and self._agree:
+                self._save()
+        if error is None and self.to:  # `save` removes them too, but not if there was no step to take
+            checkpoint.remove_temporaries(self.to.folder.checkpoints)
+
+    def _compare(self) -> None:
+        """Raise RunError unless every process has the same adapter."""
+        with self.all_or_nothing():
+            own = torch.frombuffer(bytearray.fromhex(adapter_sha256(self.engine.population)), dtype=torch.uint8)
+            hashes = [bytes(each.tolist()).hex() for each in self.group.gather(own)]
+            for rank, each in enumerate(hashes):
+                if each != hashes[0]:
+                    step = self.engine.step
+                    raise RunError(f"process {rank}: its adapter differs from that of process 0 after step {step}")
+
+    def _save(self) -> None:
+        """Write a checkpoint, in the leading process only."""
+        engine, step = self.engine, self.engine.step
+        if self.to:
+            sha256 = adapter_sha256(engine.population)
+            meta = {"contract": CONTRACT, "adapter_sha256": sha256}
+            meta |= {"limit": self.render.limit, "scoring_limit": self.reward.limit}
+            self.to.journal.sync()  # a checkpoint is never ahead of the journal
+            checkpoint.save(self.to.folder.checkpoints, step, run_state.tensors(engine), meta)
+            self.to.journal.append(Saved(step, sha256))
+            save_adapter(engine.population, self.to.folder.adapter)
+        self.saved_step = step
+
+
+def save_adapter(population: Population, path: Path) -> None:
+    """Write the adapter into one folder, once for PEFT and once for `SanaSprintPipeline.load_lora_weights`."""
+    population.save_pretrained(path)
+    scaling = {name: layer.scale for name, layer in population.layers.items()}
+    write_diffusers_lora(path, population.lora(), scaling)
+
+
+def adapter_sha256(population: Population) -> str:
+    """SHA-256 of the adapter: names and bytes of its tensors, in the order of the names."""
+    found = hashlib.sha256()
+    for name, parameter in sorted(population.parameters().items()):
+        found.update(name.encode())
+        found.update(parameter.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
