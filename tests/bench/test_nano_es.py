@@ -5,13 +5,14 @@ import json
 import statistics
 from pathlib import Path
 
+import journals
 import nano_dissect
 import nano_es
 import nano_headline
 import pytest
 
 from esengine.base.settings_file import from_dict
-from esengine.run.settings import TrainConfig, load, to_dict, to_yaml
+from esengine.run.settings import TrainConfig, load, to_dict
 
 RESULTS = Path(nano_es.__file__).parent / "results"
 NOTES = (Path(nano_es.__file__).parent / "NANO.md").read_text(encoding="utf-8")
@@ -65,7 +66,7 @@ def test_a_finished_run_of_the_headline_is_kept_and_another_is_refused(tmp_path)
     settings = nano_es.merged(to_dict(load("nano")), nano_headline.HEADLINE)
     chosen = {"device": "cpu", "dtype": "float32", "heldout_reward": "clip_text(model=nano)", "image": {"chunk": 64}}
     saved = from_dict(TrainConfig(), nano_es.merged(settings, {**chosen, "seed": 2}), "run")
-    (tmp_path / "config.yaml").write_text(to_yaml(saved))
+    journals.begin(tmp_path, **to_dict(saved))
     (tmp_path / "eval.json").touch()
     assert nano_headline._seed(2, tmp_path, settings) is None
     with pytest.raises(SystemExit, match=r"other settings \(seed: 2 -> 1\)"):
