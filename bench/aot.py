@@ -36,10 +36,10 @@ from typing import Any, NamedTuple, get_args
 from unittest.mock import patch
 
 import record
-import standin
 import torch
 import triton
 from peft import LoraConfig
+from suite import standin
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 

@@ -30,9 +30,9 @@ from typing import Any, NamedTuple, get_args
 from unittest.mock import patch
 
 import aot
-import clock
 import record
 import torch
+from suite import clock
 
 from esengine.kernels import (
     Lora,

@@ -12,9 +12,9 @@ import torch
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 import aot  # noqa: E402
-import standin  # noqa: E402
 import triton.language as tl  # noqa: E402
 from peft import LoraConfig  # noqa: E402
+from suite import standin  # noqa: E402
 
 import esengine  # noqa: E402
 from esengine.kernels import Lora, MemberNoise, configs, population_linear  # noqa: E402

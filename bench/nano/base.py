@@ -1,7 +1,7 @@
 """How well does sana-sprint-nano draw? Five judges on held-out captions: steps of sampling against ground truth.
 
-    python bench/nano.py --count 1000 --json bench/results/nano_base.json
-    python bench/nano.py --count 1000 --model sana-sprint-nano --json bench/results/nano_again.json   # trained again
+    python bench/nano base --count 1000 --json bench/results/nano_base.json
+    python bench/nano base --count 1000 --model sana-sprint-nano --json bench/results/nano_again.json   # trained again
 
 "drawn" is another picture of the same caption by the world itself, "decoded" that picture through the autoencoder.
 All models draw from the same noise; differences are paired by caption.
@@ -112,7 +112,3 @@ def render(model: SanaSprint, texts, options: argparse.Namespace, steps: int, sc
 
 def summary(values: np.ndarray) -> dict[str, float]:
     return {"mean": float(values.mean()), "standard_error": float(values.std(ddof=1) / len(values) ** 0.5)}
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,8 @@
 """The headline on sana-sprint-nano: base in one step, ES-LoRA in one step from three seeds, base in two steps.
 
-    python bench/nano_headline.py run   --json bench/results/nano_headline.json --pictures bench/results
-    python bench/nano_headline.py fresh --json bench/results/nano_fresh.json     # its adapters on other test captions
-    python bench/nano_headline.py picture    # the README's, of the stored nano_headline.png
+    python bench/nano headline run   --json bench/results/nano_headline.json --pictures bench/results
+    python bench/nano headline fresh --json bench/results/nano_fresh.json     # its adapters on other test captions
+    python bench/nano headline picture    # the README's, of the stored nano_headline.png
 
 The runs are `esengine train` with the settings of `HEADLINE`; the table is that of `esengine eval --benchmark nano`.
 Runs that were stopped are gone on with. The pictures are nano_headline.png and nano_curves.png.
@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import record
 import torch
-from nano_es import merged
 from PIL import Image
 
 from esengine.base.progress import Progress
@@ -37,8 +36,9 @@ from esengine.rewards.roles import reward_names
 from esengine.run.pictures import draw_strip
 from esengine.run.settings import TrainConfig, differences, load, load_run, to_dict
 from esengine.run.train import train
+from nano.es import merged
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 HEADLINE: dict[str, Any] = {
     "steps": 1280,
@@ -66,7 +66,7 @@ def headline(options: argparse.Namespace) -> None:
         gallery(found.folder / "images", found.report.entries, options.pictures / "nano_headline.png")
         curves(folders, options.pictures / "nano_curves.png")
     if options.json:
-        what = {"what": "bench/nano_headline.py run", "config": settings}
+        what = {"what": "bench/nano headline run", "config": settings}
         what |= {"seconds": seconds, "report": json.loads(found.report.to_json()), "scores": scores(found.folder)}
         record.write(options.json, {**what, **environment})
 
@@ -84,7 +84,7 @@ def fresh(options: argparse.Namespace) -> None:
         report = evaluate(config, Progress()).report
     print(report.table())
     if options.json:
-        what = {"what": "bench/nano_headline.py fresh", "report": json.loads(report.to_json())}
+        what = {"what": "bench/nano headline fresh", "report": json.loads(report.to_json())}
         record.write(options.json, {**what, **environment})
 
 
@@ -191,7 +191,3 @@ def main() -> None:
     if options.command == "picture":  # of what is stored; nothing is drawn anew
         return picture(RESULTS / "nano_headline.png", RESULTS / "readme.png")
     (headline if options.command == "run" else fresh)(options)
-
-
-if __name__ == "__main__":
-    main()

@@ -9,33 +9,33 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import aot
-import standin
-import suite_kernels
-import suite_ops
-import suite_predict
+import suite.kernels
+import suite.ops
+import suite.predict
 from peers.reference_loop import TARGETS
 from peft import LoraConfig
-from suite_context import SCALES
+from suite import standin
+from suite.context import SCALES
 
 import esengine
 from esengine.kernels import Lora, MemberNoise, population_linear
 from esengine.models.sana.sana_block import fused_parts, patched
 
-NOTES = Path(suite_predict.__file__).with_name("NOTES.md")
+NOTES = Path(suite.predict.__file__).parents[1] / "NOTES.md"
 
 
 def test_the_notes_have_the_tables():
     lines = NOTES.read_text(encoding="utf-8").splitlines()
-    assert [line for line in suite_predict.tables() if line not in lines] == []
+    assert [line for line in suite.predict.tables() if line not in lines] == []
 
 
 def test_predictions_follow_their_assumptions():
-    full, slow = (suite_predict.predictions(suite_predict.Case(gemm, 1.0)) for gemm in (1.0, 0.8))
+    full, slow = (suite.predict.predictions(suite.predict.Case(gemm, 1.0)) for gemm in (1.0, 0.8))
     for name, value in full.items():
         assert value >= slow[name] or name.startswith("share"), name
     # 2240 -> 2240, 256 rows: a pass of 24.5 us beside 219.2 us
-    assert suite_predict.linear_alone(2240, 2240, 256, suite_predict.CASES[0]) == pytest.approx(0.888, abs=2e-3)
-    ours, plain = suite_predict.forwards(16, suite_predict.CASES[0])
+    assert suite.predict.linear_alone(2240, 2240, 256, suite.predict.CASES[0]) == pytest.approx(0.888, abs=2e-3)
+    ours, plain = suite.predict.forwards(16, suite.predict.CASES[0])
     assert 0.05 < ours < plain < 0.12
 
 
@@ -73,11 +73,11 @@ def forward(side, text):
 @pytest.mark.parametrize("side", [16, 32])
 def test_the_suite_has_every_launch_of_a_forward(side):
     text, measured = 40, Counter()
-    for launch in suite_kernels.launches(suite_ops.sizes_of("full"), side, text, shares=True):
+    for launch in suite.kernels.launches(suite.ops.sizes_of("full"), side, text, shares=True):
         with aot.recorded_launches():
             call = launch.build(64, torch.device("meta"), torch.bfloat16)
         with aot.recorded_launches() as noted:
-            call(suite_ops.TRITON)
+            call(suite.ops.TRITON)
         for kind, times in kinds(noted).items():
             measured[kind] += times * (2 if launch.times > 1 else 1)
     with aot.recorded_launches() as noted:

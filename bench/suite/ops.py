@@ -4,11 +4,8 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import roofline
-import standin
 import torch
 import torch.nn.functional as F
-from suite_context import Context
 
 from esengine.kernels import (
     Lora,
@@ -28,6 +25,8 @@ from esengine.kernels import (
     shrink_ref,
     takes_shares,
 )
+from suite import roofline, standin
+from suite.context import Context
 
 R, K, SCALE, SIGMA = 2, 1, 4.0, 1e-2
 NOISE = {"seed": 0, "step": 1}

@@ -8,13 +8,16 @@ which are torch's, have their shares in the parts `decode_*` and `step_*`.
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import roofline
 import torch
-from clock import interleaved
-from suite_checks import attempt, bounded, full_precision, worst_error
-from suite_context import Context
-from suite_linear import linear_case
-from suite_ops import (
+
+from esengine.kernels import Modulation, es_update, es_update_ref, normals, normals_ref
+from esengine.kernels.factors import STORE_FROM
+from suite import roofline
+from suite.checks import attempt, bounded, full_precision, worst_error
+from suite.clock import interleaved
+from suite.context import Context
+from suite.linear import linear_case
+from suite.ops import (
     FP32_BOUND,
     NOISE,
     REFERENCE,
@@ -29,9 +32,6 @@ from suite_ops import (
     roofline_share,
     sizes_of,
 )
-
-from esengine.kernels import Modulation, es_update, es_update_ref, normals, normals_ref
-from esengine.kernels.factors import STORE_FROM
 
 BOUND = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: FP32_BOUND}
 """Relative error: twice the most that rounding a norm costs, since op and reference round both. Wrong noise is 1."""

@@ -9,20 +9,20 @@ from typing import Any
 
 import peer_ratio
 import record
-import standin
 import torch
-from clock import Laps, interleaved
 from forward import LiveBytes
 from peers import published, reference_loop
-from suite_checks import CheckFailed, Checks, attempt, bounded, full_precision, worst_error
-from suite_context import STEP, Context, Exact
-from suite_decode import score_work
-from suite_ops import roofline_share
 from torch._dynamo.utils import counters
 
 import esengine
 from esengine.kernels import es_update_ref
 from esengine.models import Rows, SanaSprint, graphs
+from suite import standin
+from suite.checks import CheckFailed, Checks, attempt, bounded, full_precision, worst_error
+from suite.clock import Laps, interleaved
+from suite.context import STEP, Context, Exact
+from suite.decode import score_work
+from suite.ops import roofline_share
 
 
 @torch.no_grad()

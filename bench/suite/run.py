@@ -1,9 +1,10 @@
 """The GPU suite: every figure of the speed issue, correctness first, in one run.
 
-    python bench/suite.py                                        full size, on a CUDA device, within 8 minutes
-    python bench/suite.py --parts cold                           the parts worth most, planned for 300 s
-    python bench/suite.py --plan                                 what would be measured, and the time that is assumed
-    python bench/suite.py --scale tiny --device cpu              the whole path at toy size; its figures mean nothing
+    python bench/suite                           full size, on a CUDA device, within 8 minutes
+    python bench/suite --parts cold              the parts worth most, planned for 300 s
+    python bench/suite --plan                    what would be measured, and the time that is assumed
+    python bench/suite --predict H100            what the roofline lets the figures be
+    python bench/suite --scale tiny --device cpu the whole path at toy size; its figures mean nothing
 
 A part whose check fails is recorded as failed; its figures are stored beside the reason and do not count. One that
 raises is recorded as an error. The rest goes on, unless the device itself has failed. A part that would not be done
@@ -17,7 +18,6 @@ import json
 import os
 import re
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -28,19 +28,21 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import record
-import suite_decode
-import suite_kernels
-import suite_linear
-import suite_model
 import torch
-from suite_checks import CheckFailed, Checks
-from suite_context import COLD, SCALES, Context, Scale
-from suite_summary import ERROR, FAILED, FILES, rows, summarize
 
+import suite.decode
+import suite.kernels
+import suite.linear
+import suite.model
+import suite.predict
 from esengine.models.settings import RenderSettings
 from esengine.sampling.build import allow_tf32
+from suite import roofline
+from suite.checks import CheckFailed, Checks
+from suite.context import COLD, SCALES, Context, Scale
+from suite.summary import ERROR, FAILED, FILES, rows, summarize
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 GRACE = 15
@@ -59,18 +61,18 @@ def parts(scale: Scale) -> dict[str, Callable[[Context], dict[str, Any]]]:
     """
     small, large = scale.pixels
     return {
-        "linear": suite_linear.linear,
-        "update": suite_model.update,
-        f"forward_{small}": lambda context: suite_model.forward(context, small),
-        f"step_{small}": lambda context: suite_model.step(context, small),
-        "memory": suite_model.memory,
-        f"forward_{large}": lambda context: suite_model.forward(context, large),
-        f"step_{large}": lambda context: suite_model.step(context, large),
-        f"decode_{small}": lambda context: suite_decode.decode(context, small),
-        "overlap": suite_decode.overlap,
-        "reference_loop": suite_model.loop,
-        f"decode_{large}": lambda context: suite_decode.decode(context, large),
-        "kernels": suite_kernels.kernels,
+        "linear": suite.linear.linear,
+        "update": suite.model.update,
+        f"forward_{small}": lambda context: suite.model.forward(context, small),
+        f"step_{small}": lambda context: suite.model.step(context, small),
+        "memory": suite.model.memory,
+        f"forward_{large}": lambda context: suite.model.forward(context, large),
+        f"step_{large}": lambda context: suite.model.step(context, large),
+        f"decode_{small}": lambda context: suite.decode.decode(context, small),
+        "overlap": suite.decode.overlap,
+        "reference_loop": suite.model.loop,
+        f"decode_{large}": lambda context: suite.decode.decode(context, large),
+        "kernels": suite.kernels.kernels,
     }
 
 
@@ -326,7 +328,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--compile-decoder", action="store_true", help="decode_512 and decode_1024 measure a compiled decoder too"
     )
+    parser.add_argument(
+        "--predict",
+        choices=roofline.KNOWN,
+        help="print what the figures should be on this device, by the roofline and assumptions, and end",
+    )
     options = parser.parse_args(arguments)
+    if options.predict:
+        print("\n".join(suite.predict.tables(options.predict)))
+        return 0
     deadline, device = time.monotonic() + options.budget, torch.device(options.device)
     if options.plan:
         try:
@@ -368,7 +378,3 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"wrote {path}")
     broken = any(part["status"] in ("failed", "error") for part in results["parts"].values())
     return int(broken or any({FAILED, ERROR} & set(line) for line in rows(results["summary"])))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

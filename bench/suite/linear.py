@@ -7,7 +7,7 @@
 `linear_vs_gemm` is the first: one call against one call, as the figures are that others publish. The second,
 `linear_in_block_vs_gemm`, is what a forward pays. It is charged with GEMM + mix + (producer that leaves shares or h -
 the same producer without), on a cold L2 each, so nothing that this linear's perturbation costs a block is left out
-(`suite_producers`). Not in it: gate, residual and activation, which a plain block has too. A shape whose x no op of the
+(`producers.py`). Not in it: gate, residual and activation, which a plain block has too. A shape whose x no op of the
 block makes (the caption's, from stored text; `attn2.to_out`, behind torch's attention) runs there as it does alone.
 """
 
@@ -15,15 +15,10 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 import record
-import roofline
-import suite_producers
 import torch
 import torch.nn.functional as F
-from clock import interleaved
-from suite_checks import attempt, bounded, full_precision, worst_error
-from suite_context import Context
-from suite_ops import FP32_BOUND, NOISE, SCALE, SIGMA, K, R, roofline_share
 
+import suite.producers
 from esengine.kernels import (
     Lora,
     MemberNoise,
@@ -36,6 +31,11 @@ from esengine.kernels import (
     stream_table,
 )
 from esengine.kernels.population_linear import Path
+from suite import roofline
+from suite.checks import attempt, bounded, full_precision, worst_error
+from suite.clock import interleaved
+from suite.context import Context
+from suite.ops import FP32_BOUND, NOISE, SCALE, SIGMA, K, R, roofline_share
 
 
 @torch.no_grad()
@@ -50,8 +50,8 @@ def linear(context: Context) -> dict[str, Any]:
         for tokens in scale.tokens:
             shape = n_in, n_out, tokens
             shapes[_named(*shape)] = _within_time(context, lambda s=shape: linear_case(context, *s))
-            for producer in suite_producers.of(context, n_in, n_out):
-                case = lambda s=shape, p=producer: suite_producers.case(context, p, *s)  # noqa: E731
+            for producer in suite.producers.of(context, n_in, n_out):
+                case = lambda s=shape, p=producer: suite.producers.case(context, p, *s)  # noqa: E731
                 in_block[f"{_named(*shape)} {producer}"] = _within_time(context, case)
     return {
         "members": scale.members,

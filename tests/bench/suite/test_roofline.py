@@ -1,8 +1,8 @@
 import pytest
 import record
-import roofline
-import suite_decode
+import suite.decode
 import torch
+from suite import roofline
 
 
 def test_work_of_a_population_linear_by_hand():
@@ -59,11 +59,11 @@ def test_products_of_a_module_are_counted_without_running_it():
 
 
 def test_decoder_and_scorer_are_those_of_the_published_configurations():
-    small, large = (suite_decode.decode_work("full", pixels, 1) for pixels in (512, 1024))
+    small, large = (suite.decode.decode_work("full", pixels, 1) for pixels in (512, 1024))
     assert small.flops == pytest.approx(2.092e12, rel=1e-3)
     assert large.flops == pytest.approx(4 * small.flops, rel=1e-3)
-    assert suite_decode.decode_work("full", 1024, 1, lite=True).flops < large.flops
-    one, many = (suite_decode.score_work("full", images) for images in (1, 8))
+    assert suite.decode.decode_work("full", 1024, 1, lite=True).flops < large.flops
+    one, many = (suite.decode.score_work("full", images) for images in (1, 8))
     assert one.flops == pytest.approx(0.3346e12, rel=1e-3)
     assert many.flops == 8 * one.flops
     assert many.bytes < 8 * one.bytes  # the weights are read once

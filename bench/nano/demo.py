@@ -1,6 +1,6 @@
 """The demo's experiment on several seeds: does ES on sana-sprint-nano raise the reward of captions it never saw?
 
-    python bench/demo.py [--seeds 0 1 2] [--json bench/results/cpu_demo.json]
+    python bench/nano demo [--seeds 0 1 2] [--json bench/results/cpu_demo.json]
 
 Each seed is `esengine train --seed S` with no other flag, in a folder that is removed afterwards.
 """
@@ -34,7 +34,3 @@ def main() -> None:
         config = to_dict(load("nano"))
         what = {"what": "esengine train", "model": SanaSprint.from_pretrained("nano").identity(), "config": config}
         record.write(options.json, {**what, "runs": runs, **environment})
-
-
-if __name__ == "__main__":
-    main()

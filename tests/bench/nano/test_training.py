@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
-import nano_training
 import pytest
+from nano import training
 
 from esengine.models import nano
 
 PACKAGED = Path(nano.__file__).parent / "sana-sprint-nano"
-STORED = json.loads(nano_training.STORED.read_text(encoding="utf-8"))["curves"]
+STORED = json.loads(training.STORED.read_text(encoding="utf-8"))["curves"]
 
 
 def work(folder, curves):
@@ -20,18 +20,18 @@ def work(folder, curves):
 
 
 def test_the_stored_curves_end_as_the_packaged_model_says():
-    training = json.loads((PACKAGED / "training.json").read_text(encoding="utf-8"))
-    assert list(STORED) == list(nano_training.STAGES)
+    packaged = json.loads((PACKAGED / "training.json").read_text(encoding="utf-8"))
+    assert list(STORED) == list(training.STAGES)
     for stage, rows in STORED.items():
         last = {name: value for name, value in rows[-1].items() if name != "step"}
-        assert (rows[-1]["step"], last) == (training[stage]["steps"], training[stage]["last"])
+        assert (rows[-1]["step"], last) == (packaged[stage]["steps"], packaged[stage]["last"])
 
 
 def test_the_card_says_how_far_a_second_training_went_and_agreed():
-    again = json.loads((nano_training.STORED.parent / "nano_training_again.json").read_text(encoding="utf-8"))
+    again = json.loads((training.STORED.parent / "nano_training_again.json").read_text(encoding="utf-8"))
     assert all(stage["agree_up_to"] == stage["steps"] for stage in again["stages"].values())
     card = " ".join((PACKAGED / "README.md").read_text(encoding="utf-8").split())
-    autoencoder, teacher, student = (again["stages"][stage]["steps"] for stage in nano_training.STAGES)
+    autoencoder, teacher, student = (again["stages"][stage]["steps"] for stage in training.STAGES)
     assert f"{autoencoder} steps of the autoencoder" in card
     assert f"{teacher} of the teacher and {student} of the student" in card
 
@@ -39,7 +39,7 @@ def test_the_card_says_how_far_a_second_training_went_and_agreed():
 def test_a_training_is_compared_as_far_as_it_has_come(tmp_path, monkeypatch, capsys):
     begun = {"autoencoder": STORED["autoencoder"], "teacher": STORED["teacher"][:3]}
     monkeypatch.setattr("sys.argv", ["nano_training.py", str(work(tmp_path, begun)), "--json", str(tmp_path / "j")])
-    assert nano_training.main() == 0
+    assert training.main() == 0
     assert "teacher: 150 of 5000 steps, equal up to step 150\n" in capsys.readouterr().out
     stages = json.loads((tmp_path / "j").read_text())["stages"]
     assert stages["autoencoder"] == {"steps": 3200, "of": 3200, "agree_up_to": 3200}
@@ -50,11 +50,11 @@ def test_a_training_that_parts_is_told_with_the_step(tmp_path, monkeypatch, caps
     rows = [dict(row) for row in STORED["student"][:4]]
     rows[at]["loss"] += 1e-12
     monkeypatch.setattr("sys.argv", ["nano_training.py", str(work(tmp_path, {"student": rows}))])
-    assert nano_training.main() == 1
+    assert training.main() == 1
     assert f"student: 200 of 1200 steps, equal up to step {agree}\n" in capsys.readouterr().out
 
 
 def test_a_folder_without_a_curve_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["nano_training.py", str(tmp_path)])
     with pytest.raises(SystemExit, match="found no curve in it"):
-        nano_training.main()
+        training.main()

@@ -5,20 +5,20 @@ import json
 import time
 from types import SimpleNamespace
 
-import clock
 import pytest
-import standin
-import suite
-import suite_checks
-import suite_context
-import suite_decode
-import suite_kernels
-import suite_linear
-import suite_model
-import suite_summary
+import suite.checks
+import suite.context
+import suite.decode
+import suite.kernels
+import suite.linear
+import suite.model
+import suite.producers
+import suite.run
+import suite.summary
 import torch
 import torch.nn.functional as F
 from peers import linears
+from suite import clock, standin
 
 import esengine
 from esengine.base.errors import RenderError
@@ -36,7 +36,7 @@ def one_thread():
 def stored(tmp_path_factory):
     """The record of the whole suite at toy size, as the command writes it, with all that it measures if asked."""
     path = tmp_path_factory.mktemp("suite") / "record.json"
-    code = suite.main(["--scale", "tiny", "--device", "cpu", "--compile-decoder", "--json", str(path)])
+    code = suite.run.main(["--scale", "tiny", "--device", "cpu", "--compile-decoder", "--json", str(path)])
     return code, json.loads(path.read_text())
 
 
@@ -45,15 +45,15 @@ def context():
     return tiny_context()
 
 
-def tiny_context(budget: float = 300, **options) -> suite_context.Context:
-    scale, device = suite_context.SCALES["tiny"], torch.device("cpu")
-    return suite_context.Context(scale, device, deadline=time.monotonic() + budget, compile_backend="eager", **options)
+def tiny_context(budget: float = 300, **options) -> suite.context.Context:
+    scale, device = suite.context.SCALES["tiny"], torch.device("cpu")
+    return suite.context.Context(scale, device, deadline=time.monotonic() + budget, compile_backend="eager", **options)
 
 
 def test_every_part_is_measured_and_every_figure_is_there(stored):
     code, record = stored
     assert code == 0
-    assert list(record["parts"]) == list(suite.parts(suite_context.SCALES["tiny"]))
+    assert list(record["parts"]) == list(suite.run.parts(suite.context.SCALES["tiny"]))
     assert {part["status"] for part in record["parts"].values()} == {"ok"}
     summary = record["summary"]
     for name in (
@@ -109,11 +109,11 @@ def test_step_stages_add_up_to_the_step(stored):
 
 
 def test_a_wrong_linear_fails_its_check_and_has_no_figure(monkeypatch, context):
-    right = suite_linear.population_linear
+    right = suite.linear.population_linear
     monkeypatch.setattr(
-        suite_linear, "population_linear", lambda *a, **k: right(*a[:-1], a[-1]._replace(sigma=2e-2), **k)
+        suite.linear, "population_linear", lambda *a, **k: right(*a[:-1], a[-1]._replace(sigma=2e-2), **k)
     )
-    record = suite.run(context, chosen=["linear"])
+    record = suite.run.run(context, chosen=["linear"])
     for case in record["parts"]["linear"]["result"]["shapes"].values():
         assert "failed" in case["variants"]["population"]["check"]
         assert "seconds" not in case["variants"]["population"]
@@ -126,7 +126,7 @@ def test_a_wrong_linear_fails_its_check_and_has_no_figure(monkeypatch, context):
 def test_a_forward_without_noise_fails_and_the_rest_goes_on(monkeypatch, context, tmp_path):
     monkeypatch.setattr(esengine.Population, "perturbed", lambda self, step, members: contextlib.nullcontext())
     path = tmp_path / "record.json"
-    suite.run(context, chosen=["forward_32", "step_32", "update"], json_path=path)
+    suite.run.run(context, chosen=["forward_32", "step_32", "update"], json_path=path)
     record = json.loads(path.read_text())
     assert {name: part["status"] for name, part in record["parts"].items()} == {
         "forward_32": "failed",
@@ -143,7 +143,9 @@ def test_a_forward_without_noise_fails_and_the_rest_goes_on(monkeypatch, context
 def failed(monkeypatch, context):
     """A record of two parts whose checks have failed, as a bar would see it."""
     monkeypatch.setattr(esengine.Population, "perturbed", lambda self, step, members: contextlib.nullcontext())
-    record = suite.run(context, chosen=["forward_32", "forward_64", "step_32", "step_64", "memory", "reference_loop"])
+    record = suite.run.run(
+        context, chosen=["forward_32", "forward_64", "step_32", "step_64", "memory", "reference_loop"]
+    )
     record["settings"]["bars"] = True
     return record
 
@@ -152,33 +154,33 @@ def test_a_failed_check_is_stored_beside_the_timing_which_never_counts(failed):
     for part in failed["parts"].values():
         assert (part["status"], "result" in part) == ("failed", True)
     assert failed["parts"]["forward_32"]["result"]["ratios"]["over_compiled"]["of_medians"] > 0
-    summary = suite_summary.summarize(failed)
+    summary = suite.summary.summarize(failed)
     named = {name: summary[name] for name in ("forward_vs_compiled", "step_vs_inference", "memory_per_extra_member")}
     for name, figure in {**named, **summary["images_per_second"]}.items():
         assert (figure["value"], figure["detail"], figure["verdict"]) == (None, None, "failed check"), name
         assert figure["uncounted"]["value"] > 0
-    for name, value, _, verdict in suite_summary.rows(summary):
+    for name, value, _, verdict in suite.summary.rows(summary):
         assert verdict not in ("pass", "fail", "no bar"), name
         assert "does not count" not in name or value.startswith("(")
-    assert sum("does not count" in name for name, *_ in suite_summary.rows(summary)) >= len(named) + 2
+    assert sum("does not count" in name for name, *_ in suite.summary.rows(summary)) >= len(named) + 2
 
 
 def test_a_failed_check_makes_the_exit_code_1(monkeypatch, tmp_path):
     monkeypatch.setattr(esengine.Population, "perturbed", lambda self, step, members: contextlib.nullcontext())
     command = ["--scale", "tiny", "--device", "cpu", "--parts", "forward_32", "--json", str(tmp_path / "r.json")]
-    assert suite.main(command) == 1
+    assert suite.run.main(command) == 1
 
 
 def test_a_compiled_baseline_that_is_wrong_is_timed_and_does_not_count(monkeypatch, context):
-    right = suite_model.blocks_compiled
+    right = suite.model.blocks_compiled
 
     def wrong(transformer, **options):
         model = right(transformer, **options)
         model.transformer_blocks = model.transformer_blocks[:1]
         return model
 
-    monkeypatch.setattr(suite_model, "blocks_compiled", wrong)
-    record = suite.run(context, chosen=["forward_32", "forward_64"])
+    monkeypatch.setattr(suite.model, "blocks_compiled", wrong)
+    record = suite.run.run(context, chosen=["forward_32", "forward_64"])
     part = record["parts"]["forward_32"]
     assert part["status"] == "ok"
     mode = part["result"]["compile"]["modes"]["default"]
@@ -200,7 +202,7 @@ def test_blocks_are_compiled_in_place_of_the_model_and_share_what_is_compiled(mo
 
     monkeypatch.setitem(standin.CONFIGS["tiny"]["transformer"], "num_layers", 5)
     transformer = standin.transformer("tiny")
-    model = suite_model.blocks_compiled(transformer, backend=backend, dynamic=False)
+    model = suite.model.blocks_compiled(transformer, backend=backend, dynamic=False)
     generator = torch.Generator().manual_seed(0)
     inputs = {
         "hidden_states": torch.randn(4, 8, 4, 4, generator=generator),
@@ -221,7 +223,7 @@ def test_blocks_are_compiled_in_place_of_the_model_and_share_what_is_compiled(mo
 @pytest.mark.parametrize("unit", ["blocks", "model"])
 def test_a_record_says_what_was_compiled(unit):
     context = tiny_context(compile_unit=unit)
-    record = suite.run(context, chosen=["forward_32"])
+    record = suite.run.run(context, chosen=["forward_32"])
     assert record["settings"]["compile_unit"] == unit
     assert record["settings"]["compile_decoder"] is False
     part = record["parts"]["forward_32"]["result"]
@@ -232,50 +234,52 @@ def test_a_record_says_what_was_compiled(unit):
 
 
 def test_a_cold_run_comes_first_and_is_planned_within_its_time(capsys):
-    scale = suite_context.SCALES["full"]
+    scale = suite.context.SCALES["full"]
     cold = ["linear", "update", "forward_512", "step_512", "memory", "forward_1024", "step_1024"]
-    assert list(suite.parts(scale))[: len(cold)] == cold
-    assert suite.selected(scale, ["cold"]) == cold
-    assert sum(suite.needed(scale, name) for name in cold) <= suite_context.COLD_SECONDS == 300
-    assert all(suite.needed(scale, name) > 0 for name in suite.parts(scale))
-    assert suite.main(["--plan", "--parts", "cold"]) == 0
+    assert list(suite.run.parts(scale))[: len(cold)] == cold
+    assert suite.run.selected(scale, ["cold"]) == cold
+    assert sum(suite.run.needed(scale, name) for name in cold) <= suite.context.COLD_SECONDS == 300
+    assert all(suite.run.needed(scale, name) > 0 for name in suite.run.parts(scale))
+    assert suite.run.main(["--plan", "--parts", "cold"]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in shown[1:-1]] == cold
     assert "assumed" in shown[0]
     assert not any("not within" in line for line in shown)
-    assert "step_1024           60 s  not within the budget of 100 s" in suite.plan(scale, ["linear", "step_1024"], 100)
+    assert "step_1024           60 s  not within the budget of 100 s" in suite.run.plan(
+        scale, ["linear", "step_1024"], 100
+    )
 
 
 def test_the_suite_prints_its_plan_before_it_measures(monkeypatch, context, capsys):
-    monkeypatch.setattr(suite_model, "update", lambda context: {})
+    monkeypatch.setattr(suite.model, "update", lambda context: {})
     context.scale = dataclasses.replace(context.scale, part_seconds={"update": 7})
-    monkeypatch.setattr(suite, "summarize", lambda results: {})
-    suite.run(context, chosen=["update"])
+    monkeypatch.setattr(suite.run, "summarize", lambda results: {})
+    suite.run.run(context, chosen=["update"])
     shown = capsys.readouterr().out.splitlines()
     assert shown[1] == "update               7 s  ends after 7 s"
     assert shown[-1].startswith("update           ok")
 
 
 def test_parts_are_measured_in_the_order_given():
-    scale = suite_context.SCALES["tiny"]
-    assert suite.selected(scale, ["decode_32", "step_32", "decode_32"]) == ["decode_32", "step_32"]
-    assert suite.selected(scale)[:2] == ["linear", "update"]
+    scale = suite.context.SCALES["tiny"]
+    assert suite.run.selected(scale, ["decode_32", "step_32", "decode_32"]) == ["decode_32", "step_32"]
+    assert suite.run.selected(scale)[:2] == ["linear", "update"]
 
 
 def test_a_blind_check_is_a_failed_one():
-    with pytest.raises(suite_checks.CheckFailed, match="blind"):
-        suite_checks.bounded("x", 1e-3, 1e-2, perturbation=5e-3)
-    with pytest.raises(suite_checks.CheckFailed, match="at most"):
-        suite_checks.bounded("x", float("nan"), 1e-2)
+    with pytest.raises(suite.checks.CheckFailed, match="blind"):
+        suite.checks.bounded("x", 1e-3, 1e-2, perturbation=5e-3)
+    with pytest.raises(suite.checks.CheckFailed, match="at most"):
+        suite.checks.bounded("x", float("nan"), 1e-2)
 
 
 def test_an_error_is_stored_and_what_was_measured_before_is_kept(monkeypatch, context, tmp_path):
     def broken(context):
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(suite_model, "update", broken)
+    monkeypatch.setattr(suite.model, "update", broken)
     path = tmp_path / "record.json"
-    record = suite.run(context, chosen=["linear", "update", "overlap"], json_path=path)
+    record = suite.run.run(context, chosen=["linear", "update", "overlap"], json_path=path)
     assert [part["status"] for part in record["parts"].values()] == ["ok", "error", "ok"]
     assert record["parts"]["update"]["reason"] == "RuntimeError: out of luck"
     assert "out of luck" in record["parts"]["update"]["traceback"]
@@ -286,10 +290,10 @@ def test_a_run_that_is_cut_off_leaves_what_it_has(monkeypatch, context, tmp_path
     def interrupted(context):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(suite_kernels, "kernels", interrupted)
+    monkeypatch.setattr(suite.kernels, "kernels", interrupted)
     path = tmp_path / "record.json"
     with pytest.raises(KeyboardInterrupt):
-        suite.run(context, chosen=["update", "kernels"], json_path=path)
+        suite.run.run(context, chosen=["update", "kernels"], json_path=path)
     parts = json.loads(path.read_text())["parts"]
     assert parts["update"]["status"] == "ok"
     assert parts["kernels"] == {"status": "error", "reason": "the process ended in it"}
@@ -297,7 +301,7 @@ def test_a_run_that_is_cut_off_leaves_what_it_has(monkeypatch, context, tmp_path
 
 def test_without_time_nothing_is_measured_and_it_says_so(tmp_path, capsys):
     path = tmp_path / "record.json"
-    assert suite.main(["--scale", "tiny", "--device", "cpu", "--budget", "0", "--json", str(path)]) == 0
+    assert suite.run.main(["--scale", "tiny", "--device", "cpu", "--budget", "0", "--json", str(path)]) == 0
     record = json.loads(path.read_text())
     assert {part["reason"] for part in record["parts"].values()} == {"out of time"}
     assert record["summary"]["linear_vs_gemm"]["verdict"] == "not measured"
@@ -312,26 +316,26 @@ def test_a_second_run_goes_on_where_the_first_ended(monkeypatch, context, tmp_pa
         def measure(context):
             measured.append(name)
             if fails:
-                raise suite_checks.CheckFailed("wrong")
+                raise suite.checks.CheckFailed("wrong")
             return {}
 
         return measure
 
     known = {"linear": part("linear"), "update": part("update", fails=True), "memory": part("memory")}
-    monkeypatch.setattr(suite, "parts", lambda scale: known)
-    monkeypatch.setattr(suite, "summarize", lambda results: {})
-    suite.run(context, chosen=["linear", "update"], json_path=path, resume=True)
+    monkeypatch.setattr(suite.run, "parts", lambda scale: known)
+    monkeypatch.setattr(suite.run, "summarize", lambda results: {})
+    suite.run.run(context, chosen=["linear", "update"], json_path=path, resume=True)
     known["update"] = part("update")
-    record = suite.run(context, json_path=path, resume=True)
+    record = suite.run.run(context, json_path=path, resume=True)
     assert measured == ["linear", "update", "update", "memory"]
     assert {part["status"] for part in record["parts"].values()} == {"ok"}
-    suite.run(context, chosen=["linear"], json_path=path)
+    suite.run.run(context, chosen=["linear"], json_path=path)
     assert measured[-1] == "linear"
     stored = json.loads(path.read_text())
     stored["environment"]["versions"]["torch"] = "0.0"
     path.write_text(json.dumps(stored))
     with pytest.raises(ValueError, match=r"--resume: .* has versions"):
-        suite.run(context, json_path=path, resume=True)
+        suite.run.run(context, json_path=path, resume=True)
 
 
 def test_bars_pass_and_fail(stored):
@@ -342,14 +346,14 @@ def test_bars_pass_and_fail(stored):
         case["ratios"]["population"]["of_medians"] = value
     record["parts"]["memory"]["result"]["bytes_per_further_member"] = 65.0
     del record["parts"]["step_64"]
-    summary = suite_summary.summarize(record)
+    summary = suite.summary.summarize(record)
     assert (summary["linear_vs_gemm"]["verdict"], summary["linear_vs_gemm"]["value"]) == ("pass", 0.98)
     assert summary["linear_vs_gemm"]["bar"] == ">= 0.97"
     assert summary["memory_per_extra_member"]["verdict"] == "fail"
     assert summary["step_vs_inference"]["verdict"] == "not measured"
     assert summary["step_vs_inference"]["reason"] == "step_64: not asked for"
     assert summary["images_per_second"]["32"]["bar"] == ">= 130"
-    assert any("not measured" in row for row in suite_summary.rows(summary))
+    assert any("not measured" in row for row in suite.summary.rows(summary))
 
 
 def test_the_suite_measures_both_reference_loops(stored):
@@ -368,7 +372,7 @@ def test_the_suite_measures_both_reference_loops(stored):
 def test_the_published_loop_counts_only_where_a_record_says_that_it_matches(monkeypatch, tmp_path, stored, counts):
     file = tmp_path / "cpu_peer_ratio.json"
     file.write_text(json.dumps({"ratio": {"of_medians": 3.0}, "expected": 3.5, "matches": counts}))
-    found, why = suite_model.peer_ratio.stored_verdict(file)
+    found, why = suite.model.peer_ratio.stored_verdict(file)
     assert found is counts
     assert "3.00 times our step" in why
     record = copy.deepcopy(stored[1])
@@ -376,8 +380,8 @@ def test_the_published_loop_counts_only_where_a_record_says_that_it_matches(monk
     part = record["parts"]["reference_loop"]["result"]
     part |= {"as_published_counts": found, "as_published_counts_by": why}
     part["ratios"]["as_published"] = 11.0
-    summary = suite_summary.summarize(record)
-    figure, shown = summary["step_vs_reference_loop"], dict(enumerate(suite_summary.rows(summary)))
+    summary = suite.summary.summarize(record)
+    figure, shown = summary["step_vs_reference_loop"], dict(enumerate(suite.summary.rows(summary)))
     row = next(row for row in shown.values() if row[0] == "step_vs_reference_loop")
     if counts:
         assert (figure["value"], figure["verdict"], row[3]) == (11.0, "pass", "pass")
@@ -390,7 +394,7 @@ def test_the_published_loop_counts_only_where_a_record_says_that_it_matches(monk
 
 
 def test_without_a_record_the_published_loop_does_not_count(tmp_path):
-    counts, why = suite_model.peer_ratio.stored_verdict(tmp_path / "cpu_peer_ratio.json")
+    counts, why = suite.model.peer_ratio.stored_verdict(tmp_path / "cpu_peer_ratio.json")
     assert not counts
     assert "is missing" in why
 
@@ -405,7 +409,7 @@ def test_a_peer_by_path_is_measured_and_a_wrong_one_refused(monkeypatch, tmp_pat
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     context = tiny_context(peers=("my_peer:good", "my_peer:wrong"))
-    record = suite.run(context, chosen=["linear"])
+    record = suite.run.run(context, chosen=["linear"])
     case = next(iter(record["parts"]["linear"]["result"]["shapes"].values()))
     assert "seconds" in case["variants"]["my_peer:good"]
     assert "failed" in case["variants"]["my_peer:wrong"]["check"]
@@ -417,9 +421,9 @@ def test_a_peer_by_path_is_measured_and_a_wrong_one_refused(monkeypatch, tmp_pat
 
 def test_what_is_asked_for_must_exist(context, capsys):
     with pytest.raises(ValueError, match="parts: expected cold or some of linear"):
-        suite.run(context, chosen=["everything"])
+        suite.run.run(context, chosen=["everything"])
     with pytest.raises(SystemExit):
-        suite.main(["--scale", "tiny", "--device", "cpu", "--parts", "everything"])
+        suite.run.main(["--scale", "tiny", "--device", "cpu", "--parts", "everything"])
     assert "parts: expected cold or some of" in capsys.readouterr().err
 
 
@@ -432,7 +436,7 @@ def test_bf16_is_held_to_twice_torchs_own_error(monkeypatch):
         esengine.Population, "perturbed", lambda self, step, members: right(self, step=step, members=members + 2)
     )
     context._checked.clear()
-    with pytest.raises(suite_checks.CheckFailed, match="population forward"):
+    with pytest.raises(suite.checks.CheckFailed, match="population forward"):
         context.check_members(32)
 
 
@@ -469,14 +473,14 @@ def test_the_gpu_clock_turns_the_order_and_reads_events(monkeypatch):
 
 def test_pictures_are_drawn_from_the_record(stored, tmp_path):
     pytest.importorskip("matplotlib")
-    import plots
+    from suite import plots
 
     drawn = plots.draw(stored[1], tmp_path)
     assert [path.name for path in drawn] == ["linears.png", "ratios.png", "step.png", "memory.png", "roofline.png"]
     assert all(path.stat().st_size > 5000 for path in drawn)
     empty = copy.deepcopy(stored[1])
     empty["parts"] = {}
-    empty["summary"] = suite_summary.summarize(empty)
+    empty["summary"] = suite.summary.summarize(empty)
     assert plots.draw(empty, tmp_path / "empty") == []
 
 
@@ -498,18 +502,18 @@ def test_decoders_are_checked_and_compared(stored):
     assert not part["streams"]
     detail = stored[1]["summary"]["decode_and_overlap"]["detail"]
     assert detail["overlap"]["over in turn"] == part["ratio"]["of_medians"]
-    assert any("decode_64, lite over contiguous" in row for row in suite_summary.rows(stored[1]["summary"]))
+    assert any("decode_64, lite over contiguous" in row for row in suite.summary.rows(stored[1]["summary"]))
 
 
 def test_a_wrong_decoder_fails_its_check_and_has_no_figure(monkeypatch, context):
-    right = suite_decode.Decoder._pixels
+    right = suite.decode.Decoder._pixels
 
     def wrong(self, z_bchw):
         images, finite = right(self, z_bchw)
         return (images // 2 if self.channels_last else images), finite
 
-    monkeypatch.setattr(suite_decode.Decoder, "_pixels", wrong)
-    result = suite.run(context, chosen=["decode_32"])["parts"]["decode_32"]["result"]
+    monkeypatch.setattr(suite.decode.Decoder, "_pixels", wrong)
+    result = suite.run.run(context, chosen=["decode_32"])["parts"]["decode_32"]["result"]
     assert "compiled" not in result["variants"]
     assert result["compiled"] == "not asked for, see --compile-decoder"
     assert "failed" in result["variants"]["channels_last"]["check"]
@@ -524,7 +528,7 @@ def test_overlapped_scores_must_be_the_same(monkeypatch, context):
             yield images.flip(0) if settings.overlap else images
 
     monkeypatch.setattr(esengine.models.SanaSprint, "render_chunks", wrong)
-    part = suite.run(context, chosen=["overlap"])["parts"]["overlap"]
+    part = suite.run.run(context, chosen=["overlap"])["parts"]["overlap"]
     assert part["status"] == "failed"
     assert "same scores either way" in part["reason"]
     assert part["result"]["seconds"]
@@ -534,38 +538,38 @@ def test_overlapped_scores_must_be_the_same(monkeypatch, context):
 @pytest.mark.parametrize("shape", [(64, 64), (64, 192)])
 def test_in_a_block_a_linear_is_charged_with_all_it_adds(shape):
     context = tiny_context(dtype=torch.bfloat16)
-    names = suite_linear.suite_producers.of(context, *shape)
+    names = suite.producers.of(context, *shape)
     assert names == (["behind the modulation"] if shape[1] > 64 else ["behind linear_attention", "behind to_out"])
     for name in names:
-        case = suite_linear.suite_producers.case(context, name, *shape, 16)
+        case = suite.producers.case(context, name, *shape, 16)
         assert case["check"]["error"] <= case["check"]["bound"] < case["check"]["perturbation"]
         seconds = {part: taken["samples"] for part, taken in case["seconds"].items()}
         for i, total in enumerate(seconds["in_block"]):
             mixed = seconds["mix"][i] if "mix" in seconds else 0.0
             assert total == pytest.approx(seconds["linear"][i] + mixed + seconds["with"][i] - seconds["without"][i])
         assert ("mix" in seconds) == (name != "behind the modulation")
-    assert suite_linear.suite_producers.of(context, 48, 64) == []
-    assert suite_linear.suite_producers.of(tiny_context(), 64, 64) == []  # fp32 leaves no shares
+    assert suite.producers.of(context, 48, 64) == []
+    assert suite.producers.of(tiny_context(), 64, 64) == []  # fp32 leaves no shares
 
 
 def test_a_wrong_mix_fails_the_linear_in_its_block(monkeypatch):
-    context, producers = tiny_context(dtype=torch.bfloat16), suite_linear.suite_producers
+    context, producers = tiny_context(dtype=torch.bfloat16), suite.producers
     right = producers.ops(context.device)
     wrong = right._replace(mix=lambda shares, *given: right.mix(shares[:, :, ::2].repeat(1, 1, 2, 1), *given))
     monkeypatch.setattr(producers, "ops", lambda device: wrong)
-    with pytest.raises(suite_checks.CheckFailed, match="behind to_out"):
+    with pytest.raises(suite.checks.CheckFailed, match="behind to_out"):
         producers.case(context, "behind to_out", 64, 64, 16)
 
 
 def test_every_launch_holds_its_reference_and_a_wrong_one_does_not():
     device, dtype = torch.device("cpu"), torch.bfloat16
-    op, sizes = suite_kernels.ops(device), suite_kernels.sizes_of("tiny")
+    op, sizes = suite.kernels.ops(device), suite.kernels.sizes_of("tiny")
     wrong = op._replace(**{name: _slightly_off(getattr(op, name)) for name in op._fields})
-    for launch in suite_kernels.launches(sizes, 3, 5, shares=True):
-        facts = suite_kernels.check_launch(launch, op, device, dtype)
+    for launch in suite.kernels.launches(sizes, 3, 5, shares=True):
+        facts = suite.kernels.check_launch(launch, op, device, dtype)
         assert facts["error"] <= facts["bound"]
-        with pytest.raises(suite_checks.CheckFailed, match="relative error"):
-            suite_kernels.check_launch(launch, wrong, device, dtype)
+        with pytest.raises(suite.checks.CheckFailed, match="relative error"):
+            suite.kernels.check_launch(launch, wrong, device, dtype)
 
 
 def _slightly_off(op):
@@ -579,19 +583,19 @@ def _slightly_off(op):
 
 
 def test_references_are_computed_in_full_precision(monkeypatch, context):
-    seen, right = [], suite_kernels.es_update_ref
+    seen, right = [], suite.kernels.es_update_ref
 
     def noted(*args, **kwargs):
         seen.append(torch.get_float32_matmul_precision())
         return right(*args, **kwargs)
 
     before = torch.get_float32_matmul_precision()
-    monkeypatch.setattr(suite_kernels, "es_update_ref", noted)
-    monkeypatch.setattr(suite_model, "es_update_ref", noted)
+    monkeypatch.setattr(suite.kernels, "es_update_ref", noted)
+    monkeypatch.setattr(suite.model, "es_update_ref", noted)
     torch.set_float32_matmul_precision("high")
     try:
-        suite_kernels.update_case(context, (2, 64))
-        suite_model.update(context)
+        suite.kernels.update_case(context, (2, 64))
+        suite.model.update(context)
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
@@ -604,13 +608,15 @@ def stub(seconds):
 
 def test_a_part_that_cannot_be_done_in_time_is_not_begun(context):
     context.scale = dataclasses.replace(context.scale, part_seconds={"update": 1000, "step_small": 1000})
-    record = suite.run(context, chosen=["update", "step_32"])
+    record = suite.run.run(context, chosen=["update", "step_32"])
     assert [part["status"] for part in record["parts"].values()] == ["skipped", "skipped"]
     assert record["parts"]["update"]["reason"].startswith("needs about 1000 s, ")
     assert record["summary"]["update_share"]["verdict"] == "not measured"
-    assert suite.needed(suite_context.SCALES["full"], "step_1024") == suite_context.PART_SECONDS["step_large"]
-    named = {name.replace("_512", "_small").replace("_1024", "_large") for name in suite.parts(suite_context.Scale())}
-    assert named == set(suite_context.PART_SECONDS)
+    assert suite.run.needed(suite.context.SCALES["full"], "step_1024") == suite.context.PART_SECONDS["step_large"]
+    named = {
+        name.replace("_512", "_small").replace("_1024", "_large") for name in suite.run.parts(suite.context.Scale())
+    }
+    assert named == set(suite.context.PART_SECONDS)
 
 
 def test_a_part_that_runs_past_the_budget_is_stopped(monkeypatch):
@@ -619,8 +625,8 @@ def test_a_part_that_runs_past_the_budget_is_stopped(monkeypatch):
             with contextlib.suppress(Exception):  # nothing in a part may take the stop for a failure of its own
                 time.sleep(0.01)
 
-    monkeypatch.setattr(suite, "GRACE", 0)
-    outcome = suite.run_part(endless, stub(0.05))
+    monkeypatch.setattr(suite.run, "GRACE", 0)
+    outcome = suite.run.run_part(endless, stub(0.05))
     assert outcome["status"] == "skipped"
     assert "past the end of the budget" in outcome["reason"]
 
@@ -632,14 +638,14 @@ def test_a_device_that_has_failed_ends_the_run_and_the_part_is_named(monkeypatch
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
     monkeypatch.setattr(torch.cuda, "empty_cache", lost)
     swallowed = SimpleNamespace(device=torch.device("cuda"), time_left=lambda: 100.0)
-    outcome = suite.run_part(lambda context: {"peer": {"error": "illegal memory access"}}, swallowed)
+    outcome = suite.run.run_part(lambda context: {"peer": {"error": "illegal memory access"}}, swallowed)
     assert (outcome["status"], outcome["fatal"]) == ("error", True)
     assert "illegal memory access" in outcome["reason"]
     assert "peer" in outcome["result"]
 
-    monkeypatch.setattr(suite, "run_part", lambda part, context, least: outcome)
+    monkeypatch.setattr(suite.run, "run_part", lambda part, context, least: outcome)
     path = tmp_path / "record.json"
-    suite.run(context, chosen=["linear", "update"], json_path=path)
+    suite.run.run(context, chosen=["linear", "update"], json_path=path)
     parts = json.loads(path.read_text())["parts"]
     assert parts["linear"]["status"] == "error"
     assert parts["update"] == {"status": "skipped", "reason": "the device failed in linear"}
@@ -649,7 +655,7 @@ def test_whatever_a_part_raises_is_stored():
     def leaves(context):
         raise SystemExit("a peer that ends the process")
 
-    outcome = suite.run_part(leaves, stub(100.0))
+    outcome = suite.run.run_part(leaves, stub(100.0))
     assert (outcome["status"], outcome["reason"]) == ("error", "SystemExit: a peer that ends the process")
 
 
@@ -664,7 +670,7 @@ def test_without_a_graph_all_is_measured_and_it_says_why(monkeypatch, context):
         return right(self, *args, population=population, settings=settings, **kwargs)
 
     monkeypatch.setattr(esengine.models.SanaSprint, "denoise", denoise)
-    monkeypatch.setattr(suite_context.graphs, "supported", lambda device: True)
+    monkeypatch.setattr(suite.context.graphs, "supported", lambda device: True)
     got = context.forward(context.model, 32, context.population)
     assert got.isfinite().all()
     assert asked == ["auto", "never"]
@@ -678,8 +684,8 @@ def test_a_step_says_how_it_decodes(monkeypatch, context, stored):
     assert (part["decode"], part["decode_by"]) == ("eager", "no figure of decode_32")  # measured after it
     assert (part["overlap"], part["overlap_by"]) == ("no", "no streams on this device")
     context.decode_modes[32] = "compiled"
-    monkeypatch.setattr(suite_context.Context, "overlaps", lambda self: True)
-    part = suite.run(context, chosen=["step_32"])["parts"]["step_32"]["result"]
+    monkeypatch.setattr(suite.context.Context, "overlaps", lambda self: True)
+    part = suite.run.run(context, chosen=["step_32"])["parts"]["step_32"]["result"]
     assert (part["decode"], part["overlap"], part["decode_by"]) == ("compiled", "yes", "the fastest in decode_32")
     assert set(part["stages"]["step"]) == {"transformer", "decode", "score", "update"}  # of steps in turn
     assert tiny_context(decode="compiled").how(32)["decode_by"] == "--decode"
@@ -691,7 +697,7 @@ def test_an_overlapped_task_has_the_scores_of_one_in_turn(context):
     engine = context.engine()
     task, laps = engine.ask(), clock.Laps("cpu")
     given = context, context.model, task, 32, laps, engine.population
-    assert torch.equal(suite_model._score_task(*given), suite_model._score_task(*given, overlap=True))
+    assert torch.equal(suite.model._score_task(*given), suite.model._score_task(*given, overlap=True))
 
 
 def test_cross_attention_is_timed_with_the_mask_that_the_model_passes(monkeypatch, context):
@@ -701,14 +707,14 @@ def test_cross_attention_is_timed_with_the_mask_that_the_model_passes(monkeypatc
         passed.append((q.shape, k.shape, attn_mask))
         return right(q, k, v, attn_mask=attn_mask, **options)
 
-    model = suite_context.SCALES["tiny"]
+    model = suite.context.SCALES["tiny"]
     monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
     context.forward(context.plain, 32)
     (_, k, of_model), *_ = passed
     heads, width = k[1], k[1] * k[3]
     passed.clear()
-    launch = suite_kernels.cross_launch("x", 1, 16, model.text_tokens, width, heads)
-    launch.build(model.members, torch.device("cpu"), torch.float32)(suite_kernels.ops(torch.device("cpu")))
+    launch = suite.kernels.cross_launch("x", 1, 16, model.text_tokens, width, heads)
+    launch.build(model.members, torch.device("cpu"), torch.float32)(suite.kernels.ops(torch.device("cpu")))
     (_, _, ours), *_ = passed
     assert ours.dtype == of_model.dtype
     assert torch.equal(ours.expand_as(of_model), of_model)
@@ -718,18 +724,18 @@ def test_cross_attention_is_timed_with_the_mask_that_the_model_passes(monkeypatc
 def test_ceilings_of_smoke_are_those_of_this_device(tmp_path, capsys):
     path, device = tmp_path / "smoke.json", torch.device("cpu")
     ceilings = {"copy_gb_per_second": 10.0, "matmul_tflop_per_second": 0.1}
-    path.write_text(json.dumps({"environment": {"device": suite.record.device_name(device)}, "ceilings": ceilings}))
-    assert suite.smoke_ceilings(path, device) == ceilings
+    path.write_text(json.dumps({"environment": {"device": suite.run.record.device_name(device)}, "ceilings": ceilings}))
+    assert suite.run.smoke_ceilings(path, device) == ceilings
     path.write_text(json.dumps({"environment": {"device": "another"}, "ceilings": ceilings}))
     with pytest.raises(ValueError, match=r"--smoke: expected a record of .*is of another"):
-        suite.smoke_ceilings(path, device)
+        suite.run.smoke_ceilings(path, device)
     path.write_text("{}")
     with pytest.raises(SystemExit):
-        suite.main(["--scale", "tiny", "--device", "cpu", "--smoke", str(path)])
+        suite.run.main(["--scale", "tiny", "--device", "cpu", "--smoke", str(path)])
     assert "--smoke: expected a record of device_smoke.py" in capsys.readouterr().err
 
 
 def test_a_record_says_whose_ceilings_it_took(stored):
     source = stored[1]["settings"]["ceilings"]["source"]
     assert source == "this process's own product and copy"
-    assert any(row[0] == f"ceilings: {source}" for row in suite_summary.rows(stored[1]["summary"]))
+    assert any(row[0] == f"ceilings: {source}" for row in suite.summary.rows(stored[1]["summary"]))

@@ -1,22 +1,22 @@
 """What the suite's summary should show on one GPU, from the roofline and assumptions: predictions, never results.
 
-    python bench/suite_predict.py                   the tables of bench/NOTES.md, which a test holds to this
-    python bench/suite_predict.py --device H200     the same for another device
+    python bench/suite --predict H100     the tables of bench/NOTES.md, which a test holds to this
+    python bench/suite --predict H200     the same for another device
 
 Every launch is taken to run at the device's ceilings in `roofline.KNOWN`, and one after the other, but for the two
 efficiencies of a `Case`. What is measured goes into bench/results and nowhere else.
 """
 
-import argparse
 from typing import NamedTuple
 
-import roofline
-import suite_decode
-import suite_kernels
 import torch
 from peers.reference_loop import PROMPTS, REPEATS
-from suite_context import SCALES
-from suite_ops import K, R, Sizes, sizes_of
+
+import suite.decode
+import suite.kernels
+from suite import roofline
+from suite.context import SCALES
+from suite.ops import K, R, Sizes, sizes_of
 
 FULL, DTYPE = SCALES["full"], torch.bfloat16
 MEMBERS, ITEMSIZE = FULL.members, DTYPE.itemsize
@@ -67,14 +67,14 @@ CASES = (Case(1.0, 1.0), Case(0.9, 0.6), Case(0.8, 0.5))
 def floors(text: int = FULL.text_tokens) -> list[tuple[str, int, list[roofline.Work]]]:
     """(launch, times a forward, its work at each size of image) of every launch of a forward, decoder and scorer."""
     sides = [pixels // 32 for pixels in FULL.pixels]
-    columns = [suite_kernels.launches(sizes_of("full"), side, text, shares=True) for side in sides]
+    columns = [suite.kernels.launches(sizes_of("full"), side, text, shares=True) for side in sides]
     found = []
     for launches in zip(*columns, strict=True):
         name = launches[0].name.removesuffix(f" x{sides[0] ** 2}")
         works = [launch.work(members=MEMBERS, itemsize=ITEMSIZE) for launch in launches]
         found.append((name, launches[0].times, works))
-    found.append(("DC-AE decode", 1, [suite_decode.decode_work("full", pixels, MEMBERS) for pixels in FULL.pixels]))
-    found.append(("CLIP-H image tower", 1, [suite_decode.score_work("full", MEMBERS)] * len(FULL.pixels)))
+    found.append(("DC-AE decode", 1, [suite.decode.decode_work("full", pixels, MEMBERS) for pixels in FULL.pixels]))
+    found.append(("CLIP-H image tower", 1, [suite.decode.score_work("full", MEMBERS)] * len(FULL.pixels)))
     return found
 
 
@@ -97,7 +97,7 @@ def linear_in_block(producer: str, tokens: int, case: Case) -> float:
     elif producer == "behind to_out":
         options = dict(**rows, n_in=width, n_out=width, itemsize=ITEMSIZE, targets=1, r=R, k=K)
         options |= dict(residual=True, gated=True)
-        parts = -(-width // suite_kernels.TILE)
+        parts = -(-width // suite.kernels.TILE)
         extra += case.seconds(roofline.fused_linear_work(**options, then=R + K, parts=parts)) / case.gemm
         extra -= case.seconds(roofline.fused_linear_work(**options)) / case.gemm
         extra += case.seconds(roofline.mix_work(rows=rows["rows"], parts=parts, r=R, k=K))
@@ -112,7 +112,7 @@ def linear_in_block(producer: str, tokens: int, case: Case) -> float:
 def forwards(side: int, case: Case) -> tuple[float, float]:
     """Seconds of the population's forward, and of the plain compiled one, of `MEMBERS` images."""
     sizes, ours = sizes_of("full"), 0.0
-    for launch in suite_kernels.launches(sizes, side, FULL.text_tokens, shares=True):
+    for launch in suite.kernels.launches(sizes, side, FULL.text_tokens, shares=True):
         spent = launch.times * case.seconds(launch.work(members=MEMBERS, itemsize=ITEMSIZE))
         if launch.name.startswith("linear "):
             perturbed = not launch.name.startswith(("linear inverted", "linear point"))
@@ -140,8 +140,8 @@ def plain_forward(sizes: Sizes, side: int, case: Case, *, text: int = FULL.text_
 def stages(pixels: int, case: Case) -> dict[str, float]:
     """Seconds an image of each stage of a step and of plain inference."""
     ours, plain = forwards(pixels // 32, case)
-    work = {"decode": suite_decode.decode_work("full", pixels, MEMBERS)}
-    work["score"] = suite_decode.score_work("full", MEMBERS)
+    work = {"decode": suite.decode.decode_work("full", pixels, MEMBERS)}
+    work["score"] = suite.decode.score_work("full", MEMBERS)
     spent = {name: case.seconds(done) / MEMBERS / case.decode for name, done in work.items()}
     return {"ours": ours / MEMBERS, "plain": plain / MEMBERS} | spent
 
@@ -158,7 +158,7 @@ def reference_loops(pixels: int, case: Case) -> dict[str, float]:
     options = dict(text=FULL.reference_text, passes=passes)
     theirs = plain_forward(sizes_of("full"), pixels // 32, case, **options) / MEMBERS + spent["decode"]
     ours = spent["ours"] + spent["decode"] + spent["score"]
-    many, one = (case.seconds(suite_decode.score_work("full", each)) / each / case.decode for each in (images, 1))
+    many, one = (case.seconds(suite.decode.score_work("full", each)) / each / case.decode for each in (images, 1))
     return {"shared": (theirs + many) / ours, "as published": 2 * (theirs + one) / ours}
 
 
@@ -219,13 +219,3 @@ def tables(device: str = "H100") -> list[str]:
 
 def _rows(tokens: int) -> dict[str, int]:
     return dict(rows=MEMBERS * tokens, members=MEMBERS)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=roofline.KNOWN, default="H100", help="whose ceilings are taken (H100)")
-    print("\n".join(tables(parser.parse_args().device)))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,7 @@
-import pickscore
 import pytest
-import standin
 import torch
 from peft import LoraConfig
+from suite import pickscore, standin
 
 import esengine
 from esengine.es.prompts import PromptSampler

@@ -6,21 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-import pickscore
-import roofline
-import standin
 import torch
 from peers import linears
 from peers.reference_loop import ALPHA, RANK, SIGMA, TARGETS, X0_ANGLE
 from peft import LoraConfig
-from suite_checks import CheckFailed, Checks, bounded, full_precision, worst_error
-from suite_summary import PIXELS
 
 import esengine
 from esengine.base.errors import RenderError
 from esengine.es.population import PEFT_PREFIX
 from esengine.es.prompts import PromptSampler
 from esengine.models import RenderSettings, Rows, SanaSprint, graphs
+from suite import pickscore, roofline, standin
+from suite.checks import CheckFailed, Checks, bounded, full_precision, worst_error
+from suite.summary import PIXELS
 
 STEP = 3
 FLOOR = {torch.bfloat16: 0.0, torch.float16: 0.0, torch.float32: 1e-5}

@@ -1,7 +1,7 @@
 """How often is a judge right? Pictures of the nano world, with their captions and with wrong ones.
 
-    python bench/checker.py [--count 2000] [--json bench/results/nano_checker.json]
-    python bench/checker.py --reward "pickscore(model=nano)" --json bench/results/nano_clip.json
+    python bench/nano checker [--count 2000] [--json bench/results/nano_checker.json]
+    python bench/nano checker --reward "pickscore(model=nano)" --json bench/results/nano_clip.json
 
 A wrong caption differs from the picture's own in one fact that both name, of each kind the caption has; "binding"
 exchanges the colours of two objects. The same pictures are scored as drawn, blurred, with noise, both, and enlarged.
@@ -110,7 +110,3 @@ def measure(judge: Reward, images: torch.Tensor, captions: list[str], wrong: lis
             if losses[kind]
         },
     }
-
-
-if __name__ == "__main__":
-    main()

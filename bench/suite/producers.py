@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import record
 import torch
 import torch.nn.functional as F
-from clock import interleaved
-from suite_checks import bounded, full_precision, worst_error
-from suite_context import Context
-from suite_ops import FP32_BOUND, REFERENCE, K, Ops, R, Sizes, adapted, drawn, leaves_shares, ops, sizes_of
 
 from esengine.kernels import Lora, MemberNoise, Modulation
+from suite.checks import bounded, full_precision, worst_error
+from suite.clock import interleaved
+from suite.context import Context
+from suite.ops import FP32_BOUND, REFERENCE, K, Ops, R, Sizes, adapted, drawn, leaves_shares, ops, sizes_of
 
 
 class Producer(NamedTuple):

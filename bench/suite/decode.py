@@ -4,16 +4,15 @@ import copy
 from typing import Any
 
 import record
-import roofline
-import standin
 import torch
-from clock import interleaved
-from suite_checks import CheckFailed, attempt, bounded, full_precision, worst_error
-from suite_context import OVERLAP_MARGIN, STEP, Context
-from suite_ops import roofline_share
 
 from esengine.models import Rows, graphs
 from esengine.models.decoder import Decoder
+from suite import roofline, standin
+from suite.checks import CheckFailed, attempt, bounded, full_precision, worst_error
+from suite.clock import interleaved
+from suite.context import OVERLAP_MARGIN, STEP, Context
+from suite.ops import roofline_share
 
 LEVEL = 2e-3
 """Relative error of images that differ by a level here and there."""

@@ -5,11 +5,11 @@ import sys
 
 import peer_ratio
 import pytest
-import standin
 import torch
 from peers import checkout, published, reference_loop
 from peers.reference_loop import LR_SCALE, MAX_NORM, REPEATS, SIGMA, SharedLoop
 from PIL import Image
+from suite import standin
 
 from esengine.es.fitness import shape
 from esengine.models import RenderSettings, latents
@@ -20,7 +20,7 @@ PIXELS, LENGTH = 32, 12
 @pytest.fixture(scope="module")
 def scorers():
     """PickScore on a stand-in: ours in batches, and the published code's of one image."""
-    import pickscore
+    from suite import pickscore
 
     texts, clip = standin.text_embeddings("tiny", tokens=8), standin.clip("tiny")
     ours = pickscore.Scorer(clip, texts.prompts)

@@ -1,7 +1,7 @@
 """Is a training of sana-sprint-nano the one that the package's model came from? Its curves beside the stored ones.
 
     python -m esengine.models.nano.train --out sana-sprint-nano --work nano-training
-    python bench/nano_training.py nano-training --json bench/results/nano_training_again.json
+    python bench/nano training nano-training --json bench/results/nano_training_again.json
 
 A training that still runs, or was stopped, is compared as far as it has come; the first measures are there after
 seconds. On the machine of the stored curves, with its versions, they agree to the last digit. Stages may be in several
@@ -10,13 +10,12 @@ folders, as where one was begun anew on what the earlier ones of the first train
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import record
 
-STORED = Path(__file__).parent / "results" / "nano_training.json"
+STORED = Path(__file__).parents[1] / "results" / "nano_training.json"
 STAGES = ("autoencoder", "teacher", "student")
 
 
@@ -51,7 +50,7 @@ def main() -> int:
     if not again:
         folders = ", ".join(map(str, options.work))
         raise SystemExit(f"{folders}: expected the working folder of a training, found no curve in it")
-    what = {"what": f"bench/nano_training.py{' --first' * options.first}"}
+    what = {"what": f"bench/nano training{' --first' * options.first}"}
     if options.first:
         record.write(STORED, {**what, "curves": again, **record.environment()})
         return 0
@@ -61,7 +60,3 @@ def main() -> int:
     if options.json:
         record.write(options.json, {**what, "stages": found, **record.environment()})
     return int(any(each["agree_up_to"] < each["steps"] for each in found.values()))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

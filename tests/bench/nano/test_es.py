@@ -5,21 +5,19 @@ import json
 import statistics
 from pathlib import Path
 
-import nano_dissect
-import nano_es
-import nano_headline
 import pytest
+from nano import dissect, es, headline
 
 from esengine.base.settings_file import from_dict
 from esengine.run.settings import TrainConfig, load, to_dict, to_yaml
 
-RESULTS = Path(nano_es.__file__).parent / "results"
-NOTES = (Path(nano_es.__file__).parent / "NANO.md").read_text(encoding="utf-8")
+RESULTS = Path(es.__file__).parents[1] / "results"
+NOTES = (Path(es.__file__).parents[1] / "NANO.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def made_of():
-    return json.loads(json.dumps(nano_es.made_of()))
+    return json.loads(json.dumps(es.made_of()))
 
 
 def read(file):
@@ -27,33 +25,33 @@ def read(file):
 
 
 def test_a_change_reaches_its_setting_and_no_other():
-    changed = nano_es.merged(nano_es.CENTRE, nano_es.setting("es.sigma", 0.5))
-    assert changed["es"] == nano_es.CENTRE["es"] | {"sigma": 0.5}
-    assert {**changed, "es": None} == {**nano_es.CENTRE, "es": None}
+    changed = es.merged(es.CENTRE, es.setting("es.sigma", 0.5))
+    assert changed["es"] == es.CENTRE["es"] | {"sigma": 0.5}
+    assert {**changed, "es": None} == {**es.CENTRE, "es": None}
 
 
-@pytest.mark.parametrize("plan", [plan for plan, _ in nano_es.TRIALS.values()])
+@pytest.mark.parametrize("plan", [plan for plan, _ in es.TRIALS.values()])
 def test_every_trial_of_a_plan_is_a_run_of_its_own(plan):
     trials = plan(argparse.Namespace(seeds=[0, 1]))
     assert len({(name, seed) for name, _, seed in trials}) == len(trials)
-    made = [nano_es.merged(nano_es.CENTRE, change) | {"seed": seed} for _, change, seed in trials]
+    made = [es.merged(es.CENTRE, change) | {"seed": seed} for _, change, seed in trials]
     runs = [from_dict(TrainConfig(), settings, "trial") for settings in made]
     assert len({json.dumps(to_dict(run), sort_keys=True) for run in runs}) == len(trials)
 
 
-@pytest.mark.parametrize("file", [f"nano_{command}.json" for command in nano_es.TRIALS])
+@pytest.mark.parametrize("file", [f"nano_{command}.json" for command in es.TRIALS])
 def test_the_notes_have_the_stored_trials(file, made_of):
-    record = nano_es.made_from(read(file))
+    record = es.made_from(read(file))
     assert {name: record[name] for name in made_of} == made_of  # the packaged model and judges, and today's centre
-    rows = nano_es.table(record["trials"])
+    rows = es.table(record["trials"])
     assert len(rows) > 10
     assert [row for row in rows if row not in NOTES.splitlines()] == []
 
 
 def test_the_notes_have_what_a_makes_of_the_inputs_and_the_adapters_taken_apart():
-    rows = nano_es.reach_table(read("nano_reach.json")["squared_length"])
+    rows = es.reach_table(read("nano_reach.json")["squared_length"])
     taken_apart = read("nano_dissect.json")["report"]
-    rows += nano_dissect.table(taken_apart)
+    rows += dissect.table(taken_apart)
     assert len(rows) > 20
     assert [row for row in rows if row not in NOTES.splitlines()] == []
     assert len(taken_apart["settings"]["adapters"]) == len(taken_apart["entries"]) - 2
@@ -62,39 +60,39 @@ def test_the_notes_have_what_a_makes_of_the_inputs_and_the_adapters_taken_apart(
 
 
 def test_a_finished_run_of_the_headline_is_kept_and_another_is_refused(tmp_path):
-    settings = nano_es.merged(to_dict(load("nano")), nano_headline.HEADLINE)
+    settings = es.merged(to_dict(load("nano")), headline.HEADLINE)
     chosen = {"device": "cpu", "dtype": "float32", "heldout_reward": "clip_text(model=nano)", "image": {"chunk": 64}}
-    saved = from_dict(TrainConfig(), nano_es.merged(settings, {**chosen, "seed": 2}), "run")
+    saved = from_dict(TrainConfig(), es.merged(settings, {**chosen, "seed": 2}), "run")
     (tmp_path / "config.yaml").write_text(to_yaml(saved))
     (tmp_path / "eval.json").touch()
-    assert nano_headline._seed(2, tmp_path, settings) is None
+    assert headline._seed(2, tmp_path, settings) is None
     with pytest.raises(SystemExit, match=r"other settings \(seed: 2 -> 1\)"):
-        nano_headline._seed(1, tmp_path, settings)
+        headline._seed(1, tmp_path, settings)
 
 
 def test_a_trials_file_is_gone_on_with_at_any_number_of_images(tmp_path, monkeypatch, made_of, capsys):
-    plan, (steps, images) = [("centre", {}, 0)], nano_es.length({}, 1000)
+    plan, (steps, images) = [("centre", {}, 0)], es.length({}, 1000)
     assert (steps, images) == (4, 1024)
     kept = {"change": {}, "seed": 0, "steps": steps, "images": images, "seconds": 1.0, "gain": {}}
     stored = tmp_path / "trials.json"
     stored.write_text(json.dumps({**made_of, "trials": {"centre, seed 0": kept}}))
-    monkeypatch.setattr(nano_es, "made_of", lambda: made_of)
+    monkeypatch.setattr(es, "made_of", lambda: made_of)
     options = argparse.Namespace(json=stored, command="search", images=1000, processes=1)
-    nano_es.trials(plan, options)
+    es.trials(plan, options)
     shown = capsys.readouterr().out
     assert "Images a trial: 1024.\n" in shown
     assert "| centre | 0 |" in shown
     with pytest.raises(SystemExit, match=r"expected .*'images': 2048.*, got .*'images': 1024"):
-        nano_es.trials(plan, argparse.Namespace(**{**vars(options), "images": 2000}))
+        es.trials(plan, argparse.Namespace(**{**vars(options), "images": 2000}))
 
 
 def test_trials_of_another_model_are_not_gone_on_with(tmp_path, monkeypatch, made_of):
     stored = tmp_path / "trials.json"
     stored.write_text(json.dumps({**made_of, "model": "another", "trials": {"centre, seed 0": {}}}))
-    monkeypatch.setattr(nano_es, "made_of", lambda: made_of)
+    monkeypatch.setattr(es, "made_of", lambda: made_of)
     options = argparse.Namespace(json=stored, command="search", images=1, processes=1)
     with pytest.raises(SystemExit, match=r"expected trials of this model"):
-        nano_es.trials([("centre", {}, 0)], options)
+        es.trials([("centre", {}, 0)], options)
 
 
 def above(row, judge):
@@ -105,7 +103,7 @@ def above(row, judge):
 def test_every_seed_of_the_headline_gains_three_standard_errors_and_half_the_gap(made_of):
     record = read("nano_headline.json")
     report = record["report"]
-    assert record["config"] == nano_es.merged(to_dict(load("nano")), nano_headline.HEADLINE)
+    assert record["config"] == es.merged(to_dict(load("nano")), headline.HEADLINE)
     assert made_of["model"] in json.dumps(report["settings"])
     (rows,) = (group["rows"] for group in report["groups"] if group["by"] == "overall")
     seeds = [row for row in rows if row["entry"].startswith("seed")]

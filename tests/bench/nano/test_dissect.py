@@ -1,7 +1,7 @@
 """The parts of an adapter: what is left out, scaled and averaged."""
 
-import nano_dissect
 import torch
+from nano import dissect
 
 
 def adapter(seed, rank=2):
@@ -21,7 +21,7 @@ def change(state, layer):
 
 def test_variants_of_two_adapters():
     first, second = adapter(0), adapter(1)
-    found = nano_dissect.variants({"a": first, "b": second})
+    found = dissect.variants({"a": first, "b": second})
     parts = ["", "-times-0.5", "-times-1.5", "-without-one", "-without-one_more"]
     assert list(found) == [f"{name}{part}" for name in "ab" for part in parts] + [
         "average",

@@ -1,7 +1,7 @@
 """What the headline's adapters consist of: without a layer, shorter, longer, and averaged, on validation captions.
 
-    python bench/nano_headline.py run --work runs/nano-headline
-    python bench/nano_dissect.py runs/nano-headline/seed* --json bench/results/nano_dissect.json
+    python bench/nano headline run --work runs/nano-headline
+    python bench/nano dissect runs/nano-headline/seed* --json bench/results/nano_dissect.json
 
 Each adapter's change of the weights is scaled, or that of one layer left out. The average is of the changes, layer by
 layer: what the seeds have in common stays, and each one's noise shrinks.
@@ -102,9 +102,5 @@ def main() -> None:
         report = evaluate(config, Progress()).report
     print(report.table())
     if options.json:
-        what = {"what": "bench/nano_dissect.py", "report": json.loads(report.to_json())}
+        what = {"what": "bench/nano dissect", "report": json.loads(report.to_json())}
         record.write(options.json, {**what, **environment})
-
-
-if __name__ == "__main__":
-    main()

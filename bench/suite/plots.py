@@ -1,6 +1,6 @@
 """Pictures of a suite's record, drawn from the stored JSON alone.
 
-python bench/plots.py bench/results/gpu_suite_<device>.json [--out FOLDER]
+python bench/suite/plots.py bench/results/gpu_suite_<device>.json [--out FOLDER]
 """
 
 import argparse
@@ -110,7 +110,7 @@ def _origin(record: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("json", type=Path, help="a record that bench/suite.py wrote")
+    parser.add_argument("json", type=Path, help="a record of the GPU suite")
     parser.add_argument("--out", type=Path, help="folder of the pictures; default: beside the record")
     options = parser.parse_args()
     record = json.loads(options.json.read_text(encoding="utf-8"))

@@ -80,12 +80,16 @@ def choose(name: str, measured: Mapping[str, float] | None = None) -> Chosen:
     part = next((part for part in KNOWN if re.search(rf"\b{part}\b", name)), None)
     known = None if part is None else KNOWN[part]
     if measured is None:
-        source = f"unknown device {name}: no ceilings" if known is None else f"bench/roofline.py, {part}"
+        source = f"unknown device {name}: no ceilings" if known is None else f"bench/suite/roofline.py, {part}"
         return Chosen(known, source)
     product, copied = 1e12 * measured["matmul_tflop_per_second"], 1e9 * measured["copy_gb_per_second"]
     flops = {} if known is None else known.flops
     flops = {**flops, torch.bfloat16: product, torch.float16: product}
-    rest = "of an unknown device, vector instructions unbounded" if known is None else f"else bench/roofline.py, {part}"
+    rest = (
+        "of an unknown device, vector instructions unbounded"
+        if known is None
+        else f"else bench/suite/roofline.py, {part}"
+    )
     operations = math.inf if known is None else known.operations
     return Chosen(Ceilings(flops, operations, copied), f"copy and bf16 product as measured by smoke, {rest}")
 

@@ -1,10 +1,10 @@
 """Evolution Strategies on sana-sprint-nano: which settings, and what is better than what.
 
-    python bench/nano_es.py search    --json bench/results/nano_search.json      # one setting at a time
-    python bench/nano_es.py refine    --json bench/results/nano_refine.json      # longer, several at once
-    python bench/nano_es.py settle    --json bench/results/nano_settle.json      # around the result, a demo's length
-    python bench/nano_es.py reach     --json bench/results/nano_reach.json       # what A makes of the layers' inputs
-    python bench/nano_es.py compare   --json bench/results/nano_compare.json     # rivals at equal images
+    python bench/nano es search    --json bench/results/nano_search.json      # one setting at a time
+    python bench/nano es refine    --json bench/results/nano_refine.json      # longer, several at once
+    python bench/nano es settle    --json bench/results/nano_settle.json      # around the result, a demo's length
+    python bench/nano es reach     --json bench/results/nano_reach.json       # what A makes of the layers' inputs
+    python bench/nano es compare   --json bench/results/nano_compare.json     # rivals at equal images
 
 Every trial is `esengine train` on packaged training captions, judged by the packaged validation captions. A file that
 is there is gone on with: trials that it holds are not run again. Two trials run at a time, a thread each.
@@ -288,7 +288,7 @@ def trials(plan: list[tuple[str, dict[str, Any], int]], options: argparse.Namesp
             )
             print(f"{len(found)}/{len(plan)}  {name}: {found[name]['seconds']:.0f} s, {gains}", flush=True)
             if options.json:
-                what = {"what": f"bench/nano_es.py {options.command}", "images": options.images, **of}
+                what = {"what": f"bench/nano es {options.command}", "images": options.images, **of}
                 record.write(options.json, {**what, "trials": found, **environment})
     print("\n".join(table(found)))
 
@@ -347,7 +347,7 @@ def reach(options: argparse.Namespace) -> None:
         population.detach()
     print("\n".join(reach_table(found)))
     if options.json:
-        what = {"what": "bench/nano_es.py reach", "seeds": seeds, "squared_length": found}
+        what = {"what": "bench/nano es reach", "seeds": seeds, "squared_length": found}
         record.write(options.json, {**what, **record.environment()})
 
 
@@ -385,7 +385,3 @@ def main() -> None:
         plan, images = TRIALS[options.command]
         options.images = options.images or images
         trials(plan(options), options)
-
-
-if __name__ == "__main__":
-    main()
