@@ -59,7 +59,7 @@ CENTRE: dict[str, Any] = to_dict(
         "centre",
     )
 )
-"""Where the search began: trials change a setting or two of it. What came of it is `esengine/data/nano.yaml`."""
+"""Where the search began: trials change a setting or two of it. What came of it is `models/nano/data/nano.yaml`."""
 
 RATES = (0.2, 0.8)
 """Learning rates, in units of sigma, that each rival is tried at; of what is scaled otherwise, times its `USUAL`."""

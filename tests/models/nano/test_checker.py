@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from esengine import rewards
 from esengine.base.errors import ConfigError, RewardError
 from esengine.models.nano import world
+from esengine.models.nano.checker import Checker
 from esengine.models.nano.world import Scene, Thing
-from esengine.rewards.checker import Checker
 
 ONE = Scene((Thing("small", "red", "triangle", 15, 34, 7.0, 5.0),), "white")
 ONE_CAPTION = "a small red triangle on the left on a white background"
