@@ -64,7 +64,7 @@ from esengine.kernels import (
     shrink,
     takes_low,
 )
-from esengine.kernels.configs import named
+from esengine.kernels.configs import dtype_name
 from esengine.kernels.population_linear import Path as LinearPath
 from esengine.models.sana.sana_block import fused_parts, patched
 from esengine.run.settings import REFERENCE_TARGETS
@@ -150,7 +150,7 @@ def linear_cases() -> Iterator[Case]:
                     MemberNoise(empty(64, dtype=torch.int64), seed=0, step=1, sigma=1e-2, rank=k),
                 )
                 for path in get_args(LinearPath):
-                    name = f"{n_in}->{n_out} x{tokens} {named(dtype)} r{r} k{k}, {path}"
+                    name = f"{n_in}->{n_out} x{tokens} {dtype_name(dtype)} r{r} k{k}, {path}"
                     yield Case(name, partial(call, path=path), reference and path == "epilogue")
 
 
@@ -172,7 +172,7 @@ def gate_cases() -> Iterator[Case]:
         for side in (16, 32):
             x, weight = empty(64, side**2, 2 * channels, dtype=dtype), empty(2 * channels, 1, 3, 3, dtype=dtype)
             call = partial(depthwise_gate, x, weight, empty(2 * channels, dtype=dtype), height=side, width=side)
-            yield Case(f"{channels} channels {side}x{side} {named(dtype)}", call, dtype == torch.bfloat16)
+            yield Case(f"{channels} channels {side}x{side} {dtype_name(dtype)}", call, dtype == torch.bfloat16)
 
 
 def attention_cases() -> Iterator[Case]:
@@ -183,13 +183,13 @@ def attention_cases() -> Iterator[Case]:
             q, k, v = empty(64, tokens, 3 * width, dtype=dtype).split(width, dim=-1)
             norm = empty(width, dtype=dtype)
             call = partial(linear_attention, q, k, v, heads=heads, norm_q=norm, norm_k=norm)
-            yield Case(f"{heads} heads of 32 x{tokens} {named(dtype)}", call, dtype == torch.bfloat16)
+            yield Case(f"{heads} heads of 32 x{tokens} {dtype_name(dtype)}", call, dtype == torch.bfloat16)
 
 
 def block_cases() -> Iterator[Case]:
     """What a fused block launches beside the plain linear in fp32 and at other ranks than the forward's."""
     width, channels = 2240, 5600
-    keys = MemberNoise(empty(64, dtype=torch.int64), seed=0, step=1, sigma=1e-2, rank=1)
+    perturbation = MemberNoise(empty(64, dtype=torch.int64), seed=0, step=1, sigma=1e-2, rank=1)
     for dtype in (torch.bfloat16, torch.float32):
         ranks = (16, 64) if dtype == torch.bfloat16 else (2, 16, 64)
         table = empty(64, 6, width, dtype=dtype)
@@ -214,15 +214,15 @@ def block_cases() -> Iterator[Case]:
                 adapters = Lora(empty(r * targets, width), empty(targets * width, r), 4.0, streams)
                 h = empty(64, tokens, (r + 1) * targets)
                 with recorded_launches():
-                    factors = member_factors(adapters, keys, k=width, n=width)
-                given = (x, adapters, keys, modulation, factors)
+                    factors = member_factors(adapters, perturbation, k=width, n=width)
+                given = (x, adapters, perturbation, modulation, factors)
                 calls[f"modulated, {targets} targets of r{r}"] = partial(shrink, *given)
                 calls[f"{targets} targets of r{r}{', gated' if options else ''}"] = partial(
                     fused_linear, x, weight(targets * width, width), empty(targets * width, dtype=dtype),
-                    h=h, adapters=adapters, perturbation=keys, factors=factors, **options,
+                    h=h, adapters=adapters, perturbation=perturbation, factors=factors, **options,
                 )  # fmt: skip
             for name, call in calls.items():
-                yield Case(f"block: {name} x{tokens} {named(dtype)}", call, reference=False)
+                yield Case(f"block: {name} x{tokens} {dtype_name(dtype)}", call, reference=False)
 
 
 def consumer_cases() -> Iterator[Case]:
@@ -238,15 +238,15 @@ def consumer_cases() -> Iterator[Case]:
         (torch.bfloat16, 2, 1, False),
         (torch.float32, 2, 1, False),
     ):
-        keys = MemberNoise(empty(64, dtype=torch.int64), seed=0, step=1, sigma=1e-2, rank=k)
+        perturbation = MemberNoise(empty(64, dtype=torch.int64), seed=0, step=1, sigma=1e-2, rank=k)
         for tokens in (256, 1024) if stored else (8, 256):
             lows = {}
             for targets in (1, 3):
                 a, b = (empty(r * targets, width), empty(targets * width, r)) if r else (None, None)
                 adapters = Lora(a, b, 4.0, empty(targets, 4, dtype=torch.int64))
                 with recorded_launches():
-                    factors = member_factors(adapters, keys, k=width, n=width) if stored else None
-                lows[targets] = LowRank(empty(64, tokens, targets * (r + k)), adapters, keys, factors)
+                    factors = member_factors(adapters, perturbation, k=width, n=width) if stored else None
+                lows[targets] = LowRank(empty(64, tokens, targets * (r + k)), adapters, perturbation, factors)
             table, norm = empty(64, 6, width, dtype=dtype), empty(width, dtype=dtype)
             modulation, gate, low = Modulation(table[:, 0], table[:, 1]), table[:, 2], lows[1]
             y = empty(64, tokens, width, dtype=dtype)
@@ -254,12 +254,12 @@ def consumer_cases() -> Iterator[Case]:
             attention = partial(linear_attention, *qkv, heads=heads, norm_q=norm, norm_k=norm, low=lows[3])
             calls = {
                 "norm": partial(rms_norm, y, norm, 1e-5, low),
-                "gated, then": partial(residual_norm, y, y, gate=gate, low=low, then=low._replace(h=None)),
+                "gated, then": partial(residual_norm, y, y, gate=gate, low=low, next_lora=low._replace(h=None)),
                 "modulated": partial(residual_norm, y, y, low=low, modulation=modulation),
             } | ({"attention": attention} if takes_low(lows[3].adapters, k) else {})
             for name, call in calls.items():
                 noise = "stored" if stored else "rebuilt"
-                yield Case(f"consumer: {name} x{tokens} {named(dtype)} r{r} k{k} {noise}", call, reference=False)
+                yield Case(f"consumer: {name} x{tokens} {dtype_name(dtype)} r{r} k{k} {noise}", call, reference=False)
 
 
 def forward_cases(paths: Sequence[str] = configs.PATHS["sana_block"].names) -> Iterator[Case]:

@@ -2,7 +2,7 @@
 
 `launches` lists what a population's forward runs in fused blocks, at the model's shapes, with how often it does so;
 the perturbed linears outside the blocks, the latents' noise and the update come beside it. The decoder and the scorer,
-which are torch's, have their shares in the parts `decode_*` and `step_*`.
+which are torch's, have their shares of the roofline in the parts `decode_*` and `step_*`.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ from suite.ops import (
     Sizes,
     adapted,
     drawn,
-    leaves_shares,
+    leaves_partial_sums,
     ops,
     roofline_share,
     sizes_of,
@@ -37,7 +37,7 @@ BOUND = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: FP32_B
 """Relative error: twice the most that rounding a norm costs, since op and reference round both. Wrong noise is 1."""
 
 TILE = 128
-"""Columns of a GEMM's tile: a linear leaves a share of each."""
+"""Columns of a GEMM's tile: a linear makes one partial sum for each."""
 
 
 class Launch(NamedTuple):
@@ -56,26 +56,32 @@ class Launch(NamedTuple):
     work: Callable[..., roofline.Work]
 
 
-def launches(sizes: Sizes, side: int, text: int, *, shares: bool) -> list[Launch]:
+def launches(sizes: Sizes, side: int, text: int, *, partial_sums: bool) -> list[Launch]:
     """Of a forward with latents of `side` x `side` tokens and `text` words: the blocks', then the caption's.
 
-    With `shares`, as in bf16, what makes x leaves them for the next linear; else that makes a pass of its own.
+    With `partial_sums`, as in bf16, the op that makes x also makes partial sums for the next linear. Without them the
+    next linear makes a pass over x.
     """
-    return [*block_launches(sizes, side, text, shares), *caption_launches(sizes, text, shares)]
+    return [*block_launches(sizes, side, text, partial_sums), *caption_launches(sizes, text, partial_sums)]
 
 
-def block_launches(sizes: Sizes, side: int, text: int, shares: bool) -> Iterator[Launch]:
+def block_launches(sizes: Sizes, side: int, text: int, partial_sums: bool) -> Iterator[Launch]:
     """In the order in which a block makes them."""
     w, c, n, t, heads = sizes.width, sizes.channels, sizes.blocks, side * side, sizes.heads
-    at, words, left, then = f"x{t}", f"text x{text}", ", shares" if shares else "", w if shares else 0
+    at, words, left, next_width = (
+        f"x{t}",
+        f"text x{text}",
+        ", partial sums" if partial_sums else "",
+        w if partial_sums else 0,
+    )
     yield shrink_launch(f"shrink q|k|v, modulated {at}", n, t, w, targets=3, modulated=True)
     yield linear_launch(f"linear q|k|v {at}", n, t, w, w, targets=3, bias=False, stored=True)
-    yield attention_launch(f"linear_attention{left} {at}", n, t, w, heads, shares)
-    yield low_rank_launch(f"to_out {at}", n, t, w, heads if shares else 0)
-    gated = dict(targets=1, residual=True, gated=True, then=then, stored=not shares)
+    yield attention_launch(f"linear_attention{left} {at}", n, t, w, heads, partial_sums)
+    yield low_rank_launch(f"to_out {at}", n, t, w, heads if partial_sums else 0)
+    gated = dict(targets=1, residual=True, gated=True, next_width=next_width, stored=not partial_sums)
     yield linear_launch(f"linear to_out, gated{left} {at}", n, t, w, w, **gated)
-    yield low_rank_launch(f"to_q {at}", n, t, w, -(-w // TILE) if shares else 0)
-    yield linear_launch(f"linear to_q {at}", n, t, w, w, targets=1, stored=not shares)
+    yield low_rank_launch(f"to_q {at}", n, t, w, -(-w // TILE) if partial_sums else 0)
+    yield linear_launch(f"linear to_q {at}", n, t, w, w, targets=1, stored=not partial_sums)
     yield shrink_launch(f"shrink k|v, {words}", n, text, w, targets=2)
     yield linear_launch(f"linear k|v, {words}", n, text, w, w, targets=2, stored=True)
     yield norm_launch(f"rms norm of q {at}", n, t, w)
@@ -89,18 +95,18 @@ def block_launches(sizes: Sizes, side: int, text: int, shares: bool) -> Iterator
     yield linear_launch(f"linear point, gated {at}", n, t, c, w, bias=False, residual=True, gated=True)
 
 
-def caption_launches(sizes: Sizes, text: int, shares: bool) -> Iterator[Launch]:
+def caption_launches(sizes: Sizes, text: int, partial_sums: bool) -> Iterator[Launch]:
     """The projection of the text states, before the first block."""
-    w, k, words, left = sizes.width, sizes.text_width, f"text x{text}", ", shares" if shares else ""
-    first = dict(targets=1, activation="gelu_tanh", then=w if shares else 0, stored=True)
+    w, k, words, left = sizes.width, sizes.text_width, f"text x{text}", ", partial sums" if partial_sums else ""
+    first = dict(targets=1, activation="gelu_tanh", next_width=w if partial_sums else 0, stored=True)
     yield shrink_launch(f"shrink caption, {words}", 1, text, k, targets=1, n=w)
     yield linear_launch(f"linear caption, GELU{left}, {words}", 1, text, k, w, **first)
-    yield low_rank_launch(f"caption 2, {words}", 1, text, w, -(-w // TILE) if shares else 0)
-    yield linear_launch(f"linear caption 2, {words}", 1, text, w, w, targets=1, stored=not shares)
+    yield low_rank_launch(f"caption 2, {words}", 1, text, w, -(-w // TILE) if partial_sums else 0)
+    yield linear_launch(f"linear caption 2, {words}", 1, text, w, w, targets=1, stored=not partial_sums)
 
 
 def low_rank_launch(name: str, times: int, t: int, width: int, parts: int) -> Launch:
-    """What gives a linear its h: the mix of so many shares, or without any a shrink of x."""
+    """What gives a linear its h: the mix of that many partial sums, or without any a shrink of x."""
     if parts:
         return mix_launch(f"mix of {parts}, {name}", times, t, width, parts)
     return shrink_launch(f"shrink {name}", times, t, width, targets=1)
@@ -142,10 +148,12 @@ def linear_launch(
     activation: str | None = None,
     residual: bool = False,
     gated: bool = False,
-    then: int = 0,
+    next_width: int = 0,
     stored: bool = False,
 ) -> Launch:
-    """`targets` perturbed linears [n, k], 0 for a plain one; `then` is the width of the linear that gets shares.
+    """`targets` perturbed linears [n, k], 0 for a plain one.
+
+    `next_width`: width of the linear that gets partial sums, or 0.
 
     `stored`: its factors were stored for the shrink before it.
     """
@@ -155,24 +163,24 @@ def linear_launch(
         draw, options = drawn(device, dtype), {"activation": activation}
         x, weight, offset = draw(members, t, k), draw(out, k) * k**-0.5, draw(out) if bias else None
         if targets:
-            adapters, keys = adapted(draw, members, targets, k, n)
-            options |= dict(adapters=adapters, perturbation=keys)
+            adapters, perturbation = adapted(draw, members, targets, k, n)
+            options |= dict(adapters=adapters, perturbation=perturbation)
             options["h"] = draw(members, t, targets * (R + K), to=torch.float32)
             if stored and t >= STORE_FROM:
-                options["factors"] = ops(device).factors(adapters, keys, k=k, n=n)
+                options["factors"] = ops(device).factors(adapters, perturbation, k=k, n=n)
         if residual:
             options["residual"] = draw(members, t, n)
         if gated:
             options["gate"] = draw(members, 6, n)[:, 2]
-        if then:
-            options["then"], options["perturbation"] = adapted(draw, members, 1, then, then)
+        if next_width:
+            options["next_lora"], options["perturbation"] = adapted(draw, members, 1, next_width, next_width)
         return lambda ops: ops.linear(x, weight, offset, **options)
 
     def work(members, itemsize):
         low = dict(targets=targets, r=R, k=K) if targets else {}
-        shares = dict(then=R + K, parts=-(-n // TILE)) if then else {}
+        partial_sums = dict(next_columns=R + K, parts=-(-n // TILE)) if next_width else {}
         sizes = dict(rows=members * t, members=members, n_in=k, n_out=out, itemsize=itemsize)
-        return roofline.fused_linear_work(**sizes, bias=bias, residual=residual, gated=gated, **low, **shares)
+        return roofline.fused_linear_work(**sizes, bias=bias, residual=residual, gated=gated, **low, **partial_sums)
 
     return Launch(name, times, build, work)
 
@@ -180,8 +188,8 @@ def linear_launch(
 def mix_launch(name: str, times: int, t: int, width: int, parts: int) -> Launch:
     def build(members, device, dtype):
         draw = drawn(device, dtype)
-        shares, given = draw(parts, members, t, R + K, to=torch.float32), adapted(draw, members, 1, width, width)
-        return lambda ops: ops.mix(shares, *given)
+        partial_sums, given = draw(parts, members, t, R + K, to=torch.float32), adapted(draw, members, 1, width, width)
+        return lambda ops: ops.mix(partial_sums, *given)
 
     def work(members, itemsize):
         return roofline.mix_work(rows=members * t, parts=parts, r=R, k=K)
@@ -189,16 +197,16 @@ def mix_launch(name: str, times: int, t: int, width: int, parts: int) -> Launch:
     return Launch(name, times, build, work)
 
 
-def attention_launch(name: str, times: int, t: int, width: int, heads: int, shares: bool) -> Launch:
+def attention_launch(name: str, times: int, t: int, width: int, heads: int, partial_sums: bool) -> Launch:
     def build(members, device, dtype):
         draw = drawn(device, dtype)
         qkv, norms = draw(members, t, 3 * width).split(width, dim=-1), dict(norm_q=draw(width), norm_k=draw(width))
-        then, keys = adapted(draw, members, 1, width, width) if shares else (None, None)
-        return lambda ops: ops.attention(*qkv, heads=heads, then=then, perturbation=keys, **norms)
+        next_lora, perturbation = adapted(draw, members, 1, width, width) if partial_sums else (None, None)
+        return lambda ops: ops.attention(*qkv, heads=heads, next_lora=next_lora, perturbation=perturbation, **norms)
 
     def work(members, itemsize):
         sizes = dict(batch=members, tokens=t, heads=heads, width=width // heads, itemsize=itemsize)
-        return roofline.linear_attention_work(**sizes, then=shares * (R + K))
+        return roofline.linear_attention_work(**sizes, next_columns=partial_sums * (R + K))
 
     return Launch(name, times, build, work)
 
@@ -253,10 +261,10 @@ def kernels(context: Context) -> dict[str, Any]:
         if name not in found:  # those on text are the same at every size of image
             found[name] = attempt(case) if context.time_left() > 0 else {"not_measured": "out of time"}
 
-    sizes, shares = sizes_of(scale.name), leaves_shares(context.dtype)
+    sizes, partial_sums = sizes_of(scale.name), leaves_partial_sums(context.dtype)
     for pixels in scale.pixels:
         side = pixels // context.plain.pipeline.vae_scale_factor
-        for launch in launches(sizes, side, scale.text_tokens, shares=shares):
+        for launch in launches(sizes, side, scale.text_tokens, partial_sums=partial_sums):
             measure(launch.name, lambda launch=launch: launch_case(context, launch))
     for n_in, n_out, tokens in scale.other_linears:
         case = lambda s=(n_in, n_out, tokens): linear_case(context, *s, peers=False)  # noqa: E731
@@ -311,7 +319,7 @@ def normals_case(context: Context) -> dict[str, Any]:
 
 
 def _outputs(result: Any) -> list[torch.Tensor]:
-    """Shares [P, B, T, C] summed: their number is the launch's own."""
+    """Partial sums [P, B, T, C], added up. Their number depends on the launch."""
     results = result if isinstance(result, tuple) else (result,)
     return [each.sum(0) if each.dim() == 4 else each for each in results if each is not None]
 

@@ -1,11 +1,11 @@
 """The population linear beside the plain GEMM and its peers: as a call by itself, and as it runs inside a block.
 
     alone     y from x and nothing else: the pass of x for h and the GEMM that expands it, `population_linear`
-    in block  the GEMM, h given, and all that the perturbation adds to what makes x: h by `mix` of shares that the
+    in block  the GEMM, h given, and all that the perturbation adds to what makes x: h by `mix` of partial sums that the
               linear attention or the gated to_out leaves, or h of q, k and v from the modulated LayerNorm
 
 `linear_vs_gemm` is the first: one call against one call, as the figures are that others publish. The second,
-`linear_in_block_vs_gemm`, is what a forward pays. It is charged with GEMM + mix + (producer that leaves shares or h -
+`linear_in_block_vs_gemm`, is what a forward pays. It is charged with GEMM + mix + (producer that leaves sums or h -
 the same producer without), on a cold L2 each, so nothing that this linear's perturbation costs a block is left out
 (`producers.py`). Not in it: gate, residual and activation, which a plain block has too. A shape whose x no op of the
 block makes (the caption's, from stored text; `attn2.to_out`, behind torch's attention) runs there as it does alone.

@@ -23,7 +23,7 @@ from esengine.kernels import (
     noise,
     shrink,
     shrink_ref,
-    takes_shares,
+    takes_partial_sums,
 )
 from suite import roofline, standin
 from suite.context import Context
@@ -123,9 +123,9 @@ def sizes_of(scale: str) -> Sizes:
     return Sizes.of(standin.CONFIGS[scale]["transformer"])
 
 
-def leaves_shares(dtype: torch.dtype) -> bool:
-    """Whether what makes x in this dtype leaves shares for the linear that reads it."""
-    return takes_shares(Lora(torch.empty(R, 1), torch.empty(1, R), 1.0, torch.empty(1, 4)), K, dtype)
+def leaves_partial_sums(dtype: torch.dtype) -> bool:
+    """Whether the op that makes x in this dtype makes partial sums for the linear that reads x."""
+    return takes_partial_sums(Lora(torch.empty(R, 1), torch.empty(1, R), 1.0, torch.empty(1, 4)), K, dtype)
 
 
 def drawn(device: torch.device, dtype: torch.dtype) -> Callable[..., torch.Tensor]:

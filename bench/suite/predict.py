@@ -67,7 +67,7 @@ CASES = (Case(1.0, 1.0), Case(0.9, 0.6), Case(0.8, 0.5))
 def floors(text: int = FULL.text_tokens) -> list[tuple[str, int, list[roofline.Work]]]:
     """(launch, times a forward, its work at each size of image) of every launch of a forward, decoder and scorer."""
     sides = [pixels // 32 for pixels in FULL.pixels]
-    columns = [suite.kernels.launches(sizes_of("full"), side, text, shares=True) for side in sides]
+    columns = [suite.kernels.launches(sizes_of("full"), side, text, partial_sums=True) for side in sides]
     found = []
     for launches in zip(*columns, strict=True):
         name = launches[0].name.removesuffix(f" x{sides[0] ** 2}")
@@ -98,12 +98,12 @@ def linear_in_block(producer: str, tokens: int, case: Case) -> float:
         options = dict(**rows, n_in=width, n_out=width, itemsize=ITEMSIZE, targets=1, r=R, k=K)
         options |= dict(residual=True, gated=True)
         parts = -(-width // suite.kernels.TILE)
-        extra += case.seconds(roofline.fused_linear_work(**options, then=R + K, parts=parts)) / case.gemm
+        extra += case.seconds(roofline.fused_linear_work(**options, next_columns=R + K, parts=parts)) / case.gemm
         extra -= case.seconds(roofline.fused_linear_work(**options)) / case.gemm
         extra += case.seconds(roofline.mix_work(rows=rows["rows"], parts=parts, r=R, k=K))
     else:
         shape = dict(batch=MEMBERS, tokens=tokens, heads=sizes.heads, width=width // sizes.heads, itemsize=ITEMSIZE)
-        extra += case.seconds(roofline.linear_attention_work(**shape, then=R + K))
+        extra += case.seconds(roofline.linear_attention_work(**shape, next_columns=R + K))
         extra -= case.seconds(roofline.linear_attention_work(**shape))
         extra += case.seconds(roofline.mix_work(rows=rows["rows"], parts=sizes.heads, r=R, k=K))
     return plain / (plain * (1 + EXPAND_COLUMNS / width) / case.gemm + extra)
@@ -112,7 +112,7 @@ def linear_in_block(producer: str, tokens: int, case: Case) -> float:
 def forwards(side: int, case: Case) -> tuple[float, float]:
     """Seconds of the population's forward, and of the plain compiled one, of `MEMBERS` images."""
     sizes, ours = sizes_of("full"), 0.0
-    for launch in suite.kernels.launches(sizes, side, FULL.text_tokens, shares=True):
+    for launch in suite.kernels.launches(sizes, side, FULL.text_tokens, partial_sums=True):
         spent = launch.times * case.seconds(launch.work(members=MEMBERS, itemsize=ITEMSIZE))
         if launch.name.startswith("linear "):
             perturbed = not launch.name.startswith(("linear inverted", "linear point"))

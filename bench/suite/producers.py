@@ -1,7 +1,7 @@
 """The perturbed linear as it runs inside the fused block: what makes its x leaves what its low-rank columns need.
 
-x, shares = linear_attention(q, k, v, then=linear)          h = mix(shares)      before to_out
-x, shares = to_out(y, residual, gate, then=linear)          h = mix(shares)      before the next attention's to_q
+x, sums = linear_attention(q, k, v, next_lora=linear)     h = mix(sums)      before to_out
+x, sums = to_out(y, residual, gate, next_lora=linear)     h = mix(sums)      before the next attention's to_q
 x, h      = shrink(LayerNorm(z) (1 + scale) + shift)                             before q|k|v
 """
 
@@ -16,7 +16,7 @@ from esengine.kernels import Lora, MemberNoise, Modulation
 from suite.checks import bounded, full_precision, worst_error
 from suite.clock import interleaved
 from suite.context import Context
-from suite.ops import FP32_BOUND, REFERENCE, K, Ops, R, Sizes, adapted, drawn, leaves_shares, ops, sizes_of
+from suite.ops import FP32_BOUND, REFERENCE, K, Ops, R, Sizes, adapted, drawn, leaves_partial_sums, ops, sizes_of
 
 
 class Producer(NamedTuple):
@@ -24,46 +24,46 @@ class Producer(NamedTuple):
 
     Attributes:
         without: x [B, T, K] for a plain linear.
-        leaving: x, and for a perturbed one its h, or the shares of it.
-        shares: whether `mix` has to make h of them.
+        leaving: makes x, and for a perturbed linear its h or the partial sums of it.
+        partial_sums: whether `mix` makes h of them.
     """
 
     without: Callable[[Ops], torch.Tensor]
     leaving: Callable[[Ops], tuple[torch.Tensor, torch.Tensor]]
-    shares: bool
+    partial_sums: bool
 
 
-def attention(sizes: Sizes, draw: Callable, members: int, t: int, then: Lora, keys: MemberNoise) -> Producer:
+def attention(sizes: Sizes, draw: Callable, members: int, t: int, next_lora: Lora, noise: MemberNoise) -> Producer:
     w = sizes.width
     qkv = draw(members, t, 3 * w).split(w, dim=-1)
     options = dict(heads=sizes.heads, norm_q=draw(w), norm_k=draw(w))
     return Producer(
         lambda op: op.attention(*qkv, **options),
-        lambda op: op.attention(*qkv, then=then, perturbation=keys, **options),
-        shares=True,
+        lambda op: op.attention(*qkv, next_lora=next_lora, perturbation=noise, **options),
+        partial_sums=True,
     )
 
 
-def to_out(sizes: Sizes, draw: Callable, members: int, t: int, then: Lora, keys: MemberNoise) -> Producer:
+def to_out(sizes: Sizes, draw: Callable, members: int, t: int, next_lora: Lora, noise: MemberNoise) -> Producer:
     w = sizes.width
     x, weight, bias = draw(members, t, w), draw(w, w) * w**-0.5, draw(w)
-    own, _ = adapted(draw, members, 1, w, w)
-    options = dict(h=draw(members, t, R + K, to=torch.float32), adapters=own, perturbation=keys)
+    adapters, _ = adapted(draw, members, 1, w, w)
+    options = dict(h=draw(members, t, R + K, to=torch.float32), adapters=adapters, perturbation=noise)
     options |= dict(residual=draw(members, t, w), gate=draw(members, 6, w)[:, 2])
     return Producer(
         lambda op: op.linear(x, weight, bias, **options),
-        lambda op: op.linear(x, weight, bias, then=then, **options),
-        shares=True,
+        lambda op: op.linear(x, weight, bias, next_lora=next_lora, **options),
+        partial_sums=True,
     )
 
 
-def modulation(sizes: Sizes, draw: Callable, members: int, t: int, then: Lora, keys: MemberNoise) -> Producer:
+def modulation(sizes: Sizes, draw: Callable, members: int, t: int, next_lora: Lora, noise: MemberNoise) -> Producer:
     x, table = draw(members, t, sizes.width), draw(members, 6, sizes.width)
     given = Modulation(table[:, 0], table[:, 1])
     return Producer(
         lambda op: op.shrink(x, None, None, given)[0],
-        lambda op: op.shrink(x, then, keys, given, op.factors(then, keys, k=sizes.width, n=sizes.width)),
-        shares=False,
+        lambda op: op.shrink(x, next_lora, noise, given, op.factors(next_lora, noise, k=sizes.width, n=sizes.width)),
+        partial_sums=False,
     )
 
 
@@ -75,7 +75,9 @@ def of(context: Context, n_in: int, n_out: int) -> list[str]:
     width = sizes_of(context.scale.name).width
     if (n_in, n_out) == (width, 3 * width):
         return ["behind the modulation"]
-    return ["behind linear_attention", "behind to_out"] * (n_in == n_out == width and leaves_shares(context.dtype))
+    return ["behind linear_attention", "behind to_out"] * (
+        n_in == n_out == width and leaves_partial_sums(context.dtype)
+    )
 
 
 def case(context: Context, producer: str, n_in: int, n_out: int, tokens: int) -> dict[str, Any]:
@@ -92,38 +94,46 @@ def case(context: Context, producer: str, n_in: int, n_out: int, tokens: int) ->
 
     def built(members: int) -> tuple[Producer, Lora, MemberNoise]:
         draw = drawn(device, dtype)
-        then, keys = adapted(draw, members, targets, n_in, n_out // targets)
-        return PRODUCERS[producer](sizes, draw, members, tokens, then, keys), then, keys
+        next_lora, noise = adapted(draw, members, targets, n_in, n_out // targets)
+        return PRODUCERS[producer](sizes, draw, members, tokens, next_lora, noise), next_lora, noise
 
-    def produced(made: Producer, then: Lora, keys: MemberNoise) -> tuple[torch.Tensor, ...]:
+    def produced(made: Producer, next_lora: Lora, noise: MemberNoise) -> tuple[torch.Tensor, ...]:
         x, left = made.leaving(op)
-        return x, left, op.mix(left, then, keys) if made.shares else left
+        return x, left, op.mix(left, next_lora, noise) if made.partial_sums else left
 
-    def stored(made: Producer, then: Lora, keys: MemberNoise) -> torch.Tensor | None:
+    def stored(made: Producer, next_lora: Lora, noise: MemberNoise) -> torch.Tensor | None:
         """As in a block, which stores factors where there is a shrink of their own."""
-        return None if made.shares else op.factors(then, keys, k=n_in, n=n_out // targets)
+        return None if made.partial_sums else op.factors(next_lora, noise, k=n_in, n=n_out // targets)
 
-    few, then, keys = built(3)
-    x, _, h = produced(few, then, keys)
+    few, next_lora, noise = built(3)
+    x, _, h = produced(few, next_lora, noise)
     with full_precision():
         floats = x.float(), weight.float(), None if bias is None else bias.float()
         plain = F.linear(*(None if t is None else t.double() for t in floats))
-        low = REFERENCE.shrink(floats[0], then, keys)[1]
-        expected = REFERENCE.linear(*floats, h=low, adapters=then, perturbation=keys)
+        low = REFERENCE.shrink(floats[0], next_lora, noise)[1]
+        expected = REFERENCE.linear(*floats, h=low, adapters=next_lora, perturbation=noise)
     bound = max(2 * worst_error(F.linear(x, weight, bias), plain), FP32_BOUND if dtype == torch.float32 else 0.0)
-    got = op.linear(x, weight, bias, h=h, adapters=then, perturbation=keys, factors=stored(few, then, keys))
+    got = op.linear(
+        x,
+        weight,
+        bias,
+        h=h,
+        adapters=next_lora,
+        perturbation=noise,
+        factors=stored(few, next_lora, noise),
+    )
     check = bounded(producer, worst_error(got, expected), bound, perturbation=worst_error(plain, expected))
 
-    made, then, keys = built(context.scale.members)
-    (x, left, h), factors = produced(made, then, keys), stored(made, then, keys)
+    made, next_lora, noise = built(context.scale.members)
+    (x, left, h), factors = produced(made, next_lora, noise), stored(made, next_lora, noise)
     variants = {
         "plain": lambda: F.linear(x, weight, bias),
-        "linear": lambda: op.linear(x, weight, bias, h=h, adapters=then, perturbation=keys, factors=factors),
+        "linear": lambda: op.linear(x, weight, bias, h=h, adapters=next_lora, perturbation=noise, factors=factors),
         "with": lambda: made.leaving(op),
         "without": lambda: made.without(op),
     }
-    if made.shares:
-        variants["mix"] = lambda: op.mix(left, then, keys)
+    if made.partial_sums:
+        variants["mix"] = lambda: op.mix(left, next_lora, noise)
     seconds = interleaved(variants, context.scale.rounds[0], device=device, cold=True)
     signs = {"linear": 1, "mix": 1, "with": 1, "without": -1}
     rounds = zip(*([signs[n] * s for s in seconds[n]["samples"]] for n in variants if n != "plain"), strict=True)

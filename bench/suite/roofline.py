@@ -148,7 +148,7 @@ def shrink_work(
 
 
 def mix_work(*, rows: int, parts: int, r: int, k: int) -> Work:
-    """h from `parts` shares of g, fp32: an addition each, and 2 M (r + k)^2."""
+    """h from `parts` partial sums of g, fp32: an addition each, and 2 M (r + k)^2."""
     columns = r + k
     return Work(2 * rows * columns**2 if r else 0, rows * columns * parts, 4 * rows * columns * (parts + 1))
 
@@ -166,17 +166,17 @@ def fused_linear_work(
     bias: bool = True,
     residual: bool = False,
     gated: bool = False,
-    then: int = 0,
+    next_columns: int = 0,
     parts: int = 0,
 ) -> Work:
     """The plain linear to all N, and beside it the expand of h of G targets, 2 M (r + k) N; a residual and a gate, read
-    once; `parts` shares of `then` columns for the linear that reads y, 2 M N then."""
+    once; `parts` partial sums of C = `next_columns` for the linear that reads y, 2 M N C."""
     plain = linear_work(rows=rows, n_in=n_in, n_out=n_out, itemsize=itemsize, bias=bias)
     noise = normals_work(rows=members // 2, count=padded_rank(k) * n_out).operations
     extra = itemsize * (residual * rows * n_out + gated * members * n_out)
-    small = 4 * (rows * (targets * (r + k) + parts * then) + (r * n_out if targets else 0))
-    flops = 2 * rows * n_out * ((r + k if targets else 0) + then)
-    return Work(plain.flops + flops, noise * (bool(targets) + bool(then)), plain.bytes + extra + small)
+    small = 4 * (rows * (targets * (r + k) + parts * next_columns) + (r * n_out if targets else 0))
+    flops = 2 * rows * n_out * ((r + k if targets else 0) + next_columns)
+    return Work(plain.flops + flops, noise * (bool(targets) + bool(next_columns)), plain.bytes + extra + small)
 
 
 def es_update_work(*, shape: tuple[int, int], pairs: int, k: int) -> Work:
@@ -186,11 +186,17 @@ def es_update_work(*, shape: tuple[int, int], pairs: int, k: int) -> Work:
     return Work(2 * pairs * k * rows * cols, noise, 4 * rows * cols + 4 * pairs)
 
 
-def linear_attention_work(*, batch: int, tokens: int, heads: int, width: int, itemsize: int, then: int = 0) -> Work:
+def linear_attention_work(
+    *, batch: int, tokens: int, heads: int, width: int, itemsize: int, next_columns: int = 0
+) -> Work:
     """S = K^T V with the sum of K, and Q S with its divisor: 4 D (D + 1) a token and head; q, k, v read, y written.
-    With `then` columns of the linear that reads y: 2 D then, and a share of each head written."""
+    With C = `next_columns` of the linear that reads y: 2 D C more, and a partial sum of each head is written."""
     rows = batch * tokens * heads
-    return Work(4 * rows * width * (width + 1) + 2 * rows * width * then, 0, rows * (4 * itemsize * width + 4 * then))
+    return Work(
+        4 * rows * width * (width + 1) + 2 * rows * width * next_columns,
+        0,
+        rows * (4 * itemsize * width + 4 * next_columns),
+    )
 
 
 def norm_work(*, rows: int, columns: int, itemsize: int) -> Work:

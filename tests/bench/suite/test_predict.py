@@ -73,7 +73,7 @@ def forward(side, text):
 @pytest.mark.parametrize("side", [16, 32])
 def test_the_suite_has_every_launch_of_a_forward(side):
     text, measured = 40, Counter()
-    for launch in suite.kernels.launches(suite.ops.sizes_of("full"), side, text, shares=True):
+    for launch in suite.kernels.launches(suite.ops.sizes_of("full"), side, text, partial_sums=True):
         with aot.recorded_launches():
             call = launch.build(64, torch.device("meta"), torch.bfloat16)
         with aot.recorded_launches() as noted:

@@ -41,14 +41,14 @@ def test_work_of_a_block_by_hand():
     sizes = dict(rows=4, members=2, n_in=8, n_out=4, itemsize=2)
     bare = roofline.fused_linear_work(**sizes)
     assert bare == roofline.linear_work(rows=4, n_in=8, n_out=4, itemsize=2)
-    ended = roofline.fused_linear_work(**sizes, residual=True, gated=True, r=2, k=1, then=3, parts=2)
+    ended = roofline.fused_linear_work(**sizes, residual=True, gated=True, r=2, k=1, next_columns=3, parts=2)
     assert ended.bytes - bare.bytes == 2 * (16 + 8) + 4 * 4 * 2 * 3
     assert ended.flops - bare.flops == 2 * 4 * 4 * 3
     # two tokens look at three words in two heads of four
     cross = roofline.cross_attention_work(batch=1, tokens=2, text=3, heads=2, width=4, itemsize=2)
     assert cross == roofline.Work(4 * 2 * 3 * 2 * 4, 5 * 12, 2 * 2 * (2 + 3) * 8)
-    shares = roofline.linear_attention_work(batch=1, tokens=2, heads=2, width=4, itemsize=2, then=3)
-    assert shares.bytes == 4 * (4 * 2 * 4 + 4 * 3)
+    summed = roofline.linear_attention_work(batch=1, tokens=2, heads=2, width=4, itemsize=2, next_columns=3)
+    assert summed.bytes == 4 * (4 * 2 * 4 + 4 * 3)
     assert roofline.norm_work(rows=2, columns=4, itemsize=2).bytes == 2 * (8 + 8 + 4)
 
 

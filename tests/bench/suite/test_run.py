@@ -549,13 +549,13 @@ def test_in_a_block_a_linear_is_charged_with_all_it_adds(shape):
             assert total == pytest.approx(seconds["linear"][i] + mixed + seconds["with"][i] - seconds["without"][i])
         assert ("mix" in seconds) == (name != "behind the modulation")
     assert suite.producers.of(context, 48, 64) == []
-    assert suite.producers.of(tiny_context(), 64, 64) == []  # fp32 leaves no shares
+    assert suite.producers.of(tiny_context(), 64, 64) == []  # fp32 makes no partial sums
 
 
 def test_a_wrong_mix_fails_the_linear_in_its_block(monkeypatch):
     context, producers = tiny_context(dtype=torch.bfloat16), suite.producers
     right = producers.ops(context.device)
-    wrong = right._replace(mix=lambda shares, *given: right.mix(shares[:, :, ::2].repeat(1, 1, 2, 1), *given))
+    wrong = right._replace(mix=lambda sums, *given: right.mix(sums[:, :, ::2].repeat(1, 1, 2, 1), *given))
     monkeypatch.setattr(producers, "ops", lambda device: wrong)
     with pytest.raises(suite.checks.CheckFailed, match="behind to_out"):
         producers.case(context, "behind to_out", 64, 64, 16)
@@ -565,7 +565,7 @@ def test_every_launch_holds_its_reference_and_a_wrong_one_does_not():
     device, dtype = torch.device("cpu"), torch.bfloat16
     op, sizes = suite.kernels.ops(device), suite.kernels.sizes_of("tiny")
     wrong = op._replace(**{name: _slightly_off(getattr(op, name)) for name in op._fields})
-    for launch in suite.kernels.launches(sizes, 3, 5, shares=True):
+    for launch in suite.kernels.launches(sizes, 3, 5, partial_sums=True):
         facts = suite.kernels.check_launch(launch, op, device, dtype)
         assert facts["error"] <= facts["bound"]
         with pytest.raises(suite.checks.CheckFailed, match="relative error"):
