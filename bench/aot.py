@@ -1,7 +1,7 @@
-"""Compile every Triton kernel at SANA-Sprint's shapes for GPUs that are not there, and judge what the compiler made.
+"""Compile every Triton kernel at SANA-Sprint's shapes without a GPU, and check the machine code.
 
     python bench/aot.py [--arch 90 80 100] [--json FOLDER] [--also FOLDER_WITH_ANOTHER_TRITON ...]
-    TRITON_CACHE_DIR=FOLDER python bench/aot.py --cache                 kernels for a machine that need not compile them
+    TRITON_CACHE_DIR=FOLDER python bench/aot.py --cache        kernels for another machine, which then compiles none
 
 A forward of the model and the public ops run on tensors without storage; each launch they make is compiled, with the
 launcher's own configuration and Triton's own specialisation, instead of run, once for all shapes that share a kernel.
@@ -284,13 +284,13 @@ def forward_cases(paths: Sequence[str] = configs.PATHS["sana_block"].names) -> I
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(patch.object(configs, "path", by_path))
-            noted = stack.enter_context(recorded_launches())
+            recorded = stack.enter_context(recorded_launches())
             stack.enter_context(population.perturbed(step=1, members=members))
             parts = fused_parts(model, True)
             assert parts, "the blocks have no fused form"
             with patched(parts, population.perturbation):
                 model(x, text, **inputs)
-        for kernel, args, kwargs in noted:
+        for kernel, args, kwargs in recorded:
             sizes = {name: kwargs[name] for name in ("M", "N", "K", "T", "H", "W", "C", "PARTS") if name in kwargs}
             shape = " ".join(f"{name} {value}" for name, value in sizes.items())
             name = f"forward: {shape} bfloat16" + f", {path}" * (path != "epilogue")
@@ -318,7 +318,7 @@ def modules() -> list:
 
 @contextmanager
 def recorded_launches() -> Iterator[list[tuple[JITFunction, tuple, dict]]]:
-    """Inside, the ops take the Triton path on meta tensors and their launches are noted, not made."""
+    """Inside, the ops take the Triton path on meta tensors and their launches are recorded, not made."""
     launches = []
 
     def note(kernel, *args, grid, warmup, **kwargs):
@@ -338,9 +338,9 @@ def launches_with(file: Path) -> list[Launch]:
     found, arch = [], configs.load(file)["made"]["arch"]
     with patch.dict(os.environ, {configs.OVERRIDE: str(file)}):
         for case in chain.from_iterable(op() for op in OPS):
-            with recorded_launches() as noted:
+            with recorded_launches() as recorded:
                 case.call()
-            found += [Launch(case.shape, case.reference, file.name, arch, *launch) for launch in noted]
+            found += [Launch(case.shape, case.reference, file.name, arch, *launch) for launch in recorded]
     return found
 
 
@@ -404,17 +404,17 @@ class AbsentGPU:
 
 
 def compiled(kernel: JITFunction, args: tuple, kwargs: dict[str, Any], arch: int) -> tuple[Any, str]:
-    """The kernel of one launch as the runtime would compile it, and what ptxas said."""
+    """The kernel of one launch as the runtime would compile it, and the log of ptxas."""
     with (
         patch.object(triton.runtime.driver, "_active", AbsentGPU(arch)),
         patch.dict(kernel.device_caches, clear=True),
         triton.knobs.nvidia.scope(),
         triton.knobs.compilation.scope(),
-        redirect_stdout(io.StringIO()) as said,
+        redirect_stdout(io.StringIO()) as ptxas_log,
     ):
         triton.knobs.nvidia.dump_ptxas_log = True
         triton.knobs.compilation.always_compile = True  # a cached kernel has no log
-        return kernel.warmup(*args, grid=(1,), **kwargs), said.getvalue()
+        return kernel.warmup(*args, grid=(1,), **kwargs), ptxas_log.getvalue()
 
 
 def fill_cache(arch: int) -> tuple[int, int]:
@@ -425,13 +425,13 @@ def fill_cache(arch: int) -> tuple[int, int]:
     """
     compiles = 0
 
-    def heard(*, cache_hit: bool, **facts) -> None:
+    def on_compile(*, cache_hit: bool, **facts) -> None:
         nonlocal compiles
         compiles += not cache_hit
 
     here = [launch for launch in launches() if launch.arch in (None, arch)]
     with patch.object(triton.runtime.driver, "_active", AbsentGPU(arch)), triton.knobs.compilation.scope():
-        triton.knobs.compilation.listener = heard
+        triton.knobs.compilation.listener = on_compile
         for launch in here:
             with patch.dict(launch.kernel.device_caches, clear=True):
                 launch.kernel.warmup(*launch.args, grid=(1,), **launch.kwargs)

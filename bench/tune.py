@@ -70,7 +70,7 @@ LORA_RANK, NOISE_RANK, SIGMA = 2, 1, 0.1
 BOUND = 2.0**-8
 """Relative error: twice that of rounding a norm to bf16. Wrong noise is an error of about `SIGMA`."""
 MARGIN = 0.01
-"""A candidate must be this much faster than the default: less is the weather's."""
+"""A candidate must be this much faster than the default. Smaller differences may be chance."""
 
 Calls = tuple[Callable[[], Any], Callable[[], Any]]
 
@@ -450,13 +450,13 @@ def fault(scale: Scale, index: int, launch: dict[str, int], arch: int) -> str | 
     with (
         tempfile.TemporaryDirectory() as folder,
         using(Path(folder), task.op, launch),
-        aot.recorded_launches() as noted,
+        aot.recorded_launches() as recorded,
     ):
         call, _ = task.build(scale.rows, torch.device("meta"))
-        noted.clear()  # what the operands took
+        recorded.clear()  # what the operands took
         call()
     try:
-        for kernel, args, kwargs in noted:
+        for kernel, args, kwargs in recorded:
             if kernel.fn.__name__ == task.kernel:
                 row = aot.judge(*aot.compiled(kernel, args, kwargs, arch), arch)
                 if "fault" in row:

@@ -30,7 +30,7 @@ class CheckFailed(RuntimeError):
 
 
 class Checks:
-    """The checks of one part. One that fails is noted, and the part goes on to its timings.
+    """The checks of one part. One that fails is recorded, and the part goes on to its timings.
 
     Attributes:
         failed: the messages of those that failed.
