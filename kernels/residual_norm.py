@@ -33,7 +33,7 @@ if triton is not None:
 
     @triton.jit(
         do_not_specialize=["T", "seed"],
-        do_not_specialize_on_alignment=["members_ptr", "step_ptr", "factors_ptr", "then_factors_ptr"],
+        do_not_specialize_on_alignment=["members_ptr", "step_ptr", "factors_ptr", "next_factors_ptr"],
     )
     def _residual_norm_kernel(
         y_ptr, residual_ptr, gate_ptr, h_ptr, b_ptr, streams_ptr, members_ptr, step_ptr, factors_ptr,

@@ -166,7 +166,7 @@ def test_a_devices_file_adds_the_launches_that_it_changes(monkeypatch, tmp_path)
         aot.launches.cache_clear()
 
 
-POINTERS = ("bias_ptr", "h_ptr", "factors_ptr", "residual_ptr", "gate_ptr", "then_ptr", "norm_k_ptr", "shift_ptr")
+POINTERS = ("bias_ptr", "h_ptr", "factors_ptr", "residual_ptr", "gate_ptr", "next_streams_ptr", "norm_k_ptr", "shift_ptr")
 
 
 def given(kernel, args, kwargs) -> set[str]:

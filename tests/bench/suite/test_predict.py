@@ -42,7 +42,7 @@ def test_predictions_follow_their_assumptions():
 def kinds(noted) -> Counter:
     """How often each launch was made, by what tells one of a kernel from another."""
     told = ("M", "N", "K", "T", "G", "R", "H", "C", "PARTS", "ACTIVATION", "WIDTH")
-    given = ("bias_ptr", "factors_ptr", "residual_ptr", "gate_ptr", "then_ptr")
+    given = ("bias_ptr", "factors_ptr", "residual_ptr", "gate_ptr", "next_streams_ptr")
 
     def kind(kernel, args, kwargs):
         values = dict(zip((p.name for p in kernel.params), args, strict=False)) | kwargs
