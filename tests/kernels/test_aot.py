@@ -166,7 +166,16 @@ def test_a_devices_file_adds_the_launches_that_it_changes(monkeypatch, tmp_path)
         aot.launches.cache_clear()
 
 
-POINTERS = ("bias_ptr", "h_ptr", "factors_ptr", "residual_ptr", "gate_ptr", "next_streams_ptr", "norm_k_ptr", "shift_ptr")
+POINTERS = (
+    "bias_ptr",
+    "h_ptr",
+    "factors_ptr",
+    "residual_ptr",
+    "gate_ptr",
+    "next_streams_ptr",
+    "norm_k_ptr",
+    "shift_ptr",
+)
 
 
 def given(kernel, args, kwargs) -> set[str]:
@@ -263,7 +272,7 @@ def test_what_the_block_launches_is_what_is_compiled(monkeypatch):
     """The cases follow the block's own code."""
     assert any("next_streams" in given(*launch) for launch in forward_launches())
     assert {kwargs.get("stride_xk", 1) for _, _, kwargs in forward_launches()} == {1}  # also of the first block
-    monkeypatch.setattr(sana_block, "takes_shares", lambda *args: False)
+    monkeypatch.setattr(sana_block, "takes_partial_sums", lambda *args: False)
     assert not any("next_streams" in given(*launch) for launch in forward_launches())
 
 

@@ -283,7 +283,7 @@ def test_mix(device, r, rank, parts):
 @pytest.mark.usefixtures("every_row_alike")
 @pytest.mark.parametrize(("r", "rank"), [(0, 1), (2, 1), (8, 3)])
 @pytest.mark.parametrize(("t", "n"), [(1, 70), (17, 70), (64, 300)])
-def test_shares_of_a_linear(device, r, rank, t, n):
+def test_partial_sums_of_a_linear(device, r, rank, t, n):
     """What the GEMM leaves for the linear that reads y, and y as without it, where tiles touch several members too."""
     next_lora, perturbation = target(n, r, rank, device)
     x, residual = (
@@ -305,8 +305,8 @@ def test_shares_of_a_linear(device, r, rank, t, n):
 
 
 @pytest.mark.parametrize("activation", [None, "gelu_tanh"])
-def test_shares_after_low_rank_columns_of_its_own(device, activation):
-    """The last tile has columns that y has not: what noise puts there is no part of the shares."""
+def test_partial_sums_after_low_rank_columns(device, activation):
+    """The last tile has more columns than y. Noise in those must not be in the partial sums."""
     next_lora, perturbation = target(70, 2, 1, device)
     own = Lora(draw(2, 40, device=device), draw(70, 2, device=device), 1.5, next_lora.streams)
     x, weight = draw(4, 17, 40, device=device).bfloat16(), draw(70, 40, seed=3, device=device).bfloat16()
@@ -317,7 +317,7 @@ def test_shares_after_low_rank_columns_of_its_own(device, activation):
     assert_close(partial_sums.sum(0), partial_sums_ref(y, next_lora, perturbation)[0], bound=bound)
 
 
-def test_shares_that_no_op_leaves_are_refused(device):
+def test_partial_sums_that_no_op_makes_are_refused(device):
     next_lora, perturbation = target(40, 2, 1, device)
     x, weight = draw(4, 3, 40, dtype=torch.bfloat16, device=device), draw(40, 40, dtype=torch.bfloat16, device=device)
     assert takes_partial_sums(next_lora, 1, torch.bfloat16)

@@ -365,7 +365,7 @@ def following(c, r, rank, device):
 
 @pytest.mark.parametrize(("heads", "d"), [(3, 16), (2, 32), (5, 12), (2, 40)])
 @pytest.mark.parametrize(("r", "rank"), [(0, 1), (2, 1), (4, 3)])
-def test_shares(device, heads, d, r, rank):
+def test_partial_sums(device, heads, d, r, rank):
     """y as without them, and what the next linear needs of it."""
     next_lora, perturbation = following(heads * d, r, rank, device)
     args = case(heads=heads, d=d, dtype=torch.bfloat16, device=device)
@@ -380,7 +380,7 @@ def test_shares(device, heads, d, r, rank):
         assert relative(h, shrink_ref(y, next_lora, perturbation)[1].double()) <= bound
 
 
-def test_shares_need_bf16_and_heads_of_whole_quads(device):
+def test_partial_sums_need_bf16_and_heads_of_whole_quads(device):
     next_lora, perturbation = following(14, 2, 1, device)
     options = dict(next_lora=next_lora, perturbation=perturbation)
     with pytest.raises(ValueError, match="next_lora: expected heads of a multiple of 4 columns, got 7"):
@@ -433,7 +433,7 @@ def test_low_rank_part_of_heads_that_are_no_whole_quads(device):
 
 
 @pytest.mark.parametrize("r", [0, 2])
-def test_low_rank_part_and_shares(device, r):
+def test_low_rank_part_and_partial_sums(device, r):
     next_lora, _ = following(48, 2, 1, device)
     args = case(dtype=torch.bfloat16, device=device)
     low, _ = plain_and_part(args, r, 1, device, stored=True)

@@ -170,9 +170,9 @@ def test_a_wrong_modulation_is_refused_by_name(device, op, name, change, got):
         (lambda s: s[0], r"\[3, 4, 3\]"),
     ],
 )
-def test_wrong_shares_are_refused_by_name(device, op, change, words):
+def test_wrong_partial_sums_are_refused_by_name(device, op, change, words):
     partial_sums, keys = draw(2, B, T, R + RANK, device=device), operands(device)["perturbation"]
-    with pytest.raises(ValueError, match=f"shares: expected .*{words}"):
+    with pytest.raises(ValueError, match=f"partial_sums: expected .*{words}"):
         op(change(partial_sums), adapters(device, targets=1), keys)
 
 
