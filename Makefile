@@ -46,7 +46,7 @@ bench: $(VENV)/.installed
 
 # every speed figure at full size on a CUDA device, correctness first, within 8 minutes: a table, and JSON in bench/results
 gpu-suite: $(VENV)/.installed
-	$(BIN)/python bench/suite.py
+	$(BIN)/python bench/suite
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis

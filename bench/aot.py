@@ -1,7 +1,7 @@
-"""Compile every Triton kernel at SANA-Sprint's shapes for GPUs that are not there, and judge what the compiler made.
+"""Compile every Triton kernel at SANA-Sprint's shapes without a GPU, and check the machine code.
 
     python bench/aot.py [--arch 90 80 100] [--json FOLDER] [--also FOLDER_WITH_ANOTHER_TRITON ...]
-    TRITON_CACHE_DIR=FOLDER python bench/aot.py --cache                 kernels for a machine that need not compile them
+    TRITON_CACHE_DIR=FOLDER python bench/aot.py --cache        kernels for another machine, which then compiles none
 
 A forward of the model and the public ops run on tensors without storage; each launch they make is compiled, with the
 launcher's own configuration and Triton's own specialisation, instead of run, once for all shapes that share a kernel.
@@ -36,10 +36,10 @@ from typing import Any, NamedTuple, get_args
 from unittest.mock import patch
 
 import record
-import standin
 import torch
 import triton
 from peft import LoraConfig
+from suite import standin
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -64,7 +64,7 @@ from esengine.kernels import (
     shrink,
     takes_low,
 )
-from esengine.kernels.configs import named
+from esengine.kernels.configs import dtype_name
 from esengine.kernels.population_linear import Path as LinearPath
 from esengine.models.sana.sana_block import fused_parts, patched
 from esengine.run.settings import REFERENCE_TARGETS
@@ -150,7 +150,7 @@ def linear_cases() -> Iterator[Case]:
                     MemberNoise(empty(64, dtype=torch.int64), seed=0, step=1, sigma=1e-2, rank=k),
                 )
                 for path in get_args(LinearPath):
-                    name = f"{n_in}->{n_out} x{tokens} {named(dtype)} r{r} k{k}, {path}"
+                    name = f"{n_in}->{n_out} x{tokens} {dtype_name(dtype)} r{r} k{k}, {path}"
                     yield Case(name, partial(call, path=path), reference and path == "epilogue")
 
 
@@ -172,7 +172,7 @@ def gate_cases() -> Iterator[Case]:
         for side in (16, 32):
             x, weight = empty(64, side**2, 2 * channels, dtype=dtype), empty(2 * channels, 1, 3, 3, dtype=dtype)
             call = partial(depthwise_gate, x, weight, empty(2 * channels, dtype=dtype), height=side, width=side)
-            yield Case(f"{channels} channels {side}x{side} {named(dtype)}", call, dtype == torch.bfloat16)
+            yield Case(f"{channels} channels {side}x{side} {dtype_name(dtype)}", call, dtype == torch.bfloat16)
 
 
 def attention_cases() -> Iterator[Case]:
@@ -183,13 +183,13 @@ def attention_cases() -> Iterator[Case]:
             q, k, v = empty(64, tokens, 3 * width, dtype=dtype).split(width, dim=-1)
             norm = empty(width, dtype=dtype)
             call = partial(linear_attention, q, k, v, heads=heads, norm_q=norm, norm_k=norm)
-            yield Case(f"{heads} heads of 32 x{tokens} {named(dtype)}", call, dtype == torch.bfloat16)
+            yield Case(f"{heads} heads of 32 x{tokens} {dtype_name(dtype)}", call, dtype == torch.bfloat16)
 
 
 def block_cases() -> Iterator[Case]:
     """What a fused block launches beside the plain linear in fp32 and at other ranks than the forward's."""
     width, channels = 2240, 5600
-    keys = MemberNoise(empty(64, dtype=torch.int64), seed=0, step=1, sigma=1e-2, rank=1)
+    perturbation = MemberNoise(empty(64, dtype=torch.int64), seed=0, step=1, sigma=1e-2, rank=1)
     for dtype in (torch.bfloat16, torch.float32):
         ranks = (16, 64) if dtype == torch.bfloat16 else (2, 16, 64)
         table = empty(64, 6, width, dtype=dtype)
@@ -214,15 +214,15 @@ def block_cases() -> Iterator[Case]:
                 adapters = Lora(empty(r * targets, width), empty(targets * width, r), 4.0, streams)
                 h = empty(64, tokens, (r + 1) * targets)
                 with recorded_launches():
-                    factors = member_factors(adapters, keys, k=width, n=width)
-                given = (x, adapters, keys, modulation, factors)
+                    factors = member_factors(adapters, perturbation, k=width, n=width)
+                given = (x, adapters, perturbation, modulation, factors)
                 calls[f"modulated, {targets} targets of r{r}"] = partial(shrink, *given)
                 calls[f"{targets} targets of r{r}{', gated' if options else ''}"] = partial(
                     fused_linear, x, weight(targets * width, width), empty(targets * width, dtype=dtype),
-                    h=h, adapters=adapters, perturbation=keys, factors=factors, **options,
+                    h=h, adapters=adapters, perturbation=perturbation, factors=factors, **options,
                 )  # fmt: skip
             for name, call in calls.items():
-                yield Case(f"block: {name} x{tokens} {named(dtype)}", call, reference=False)
+                yield Case(f"block: {name} x{tokens} {dtype_name(dtype)}", call, reference=False)
 
 
 def consumer_cases() -> Iterator[Case]:
@@ -238,15 +238,15 @@ def consumer_cases() -> Iterator[Case]:
         (torch.bfloat16, 2, 1, False),
         (torch.float32, 2, 1, False),
     ):
-        keys = MemberNoise(empty(64, dtype=torch.int64), seed=0, step=1, sigma=1e-2, rank=k)
+        perturbation = MemberNoise(empty(64, dtype=torch.int64), seed=0, step=1, sigma=1e-2, rank=k)
         for tokens in (256, 1024) if stored else (8, 256):
             lows = {}
             for targets in (1, 3):
                 a, b = (empty(r * targets, width), empty(targets * width, r)) if r else (None, None)
                 adapters = Lora(a, b, 4.0, empty(targets, 4, dtype=torch.int64))
                 with recorded_launches():
-                    factors = member_factors(adapters, keys, k=width, n=width) if stored else None
-                lows[targets] = LowRank(empty(64, tokens, targets * (r + k)), adapters, keys, factors)
+                    factors = member_factors(adapters, perturbation, k=width, n=width) if stored else None
+                lows[targets] = LowRank(empty(64, tokens, targets * (r + k)), adapters, perturbation, factors)
             table, norm = empty(64, 6, width, dtype=dtype), empty(width, dtype=dtype)
             modulation, gate, low = Modulation(table[:, 0], table[:, 1]), table[:, 2], lows[1]
             y = empty(64, tokens, width, dtype=dtype)
@@ -254,12 +254,12 @@ def consumer_cases() -> Iterator[Case]:
             attention = partial(linear_attention, *qkv, heads=heads, norm_q=norm, norm_k=norm, low=lows[3])
             calls = {
                 "norm": partial(rms_norm, y, norm, 1e-5, low),
-                "gated, then": partial(residual_norm, y, y, gate=gate, low=low, then=low._replace(h=None)),
+                "gated, then": partial(residual_norm, y, y, gate=gate, low=low, next_lora=low._replace(h=None)),
                 "modulated": partial(residual_norm, y, y, low=low, modulation=modulation),
             } | ({"attention": attention} if takes_low(lows[3].adapters, k) else {})
             for name, call in calls.items():
                 noise = "stored" if stored else "rebuilt"
-                yield Case(f"consumer: {name} x{tokens} {named(dtype)} r{r} k{k} {noise}", call, reference=False)
+                yield Case(f"consumer: {name} x{tokens} {dtype_name(dtype)} r{r} k{k} {noise}", call, reference=False)
 
 
 def forward_cases(paths: Sequence[str] = configs.PATHS["sana_block"].names) -> Iterator[Case]:
@@ -284,13 +284,13 @@ def forward_cases(paths: Sequence[str] = configs.PATHS["sana_block"].names) -> I
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(patch.object(configs, "path", by_path))
-            noted = stack.enter_context(recorded_launches())
+            recorded = stack.enter_context(recorded_launches())
             stack.enter_context(population.perturbed(step=1, members=members))
             parts = fused_parts(model, True)
             assert parts, "the blocks have no fused form"
             with patched(parts, population.perturbation):
                 model(x, text, **inputs)
-        for kernel, args, kwargs in noted:
+        for kernel, args, kwargs in recorded:
             sizes = {name: kwargs[name] for name in ("M", "N", "K", "T", "H", "W", "C", "PARTS") if name in kwargs}
             shape = " ".join(f"{name} {value}" for name, value in sizes.items())
             name = f"forward: {shape} bfloat16" + f", {path}" * (path != "epilogue")
@@ -318,7 +318,7 @@ def modules() -> list:
 
 @contextmanager
 def recorded_launches() -> Iterator[list[tuple[JITFunction, tuple, dict]]]:
-    """Inside, the ops take the Triton path on meta tensors and their launches are noted, not made."""
+    """Inside, the ops take the Triton path on meta tensors and their launches are recorded, not made."""
     launches = []
 
     def note(kernel, *args, grid, warmup, **kwargs):
@@ -338,9 +338,9 @@ def launches_with(file: Path) -> list[Launch]:
     found, arch = [], configs.load(file)["made"]["arch"]
     with patch.dict(os.environ, {configs.OVERRIDE: str(file)}):
         for case in chain.from_iterable(op() for op in OPS):
-            with recorded_launches() as noted:
+            with recorded_launches() as recorded:
                 case.call()
-            found += [Launch(case.shape, case.reference, file.name, arch, *launch) for launch in noted]
+            found += [Launch(case.shape, case.reference, file.name, arch, *launch) for launch in recorded]
     return found
 
 
@@ -404,17 +404,17 @@ class AbsentGPU:
 
 
 def compiled(kernel: JITFunction, args: tuple, kwargs: dict[str, Any], arch: int) -> tuple[Any, str]:
-    """The kernel of one launch as the runtime would compile it, and what ptxas said."""
+    """The kernel of one launch as the runtime would compile it, and the log of ptxas."""
     with (
         patch.object(triton.runtime.driver, "_active", AbsentGPU(arch)),
         patch.dict(kernel.device_caches, clear=True),
         triton.knobs.nvidia.scope(),
         triton.knobs.compilation.scope(),
-        redirect_stdout(io.StringIO()) as said,
+        redirect_stdout(io.StringIO()) as ptxas_log,
     ):
         triton.knobs.nvidia.dump_ptxas_log = True
         triton.knobs.compilation.always_compile = True  # a cached kernel has no log
-        return kernel.warmup(*args, grid=(1,), **kwargs), said.getvalue()
+        return kernel.warmup(*args, grid=(1,), **kwargs), ptxas_log.getvalue()
 
 
 def fill_cache(arch: int) -> tuple[int, int]:
@@ -425,13 +425,13 @@ def fill_cache(arch: int) -> tuple[int, int]:
     """
     compiles = 0
 
-    def heard(*, cache_hit: bool, **facts) -> None:
+    def on_compile(*, cache_hit: bool, **facts) -> None:
         nonlocal compiles
         compiles += not cache_hit
 
     here = [launch for launch in launches() if launch.arch in (None, arch)]
     with patch.object(triton.runtime.driver, "_active", AbsentGPU(arch)), triton.knobs.compilation.scope():
-        triton.knobs.compilation.listener = heard
+        triton.knobs.compilation.listener = on_compile
         for launch in here:
             with patch.dict(launch.kernel.device_caches, clear=True):
                 launch.kernel.warmup(*launch.args, grid=(1,), **launch.kwargs)

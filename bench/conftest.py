@@ -14,7 +14,7 @@ L2_BYTES = 1 << 27
 @pytest.fixture(scope="session")
 def limits():
     """`roofline.ceilings` of a device, found once a session."""
-    import roofline
+    from suite import roofline
 
     found = {}
 
@@ -45,7 +45,7 @@ def clock(benchmark, limits):
     microseconds say more about the host.
     """
     import record
-    import roofline
+    from suite import roofline
 
     def run(call, work: roofline.Work, *, device: str, dtype: torch.dtype, rounds: int = 12, **facts):
         cuda = torch.device(device).type == "cuda"

@@ -81,7 +81,7 @@ case $mode in
     scale=$([ "$device" = cpu ] && echo tiny || echo full) smoke=()
     [ ! -e "$out/smoke.json" ] || smoke=(--smoke "$out/smoke.json")
     # shellcheck disable=SC2086
-    "$python" -P bench/suite.py --scale "$scale" --device "$device" --budget "$budget" --resume \
+    "$python" -P bench/suite --scale "$scale" --device "$device" --budget "$budget" --resume \
       --json "$out/gpu_suite.json" "${smoke[@]}" \
       ${PARTS:+--parts $PARTS} || status=$?
     ;;

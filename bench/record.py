@@ -45,8 +45,8 @@ def commit() -> dict[str, Any]:
 
     `ESENGINE_COMMIT` says it where there is no checkout.
     """
-    if told := os.environ.get("ESENGINE_COMMIT"):
-        return {"commit": told, "dirty": None}
+    if given := os.environ.get("ESENGINE_COMMIT"):
+        return {"commit": given, "dirty": None}
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -102,7 +102,7 @@ def summary(samples: Sequence[float]) -> dict[str, Any]:
 
 
 def interleaved(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, Any]]:
-    """Times every variant once a round, in an order that turns by one each round, so that all meet the same weather.
+    """Times every variant once a round. The order rotates by one each round, so that all meet the same load.
 
     Args:
         variants: what to call, by name. Each is called once before the clock starts.

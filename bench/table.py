@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from suite_summary import BARS, FILES, PIXELS
+from suite.summary import BARS, FILES, PIXELS
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent / "README.md"
@@ -165,7 +165,7 @@ def _demo() -> Section:
         "Each seed draws its own latents, so each has its own base.",
     ]
     head = ["score", "base of seed 0, 1, 2", *(f"seed {seed}" for seed in runs)]
-    command = f"python bench/demo.py --json bench/results/{file}"
+    command = f"python bench/nano demo --json bench/results/{file}"
     return Section("The demo on a CPU", what, record["device"], [file], command, [_table(head, rows)])
 
 
@@ -236,7 +236,7 @@ def _headline() -> Section:
         '"base" is the base in one step. The other columns say by how much they are above it.',
         "The last rows are of the captions with two objects and with one; their number is in brackets.",
     ]
-    command = f"python bench/nano_headline.py run --json bench/results/{file} --pictures bench/results"
+    command = f"python bench/nano headline run --json bench/results/{file} --pictures bench/results"
     tables = [_table(_ENTRIES, rows), *_gap(report, ("combined", "checker", "pickscore")), *_pictures(record)]
     return Section("The nano headline", what, record["device"], [file], command, tables)
 
@@ -277,7 +277,7 @@ def _fresh() -> Section:
         f"The headline's adapters on {report['prompts']} other test captions, with other latents.",
         "No setting was chosen by these captions.",
     ]
-    command = f"python bench/nano_headline.py fresh --json bench/results/{file}"
+    command = f"python bench/nano headline fresh --json bench/results/{file}"
     tables = [_table(_ENTRIES, [_above(_judge(judge), judge, rows) for judge in judges]), *_gap(report, judges)]
     return Section("The headline's adapters on fresh captions", what, record["device"], [file], command, tables)
 
@@ -308,7 +308,7 @@ def _base() -> Section:
         '"drawn" is the world\'s own picture of the caption. "decoded" is that picture through the autoencoder.',
     ]
     note = ["One step at another guidance scale w, compared with one step at the default of 4.5:"]
-    command = f"python bench/nano.py --count {settings['count']} --json bench/results/{file}"
+    command = f"python bench/nano base --count {settings['count']} --json bench/results/{file}"
     tables = [_table(["score", *drawn], rows), note, _table(["score", *(f"w = {s}" for s in scales)], guided)]
     return Section("sana-sprint-nano, the base model", what, record["device"], [file], command, tables)
 
@@ -316,13 +316,13 @@ def _base() -> Section:
 def _checker() -> Section:
     file = "nano_checker.json"
     what = ["How often the rule-based judge `checker` is right, on pictures of the nano world with their captions."]
-    return _judged("The judge `checker`", what, file, f"python bench/checker.py --json bench/results/{file}")
+    return _judged("The judge `checker`", what, file, f"python bench/nano checker --json bench/results/{file}")
 
 
 def _clip() -> Section:
     file = "nano_clip.json"
     what = ["The same pictures judged by `pickscore` of clip-nano. Its scale is not that of `checker`."]
-    command = f'python bench/checker.py --reward "pickscore(model=nano)" --json bench/results/{file}'
+    command = f'python bench/nano checker --reward "pickscore(model=nano)" --json bench/results/{file}'
     return _judged("The judge clip-nano", what, file, command)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from roofline import depthwise_gate_work
+from suite.roofline import depthwise_gate_work
 
 from esengine.kernels.depthwise_gate import depthwise_gate
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from roofline import es_update_work
+from suite.roofline import es_update_work
 
 from esengine.kernels import es_update, es_update_chunk, es_update_ref, factor, pair_weights
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from roofline import linear_attention_work
+from suite.roofline import linear_attention_work
 
 from esengine.kernels import linear_attention, linear_attention_ref
 

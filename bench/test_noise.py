@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from roofline import normals_work
+from suite.roofline import normals_work
 
 from esengine.kernels import NoisePlan, factor_ref, linear_streams, normals, normals_ref
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from roofline import linear_work, population_linear_work
+from suite.roofline import linear_work, population_linear_work
 
 from esengine.kernels import (
     Lora,

@@ -30,9 +30,9 @@ from typing import Any, NamedTuple, get_args
 from unittest.mock import patch
 
 import aot
-import clock
 import record
 import torch
+from suite import clock
 
 from esengine.kernels import (
     Lora,
@@ -70,7 +70,7 @@ LORA_RANK, NOISE_RANK, SIGMA = 2, 1, 0.1
 BOUND = 2.0**-8
 """Relative error: twice that of rounding a norm to bf16. Wrong noise is an error of about `SIGMA`."""
 MARGIN = 0.01
-"""A candidate must be this much faster than the default: less is the weather's."""
+"""A candidate must be this much faster than the default. Smaller differences may be chance."""
 
 Calls = tuple[Callable[[], Any], Callable[[], Any]]
 
@@ -151,7 +151,7 @@ def tasks(scale: Scale) -> list[Task]:
         found.append(low_rank_task(t, width, width, images))
         found.append(attention_task(t, scale, images))
         found += [attention_low_task(t, scale, images), norm_task(t, width, images)]
-        found += [residual_task(t, width, images, then=then) for then in (True, False)]
+        found += [residual_task(t, width, images, with_next=with_next) for with_next in (True, False)]
     found += [
         *(mix_task(t, width, images) for t in images),
         rstd_task(images[-1], scale),
@@ -187,7 +187,7 @@ def linear_task(t: int, k: int, n: int, images: list[int], *, targets: int = 1, 
     # of the accumulator, a thread has 128 registers at most
     grid = [each | {"GROUP_M": 8} for each in grid if each["BLOCK_M"] * each["BLOCK_N"] <= 4096 * each["num_warps"]]
     columns = LORA_RANK + NOISE_RANK if targets else 0
-    values = dict(dtype=configs.named(DTYPE), t=t, k=k, n=n, columns=columns, residual=gated, gated=gated)
+    values = dict(dtype=configs.dtype_name(DTYPE), t=t, k=k, n=n, columns=columns, residual=gated, gated=gated)
     return Task("fused_linear", "_linear_kernel", values, {"t": band(t, images)}, grid, build)
 
 
@@ -203,7 +203,7 @@ def shrink_task(t: int, k: int, targets: int, images: list[int], *, modulated: b
 
     grid = product(BLOCK_T=(16, 32, 64), BLOCK_K=(32, 64, 128), num_warps=(4, 8), num_stages=(3,))
     columns = targets * (LORA_RANK + NOISE_RANK)
-    values = dict(dtype=configs.named(DTYPE), t=t, k=k, columns=columns, modulated=modulated)
+    values = dict(dtype=configs.dtype_name(DTYPE), t=t, k=k, columns=columns, modulated=modulated)
     return Task("shrink", "_shrink_kernel", values, {"t": band(t, images)}, grid, build)
 
 
@@ -224,7 +224,7 @@ def low_rank_task(t: int, k: int, n: int, images: list[int]) -> Task:
         return partial(low_rank_part, x, bias, **options), partial(low_rank_part_ref, x, bias, **options)
 
     grid = product(BLOCK_T=(16, 32, 64), BLOCK_K=(32, 64, 128), BLOCK_N=(64, 128), num_warps=(4, 8), num_stages=(3,))
-    values = dict(dtype=configs.named(DTYPE), t=t, k=k, columns=LORA_RANK + NOISE_RANK)
+    values = dict(dtype=configs.dtype_name(DTYPE), t=t, k=k, columns=LORA_RANK + NOISE_RANK)
     return Task("low_rank_part", "_low_rank_kernel", values, {"t": band(t, images)}, grid, build)
 
 
@@ -238,7 +238,7 @@ def path_of(t: int, k: int, n: int, scale: Scale, device: torch.device) -> dict[
     taken = clock.interleaved(calls, scale.rounds, device=device, cold=True)
     seconds = {way: each["median"] for way, each in taken.items()}
     images = [side * side for side in scale.sides]
-    when = dict(dtype=configs.named(DTYPE), t=band(t, images), k=k, n=n)
+    when = dict(dtype=configs.dtype_name(DTYPE), t=band(t, images), k=k, n=n)
     return {"when": when, "path": min(seconds, key=seconds.get), "measured": {"rows": scale.rows, "seconds": seconds}}
 
 
@@ -252,7 +252,7 @@ def attention_calls(t: int, width: int, heads: int, rows: int, device: torch.dev
 def attention_task(t: int, scale: Scale, images: list[int]) -> Task:
     build = partial(attention_calls, t, scale.width, scale.heads)
     grid = product(BLOCK_T=(16, 32, 64, 128), num_warps=(1, 2, 4), num_stages=(2, 3))
-    values = dict(dtype=configs.named(DTYPE), t=t, d=scale.width // scale.heads)
+    values = dict(dtype=configs.dtype_name(DTYPE), t=t, d=scale.width // scale.heads)
     return Task("linear_attention", "_attention_kernel", values, {"t": band(t, images)}, grid, build)
 
 
@@ -275,11 +275,11 @@ def attention_low_task(t: int, scale: Scale, images: list[int]) -> Task:
 
     grid = product(BLOCK_T=(16, 32, 64), num_warps=(1, 2, 4), num_stages=(2, 3))
     columns = LORA_RANK + NOISE_RANK
-    values = dict(dtype=configs.named(DTYPE), t=t, d=scale.width // scale.heads, columns=columns)
+    values = dict(dtype=configs.dtype_name(DTYPE), t=t, d=scale.width // scale.heads, columns=columns)
     return Task("linear_attention_low", "_attention_kernel", values, {"t": band(t, images)}, grid, build)
 
 
-def residual_task(t: int, n: int, images: list[int], *, then: bool) -> Task:
+def residual_task(t: int, n: int, images: list[int], *, with_next: bool) -> Task:
     """`residual_norm` of a product with its low-rank part: gated, before a linear, or modulated."""
     columns = LORA_RANK + NOISE_RANK
 
@@ -287,19 +287,19 @@ def residual_task(t: int, n: int, images: list[int], *, then: bool) -> Task:
         draw = normals(device)
         args, table = (draw(rows, t, n), draw(rows, t, n)), draw(rows, 6, n)
         options: dict[str, Any] = {"low": low_rank_of(draw, rows, t, 1, n)}
-        if then:
+        if with_next:
             reader = low_rank_of(draw, rows, t, 1, n)._replace(h=None, perturbation=options["low"].perturbation)
-            options |= {"gate": table[:, 2], "then": reader}
+            options |= {"gate": table[:, 2], "next_lora": reader}
         else:
             options["modulation"] = Modulation(table[:, 0], table[:, 1])
 
         def flat(stream) -> tuple:
-            return stream.z, stream.x, None if stream.then is None else stream.then.h
+            return stream.z, stream.x, None if stream.next_lora is None else stream.next_lora.h
 
         return lambda: flat(residual_norm(*args, **options)), lambda: flat(residual_norm_ref(*args, **options))
 
     grid = product(BLOCK_T=(16, 32), BLOCK_N=(32, 64, 128), num_warps=(4, 8), num_stages=(3,))
-    values = dict(dtype=configs.named(DTYPE), t=t, n=n, columns=columns, then=columns if then else 0)
+    values = dict(dtype=configs.dtype_name(DTYPE), t=t, n=n, columns=columns, next_columns=columns if with_next else 0)
     return Task("residual_norm", "_residual_norm_kernel", values, {"t": band(t, images)}, grid, build)
 
 
@@ -312,19 +312,19 @@ def norm_task(t: int, n: int, images: list[int]) -> Task:
         return partial(rms_norm, *args), partial(rms_norm_ref, *args)
 
     grid = product(BLOCK_T=(16, 32), BLOCK_N=(32, 64, 128), num_warps=(4, 8), num_stages=(3,))
-    values = dict(dtype=configs.named(DTYPE), t=t, n=n, columns=LORA_RANK + NOISE_RANK)
+    values = dict(dtype=configs.dtype_name(DTYPE), t=t, n=n, columns=LORA_RANK + NOISE_RANK)
     return Task("rms_norm", "_rms_norm_kernel", values, {"t": band(t, images)}, grid, build)
 
 
 def rstd_task(t: int, scale: Scale) -> Task:
     build = partial(attention_calls, t, scale.width, scale.heads)
     grid = product(BLOCK_M=(4, 8, 16), BLOCK_C=(256, 512, 1024), num_warps=(4, 8), num_stages=(3,))
-    values = dict(dtype=configs.named(DTYPE), c=scale.width)
+    values = dict(dtype=configs.dtype_name(DTYPE), c=scale.width)
     return Task("linear_attention_rstd", "_rstd_kernel", values, {}, grid, build)
 
 
 def mix_task(t: int, width: int, images: list[int]) -> Task:
-    parts, columns = -(-width // 128), LORA_RANK + NOISE_RANK  # the shares of a linear of 128 columns a tile
+    parts, columns = -(-width // 128), LORA_RANK + NOISE_RANK  # the partial sums of a linear with 128 columns in a tile
 
     def build(rows: int, device: torch.device) -> Calls:
         draw = normals(device)
@@ -346,7 +346,7 @@ def gate_task(side: int, channels: int) -> Task:
     grid = product(STRIP=(8, 16, 32), UNROLL=(2, 4), **tile)
     # two to eight channels of one column a thread
     grid = [each for each in grid if 64 <= each["BLOCK_W"] * each["BLOCK_C"] // each["num_warps"] <= 256]
-    values = dict(dtype=configs.named(DTYPE), height=side, width=side, channels=channels)
+    values = dict(dtype=configs.dtype_name(DTYPE), height=side, width=side, channels=channels)
     return Task("depthwise_gate", "_depthwise_gate_kernel", values, {}, grid, build)
 
 
@@ -450,13 +450,13 @@ def fault(scale: Scale, index: int, launch: dict[str, int], arch: int) -> str | 
     with (
         tempfile.TemporaryDirectory() as folder,
         using(Path(folder), task.op, launch),
-        aot.recorded_launches() as noted,
+        aot.recorded_launches() as recorded,
     ):
         call, _ = task.build(scale.rows, torch.device("meta"))
-        noted.clear()  # what the operands took
+        recorded.clear()  # what the operands took
         call()
     try:
-        for kernel, args, kwargs in noted:
+        for kernel, args, kwargs in recorded:
             if kernel.fn.__name__ == task.kernel:
                 row = aot.judge(*aot.compiled(kernel, args, kwargs, arch), arch)
                 if "fault" in row:

@@ -11,9 +11,9 @@ import statistics
 import time
 
 import drop_in
-import standin
 import torch
 from peft import LoraConfig
+from suite import standin
 from torch import nn
 
 import esengine

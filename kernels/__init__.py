@@ -1,4 +1,4 @@
-"""One op a file: formula, Triton kernel, launcher, public function and beside it the reference, `_ref`."""
+"""One op a file: formula, Triton kernel, launcher, public function, and its reference, `<op>_ref`."""
 
 from esengine.kernels.depthwise_gate import depthwise_gate, depthwise_gate_ref
 from esengine.kernels.es_update import (
@@ -35,10 +35,10 @@ from esengine.kernels.operands import Lora, LowRank, MemberNoise, stream_table
 from esengine.kernels.population_linear import population_linear, population_linear_ref, population_linear_torch
 from esengine.kernels.residual_norm import Stream, residual_norm, residual_norm_ref
 from esengine.kernels.rms_norm import rms_norm, rms_norm_ref
-from esengine.kernels.shrink import Modulation, mix, mix_ref, shrink, shrink_ref, takes_shares
+from esengine.kernels.shrink import Modulation, mix, mix_ref, shrink, shrink_ref, takes_partial_sums
 from esengine.kernels.vml import resolve_vml
 
-resolve_vml()  # at import, because any later op may be the racing one
+resolve_vml()  # at import, before any other op
 
 __all__ = [
     "CONTRACT",
@@ -90,6 +90,6 @@ __all__ = [
     "stream_id",
     "stream_table",
     "takes_low",
-    "takes_shares",
+    "takes_partial_sums",
     "uses_triton",
 ]

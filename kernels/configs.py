@@ -1,18 +1,18 @@
-"""Launch settings are data: one file a device, chosen once, named in every result with the order of sums it implies.
+"""Launch settings are data: one JSON file for each device. Every result names its file and the order of sums.
 
     {"made": {"command": .., "device": .., "arch": .., ..}, "ops": {op: [{"when": {..}, "launch": {..}}, ..]}}
 
-An entry may also say what was `measured`.
+An entry may also have `measured`, a record of a measurement.
 
-A launch takes the first entry of its op whose `when` holds: by name a value, or [least, most] with null for no bound.
-The last entry has none. No condition is of the batch: settings fix the order in which a row is summed, and that may not
-depend on its batch mates.
+A launch takes the first entry of its op whose `when` is true. `when` maps a name to a value, or to [least, most],
+where null is no bound. The last entry has an empty `when`. No condition depends on the batch: settings set the order in
+which a row is summed, and that order must not depend on the other rows of the batch.
 
-A file may also choose between paths to one result, {"paths": {op: [{"when": {..}, "path": name}, ..]}}: again the first
-entry that holds, and without one the default.
+A file may also choose between paths to the same result, {"paths": {op: [{"when": {..}, "path": name}, ..]}}. Again the
+first true entry counts. Without one the default path is taken.
 
-The file is the one that ESENGINE_KERNEL_CONFIGS names, or `configs/<device>.json`, which `bench/tune.py` makes, or that
-of the device's architecture, such as `configs/sm_90.json`, or `configs/default.json`.
+The environment variable ESENGINE_KERNEL_CONFIGS can name the file. Otherwise it is `configs/<device>.json`, which
+`bench/tune.py` writes, or that of the device's architecture, such as `configs/sm_90.json`, or `configs/default.json`.
 """
 
 import functools
@@ -35,12 +35,12 @@ _log = logging.getLogger(__name__)
 
 
 class Op(NamedTuple):
-    """What a file may say of one kernel.
+    """The names that a file may use for one kernel.
 
     Attributes:
-        conditions: names that `when` may use; the launcher gives a value for each.
-        settings: names that `launch` must have, all of them and no other.
-        order: the settings that can change the order of a sum, and with it the last bits of a result.
+        conditions: names that `when` may use. The launcher gives a value for each.
+        settings: names that `launch` must have, all of them and no others.
+        order: the settings that can change the order of a sum, and so the last bits of a result.
     """
 
     conditions: tuple[str, ...]
@@ -73,7 +73,7 @@ OPS = {
         ("dtype", "c"), ("BLOCK_M", "BLOCK_C", "num_warps", "num_stages"), ("BLOCK_M", "BLOCK_C", "num_warps")
     ),
     "residual_norm": Op(
-        ("dtype", "t", "n", "columns", "then"),
+        ("dtype", "t", "n", "columns", "next_columns"),
         ("BLOCK_T", "BLOCK_N", "num_warps", "num_stages"),
         ("BLOCK_T", "BLOCK_N", "num_warps"),
     ),
@@ -89,11 +89,11 @@ OPS = {
     ),
     "es_update": Op(("rows", "cols"), ("BLOCK_L", "BLOCK_S", "num_warps", "num_stages"), ()),
 }
-"""By name, as the launchers ask for them."""
+"""The kernels, by the names that launchers use."""
 
 
 class Paths(NamedTuple):
-    """The ways that an op has, the default first, and the names that `when` may use for it."""
+    """The paths of an op, the default first, and the names that `when` may use for it."""
 
     conditions: tuple[str, ...]
     names: tuple[str, ...]
@@ -103,33 +103,33 @@ PATHS = {
     "population_linear": Paths(("dtype", "t", "k", "n"), ("epilogue", "addmm")),
     "sana_block": Paths(("dtype", "t"), ("epilogue", "consumer")),
 }
-"""By op, the ways to add the low-rank part: in our GEMM's epilogue; by torch's GEMM, which adds its product to it; or
-where torch's plain product is read, by the consumer."""
+"""The paths of each op. They differ in where the low-rank part is added: in the epilogue of our GEMM (`epilogue`), by
+torch's GEMM (`addmm`), or by the op that reads torch's plain product (`consumer`)."""
 
 
 def settings(op: str, device: torch.device, **conditions: str | int | bool) -> dict[str, int]:
-    """The launch settings of one launch of `op`, by the file of its device.
+    """The launch settings of one launch of `op`, from the file of the device.
 
     Args:
-        op: of `OPS`.
-        device: where the launch is.
+        op: a name of `OPS`.
+        device: device of the launch.
         conditions: a value for each of the op's conditions.
 
     Raises:
-        ValueError: the file is not usable; it says where.
+        ValueError: The file is not valid. The message names the file and the entry.
     """
     return dict(_match(config_file(device), op, tuple(conditions.items())))
 
 
 def path(op: str, device: torch.device, **conditions: str | int | bool) -> str:
-    """The path that `op`, of `PATHS`, takes at one shape, by the file of its device. As `settings`."""
+    """The path that `op`, a name of `PATHS`, takes at one shape. Arguments and errors as in `settings`."""
     return _path(config_file(device), op, tuple(conditions.items()))
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """For the record of a result: the file's name, 12 digits of its SHA-256, and 12 of the order of sums it implies.
+    """For a record: the file's name, 12 digits of its SHA-256, and 12 digits of a hash of the order of sums.
 
-    Results of one device, with other versions equal, can be bit-identical only where `order` is. Raises as `settings`.
+    Two results of one device can be bit-identical only if `order` is equal. Errors as in `settings`.
     """
     file = config_file(device)
     document = load(file)
@@ -147,24 +147,24 @@ def describe(device: torch.device) -> dict[str, str]:
 
 
 def config_file(device: torch.device) -> Path:
-    """The file that a launch on `device` reads."""
+    """The file of the launch settings for `device`."""
     override = os.environ.get(OVERRIDE)
     return Path(override) if override else _device_file(torch.device(device))
 
 
-def named(dtype: torch.dtype) -> str:
-    """A dtype as files name it: `bfloat16`."""
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype's name without `torch.`, such as `bfloat16`."""
     return str(dtype).removeprefix("torch.")
 
 
 def slug(name: str) -> str:
-    """A device's name as a file's: `NVIDIA H100 80GB HBM3` is nvidia_h100_80gb_hbm3."""
+    """The file name for a device: `NVIDIA H100 80GB HBM3` becomes nvidia_h100_80gb_hbm3."""
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
 @functools.cache
 def load(path: Path) -> dict[str, Any]:
-    """The file's contents, checked and kept. Raises ValueError, with the path and the place, for what it cannot use."""
+    """The file's contents, checked and cached. Raise ValueError, with the path and the entry, if it is not valid."""
     try:
         document = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -186,7 +186,7 @@ def _device_file(device: torch.device) -> Path:
     major, minor = torch.cuda.get_device_capability(device)
     path = FOLDER / f"sm_{major}{minor}.json"
     path = path if path.exists() else DEFAULT
-    _log.info("no launch settings for %s: those of %s; bench/tune.py makes a file", name, path.name)
+    _log.info("no launch settings for %s, using %s; bench/tune.py can make a file for it", name, path.name)
     return path
 
 
@@ -194,7 +194,7 @@ def _device_file(device: torch.device) -> Path:
 def _match(path: Path, op: str, conditions: tuple[tuple[str, str | int | bool], ...]) -> dict[str, int]:
     values = dict(conditions)
     assert set(values) == set(OPS[op].conditions)
-    return next(_holding(load(path)["ops"][op], values))["launch"]
+    return next(_matching(load(path)["ops"][op], values))["launch"]
 
 
 @functools.cache
@@ -202,22 +202,22 @@ def _path(file: Path, op: str, conditions: tuple[tuple[str, str | int | bool], .
     values = dict(conditions)
     assert set(values) == set(PATHS[op].conditions)
     entries = load(file).get("paths", {}).get(op, [])
-    return next(_holding(entries, values), {"path": PATHS[op].names[0]})["path"]
+    return next(_matching(entries, values), {"path": PATHS[op].names[0]})["path"]
 
 
-def _holding(entries: list[dict], values: dict[str, str | int | bool]) -> Iterator[dict]:
-    return (e for e in entries if all(_holds(rule, values[name]) for name, rule in e["when"].items()))
+def _matching(entries: list[dict], values: dict[str, str | int | bool]) -> Iterator[dict]:
+    return (e for e in entries if all(_matches(rule, values[name]) for name, rule in e["when"].items()))
 
 
-def _holds(rule: Any, value: str | int | bool) -> bool:
+def _matches(rule: Any, value: str | int | bool) -> bool:
     if not isinstance(rule, list):
         return rule == value
-    least, most = rule
-    return (least is None or least <= value) and (most is None or value <= most)
+    minimum, maximum = rule
+    return (minimum is None or minimum <= value) and (maximum is None or value <= maximum)
 
 
 def _check(document: Any) -> None:
-    """Raises ValueError, with the place, for a name that is missing or not known, or a value of another kind."""
+    """Raise ValueError, with the entry, for a missing or unknown name or a value of the wrong type."""
     _names("file", document, ("made", "ops"), ("paths",))
     _names("ops", document["ops"], OPS)
     _names("paths", document.get("paths", {}), (), PATHS)
@@ -255,7 +255,7 @@ def _check_rules(place: str, when: dict) -> None:
 def _names(place: str, got: Any, needed: Iterable[str], possible: Iterable[str] = ()) -> None:
     if not isinstance(got, dict):
         raise ValueError(f"{place}: expected an object, got {got!r}")
-    needed, known = set(needed), {*needed, *possible}
-    if got.keys() - known or needed - got.keys():
-        names = ", ".join(sorted(known)) or "nothing"
+    needed, allowed = set(needed), {*needed, *possible}
+    if got.keys() - allowed or needed - got.keys():
+        names = ", ".join(sorted(allowed)) or "nothing"
         raise ValueError(f"{place}: expected {names}, got {', '.join(sorted(got)) or 'nothing'}")

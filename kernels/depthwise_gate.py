@@ -1,11 +1,11 @@
-"""The middle of SANA's GLUMBConv, on tokens: a depthwise 3x3 convolution of 2C channels, half of which gate the other.
+"""The middle of SANA's GLUMBConv, on tokens: a depthwise 3x3 convolution of 2C channels. The second C gate the first C.
 
     z_hwc = bias_c + sum_{i, j in -1..1} weight_{c, i + 1, j + 1} x_{h + i, w + j, c}         zero outside the image
     y_hwc = z_hwc silu(z_{h, w, C + c})
 
-Legend: B images, H rows, W columns, T = H W tokens in row-major order, C channels of y. A program owns STRIP rows of
-BLOCK_W columns and BLOCK_C channels of both halves, and walks down. It reads every row of the image once, with the left
-and the right neighbours, adds it to the sums of three rows of y, and keeps two of them in registers.
+Legend: B images, H rows, W columns, T = H W tokens in row-major order, C channels of y. A program computes STRIP rows,
+from top to bottom, of BLOCK_W columns and BLOCK_C channels of x and of its gate. It reads every row of the image once,
+with the left and right neighbours. It adds each row to the sums of three rows of y, and keeps two sums in registers.
 
 Source: Xie et al., "SANA" (arXiv 2410.10629), Mix-FFN; diffusers' `GLUMBConv`, from `conv_depth` to the product.
 """
@@ -33,7 +33,7 @@ if triton is not None:
 
     @triton.jit
     def _load_row(ptrs, left, middle, right, inside, C: tl.constexpr, stride_xt: tl.constexpr):
-        """Six [BLOCK_W, BLOCK_C]: columns w - 1, w and w + 1 of a row of x, then the same of its gate."""
+        """Six [BLOCK_W, BLOCK_C]: columns w - 1, w and w + 1 of a row of x, then of its gate."""
         return (
             tl.load(ptrs - stride_xt, mask=left & inside, other=0.0),
             tl.load(ptrs, mask=middle & inside, other=0.0),
@@ -45,7 +45,7 @@ if triton is not None:
 
     @triton.jit
     def _add(z, row, taps, HALF: tl.constexpr, I: tl.constexpr):
-        """z + line I of the weight times a row of x, HALF 0, or of its gate, HALF 1."""
+        """z + row I of the weight times a row of x (HALF 0) or of its gate (HALF 1)."""
         for j in tl.static_range(3):
             z += row[3 * HALF + j].to(tl.float32) * taps[3 * I + j]
         return z
@@ -58,7 +58,7 @@ if triton is not None:
         W: tl.constexpr, C: tl.constexpr, stride_xt: tl.constexpr,
         STRIP: tl.constexpr, UNROLL: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
     ):  # fmt: skip
-        # W, C and stride_xt are compile-time, so that the addresses of a row's loads are one register and constants
+        # W, C and stride_xt are compile-time: the addresses of a row's loads are then one register plus constants
         tiles_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
         pid = tl.program_id(0)
         tile = pid // tiles_c
@@ -67,7 +67,7 @@ if triton is not None:
         first = tile // tiles_w % tiles_h * STRIP
         b = tile // tiles_w // tiles_h
 
-        h, mask = tl.full((1, 1), first, tl.int32), c < C  # h has dimensions, because the interpreter splats no mask
+        h, mask = tl.full((1, 1), first, tl.int32), c < C  # dimensions for h: the interpreter broadcasts no scalar mask
         taps = _load_taps(w_ptr, c, mask, stride_wc, stride_wi, stride_wj)
         gate_taps = _load_taps(w_ptr, C + c, mask, stride_wc, stride_wi, stride_wj)
         bias = tl.zeros((BLOCK_W, BLOCK_C), dtype=tl.float32)
@@ -80,7 +80,7 @@ if triton is not None:
         x_ptrs = x_ptr + offset(b, stride_xb) + offset(first * W + w, stride_xt) + c
         y_ptrs = y_ptr + offset(b, stride_yb) + offset(first * W + w, C) + c
 
-        # z_0 lacks the row below, z_1 its own row too
+        # in z_0 the row below is missing, in z_1 its own row too
         above = _load_row(x_ptrs - W * stride_xt, left, middle, right, h > 0, C, stride_xt)
         row = _load_row(x_ptrs, left, middle, right, h < H, C, stride_xt)
         z_0 = _add(_add(bias, above, taps, 0, 0), row, taps, 0, 1)
@@ -88,7 +88,7 @@ if triton is not None:
         z_1, gate_1 = _add(bias, row, taps, 0, 0), _add(gate_bias, row, gate_taps, 1, 0)
         for _ in range(0, STRIP, UNROLL):
             rows = ()
-            for u in tl.static_range(UNROLL):  # all on their way before the first is used
+            for u in tl.static_range(UNROLL):  # issue all loads before the first is used
                 x_ptrs += W * stride_xt
                 rows = rows + (_load_row(x_ptrs, left, middle, right, h + u + 1 < H, C, stride_xt),)  # noqa: RUF005
             for u in tl.static_range(UNROLL):
@@ -102,15 +102,15 @@ if triton is not None:
 
 
 def gate_config(device: torch.device, *, dtype: torch.dtype, height: int, width: int, channels: int) -> dict[str, int]:
-    """Launch configuration for H x W: strips of at most STRIP rows, about equal; narrow images get more channels.
+    """Launch configuration for H x W. Strips have about equal heights, at most STRIP. Narrow images get more channels.
 
-    By default four channels of one column a thread. Bytes: 2 read and 1 written an output, 6 in bf16, which is 0.46
-    cycles of an H100's multiprocessor at 3.0 TB/s, room for 59 instructions; the loop has 45. Registers: 4 (18 taps + 2
-    biases + 4 sums) + 12 a row in bf16 that is under way, 144 and temporaries with four rows. At most 168 let three
-    programs of 128 threads share a multiprocessor, with 24 KiB under way. Eight channels a thread need 255 with two
-    rows, two programs, 16 KiB.
+    In the default file a thread has four channels of one column. Bytes of an output: 2 numbers read and 1 written, 6
+    bytes in bf16. That is 0.46 cycles of an H100's multiprocessor at 3.0 TB/s, enough for 59 instructions. The loop has
+    45. Registers: 4 (18 taps + 2 biases + 4 sums) + 12 for each loaded row in bf16: with four rows 144, and
+    temporaries. With at most 168, three programs of 128 threads fit on a multiprocessor and have 24 KiB of loads in
+    flight. With eight channels a thread and two rows it is 255: two programs and 16 KiB.
     """
-    values = dict(dtype=configs.named(dtype), height=height, width=width, channels=channels)
+    values = dict(dtype=configs.dtype_name(dtype), height=height, width=width, channels=channels)
     found = configs.settings("depthwise_gate", device, **values)
     strip, unroll = triton.cdiv(height, triton.cdiv(height, found["STRIP"])), found["UNROLL"]
     block_w = min(found["BLOCK_W"], triton.next_power_of_2(width))
@@ -124,13 +124,13 @@ def gate_config(device: torch.device, *, dtype: torch.dtype, height: int, width:
 def depthwise_gate(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, height: int, width: int
 ) -> torch.Tensor:
-    """`depthwise_gate_ref` by the fastest way the device has: Triton on a GPU, the reference itself elsewhere.
+    """Depthwise 3x3 convolution and gate, on tokens. Triton on a GPU, `depthwise_gate_ref` elsewhere.
 
-    Deterministic: an output is one sum in one order, whatever the batch. x is read in place where its channels are
-    adjacent. Each (W, C, token stride of x) compiles once.
+    Deterministic: an output is one sum in one order, independent of the batch. x is copied if its channels are not
+    adjacent in memory. Each (W, C, token stride of x) is compiled once.
 
     Args:
-        x: [B, T, 2C], fp32, bf16 or fp16, any strides: what `conv_inverted` and its SiLU give.
+        x: [B, T, 2C], fp32, bf16 or fp16, any strides: the output of `conv_inverted` and its SiLU.
         weight: [2C, 1, 3, 3], dtype of x, `conv_depth.weight`. The second half of the channels gates the first.
         bias: [2C], dtype of x, `conv_depth.bias`, or None.
         height, width: H and W, with H W = T.
@@ -139,6 +139,7 @@ def depthwise_gate(
         [B, T, C], dtype of x, contiguous.
 
     Raises:
+        ValueError: An operand has the wrong shape, dtype or device. The message names it.
         RuntimeError: x requires a gradient, which the Triton path does not have.
     """
     if not uses_triton(x.device):
@@ -168,7 +169,7 @@ def depthwise_gate(
 def depthwise_gate_ref(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, height: int, width: int
 ) -> torch.Tensor:
-    """y = z silu(gate), of z and gate the halves of the 3 x 3 convolution of x, in fp32, rounded once.
+    """y = z silu(gate) in fp32, rounded once. z and gate: the first and last C channels of the convolution of x.
 
     Arguments as in `depthwise_gate`.
     """

@@ -1,9 +1,9 @@
-"""The ES gradient of one tensor: the fitness-weighted sum of every member's noise, rebuilt and never stored.
+"""The ES gradient of one tensor: the fitness-weighted sum of all members' noise. The noise is rebuilt, not stored.
 
     sum_i f_i E_i = 1 / sqrt(k) sum_j (f_2j - f_2j+1) U_j V_j^T
 
-E_i is member i's unit-variance low-rank noise, signed; antithetic members share U_j and V_j. Pairs are summed in fixed
-order in fp32, so the result is a function of the fitness vector alone; memory does not grow with the population.
+E_i is the signed low-rank noise of member i, with unit variance. Antithetic members share U_j and V_j. Pairs are summed
+in fixed order in fp32, so the result depends only on the fitness vector. Memory does not grow with the population.
 
 Legend: N population size, L x S the tensor, k noise rank (kp padded), U [L, k], V [S, k].
 
@@ -31,7 +31,7 @@ from esengine.kernels.noise import (
 )
 
 PAIRS_PER_CHUNK = 64
-"""Pairs summed in one product on the torch path. A constant, so that the order of the sum never changes."""
+"""Pairs that are summed in one product on the torch path. Constant, so that the order of the sum never changes."""
 
 if triton is not None:
     import triton.language as tl
@@ -49,7 +49,7 @@ if triton is not None:
         first_l, first_s = tl.program_id(0) * BLOCK_L, tl.program_id(1) * BLOCK_S
         acc = tl.zeros((BLOCK_L, BLOCK_S), tl.float32)
         pair = PAIRS * 0
-        while pair < PAIRS:  # Triton 3.6's interpreter has no range of a run-time number
+        while pair < PAIRS:  # Triton 3.6's interpreter has no range with a run-time bound
             weight = tl.load(weights_ptr + pair)
             u = noise_rows(seed, step, stream_u, pair, first_l, BLOCK_L, KP)
             v = weight * noise_rows(seed, step, stream_v, pair, first_s, BLOCK_S, KP)
@@ -62,11 +62,11 @@ if triton is not None:
 
 
 def update_config(device: torch.device, *, rows: int, cols: int) -> dict[str, int]:
-    """Launch configuration: a short factor (the LoRA rank) gets a short side of the tile."""
+    """Launch configuration. A short factor (the LoRA rank) gets a short side of the tile."""
     found = configs.settings("es_update", device, rows=rows, cols=cols)
 
-    def side(most: int, length: int) -> int:
-        return min(most, max(4, triton.next_power_of_2(length)))
+    def side(limit: int, length: int) -> int:
+        return min(limit, max(4, triton.next_power_of_2(length)))
 
     return found | {"BLOCK_L": side(found["BLOCK_L"], rows), "BLOCK_S": side(found["BLOCK_S"], cols)}
 
@@ -74,11 +74,11 @@ def update_config(device: torch.device, *, rows: int, cols: int) -> dict[str, in
 def es_update(
     fitness: torch.Tensor, *, shape: tuple[int, int], stream_u: int, stream_v: int, seed: int, step: int, rank: int
 ) -> torch.Tensor:
-    """`es_update_ref` by the fastest way the device has: Triton on a GPU, chunks of pairs in torch elsewhere.
+    """sum_i f_i E_i of one tensor. Triton on a GPU, chunks of pairs in torch elsewhere.
 
     Args:
         fitness: fp32 [N], N even.
-        shape: (L, S) of the tensor that was perturbed.
+        shape: (L, S) of the perturbed tensor.
         stream_u, stream_v: stream ids of its factors U [L, k] and V [S, k].
         seed, step: of the noise contract.
         rank: noise rank k.
@@ -121,28 +121,28 @@ def es_update(
 
 
 def es_update_chunk(weights: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """A chunk of pairs in one product, fp32: weights [P], U [P, ..., L, k], V [P, ..., S, k] -> [..., L, S]."""
+    """The sum of a chunk of pairs, fp32: weights [P], U [P, ..., L, k], V [P, ..., S, k] -> [..., L, S]."""
     left, right = _factors(weights, u, v)
     return left @ right
 
 
 def _factors(weights: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two sides of the product: [..., L, P k] and [..., P k, S]."""
+    """The two operands of the product: [..., L, P k] and [..., P k, S]."""
     scaled = u * (weights / math.sqrt(u.shape[-1])).view(-1, *[1] * (u.dim() - 1))
     return scaled.movedim(0, -2).flatten(-2), v.movedim(0, -2).flatten(-2).mT
 
 
 class UpdatePlan:
-    """The sums of many tensors at once, by torch: all tensors of a shape in one product.
+    """The ES gradients of many tensors at once, in torch. All tensors of a shape are in one product.
 
     Args:
-        tensors: shape (L, S), stream_u and stream_v of each; the streams differ.
+        tensors: shape (L, S), stream_u and stream_v of each. The streams must differ.
         rank: noise rank k.
-        device: where everything lies.
+        device: device of all tensors.
 
     Attributes:
         noise: the plan of all factors.
-        places: of U and V of each tensor, in `noise`.
+        places: for each tensor the indices of U and V in `noise`.
     """
 
     def __init__(self, tensors: Sequence[tuple[tuple[int, int], int, int]], rank: int, device: torch.device | str):
@@ -159,7 +159,7 @@ class UpdatePlan:
         self.noise, self._memory = NoisePlan(factors, rank, device), Memory()
 
     def sums(self, fitness: torch.Tensor, *, seed: int, step: int) -> list[torch.Tensor]:
-        """`es_update_ref` of every tensor, fp32 [L, S] each: views of one tensor."""
+        """`es_update_ref` of every tensor, fp32 [L, S] each, as views of one tensor."""
         check_fitness(fitness)
         key_words(seed, step)
         sizes = [len(places) * math.prod(shape) for shape, places in self.groups.items()]
@@ -189,7 +189,7 @@ class UpdatePlan:
 def es_update_ref(
     fitness: torch.Tensor, *, shape: tuple[int, int], stream_u: int, stream_v: int, seed: int, step: int, rank: int
 ) -> torch.Tensor:
-    """sum_i f_i E_i, one member after the other with its noise formed. Arguments as in `es_update`."""
+    """sum_i f_i E_i, one member at a time with its noise formed. Arguments as in `es_update`."""
     check_fitness(fitness)
     total = torch.zeros(shape, dtype=torch.float32, device=fitness.device)
     for member, f in enumerate(fitness):

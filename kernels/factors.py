@@ -1,10 +1,10 @@
-"""The factors of a batch's members, rebuilt once for all rows that use them.
+"""The factors of a batch's members, computed once and stored for all rows that use them.
 
     [V | U | V' | U'] of each target, for the pair of each batch row
 
-A kernel that rebuilds a factor for each of its tiles does so once for every 32 to 128 rows. Where a batch row has more,
-it reads them from here instead: E numbers a target of a batch row, as many as one or two of its own rows. They live
-for one linear and do not grow with the population.
+A kernel that rebuilds factors computes them once for each tile of 32 to 128 rows. If a batch row has more rows than
+that, it is faster to store the factors and read them: E numbers for each target and batch row, about as many as one or
+two rows of x. They are kept for one linear only. So memory does not grow with the population.
 
 Legend: B batch rows, G targets, K in, N out, r LoRA rank, kp padded noise rank.
 """
@@ -18,10 +18,10 @@ from esengine.kernels.noise import factor_ref, padded_rank, signed64, step_tenso
 from esengine.kernels.operands import Lora, LowRank, MemberNoise, check, check_adapters, check_noise, refuse
 
 BLOCK = 512
-"""Numbers that a program makes; each factor begins at a multiple of it."""
+"""Numbers that one program computes. Each factor starts at a multiple of it."""
 
 STORE_FROM = 16
-"""Rows a batch row from which storing pays: 4 (K + N) bytes are written and read again beside 2 K for each row."""
+"""From this number of rows a batch row on, storing is faster. It writes and reads 4 (K + N) bytes more."""
 
 if triton is not None:
     import triton.language as tl
@@ -50,8 +50,8 @@ if triton is not None:
         tl.store(out, tl.reshape(noise, (BLOCK,)))
 
 
-class Places(NamedTuple):
-    """Where a target's factors begin in its E numbers: V at 0, then these, each row-major [length, kp]."""
+class FactorStarts(NamedTuple):
+    """Start of each factor within the E numbers of a target. V starts at 0. Each factor is row-major [length, kp]."""
 
     u: int
     v_out: int
@@ -59,23 +59,23 @@ class Places(NamedTuple):
 
     @property
     def constants(self) -> dict[str, int]:
-        """By the names that kernels have."""
+        """The same as kernel arguments."""
         return {"U_AT": self.u, "V_OUT_AT": self.v_out, "U_OUT_AT": self.u_out}
 
 
-def places(k: int, r: int, rank: int) -> Places:
-    """Of targets that read K columns. What N is, is seen from E alone."""
+def factor_starts(k: int, r: int, rank: int) -> FactorStarts:
+    """The starts for targets that read K columns. They do not depend on N."""
     u = _span(k, rank)
-    return Places(u, u + _span(r, rank), u + 2 * _span(r, rank))
+    return FactorStarts(u, u + _span(r, rank), u + 2 * _span(r, rank))
 
 
-def width(k: int, n: int, r: int, rank: int) -> int:
-    """E: numbers a target of a batch row."""
-    return places(k, r, rank).u_out + _span(n, rank)
+def factor_width(k: int, n: int, r: int, rank: int) -> int:
+    """E, the count of numbers for one target and batch row."""
+    return factor_starts(k, r, rank).u_out + _span(n, rank)
 
 
-def u_out_at(factors: torch.Tensor, n: int, rank: int) -> int:
-    """Where U' of targets that write N columns begins, whatever they read."""
+def u_out_start(factors: torch.Tensor, n: int, rank: int) -> int:
+    """Start of U' for targets that write N columns. It does not depend on K."""
     return factors.shape[-1] - _span(n, rank)
 
 
@@ -91,13 +91,13 @@ def check_factors(
     k: int | None,
     n: int | None,
 ) -> None:
-    """Raises ValueError for factors that are not of these operands; None passes, as does any K or N that is None."""
+    """Raise ValueError if the factors do not match the operands. None passes. K or N that is None is not checked."""
     if factors is None:
         return
     if adapters is None:
         raise ValueError("factors: expected adapters beside them, got None")
     rank = perturbation.rank
-    least = width(k or 1, n or 0, adapters.r, rank)
+    least = factor_width(k or 1, n or 0, adapters.r, rank)
     size = "E" if None in (k, n) else least
     check("factors", factors, (batch, adapters.targets, size), torch.float32, adapters.streams.device, strides="all")
     if factors.shape[-1] < least or factors.shape[-1] % BLOCK:
@@ -107,7 +107,7 @@ def check_factors(
 
 
 def check_low_rank(low: LowRank | None, shape: Sequence[int], device: torch.device, *, targets: int = 1) -> None:
-    """Raises ValueError for a low-rank part that is not of [B, T, N] for each of so many targets; None passes."""
+    """Raise ValueError unless the low-rank part has [B, T, N] for each of `targets` targets. None passes."""
     if low is None:
         return
     (h, adapters, perturbation, factors), (batch, t, n) = low, shape
@@ -126,10 +126,10 @@ def check_low_rank(low: LowRank | None, shape: Sequence[int], device: torch.devi
 
 
 def low_rank_ref(low: LowRank | None, n: int) -> torch.Tensor | float:
-    """h [B | U']^T of all targets side by side, fp32 [B, T, G N]; 0 without.
+    """h [B | U']^T of all targets, concatenated, fp32 [B, T, G N]. 0 if `low` is None.
 
     Args:
-        n: N, columns of a target.
+        n: N, the columns of a target.
     """
     if low is None:
         return 0.0
@@ -146,7 +146,7 @@ def low_rank_ref(low: LowRank | None, n: int) -> torch.Tensor | float:
 
 
 def _check(adapters: Lora, perturbation: MemberNoise, k: int, n: int) -> None:
-    """Raises ValueError for what does not fit, by its name. See `member_factors`."""
+    """Raise ValueError for an operand that does not match. See `member_factors`."""
     check_noise(perturbation, len(perturbation.members), adapters.streams.device)
     check_adapters("adapters", adapters, k, None, adapters.streams.device)
     if k < 0 or n < 0:
@@ -154,32 +154,33 @@ def _check(adapters: Lora, perturbation: MemberNoise, k: int, n: int) -> None:
 
 
 def member_factors(adapters: Lora, perturbation: MemberNoise, *, k: int, n: int) -> torch.Tensor:
-    """`member_factors_ref` by the fastest way the device has.
+    """All factors of the targets for each batch row. Triton on a GPU, `member_factors_ref` elsewhere.
 
     Args:
         adapters: The G targets.
         perturbation: The noise of the batch.
-        k, n: Columns that they read, and that each writes.
+        k: K, the columns that the targets read.
+        n: N, the columns that each target writes.
 
     Returns:
-        fp32 [B, G, E]: V [K, kp], U [r, kp], V' [r, kp], U' [N, kp], row-major, each begun at its place in `places`.
-        Numbers between them, and columns from k on, have no meaning.
+        fp32 [B, G, E]: V [K, kp], U [r, kp], V' [r, kp], U' [N, kp], row-major. `factor_starts` says where each starts.
+        Numbers between the factors, and columns from k on, are undefined.
 
     Raises:
-        ValueError: noise that does not fit; by its name.
+        ValueError: An operand has the wrong shape, dtype, device or range. The message names it.
     """
     device = adapters.streams.device
     if not uses_triton(device):
         return member_factors_ref(adapters, perturbation, k=k, n=n)
     batch, g, rank = len(perturbation.members), adapters.targets, perturbation.rank
     _check(adapters, perturbation, k, n)
-    out = torch.empty(batch, g, width(k, n, adapters.r, rank), dtype=torch.float32, device=device)
+    out = torch.empty(batch, g, factor_width(k, n, adapters.r, rank), dtype=torch.float32, device=device)
     if out.numel():
         with torch.cuda.device_of(out):
             _factors_kernel[(batch, g * (out.shape[-1] // BLOCK))](
                 out, adapters.streams, perturbation.members, step_tensor(perturbation.step, device),
                 seed=signed64(perturbation.seed),
-                G=g, WIDTH=out.shape[-1], BLOCK=BLOCK, **places(k, adapters.r, rank).constants,
+                G=g, WIDTH=out.shape[-1], BLOCK=BLOCK, **factor_starts(k, adapters.r, rank).constants,
             )  # fmt: skip
     return out
 
@@ -188,10 +189,10 @@ def member_factors_ref(adapters: Lora, perturbation: MemberNoise, *, k: int, n: 
     """All factors of the targets for each batch row, by the noise contract. Arguments as in `member_factors`."""
     r, rank, device = adapters.r, perturbation.rank, adapters.streams.device
     _check(adapters, perturbation, k, n)
-    out = torch.zeros(len(perturbation.members), adapters.targets, width(k, n, r, rank), device=device)
+    out = torch.zeros(len(perturbation.members), adapters.targets, factor_width(k, n, r, rank), device=device)
     noise = dict(seed=perturbation.seed, step=int(perturbation.step), pairs=perturbation.members >> 1, rank=rank)
     for i, streams in enumerate(adapters.streams.tolist()):
-        for stream, length, start in zip(streams, (k, r, r, n), (0, *places(k, r, rank)), strict=True):
+        for stream, length, start in zip(streams, (k, r, r, n), (0, *factor_starts(k, r, rank)), strict=True):
             kp = padded_rank(rank)
             rows = out[:, i, start : start + length * kp].unflatten(-1, (length, kp)) if length else None
             if rows is not None:

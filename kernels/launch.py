@@ -1,25 +1,26 @@
-"""What launchers share: where results are written, how products are computed, and a batch's noise as kernels take it.
+"""Code that launchers share: memory for results, settings of products, and a batch's noise as kernel arguments.
 
-Under Triton's interpreter a store to bf16 truncates and a product of bf16 is one of raw integers. So results are
-allocated in fp32 there and rounded by torch, and kernels upcast what they multiply.
+Triton's interpreter truncates on a store to bf16, and it multiplies bf16 numbers as raw integers. So under the
+interpreter results are allocated in fp32 and rounded by torch, and kernels convert operands to fp32 before a product.
 """
 
 import torch
 
-from esengine.kernels.factors import places, u_out_at
+from esengine.kernels.factors import factor_starts, u_out_start
 from esengine.kernels.noise import INTERPRET, padded_rank, signed64, step_tensor
 from esengine.kernels.operands import Lora, LowRank, MemberNoise
 
 
 def output(x: torch.Tensor, *shape: int) -> torch.Tensor:
-    """Where a kernel writes a result of x's dtype; give it on as `result.to(x.dtype)`."""
+    """Memory for a result of x's dtype. Return the result as `result.to(x.dtype)`, because of the interpreter."""
     return torch.empty(*shape, dtype=torch.float32 if INTERPRET else x.dtype, device=x.device)
 
 
 def exact_products(dtype: torch.dtype) -> dict[str, bool | str]:
-    """How a kernel multiplies x of this dtype by fp32 columns.
+    """Kernel arguments that set how x of this dtype is multiplied by fp32 columns.
 
-    bf16: by two bf16 halves of them, 16 bits; fp16: by three products of tf32; fp32: as it is.
+    bf16: the columns are split into two bf16 parts, which hold 16 bits. fp16: three tf32 products. fp32: one fp32
+    product.
     """
     precision = "ieee" if dtype == torch.float32 else "tf32x3"
     return {"SPLIT": dtype == torch.bfloat16, "UPCAST": INTERPRET, "PRECISION": precision}
@@ -28,11 +29,11 @@ def exact_products(dtype: torch.dtype) -> dict[str, bool | str]:
 def noise_arguments(
     adapters: Lora | None, perturbation: MemberNoise | None, factors: torch.Tensor | None, k: int
 ) -> dict[str, object]:
-    """Arguments of a kernel that adds low-rank columns; None and zeros without adapters.
+    """Arguments of a kernel that computes low-rank columns. Without adapters they are None and zeros.
 
     Args:
-        factors: of `member_factors`, or None where the kernel rebuilds them.
-        k: columns that the targets read.
+        factors: from `member_factors`. None: the kernel rebuilds them.
+        k: K, the columns that the targets read.
     """
     if adapters is None:
         found = dict(streams_ptr=None, members_ptr=None, step_ptr=None, factors_ptr=None, seed=0)
@@ -49,16 +50,16 @@ def noise_arguments(
         RANK=rank,
         KP=padded_rank(rank),
         WIDTH=0 if factors is None else factors.shape[-1],
-        **places(k, r, rank).constants,
+        **factor_starts(k, r, rank).constants,
     )
 
 
 def low_rank_arguments(low: LowRank | None, perturbation: MemberNoise | None, n: int) -> dict[str, object]:
-    """Arguments of a kernel that adds h [B | U']^T to products of N columns a target; None and zeros without.
+    """Arguments of a kernel that adds h [B | U']^T to a product. Without `low` they are None and zeros.
 
     Args:
-        perturbation: the noise of the batch where the kernel uses it without `low`, too.
-        n: columns of a target.
+        perturbation: the noise of the batch, for a kernel that uses it without `low` too.
+        n: N, the columns of a target.
     """
     h, adapters, perturbation, factors = low or LowRank(None, Lora(None, None, 1.0, None), perturbation)
     b, rank = adapters.b, 1 if perturbation is None else perturbation.rank
@@ -77,16 +78,16 @@ def low_rank_arguments(low: LowRank | None, perturbation: MemberNoise | None, n:
         RANK=rank,
         KP=padded_rank(rank),
         CP=padded_columns(adapters.r + rank),
-        U_OUT_AT=0 if factors is None else u_out_at(factors, n, rank),
+        U_OUT_AT=0 if factors is None else u_out_start(factors, n, rank),
         WIDTH=0 if factors is None else factors.shape[-1],
     )
 
 
 def padded_columns(columns: int) -> int:
-    """Low-rank columns of a tile: a power of two, and no fewer than the tensor cores take."""
+    """Number of low-rank columns of a tile: a power of two, at least 16, the tensor cores' minimum."""
     return max(16, 1 << (columns - 1).bit_length())
 
 
 def low_precision(dtype: torch.dtype) -> str:
-    """How a kernel multiplies h by [B | U']^T, both fp32: tf32 where the product is of half precision."""
+    """Precision of the product of h and [B | U']^T, both fp32: tf32 if y is of half precision."""
     return "ieee" if dtype == torch.float32 else "tf32"

@@ -3,23 +3,24 @@
     q'_t = relu(w_q q_t / sqrt(mean q_t^2 + eps)),   k'_t alike         means over all H D columns, r = 1 / sqrt(...)
     S = sum_t k'_t v_t^T,   z = sum_t k'_t                              per batch row and head
     y_t = q'_t S / (q'_t z + 1e-15)
-    g_h = y_h [A^T | V]_h                    if asked: of the linear that reads y, head h's share of its shrink
+    g_h = y_h [A^T | V]_h                    optional: for the linear that reads y, the partial sum of head h
 
-q, k and v are whole, or plain products to which their low-rank parts h [B | U']^T are added as they are read, in fp32.
+q, k and v are complete, or they are plain products. In the second case their low-rank parts h [B | U']^T are added in
+fp32 when they are loaded.
 
-q's own rstd cancels, so q is read once: p = relu(sign(w_q) q) stands for q', |w_q| goes into S and z, and 1e-15 shrinks
-by sqrt(eps), the least that 1 / rstd can be. That differs from the formula where q'_t z is below about 1e-9, or where
-q_t is not finite: its NaN stays in its own head.
+The factor r of q cancels, so q is read once. p = relu(sign(w_q) q) replaces q'. |w_q| is multiplied into S and z. 1e-15
+is multiplied by sqrt(eps), the smallest value of 1 / r. The result differs from the formula in two cases: q'_t z is
+below about 1e-9, or q_t is not finite. A NaN in q_t stays in its head.
 
-Rounding: v and p are bf16 as they are, k', S and z fp32, multiplied as two bf16 halves each, 16 bits. Emulated in torch
-at D = 32 with T 256 and 1024, against fp64 and before the last rounding: 4e-6 of the norm; tf32 products 2e-4, rounding
-q' and k' to bf16 as diffusers does 1.5e-3, the last rounding 1.7e-3. With a low-rank part v and p are fp32, and halves
-too: one more product each.
+Rounding: v and p are bf16. k', S and z are fp32 and are multiplied as two bf16 parts, which hold 16 bits. Errors
+relative to the norm, emulated in torch at D = 32 with T 256 and 1024 against fp64, before the last rounding: 4e-6. With
+tf32 products 2e-4. With q' and k' rounded to bf16, as in diffusers, 1.5e-3. The last rounding itself is 1.7e-3. With a
+low-rank part v and p are fp32 and are split too, which costs one more product each.
 
-Bytes: one pass of k for r, then q, k and v once, y written: five rows of H D where four are the least, and 8 M of r.
-Programs run from the last batch row to the first, as the first pass leaves the end of k in L2. Instructions, in sm_90
-machine code: 422 in each of two warps for 32 tokens of a head of 32. On paper, for B = 64, T = 1024, H = 70 on an H100:
-0.49 ms of memory, 0.13 ms of issue slots; not measured.
+Bytes: one pass over k for r, then q, k and v once, and y is written. These are five rows of H D, where the minimum is
+four, and 8 M bytes for r. Programs run from the last batch row to the first, because the first pass leaves the end of k
+in L2. Instructions in sm_90 machine code: 422 in each of two warps for 32 tokens of a head of 32. Calculated for B =
+64, T = 1024, H = 70 on an H100: 0.49 ms of memory, 0.13 ms of issue slots. Not measured.
 
 Legend: B batch rows, T tokens, M = B T, H heads, D their width (DP padded), C = H D.
 
@@ -36,7 +37,7 @@ from esengine.kernels.launch import exact_products, low_precision, low_rank_argu
 from esengine.kernels.noise import triton, uses_triton
 from esengine.kernels.operands import Lora, LowRank, MemberNoise, check_adapters, check_noise
 from esengine.kernels.rms_norm import norm_config
-from esengine.kernels.shrink import check_then, shares_ref
+from esengine.kernels.shrink import check_next_lora, partial_sums_ref
 
 if triton is not None:
     import triton.language as tl
@@ -48,12 +49,12 @@ if triton is not None:
 
     @triton.jit
     def relu(x):
-        """relu, NaN where x is."""
+        """relu that keeps NaN."""
         return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
     @triton.jit
     def product(a, b, a_rest, b_rest, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-        """acc + a b, and if split + a_rest b_rest, in fp32."""
+        """acc + a b in fp32, and + a_rest b_rest if SPLIT."""
         if SPLIT:
             acc = tl.dot(a_rest, b_rest, acc)
         return tl.dot(a, b, acc, input_precision=PRECISION)
@@ -87,14 +88,14 @@ if triton is not None:
     @triton.jit(do_not_specialize=["seed"], do_not_specialize_on_alignment=["members_ptr", "step_ptr", "factors_ptr"])
     def _attention_kernel(
         q_ptr, k_ptr, v_ptr, norm_q_ptr, norm_k_ptr, rstd_ptr, y_ptr,
-        h_ptr, b_ptr, streams_ptr, members_ptr, step_ptr, factors_ptr, a_ptr, then_ptr, shares_ptr,
+        h_ptr, b_ptr, streams_ptr, members_ptr, step_ptr, factors_ptr, a_ptr, next_streams_ptr, sums_ptr,
         stride_qb, stride_qt, stride_qc, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt, stride_vc,
         stride_bn, stride_br, stride_ar, stride_ak,
         tiny,
         seed: tl.int64,
         T: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
         G: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, KP: tl.constexpr, CP: tl.constexpr,
-        U_OUT_AT: tl.constexpr, WIDTH: tl.constexpr, THEN_R: tl.constexpr,
+        U_OUT_AT: tl.constexpr, WIDTH: tl.constexpr, NEXT_R: tl.constexpr,
         SPLIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, LOW_PRECISION: tl.constexpr,
         BLOCK_T: tl.constexpr,
     ):  # fmt: skip
@@ -124,9 +125,9 @@ if triton is not None:
                 b_ptr, streams_ptr, factors_ptr, stride_bn, stride_br, seed, step, pair, b, 2, c0, c0 + D, H * D,
                 G, R, RANK, KP, CP, U_OUT_AT, WIDTH, DP,
             )  # fmt: skip
-        first = tl.arange(0, 16)[None, :] == 0  # a sum over rows or columns is a product with one column of 16
+        first = tl.arange(0, 16)[None, :] == 0  # a sum is a product with 16 columns, of which the first is ones
         state = tl.zeros((DP, DP), tl.float32)
-        keys = tl.zeros((DP, 16), tl.float32)
+        key_sum = tl.zeros((DP, 16), tl.float32)
         for t0 in range(0, T, BLOCK_T):
             t = t0 + tl.arange(0, BLOCK_T)
             mask = (t[:, None] < T) & (d[None, :] < D)
@@ -147,19 +148,19 @@ if triton is not None:
             v = v.to(upper.dtype)
             ones = tl.where(first, tl.full((BLOCK_T, 1), 1.0, tl.float32), 0.0).to(upper.dtype)
             state = product(upper, v, lower, v, state, SPLIT, PRECISION)
-            keys = product(upper, ones, lower, ones, keys, SPLIT, PRECISION)
+            key_sum = product(upper, ones, lower, ones, key_sum, SPLIT, PRECISION)
 
         weight = tl.abs(weight_q)[:, None]
         s_upper, s_lower = split_bf16(state * weight, SPLIT, UPCAST)
-        z_upper, z_lower = split_bf16(keys * weight, SPLIT, UPCAST)
+        z_upper, z_lower = split_bf16(key_sum * weight, SPLIT, UPCAST)
         sign = tl.where(weight_q < 0, -1.0, 1.0)
-        if then_ptr is not None:
-            own = low_rank_columns(
-                a_ptr, then_ptr, None, stride_ar, stride_ak, seed, step, pair, c0, c0 + D,
-                1, THEN_R, RANK, KP, 16, DP, 0,
+        if next_streams_ptr is not None:
+            next_columns = low_rank_columns(
+                a_ptr, next_streams_ptr, None, stride_ar, stride_ak, seed, step, pair, c0, c0 + D,
+                1, NEXT_R, RANK, KP, 16, DP, 0,
             )  # fmt: skip
-            own_upper, own_lower = split_bf16(own, SPLIT, UPCAST)
-            shares = shares_ptr + offset(pid % H, tl.num_programs(0) // H * T) * (THEN_R + RANK)
+            next_upper, next_lower = split_bf16(next_columns, SPLIT, UPCAST)
+            partial_sums = sums_ptr + offset(pid % H, tl.num_programs(0) // H * T) * (NEXT_R + RANK)
         if h_ptr is not None:
             q_low = expand_columns(
                 b_ptr, streams_ptr, factors_ptr, stride_bn, stride_br, seed, step, pair, b, 0, c0, c0 + D, H * D,
@@ -186,20 +187,20 @@ if triton is not None:
             y_ptrs = y_ptr + (offset(b, T) + t)[:, None] * (H * D) + c[None, :]
             y = y.to(y_ptr.dtype.element_ty)
             tl.store(y_ptrs, y, mask=mask)
-            if then_ptr is not None:
+            if next_streams_ptr is not None:
                 g = tl.zeros((BLOCK_T, 16), tl.float32)
-                g = product(y, own_upper, y, own_lower, g, SPLIT, PRECISION)
+                g = product(y, next_upper, y, next_lower, g, SPLIT, PRECISION)
                 column = tl.arange(0, 16)[None, :]
-                places = (offset(b, T) + t)[:, None] * (THEN_R + RANK) + column
-                tl.store(shares + places, g, mask=(t[:, None] < T) & (column < THEN_R + RANK))
+                places = (offset(b, T) + t)[:, None] * (NEXT_R + RANK) + column
+                tl.store(partial_sums + places, g, mask=(t[:, None] < T) & (column < NEXT_R + RANK))
 
 
 MAX_LOW_COLUMNS = 32
-"""r + k of a low-rank part that is added here: a program keeps the columns of its head in registers."""
+"""Largest r + k of a low-rank part. A program keeps the columns of its head in registers."""
 
 
 def takes_low(adapters: Lora, rank: int) -> bool:
-    """Whether the low-rank parts of q, k and v can be added here."""
+    """Whether `linear_attention` can add the low-rank parts of q, k and v."""
     return adapters.targets == 3 and adapters.r + rank <= MAX_LOW_COLUMNS
 
 
@@ -207,7 +208,7 @@ def attention_config(
     device: torch.device, *, dtype: torch.dtype, t: int, d: int, low: LowRank | None
 ) -> dict[str, int]:
     """Launch configuration for T tokens and heads of width d."""
-    values = dict(dtype=configs.named(dtype), t=t, d=d)
+    values = dict(dtype=configs.dtype_name(dtype), t=t, d=d)
     if low is None:
         found = configs.settings("linear_attention", device, **values)
     else:
@@ -217,9 +218,9 @@ def attention_config(
 
 
 def rstd_config(device: torch.device, *, dtype: torch.dtype, c: int, t: int, low: LowRank | None) -> dict[str, int]:
-    """Launch configuration for rows of C columns, T a batch row; with a low-rank part the RMS norm's own."""
+    """Launch configuration for rows of C columns, T a batch row. With a low-rank part that of `rms_norm`."""
     if low is None:
-        found = configs.settings("linear_attention_rstd", device, dtype=configs.named(dtype), c=c)
+        found = configs.settings("linear_attention_rstd", device, dtype=configs.dtype_name(dtype), c=c)
         return found | {"BLOCK_M": min(found["BLOCK_M"], triton.next_power_of_2(t))}
     found = norm_config(device, dtype=dtype, t=t, n=c, columns=low.adapters.r + low.perturbation.rank)
     return found | {"BLOCK_M": found.pop("BLOCK_T"), "BLOCK_C": found.pop("BLOCK_N")}
@@ -234,33 +235,34 @@ def linear_attention_triton(
     norm_q: torch.Tensor | None = None,
     norm_k: torch.Tensor | None = None,
     eps: float = 1e-5,
-    then: Lora | None = None,
+    next_lora: Lora | None = None,
     perturbation: MemberNoise | None = None,
     low: LowRank | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """The Triton path: rstd of k's rows, then one program for each head of a batch row. Arguments as in the reference.
+    """The Triton path: r of the rows of k, then one program for each head of a batch row.
 
-    Deterministic; a batch row's result does not depend on its batch mates. Sums over tokens are in fp32, in one order.
-    Products are of bf16 halves where q is bf16, of three tf32 parts where it is fp16, and exact where it is fp32.
+    Arguments as in `linear_attention`. Deterministic. A batch row's result does not depend on the other rows of the
+    batch. Sums over tokens are in fp32, in one order. A product has two bf16 parts if q is bf16, three tf32 parts if q
+    is fp16, and is in fp32 otherwise.
     """
-    _check(q, k, v, heads, norm_q, norm_k, eps, then, perturbation, low)
+    _check(q, k, v, heads, norm_q, norm_k, eps, next_lora, perturbation, low)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, norm_q, norm_k)):
         raise RuntimeError("q, k, v: one requires a gradient, which the Triton path does not have")
     batch, t, c = q.shape
-    d, y, shares = c // heads, output(q, batch, t, c), None
+    d, y, partial_sums = c // heads, output(q, batch, t, c), None
     if low is not None:
         perturbation = low.perturbation
         if d % 4 and low.factors is None:
             raise ValueError(f"low: expected heads of a multiple of 4 columns, or stored factors, got {d} and none")
-    if then is not None:
+    if next_lora is not None:
         if d % 4:
-            raise ValueError(f"then: expected heads of a multiple of 4 columns, got {d}")
-        columns = check_then(then, perturbation, q.dtype)
-        shares = torch.empty(heads, batch, t, columns, dtype=torch.float32, device=q.device)
+            raise ValueError(f"next_lora: expected heads of a multiple of 4 columns, got {d}")
+        columns = check_next_lora(next_lora, perturbation, q.dtype)
+        partial_sums = torch.empty(heads, batch, t, columns, dtype=torch.float32, device=q.device)
     if y.numel() == 0:
-        return y.to(q.dtype) if then is None else (y.to(q.dtype), shares)
-    rstd, a = None, None if then is None else then.a
-    noise = low_rank_arguments(low, None if then is None else perturbation, c)
+        return y.to(q.dtype) if next_lora is None else (y.to(q.dtype), partial_sums)
+    rstd, a = None, None if next_lora is None else next_lora.a
+    noise = low_rank_arguments(low, None if next_lora is None else perturbation, c)
     if norm_k is not None:
         rstd = torch.empty(batch * t, dtype=torch.float32, device=q.device)
         block = rstd_config(q.device, dtype=q.dtype, c=c, t=t, low=low)
@@ -273,17 +275,17 @@ def linear_attention_triton(
     with torch.cuda.device_of(q):
         _attention_kernel[(batch * heads,)](
             q, k, v, None if norm_q is None else norm_q.contiguous(), None if norm_k is None else norm_k.contiguous(),
-            rstd, y, a_ptr=a, then_ptr=None if then is None else then.streams, shares_ptr=shares,
+            rstd, y, a_ptr=a, next_streams_ptr=None if next_lora is None else next_lora.streams, sums_ptr=partial_sums,
             stride_qb=q.stride(0), stride_qt=q.stride(1), stride_qc=q.stride(2),
             stride_kb=k.stride(0), stride_kt=k.stride(1), stride_kc=k.stride(2),
             stride_vb=v.stride(0), stride_vt=v.stride(1), stride_vc=v.stride(2),
             stride_ar=0 if a is None else a.stride(0), stride_ak=0 if a is None else a.stride(1),
             tiny=1e-15 if norm_q is None else 1e-15 * math.sqrt(eps),
-            T=t, H=heads, D=d, THEN_R=0 if then is None else then.r, LOW_PRECISION=low_precision(q.dtype),
+            T=t, H=heads, D=d, NEXT_R=0 if next_lora is None else next_lora.r, LOW_PRECISION=low_precision(q.dtype),
             **noise, **exact_products(q.dtype), **config,
         )  # fmt: skip
     y = y.to(q.dtype)
-    return y if then is None else (y, shares)
+    return y if next_lora is None else (y, partial_sums)
 
 
 def linear_attention(
@@ -295,29 +297,33 @@ def linear_attention(
     norm_q: torch.Tensor | None = None,
     norm_k: torch.Tensor | None = None,
     eps: float = 1e-5,
-    then: Lora | None = None,
+    next_lora: Lora | None = None,
     perturbation: MemberNoise | None = None,
     low: LowRank | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """`linear_attention_ref` by the fastest way the device has: Triton on a GPU, the reference elsewhere.
+    """ReLU linear attention with RMS norm across heads. Triton on a GPU, `linear_attention_ref` elsewhere.
+
+    A batch row's result does not depend on the other rows of the batch.
 
     Args:
-        q, k, v: [B, T, H * D], fp32, bf16 or fp16, any strides: slices of one stacked projection are welcome. D <= 64.
+        q, k, v: [B, T, H * D], fp32, bf16 or fp16, any strides, such as slices of one stacked projection. D <= 64.
         heads: H.
-        norm_q, norm_k: weights [H * D] of the RMS norm over all heads, fp32, bf16 or fp16, or None for no norm.
+        norm_q, norm_k: weights [H * D] of the RMS norm over all heads, fp32, bf16 or fp16. None: no norm.
         eps: added to the mean square, positive.
-        then: A target that reads y, with r + k of at most 16; with the `perturbation` of the batch. D a multiple of 4.
-        low: The low-rank part of q, k and v, three targets of H * D columns; its perturbation is the batch's. None: q,
-            k and v are whole. r + k of at most 32; without stored factors D is a multiple of 4.
+        next_lora: One target that reads y. Then r + k is at most 16, q is bf16, and D is a multiple of 4.
+        perturbation: The noise of the batch. Needed with `next_lora`, unless `low` has it.
+        low: The low-rank part of q, k and v: three targets of H * D columns, r + k at most 32. Without stored factors D
+            is a multiple of 4. None: q, k and v are complete.
 
     Returns:
-        y [B, T, H * D], dtype of q; with `then` also its shares for `mix`, fp32 [P, B, T, r + k], P >= 1.
+        y [B, T, H * D], dtype of q. With `next_lora` also the partial sums that `mix` reads, fp32 [P, B, T, r + k],
+        P >= 1.
 
     Raises:
-        ValueError: an argument is of another shape, dtype or device, or out of range.
+        ValueError: An argument has the wrong shape, dtype or device, or is out of range. The message names it.
     """
     op = linear_attention_triton if uses_triton(q.device) else linear_attention_ref
-    options = dict(norm_q=norm_q, norm_k=norm_k, eps=eps, then=then, perturbation=perturbation, low=low)
+    options = dict(norm_q=norm_q, norm_k=norm_k, eps=eps, next_lora=next_lora, perturbation=perturbation, low=low)
     return op(q, k, v, heads=heads, **options)
 
 
@@ -330,17 +336,17 @@ def linear_attention_ref(
     norm_q: torch.Tensor | None = None,
     norm_k: torch.Tensor | None = None,
     eps: float = 1e-5,
-    then: Lora | None = None,
+    next_lora: Lora | None = None,
     perturbation: MemberNoise | None = None,
     low: LowRank | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Linear attention of all heads, in fp32, rounded once at the end.
 
-    diffusers rounds the normed q and k to the storage dtype first; in fp32 the two are the same formula.
+    diffusers first rounds the normalised q and k to the storage dtype. In fp32 the formulas are equal.
 
     Arguments as in `linear_attention`.
     """
-    _check(q, k, v, heads, norm_q, norm_k, eps, then, perturbation, low)
+    _check(q, k, v, heads, norm_q, norm_k, eps, next_lora, perturbation, low)
     dtype = q.dtype
     if low is not None:
         perturbation, parts = low.perturbation, low_rank_ref(low, q.shape[-1]).chunk(3, -1)
@@ -356,10 +362,10 @@ def linear_attention_ref(
     state = keys.mT @ v.float().unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, H, D, D]
     total = queries @ keys.sum(2).unsqueeze(-1)  # [B, H, T, 1]
     y = (queries @ state / (total + 1e-15)).transpose(1, 2).flatten(2).to(dtype)
-    return y if then is None else (y, shares_ref(y, then, perturbation))
+    return y if next_lora is None else (y, partial_sums_ref(y, next_lora, perturbation))
 
 
-def _check(q, k, v, heads, norm_q, norm_k, eps, then, perturbation, low) -> None:
+def _check(q, k, v, heads, norm_q, norm_k, eps, next_lora, perturbation, low) -> None:
     def fail(name, expected, tensor):
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise ValueError(f"{name}: expected {expected}, got {dtype} {list(tensor.shape)} on {tensor.device}")
@@ -384,12 +390,12 @@ def _check(q, k, v, heads, norm_q, norm_k, eps, then, perturbation, low) -> None
         raise ValueError(f"low: expected r + k of at most {MAX_LOW_COLUMNS}, got {columns}; add it in the linear")
     if low is not None and perturbation is not None and perturbation is not low.perturbation:
         raise ValueError("perturbation: expected the same object as low's, or None, got another")
-    if then is not None:
+    if next_lora is not None:
         perturbation = low.perturbation if perturbation is None and low is not None else perturbation
         if perturbation is None:
-            raise ValueError("perturbation: expected the noise of the batch beside then, got None")
+            raise ValueError("perturbation: expected the noise of the batch beside next_lora, got None")
         check_noise(perturbation, len(q), q.device)
-        check_adapters("then", then, c, None, q.device)
-        check_then(then, perturbation, q.dtype)
+        check_adapters("next_lora", next_lora, c, None, q.device)
+        check_next_lora(next_lora, perturbation, q.dtype)
         if c // heads % 4:
-            raise ValueError(f"then: expected heads of a multiple of 4 columns, got {c // heads}")
+            raise ValueError(f"next_lora: expected heads of a multiple of 4 columns, got {c // heads}")

@@ -1,10 +1,10 @@
-"""What kernels share on the device: the low-rank columns of a tile, their products, and how h is mixed of g.
+"""Device code that kernels share: the low-rank columns of a tile, their products, and the mix of g to h.
 
-A member's factors are rebuilt where they are used, or loaded from what `member_factors` has stored for the batch: each
-number then serves all T rows of its batch row, where a rebuilt one serves a tile of them.
+A kernel rebuilds a member's factors for each tile of rows, or it loads the factors that `member_factors` stored. A
+stored number is used by all T rows of its batch row.
 
 Legend: G targets, r LoRA rank, k noise rank (kp padded), K rows of V; a tile's columns are r of each target, then k of
-each, padded to CP. `U_AT`, `V_OUT_AT`, `U_OUT_AT`, `WIDTH`: `Places` of the stored factors.
+each, padded to CP. `U_AT`, `V_OUT_AT`, `U_OUT_AT`, `WIDTH`: `FactorStarts` of the stored factors.
 """
 
 import triton
@@ -21,7 +21,7 @@ def column(tile, j, KP: tl.constexpr):
 
 @triton.jit
 def within(k0, K, BLOCK_K: tl.constexpr):
-    """Which of the columns k0.. are among K: all, known at compile time, where K is a multiple of the block."""
+    """Mask of the columns k0.. that are below K. All true at compile time if K is a multiple of the block."""
     inside = k0 + tl.arange(0, BLOCK_K) < K
     if isinstance(K, tl.constexpr):  # noqa: SIM102  Triton decides the outer one first
         if K % BLOCK_K == 0:
@@ -31,7 +31,7 @@ def within(k0, K, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def split_bf16(x, SPLIT: tl.constexpr, UPCAST: tl.constexpr):
-    """Two bf16 parts of an fp32 tile, the larger first, that sum to x within 2^-16 of it. If not split, x twice."""
+    """Two bf16 parts of an fp32 tile, the larger first. Their sum is x to a relative 2^-16. Not SPLIT: x twice."""
     upper, lower = x, x
     if SPLIT:
         upper = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
@@ -45,9 +45,9 @@ def split_bf16(x, SPLIT: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def product(x, columns, acc, ROWS: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + x [ROWS, L] @ columns [L, C] in fp32: on the tensor cores from 16 rows on, their minimum.
+    """acc + x [ROWS, L] @ columns [L, C] in fp32. From 16 rows on, the minimum, on the tensor cores.
 
-    Split: x is bf16 and exact, columns are multiplied as two bf16 halves.
+    SPLIT: x is bf16, and the columns are multiplied as two bf16 parts.
     """
     if ROWS < 16:
         acc += tl.sum(x.to(tl.float32)[:, :, None] * columns[None, :, :], axis=1)
@@ -65,11 +65,11 @@ def low_rank_columns(
     G: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, KP: tl.constexpr, CP: tl.constexpr,
     BLOCK_K: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """float32 [BLOCK_K, CP]: rows k0.. of [A_1^T .. A_G^T | V_1 .. V_G]; those from K on must meet zeros of x."""
+    """float32 [BLOCK_K, CP]: rows k0.. of [A_1^T .. A_G^T | V_1 .. V_G]. From row K on x must be zero."""
     k, column = k0 + tl.arange(0, BLOCK_K), tl.arange(0, CP)
     inside, place = within(k0, K, BLOCK_K)[:, None], column - G * R
     columns = tl.zeros((BLOCK_K, CP), tl.float32)
-    if factors_ptr is not None:  # one load for both: each column has a place and a stride of its own
+    if factors_ptr is not None:  # one load: each column has its address and its stride
         starts = factors_ptr + (place // RANK * WIDTH + place % RANK)
         strides = tl.full((CP,), KP, tl.int32)
         if R > 0:
@@ -91,14 +91,14 @@ def low_rank_columns(
 
 @triton.jit
 def small_factor(
-    streams_ptr, factors_ptr, seed, step, pair, e, own,
+    streams_ptr, factors_ptr, seed, step, pair, e, mask,
     FACTOR: tl.constexpr, AT: tl.constexpr,
 ):  # fmt: skip
-    """float32, shape of e: elements of the U (1) or V' (2) of one target, zero where not `own`."""
+    """float32, shape of e: elements of U (FACTOR 1) or V' (2) of one target. Zero where `mask` is false."""
     if factors_ptr is not None:
-        numbers = tl.load(factors_ptr + AT + e, mask=own, other=0.0)
+        numbers = tl.load(factors_ptr + AT + e, mask=mask, other=0.0)
     else:
-        numbers = tl.where(own, noise_at(seed, step, tl.load(streams_ptr + FACTOR), pair, e), 0.0)
+        numbers = tl.where(mask, noise_at(seed, step, tl.load(streams_ptr + FACTOR), pair, e), 0.0)
     return numbers
 
 
@@ -108,24 +108,24 @@ def mixed(
     G: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, KP: tl.constexpr, CP: tl.constexpr,
     U_AT: tl.constexpr, V_OUT_AT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """h [ROWS, CP] of g. Column i R + q is row q of target i's A, column G R + i k + j its noise."""
+    """h [ROWS, CP] from g. Column i R + q belongs to row q of A of target i, column G R + i k + j to its noise."""
     column = tl.arange(0, CP)
     h = tl.where((column < G * R)[None, :], lora_scale * g, 0.0)
     if R == 0:
         h = c * g
     for i in tl.static_range(G if R > 0 else 0):
-        own = (column >= i * R) & (column < (i + 1) * R)
+        of_target = (column >= i * R) & (column < (i + 1) * R)
         streams, factors = streams_ptr + 4 * i, factors_ptr
         if factors_ptr is not None:
             factors = factors_ptr + i * WIDTH
         for j in tl.static_range(RANK):
             e = (column - i * R) * KP + j
-            u = small_factor(streams, factors, seed, step, pair, e, own, 1, U_AT)
+            u = small_factor(streams, factors, seed, step, pair, e, of_target, 1, U_AT)
             g_v = tl.sum(tl.where((column == G * R + i * RANK + j)[None, :], g, 0.0), axis=1)
             h += (lora_scale * c * g_v)[:, None] * u[None, :]
         for j in tl.static_range(RANK):
             e = (column - i * R) * KP + j
-            v = small_factor(streams, factors, seed, step, pair, e, own, 2, V_OUT_AT)
+            v = small_factor(streams, factors, seed, step, pair, e, of_target, 2, V_OUT_AT)
             h_v = c * tl.sum(h * v[None, :], axis=1)
             h = tl.where((column == G * R + i * RANK + j)[None, :], h_v[:, None], h)
     return h
@@ -136,7 +136,7 @@ def h_tile(
     h_ptr, rows, real, target,
     G: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, CP: tl.constexpr,
 ):  # fmt: skip
-    """float32 [ROWS, CP]: h of one target, r columns, then k, at these rows of h [.., G (r + k)]; zero if not real."""
+    """float32 [ROWS, CP]: h of one target, r columns, then k, from rows of h [.., G (r + k)]. Zero where not `real`."""
     q = tl.arange(0, CP)
     column = tl.where(q < R, target * R + q, G * R + target * RANK + q - R)
     ptrs = h_ptr + offset(rows, G * (R + RANK))[:, None] + column[None, :]
@@ -149,16 +149,16 @@ def expand_columns(
     G: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, KP: tl.constexpr, CP: tl.constexpr,
     U_OUT_AT: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """float32 [CP, BLOCK_N]: columns n0.. of [B | U']^T of one target of N columns and one batch row, zero from `end`.
+    """float32 [CP, BLOCK_N]: columns n0.. of [B | U']^T of one target and one batch row. Zero from column `end` on.
 
-    Rebuilt, n0 KP must be a multiple of 4.
+    Without stored factors n0 KP must be a multiple of 4.
     """
     q, n, inside = tl.arange(0, CP), n0 + tl.arange(0, BLOCK_N), within(n0, end, BLOCK_N)[None, :]
     columns = tl.zeros((CP, BLOCK_N), tl.float32)
     b_starts = q
     if b_ptr is not None:
         b_starts = b_ptr + offset(tl.full((CP,), target * N, tl.int32), stride_bn) + offset(q, stride_br)
-    if factors_ptr is not None:  # one load for both: each column has a place and a stride of its own
+    if factors_ptr is not None:  # one load: each column has its address and its stride
         starts = factors_ptr + offset(row * G + target, WIDTH) + U_OUT_AT + (q - R)
         strides = tl.full((CP,), KP, tl.int32)
         if b_ptr is not None:

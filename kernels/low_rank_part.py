@@ -1,10 +1,10 @@
-"""The low-rank part of a perturbed linear by itself: the base layer's own product is added to it afterwards.
+"""The low-rank part of a perturbed linear without the product of W, which is added afterwards.
 
-    C = bias + h [B | U']^T          h of one target, as `esengine.kernels.shrink` makes it
-    y = C + x W^T                    by whoever owns W: `population_linear` lets `torch.addmm` do it
+    C = bias + h [B | U']^T          h of one target, as in `esengine.kernels.shrink`
+    y = C + x W^T                    added by the caller: `population_linear` uses `torch.addmm`
 
-One kernel reads x, and writes C in x's dtype. C is small beside y, so its rounding is: 2^-9 of the low-rank part in
-bf16, where the product of W is added in fp32 and rounded once.
+One kernel reads x and writes C in the dtype of x. The rounding of C is small, because C is small compared with y: in
+bf16 it is 2^-9 of the low-rank part. The product of W is added in fp32, and y is rounded once.
 
 Legend: B batch rows, T rows a batch row, K in, N out, r LoRA rank, k noise rank (kp padded). A tile's columns are r,
 then k, padded to CP.
@@ -80,7 +80,7 @@ if triton is not None:
 
 def low_rank_config(device: torch.device, *, dtype: torch.dtype, t: int, k: int, columns: int) -> dict[str, int]:
     """Launch configuration for T rows a batch row."""
-    found = configs.settings("low_rank_part", device, dtype=configs.named(dtype), t=t, k=k, columns=columns)
+    found = configs.settings("low_rank_part", device, dtype=configs.dtype_name(dtype), t=t, k=k, columns=columns)
     padded = max(16, triton.next_power_of_2(columns))
     return found | {"BLOCK_T": min(found["BLOCK_T"], triton.next_power_of_2(t)), "CP": padded}
 
@@ -94,9 +94,9 @@ def low_rank_part(
     n: int,
     factors: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`low_rank_part_ref` by the fastest way the device has: Triton on a GPU, the reference itself elsewhere.
+    """C = bias + h [B | U']^T of one target. Triton on a GPU, `low_rank_part_ref` elsewhere.
 
-    A row's result does not depend on its batch mates.
+    A row's result does not depend on the other rows of the batch.
 
     Args:
         x: [B, T, K], fp32, bf16 or fp16, any strides.
@@ -104,13 +104,13 @@ def low_rank_part(
         adapters: One target.
         perturbation: The noise of the batch.
         n: N, the columns of y.
-        factors: Of `member_factors` for the same adapters and perturbation, so that they are not rebuilt here.
+        factors: From `member_factors` with the same adapters and perturbation. None: rebuilt for each tile of rows.
 
     Returns:
         [B, T, N], dtype of x, contiguous.
 
     Raises:
-        ValueError: an operand is of another shape, dtype or device, or of strides that are not said here; by its name.
+        ValueError: An operand has the wrong shape, dtype, device or strides. The message names it.
     """
     if not uses_triton(x.device):
         return low_rank_part_ref(x, bias, adapters, perturbation, n=n, factors=factors)
@@ -156,7 +156,7 @@ def low_rank_part_ref(
 
 
 def _check(x, bias, adapters, perturbation, n, factors) -> None:
-    """Raises ValueError for what does not fit, by its name. See `low_rank_part`."""
+    """Raise ValueError for an operand that does not match. See `low_rank_part`."""
     check_x(x)
     batch, _, k = x.shape
     check_noise(perturbation, batch, x.device)

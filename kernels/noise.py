@@ -5,13 +5,14 @@
     n0, n1 = sqrt(-2 ln u0) (cos, sin)(2 pi u1)        n2, n3 = sqrt(-2 ln u2) (cos, sin)(2 pi u3)
     element e is n_{e & 3}
 
-A factor [L, k] is row-major with k padded to the next power of two: e = row * kp + column. `stream` names the
-tensor, `pair` is member // 2: antithetic members 2j and 2j + 1 share their noise, and the sign is the user's.
+A factor [L, k] is row-major with k padded to the next power of two: e = row * kp + column. `stream` identifies the
+tensor. `pair` is member // 2: the antithetic members 2j and 2j + 1 share their noise. The caller applies the sign.
 
 Legend: P rows of noise, L length of a factor, k noise rank, kp padded rank, Q counters of four normals each.
 
-On a CPU ln, cos and sin are taken in float64 and rounded once, so that an element has the same bits wherever it stands
-in a tensor. A GPU computes them in float32 and agrees to their rounding there; integers and u are exact everywhere.
+On a CPU, ln, cos and sin are computed in float64 and rounded once. So an element has the same bits at every position of
+a tensor. A GPU computes them in float32, and its results agree up to that rounding. The integers and u are exact on
+every device.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011); Box and Muller (1958).
 """
@@ -29,12 +30,12 @@ import torch
 try:
     import triton
     import triton.language as tl
-except ImportError:  # a CPU-only install: the torch path is complete without it
+except ImportError:  # not installed: the torch path needs no Triton
     triton = None
 
 CONTRACT = 1
 INTERPRET = triton is not None and bool(triton.knobs.runtime.interpret)
-"""Triton was imported as an interpreter: its kernels run on CPU tensors, and bf16 is upcast before it is multiplied."""
+"""Whether Triton runs its interpreter: kernels then run on CPU tensors, and bf16 is converted to fp32 in products."""
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -68,12 +69,12 @@ def linear_streams(name: str, *, direct: bool = False) -> Streams:
 
 
 def padded_rank(rank: int) -> int:
-    """The next power of two: the row length of a factor in elements of the contract."""
+    """k padded to the next power of two: the row length of a factor in the contract."""
     return 1 << (rank - 1).bit_length()
 
 
 def check_rank(rank: int) -> None:
-    """Raises ValueError for a noise rank that is none."""
+    """Raise ValueError unless the noise rank is an integer >= 1."""
     if not isinstance(rank, int):
         raise ValueError(f"rank: expected an integer, got {rank!r}")
     if rank < 1:
@@ -81,7 +82,7 @@ def check_rank(rank: int) -> None:
 
 
 def pair_weights(fitness: torch.Tensor) -> torch.Tensor:
-    """f_2j - f_2j+1 [N / 2]: what a pair's shared noise counts for, as the two members bear opposite signs."""
+    """f_2j - f_2j+1, fp32 [N / 2]: the weight of a pair's noise, because its two members have opposite signs."""
     return fitness[0::2] - fitness[1::2]
 
 
@@ -91,7 +92,7 @@ def signed_sigma(members: torch.Tensor, sigma: float, rank: int) -> torch.Tensor
 
 
 def key_words(seed: int, step: int) -> tuple[int, int]:
-    """The two 32-bit words of Philox's key. Raises ValueError for a seed or step out of the contract's range."""
+    """The two 32-bit words of Philox's key. Raise ValueError for a seed or step outside the contract's range."""
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed: expected an integer in [0, 2^64), got {seed}")
     if not 0 <= step < 1 << 32:
@@ -105,15 +106,15 @@ def signed64(seed: int) -> int:
 
 
 def uses_triton(device: torch.device | str) -> bool:
-    """Whether kernels on this device are Triton's: CUDA with Triton installed, or any device under its interpreter."""
+    """Whether ops on this device use Triton: CUDA with Triton installed, or any device under the interpreter."""
     return triton is not None and (INTERPRET or torch.device(device).type == "cuda")
 
 
 def step_tensor(step: int | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """int64 [1] on `device`: the tensor itself, or an int filled in by a launch, with no copy from the host.
+    """The step as int64 [1] on `device`. A tensor is returned unchanged. An int needs no copy from the host.
 
     Raises:
-        ValueError: a tensor of another shape, dtype or device.
+        ValueError: The tensor has the wrong shape, dtype or device.
     """
     if not isinstance(step, torch.Tensor):
         return torch.full((1,), step, dtype=torch.int64, device=device)
@@ -129,7 +130,7 @@ if triton is not None:
     def box_muller(x_radius, x_angle):
         u = ((x_radius >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-08
         radius = tl.sqrt(tl.maximum(-2.0 * tl.log(u), 0.0))
-        # quadrant in integers, then Cephes' polynomials on [-pi/4, pi/4]: tl.cos spills, to be ready for huge angles
+        # quadrant in integers, then Cephes' polynomials on [-pi/4, pi/4]; tl.cos spills registers
         turn = (x_angle >> 8).to(tl.int32)
         quadrant = (turn + 2097152) >> 22
         half = tl.where(turn < 8388608, 0.5, (turn & 1).to(tl.float32))  # as float32 rounds turn + 0.5
@@ -144,7 +145,7 @@ if triton is not None:
 
     @triton.jit
     def noise_rows(seed, step, stream, pair, row0, ROWS: tl.constexpr, KP: tl.constexpr):
-        """float32 [ROWS, KP]: rows row0.. of a factor. ROWS, KP powers of two; row0 * KP, ROWS * KP multiples of 4."""
+        """float32 [ROWS, KP]: rows row0.. of a factor. ROWS, KP: powers of 2. row0 * KP, ROWS * KP: multiples of 4."""
         quads = row0 * KP // 4 + tl.arange(0, ROWS * KP // 4)
         zero = tl.zeros_like(quads).to(tl.int64)
         words = (zero + quads).to(tl.uint32), (zero + pair).to(tl.uint32)
@@ -166,7 +167,7 @@ if triton is not None:
 
     @triton.jit
     def offset(index, stride):
-        """index * stride in 64 bits: activations and weights pass 2^31 elements."""
+        """index * stride in 64 bits, because activations and weights can have more than 2^31 elements."""
         return index.to(tl.int64) * stride
 
     @triton.jit(do_not_specialize=["seed", "count"], do_not_specialize_on_alignment=["step_ptr"])
@@ -190,26 +191,26 @@ def normals(
     count: int,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """`normals_ref` by the fastest way the device has: a Triton kernel on a GPU, torch elsewhere.
+    """The first `count` normals of each of P (stream, pair). Triton on a GPU, `normals_ref` elsewhere.
 
     Args:
         seed: the run's seed, in [0, 2^64).
-        step: in [0, 2^32); also as int64 [1] on `device`, which the Triton path reads there.
+        step: in [0, 2^32). Or int64 [1] on `device`, which the Triton path reads there.
         streams: int64 [P], values in [0, 2^32).
         pairs: int64 [P], values in [0, 2^32).
         count: normals in each row.
-        device: where the result lies.
+        device: device of the result.
 
     Returns:
         float32 [P, count].
 
     Raises:
-        ValueError: an argument is of another shape or dtype, or out of range; by its name.
+        ValueError: An argument has the wrong shape or dtype, or is out of range. The message names it.
     """
     _check(streams, pairs, count)
     if not uses_triton(device):
         return normals_ref(seed=seed, step=step, streams=streams, pairs=pairs, count=count, device=device)
-    if not isinstance(step, torch.Tensor):  # to look at a tensor is to wait for the device
+    if not isinstance(step, torch.Tensor):  # a tensor's value is not read: that would wait for the device
         key_words(seed, step)
     streams, pairs = streams.to(device).contiguous(), pairs.to(device).contiguous()
     out = torch.empty(len(pairs), count, dtype=torch.float32, device=device)
@@ -227,11 +228,11 @@ def normals(
 def factor(
     *, seed: int, step: int | torch.Tensor, stream: int, pairs: torch.Tensor, length: int, rank: int
 ) -> torch.Tensor:
-    """One low-rank factor for each of P pairs, by the fastest way the device has.
+    """One low-rank factor for each of P pairs. Triton on a GPU, `factor_ref` elsewhere.
 
     Args:
-        seed, step: of the contract, as in `normals`.
-        stream: the factor's.
+        seed, step: as in `normals`.
+        stream: stream id of the factor.
         pairs: int64 [P].
         length, rank: L and k.
 
@@ -276,9 +277,9 @@ def quads_ref(
     pairs: torch.Tensor,
     memory: "Memory | None" = None,
 ) -> torch.Tensor:
-    """Normals of whole counters: float32 [..., 4] for int64 `quads` (e >> 2), `streams` and `pairs` that broadcast.
+    """Four normals for each counter: float32 [..., 4]. `quads` (e >> 2), `streams`, `pairs`: int64 that broadcast.
 
-    `memory` is for a CPU, and for a caller that comes again.
+    `memory` is used on a CPU. A caller that calls repeatedly passes the same one.
     """
     if quads.device.type != "cpu" or pairs.dim() != 2:
         return _quads(quads, pairs, streams, torch.tensor(step, device=quads.device), key_words(seed, step))
@@ -288,7 +289,7 @@ def quads_ref(
     out, keys = memory.take((height, length, 4)), _round_keys(key_words(seed, step))
     width = min(length, _AT_ONCE)
     rows = max(1, _AT_ONCE // max(1, width))
-    rows = math.ceil(height / max(1, math.ceil(height / rows)))  # blocks of one size
+    rows = math.ceil(height / max(1, math.ceil(height / rows)))  # blocks of equal size
     for row in range(0, height, max(1, rows)):
         for column in range(0, length, max(1, width)):
             block = slice(row, row + rows), slice(column, column + width)
@@ -301,16 +302,16 @@ def quads_ref(
 
 
 _AT_ONCE = 1 << 15
-"""Counters that a CPU fills at once, in 1.5 MB of buffers."""
+"""Counters that a CPU computes in one block, with 1.5 MB of buffers."""
 
 KEPT_BYTES = 1 << 26
-"""Of noise that a plan keeps until its next call. A constant, so that memory does not grow with the population."""
+"""Largest noise in bytes that a plan keeps until its next call. Constant, so memory does not grow with N."""
 
 
 class Memory(threading.local):
-    """Where a CPU makes noise, call after call. Memory that is new to a process may cost as much as the noise.
+    """Buffers for noise on a CPU, reused by later calls. Getting new memory can take as long as computing the noise.
 
-    Each thread has its own.
+    Each thread has its own buffers.
     """
 
     def __reduce__(self):
@@ -321,7 +322,7 @@ class Memory(threading.local):
         self._last = np.empty(0, np.float32)
 
     def take(self, shape: tuple[int, ...]) -> np.ndarray:
-        """float32, not initialised: on what was taken last, if nobody holds that any more."""
+        """An uninitialised float32 array. It reuses the memory of the last one if nothing refers to that any more."""
         count = math.prod(shape)
         if self._last.size < count or sys.getrefcount(self._last) > 2:
             self._last = np.empty(count, np.float32)
@@ -351,15 +352,15 @@ def _round_keys(key: tuple[int, int]) -> np.ndarray:
 
 
 def _fill(out: np.ndarray, counter: Sequence[np.ndarray], step: int, keys: np.ndarray, buffers: np.ndarray) -> None:
-    """`_quads` of a block of counters into float32 [R, Q, 4], in place: the same bits.
+    """Write the normals of a block of counters into `out`, float32 [R, Q, 4]. The bits are those of `_quads`.
 
-    NumPy has the faster integers on one core. Logarithms, roots, cosines and sines are torch's: their last bits are the
-    contract's on a CPU.
+    NumPy's integer operations are faster on one core. Logarithms, roots, cosines and sines are torch's, because the
+    contract on a CPU has their last bits.
 
     Args:
         counter: uint64 quads, pairs and streams that broadcast to [R, Q].
-        keys: of each round.
-        buffers: uint64 [6 R Q or more], overwritten.
+        keys: the keys of the rounds, from `_round_keys`.
+        buffers: uint64, at least 6 R Q, overwritten.
     """
     rows, columns = out.shape[:2]
     *words, spare = _philox(counter, step, keys, buffers[: 6 * rows * columns].reshape(3, 2, rows, columns))
@@ -370,7 +371,7 @@ def _fill(out: np.ndarray, counter: Sequence[np.ndarray], step: int, keys: np.nd
         narrow += np.float32(128)
         narrow *= np.float32(2**-32)
         np.copyto(word.view(np.float64), narrow)
-    radius, angle = (word.view(np.float64) for word in words)  # [2, R, Q]: of lanes 0 and 1, of lanes 2 and 3
+    radius, angle = (word.view(np.float64) for word in words)  # [2, R, Q]: lanes 0 and 1, lanes 2 and 3
     roots = torch.from_numpy(radius)
     roots.log_().mul_(-2).sqrt_()
     angle *= 2 * math.pi
@@ -383,9 +384,9 @@ def _fill(out: np.ndarray, counter: Sequence[np.ndarray], step: int, keys: np.nd
 def _philox(
     counter: Sequence[np.ndarray], step: int, keys: np.ndarray, buffers: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`philox_ref` in three buffers uint64 [2, R, Q]: words 0 and 2, words 1 and 3, and the buffer that is free.
+    """`philox_ref` in three buffers uint64 [2, R, Q]. Returns words 0 and 2, words 1 and 3, and the free buffer.
 
-    Of the words the lower halves count. In the first three rounds many are the same along a row or a column.
+    Only the lower 32 bits of a word are used. In the first three rounds many words are constant along a row or column.
     """
     (quads, pairs, streams), (even, odd, product) = counter, buffers
     p0, p1 = quads * _M0, streams * _M1
@@ -425,7 +426,7 @@ def normals_ref(
     count: int,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """The first `count` normals of each of P (stream, pair): the contract, in torch. Arguments as in `normals`."""
+    """The first `count` normals of each of P (stream, pair), in torch. Arguments as in `normals`."""
     _check(streams, pairs, count)
     quads = torch.arange((count + 3) // 4, device=device)
     streams, pairs = streams.to(device)[:, None], pairs.to(device)[:, None]
@@ -433,7 +434,7 @@ def normals_ref(
 
 
 def _check(streams: torch.Tensor, pairs: torch.Tensor, count: int) -> None:
-    """Raises ValueError for what does not fit, by its name. See `normals`."""
+    """Raise ValueError for an operand that does not match. See `normals`."""
     for name, ids in (("streams", streams), ("pairs", pairs)):
         if ids.dtype != torch.int64 or ids.dim() != 1 or len(ids) != len(pairs):
             dtype = str(ids.dtype).removeprefix("torch.")
@@ -454,12 +455,12 @@ def factor_ref(
 
 
 class NoisePlan:
-    """All factors of many tensors in one call: the counters are laid out once, each `block` fills them for some pairs.
+    """Computes all factors of many tensors in one call. The counters are prepared once.
 
     Args:
         shapes: (stream, length) of every factor. Stream ids must differ.
         rank: the noise rank k.
-        device: where the counters and the noise lie.
+        device: device of the counters and the noise.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, int]], rank: int, device: torch.device | str = "cpu"):
@@ -478,19 +479,19 @@ class NoisePlan:
     def block(
         self, *, seed: int, step: int, pairs: torch.Tensor, slots: torch.Tensor | None = None
     ) -> list[torch.Tensor]:
-        """Every factor of the plan for P pairs, as views of one buffer; memory grows with P, or B, alone.
+        """Every factor of the plan for P pairs, as views of one buffer. Memory grows only with P, or with B.
 
         Args:
-            seed, step: of the contract.
+            seed, step: as in `normals`.
             pairs: int64 [P].
-            slots: int64 [B], the place of each batch row's pair among the P.
+            slots: int64 [B], for each batch row the index of its pair in `pairs`.
 
         Returns:
             float32 [P, length, rank] for each factor, or [B, length, rank] with `slots`.
         """
         noise = self._numbers(seed, step, pairs)
         if slots is not None:
-            noise = noise.index_select(0, slots)  # whole rows: gathering each factor by itself costs far more
+            noise = noise.index_select(0, slots)  # one gather of whole rows is much faster than one for each factor
         base, size, strides = noise.storage_offset(), len(noise), (noise.stride(0), self.kp, 1)
         return [
             noise.as_strided((size, length, self.rank), strides, base + start)
@@ -498,9 +499,9 @@ class NoisePlan:
         ]
 
     def stacks(self, *, seed: int, step: int, pairs: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
-        """As `block`, but as a function of a place in the plan and a count: so many factors of one length from there.
+        """As `block`, but returns a function of (first, count) that gives `count` factors of equal length.
 
-        It returns float32 [P, count, length, rank], a view.
+        `first` is the index of the first of them in the plan. The result is a view, float32 [P, count, length, rank].
         """
         noise = self._numbers(seed, step, pairs)
 
@@ -512,16 +513,16 @@ class NoisePlan:
         return stack
 
     def _numbers(self, seed: int, step: int, pairs: torch.Tensor) -> torch.Tensor:
-        """float32 [P, offsets[-1]], not to be written into: what is small is kept, as an update follows a forward."""
+        """All numbers, float32 [P, offsets[-1]]. Do not write into them: small ones are kept for the next call."""
         first, count = int(pairs[0]) if len(pairs) else 0, len(pairs)
         in_order = pairs.tolist() == list(range(first, first + count))
-        kept = self._kept  # once, as another thread may set it
+        kept = self._kept  # read once, because another thread may set it
         if kept is not None and kept[0] == (seed, step) and in_order:
             start = first - kept[1]
             found = kept[2][max(start, 0) : max(start, 0) + count]
             if start >= 0 and len(found) == count:
                 return found
-        kept = self._kept = None  # its memory is free for the next
+        kept = self._kept = None  # frees its memory for the next
         counter = dict(quads=self.quads, streams=self.streams, pairs=pairs[:, None])
         noise = quads_ref(seed=seed, step=step, **counter, memory=self._memory).flatten(1)
         if noise.nbytes <= KEPT_BYTES and in_order:

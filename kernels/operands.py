@@ -1,4 +1,4 @@
-"""What a perturbed linear needs beside its weight: LoRA targets that share one input, and the noise of a batch.
+"""The operands of a perturbed linear besides its weight: LoRA targets that read the same x, and the noise of a batch.
 
 Legend: G targets stacked, r LoRA rank, k noise rank, K in, N out of one target, B batch rows.
 """
@@ -10,14 +10,20 @@ from typing import Literal, NamedTuple, NoReturn
 
 import torch
 
+from esengine.kernels.configs import dtype_name
 from esengine.kernels.noise import Streams, check_rank, key_words, step_tensor
 
 
 class MemberNoise(NamedTuple):
-    """The noise of a batch: members int64 [B] on the device; seed, step, sigma and rank k of contract v1.
+    """The noise of a batch, by contract v1.
 
-    A step that is a tensor, int64 [1] on the device, is read when the kernels run: a CUDA graph replays the next step
-    once that is written into it, where an int would be frozen with the launch.
+    Attributes:
+        members: int64 [B] on the device, the member of each batch row.
+        seed: the run's seed, in [0, 2^64).
+        step: the ES step, in [0, 2^32). Or int64 [1] on the device: the kernels then read it when they run. So a CUDA
+            graph can be replayed at another step. An int is captured with the launch.
+        sigma: the noise scale.
+        rank: the noise rank k.
     """
 
     members: torch.Tensor
@@ -28,7 +34,7 @@ class MemberNoise(NamedTuple):
 
     @property
     def c(self) -> float:
-        """sigma / sqrt(k): c of an even member."""
+        """sigma / sqrt(k), the c of an even member."""
         return self.sigma / math.sqrt(self.rank)
 
 
@@ -36,10 +42,10 @@ class Lora(NamedTuple):
     """G >= 1 targets of equal shape, rank and scale that read the same x, such as to_q, to_k and to_v.
 
     Attributes:
-        a: fp32 [G r, K], the targets' A one below the other; None for the direct form.
-        b: fp32 [G N, r], likewise; None for the direct form.
+        a: fp32 [G r, K], A of the first target, then of the next. None: direct mode.
+        b: fp32 [G N, r], in the same order. None: direct mode.
         scale: s = lora_alpha / r.
-        streams: int64 [G, 4] on the device, `Streams` of each target; `stream_table` makes it.
+        streams: int64 [G, 4] on the device, the `Streams` of each target, from `stream_table`.
     """
 
     a: torch.Tensor | None
@@ -57,13 +63,13 @@ class Lora(NamedTuple):
 
 
 class LowRank(NamedTuple):
-    """The low-rank part h [B | U']^T of linears whose plain product is made elsewhere, for the op that reads them.
+    """The low-rank part h [B | U']^T of linears, for an op that reads their plain product and adds this part.
 
     Attributes:
-        h: fp32 [B, T, G (r + k)], contiguous, from `shrink` or `mix`; None where the op that is given it makes h.
+        h: fp32 [B, T, G (r + k)], contiguous, from `shrink` or `mix`. None: the op computes h itself.
         adapters: the G targets.
         perturbation: the noise of the batch.
-        factors: of `member_factors` for the two, or None: rebuilt in the kernel.
+        factors: from `member_factors` with these adapters and perturbation. None: the kernel rebuilds them.
     """
 
     h: torch.Tensor | None
@@ -74,22 +80,17 @@ class LowRank(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def stream_table(streams: tuple[Streams, ...], device: torch.device) -> torch.Tensor:
-    """int64 [G, 4] on `device`. Kept, because copying it anew for each launch would stall the device."""
+    """The streams as int64 [G, 4] on `device`. Cached, because a copy at each launch would stall the device."""
     return torch.tensor(streams, dtype=torch.int64).to(device)
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-"""What x may be. Weights and all that is added to y are of its dtype, adapters and low-rank columns of float32."""
-
-
-def named(dtype: torch.dtype) -> str:
-    """A dtype as people write it: `bfloat16`."""
-    return str(dtype).removeprefix("torch.")
+"""Dtypes of x. Weights and everything that is added to y have the dtype of x. Adapters and h are float32."""
 
 
 def refuse(name: str, expected: str, tensor: torch.Tensor) -> NoReturn:
-    """Raises ValueError for an operand: what was expected and what came."""
-    got = f"{named(tensor.dtype)} {list(tensor.shape)}"
+    """Raise ValueError for an operand. The message says what was expected and what was given."""
+    got = f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
     if "stride" in expected or "contiguous" in expected:
         got += f" with strides {list(tensor.stride())}"
     raise ValueError(f"{name}: expected {expected}, got {got} on {tensor.device}")
@@ -104,50 +105,50 @@ def check(
     *,
     strides: Literal["any", "last", "all"] = "any",
 ) -> None:
-    """Raises ValueError for an operand of another shape, dtype or device; None passes.
+    """Raise ValueError if an operand has the wrong shape, dtype, device or strides. None passes.
 
     Args:
-        shape: a size each, or the name of one that may be any.
-        strides: that the kernel takes: any, a last one of 1, or those of a contiguous tensor.
+        shape: the sizes. A name stands for any size.
+        strides: `any`; `last`: the last stride is 1; `all`: contiguous.
     """
     if tensor is None:
         return
     sizes = [got if isinstance(size, str) else size for size, got in zip(shape, tensor.shape, strict=False)]
-    fits = tensor.dim() == len(shape) and list(tensor.shape) == sizes
-    fits &= tensor.dtype == dtype and tensor.device == device
+    matches = tensor.dim() == len(shape) and list(tensor.shape) == sizes
+    matches &= tensor.dtype == dtype and tensor.device == device
     if strides == "last":
-        fits &= tensor.dim() == 0 or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1
+        matches &= tensor.dim() == 0 or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1
     elif strides == "all":
-        fits &= tensor.is_contiguous()
-    if not fits:
+        matches &= tensor.is_contiguous()
+    if not matches:
         how = {"any": "", "last": ", last stride 1,", "all": ", contiguous,"}[strides]
-        refuse(name, f"{named(dtype)} [{', '.join(map(str, shape))}]{how} on {device}", tensor)
+        refuse(name, f"{dtype_name(dtype)} [{', '.join(map(str, shape))}]{how} on {device}", tensor)
 
 
 def check_x(x: torch.Tensor, name: str = "x", last: str = "K") -> None:
-    """Raises ValueError for an x that is not [B, T, K] of `FLOATS`."""
+    """Raise ValueError unless x is [B, T, K] of a dtype in `FLOATS`."""
     if x.dim() != 3 or x.dtype not in FLOATS:
         refuse(name, f"float32, bfloat16 or float16 [B, T, {last}]", x)
 
 
 def check_noise(noise: MemberNoise, batch: int, device: torch.device) -> None:
-    """Raises ValueError for noise that is not of `batch` rows on `device`, or out of the contract's range."""
+    """Raise ValueError unless the noise has `batch` rows on `device` and is in the contract's range."""
     check("members", noise.members, (batch,), torch.int64, device, strides="all")
-    if isinstance(noise.step, torch.Tensor):  # to look at it is to wait for the device
+    if isinstance(noise.step, torch.Tensor):  # its value is not read: that would wait for the device
         step_tensor(noise.step, device)
     key_words(noise.seed, 0 if isinstance(noise.step, torch.Tensor) else noise.step)
     check_rank(noise.rank)
 
 
 def check_streams(name: str, adapters: Lora, device: torch.device) -> None:
-    """Raises ValueError for streams that are not of one target or more."""
+    """Raise ValueError unless the streams are int64 [G, 4] with G >= 1."""
     check(f"{name}.streams", adapters.streams, ("G", 4), torch.int64, device, strides="all")
     if not len(adapters.streams):
         refuse(f"{name}.streams", "int64 [G, 4] of at least one target", adapters.streams)
 
 
 def check_adapters(name: str, adapters: Lora, k: int, n: int | None, device: torch.device) -> None:
-    """Raises ValueError for targets whose A does not read K columns, or, with `n`, whose B does not write N each."""
+    """Raise ValueError unless A of each target reads K columns and, if `n` is given, B writes N columns."""
     a, b, _, streams = adapters
     check_streams(name, adapters, device)
     if n is not None and (a is None) != (b is None):

@@ -80,7 +80,7 @@ def population_linear(
     x_btk = x.reshape(len(x), -1, k)
     t = x_btk.shape[1]
     factors = member_factors(adapters, perturbation, k=k, n=n) if t >= STORE_FROM else None
-    shape = dict(dtype=configs.named(x.dtype), t=t, k=k, n=n)
+    shape = dict(dtype=configs.dtype_name(x.dtype), t=t, k=k, n=n)
     if (path or configs.path("population_linear", x.device, **shape)) == "addmm":
         y = low_rank_part(x_btk, bias, adapters, perturbation, n=n, factors=factors)
         y.view(-1, n).addmm_(x_btk.reshape(-1, k), weight.T)

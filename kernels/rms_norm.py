@@ -1,12 +1,12 @@
-"""RMS norm of a linear's output, whose low-rank part is added where it is read.
+"""RMS norm of a linear's output. It adds the linear's low-rank part when it loads the plain product.
 
-    y' = y + h [B | U']^T                               in fp32, if asked
+    y' = y + h [B | U']^T                               in fp32, optional
     x  = weight y' / sqrt(mean y'^2 + eps)              mean over the N columns; rounded once
 
-y is the plain product, of whatever made it; h of one target, as `esengine.kernels.shrink` makes it. Two passes of y and
-of [B | U'], the second from cache.
+y is the plain product of a linear. h belongs to one target, see `esengine.kernels.shrink`. y and [B | U'] are read
+twice, the second time from the cache.
 
-Legend: B batch rows, T rows a batch row, N columns, r LoRA rank, k noise rank (kp padded), CP columns of h, padded.
+Legend: B batch rows, T rows a batch row, N columns, r LoRA rank, k noise rank (kp padded), CP padded columns of h.
 
 Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (arXiv 1910.07467), eq. 4; the rest as
 `esengine.kernels.population_linear`.
@@ -35,7 +35,7 @@ if triton is not None:
         U_OUT_AT: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
         ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     ):  # fmt: skip
-        """float32 [ROWS]: 1 / sqrt(mean square + eps) of rows of x, with their low-rank part if there are targets."""
+        """float32 [ROWS]: 1 / sqrt(mean square + eps) of rows of x. With G > 0 their low-rank part is added first."""
         squares = tl.zeros((ROWS, BLOCK_N), tl.float32)
         for n0 in range(0, N, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)
@@ -87,28 +87,29 @@ if triton is not None:
 
 
 def norm_config(device: torch.device, *, dtype: torch.dtype, t: int, n: int, columns: int) -> dict[str, int]:
-    """Launch configuration for T rows a batch row; columns: r + k."""
-    found = configs.settings("rms_norm", device, dtype=configs.named(dtype), t=t, n=n, columns=columns)
+    """Launch configuration for T rows a batch row. `columns` is r + k."""
+    found = configs.settings("rms_norm", device, dtype=configs.dtype_name(dtype), t=t, n=n, columns=columns)
     return found | {"BLOCK_T": min(found["BLOCK_T"], triton.next_power_of_2(t))}
 
 
 def rms_norm(y: torch.Tensor, weight: torch.Tensor, eps: float, low: LowRank | None = None) -> torch.Tensor:
-    """`rms_norm_ref` by the fastest way the device has: Triton on a GPU, or torch's own op where there is no low-rank
-    part; the reference itself elsewhere.
+    """RMS norm over the last dimension. Triton on a GPU, or `F.rms_norm` if there is no low-rank part.
 
-    Deterministic. A row's result does not depend on its batch mates.
+    Elsewhere `rms_norm_ref`.
+
+    Deterministic. A row's result does not depend on the other rows of the batch.
 
     Args:
         y: [B, T, N], fp32, bf16 or fp16, any strides.
         weight: [N], fp32, bf16 or fp16.
         eps: Added to the mean square, positive.
-        low: The low-rank part of y, of one target. None: y is whole.
+        low: The low-rank part of y, of one target. None: y is complete.
 
     Returns:
         [B, T, N], dtype of y.
 
     Raises:
-        ValueError: an operand is of another shape, dtype or device, or out of range; by its name.
+        ValueError: An operand has the wrong shape, dtype or device, or is out of range. The message names it.
     """
     if not uses_triton(y.device):
         return rms_norm_ref(y, weight, eps, low)
@@ -136,7 +137,7 @@ def rms_norm_ref(y: torch.Tensor, weight: torch.Tensor, eps: float, low: LowRank
 
 
 def _check(y, weight, eps, low) -> None:
-    """Raises ValueError for what does not fit, by its name. See `rms_norm`."""
+    """Raise ValueError for an operand that does not match. See `rms_norm`."""
     check_x(y, "y", "N")
     if weight.shape != y.shape[-1:] or weight.dtype not in FLOATS or weight.device != y.device:
         refuse("weight", f"float32, bfloat16 or float16 [{y.shape[-1]}] on {y.device}", weight)

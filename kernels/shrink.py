@@ -1,14 +1,15 @@
-"""The low-rank columns of a perturbed linear, for all targets that share x, where x is made or read.
+"""The low-rank columns h of a perturbed linear, for all targets that read the same x.
 
-    x' = LayerNorm(x) (1 + scale) + shift          if modulated, else x
+    x' = LayerNorm(x) (1 + scale) + shift          with a modulation, else x
     g  = x' [A_1^T .. A_G^T | V_1 .. V_G]          shrink: G (r + k) columns
     h  = s g Mix                                   Mix = [[I, V'], [c U^T, c U^T V']] of each target
 
-Direct mode (r = 0): h = c g. `shrink` does all of it. An op that makes x can leave shares of g instead, which `mix`
-sums and mixes: `then` of `fused_linear` and of `linear_attention`. That saves the pass of x.
+Direct mode (r = 0): h = c g. `shrink` computes all of it. Another way: the op that computes x also computes partial
+sums of g (`next_lora` of `fused_linear` and of `linear_attention`), and `mix` adds them and applies Mix. This saves a
+pass over x.
 
-One pass of x when it is not modulated; two when it is, the second from cache. A bf16 x is exact, so only the columns
-are split, into two bf16 halves. Without stored factors the noise is rebuilt for each tile of rows.
+x is read once, or twice with a modulation, the second time from the cache. x in bf16 is exact, so only the columns are
+split into two bf16 parts. Without stored factors the noise is rebuilt for each tile of rows.
 
 Legend: B batch rows, T rows a batch row, M = B T, K in, G targets, r LoRA rank, k noise rank (kp padded),
 c = sign * sigma / sqrt(k), s = lora_alpha / r. A tile's columns are r of each target, then k of each, padded to CP.
@@ -60,7 +61,7 @@ if triton is not None:
         mean = tl.zeros((BLOCK_T,), tl.float32)
         rstd = tl.zeros((BLOCK_T,), tl.float32)
         if MODULATED:
-            # sums of what differs from the row's first element: a mean far from zero then cancels nothing
+            # sums of differences to the row's first element: a mean far from zero cancels no digits
             first = tl.load(x_rows, mask=real, other=0.0).to(tl.float32)
             sums = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
             squares = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
@@ -111,9 +112,9 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["T", "seed"], do_not_specialize_on_alignment=["members_ptr", "step_ptr"])
     def _mix_kernel(
-        shares_ptr, streams_ptr, members_ptr, step_ptr, h_ptr,
+        sums_ptr, streams_ptr, members_ptr, step_ptr, h_ptr,
         T,
-        stride_sp,
+        stride_gp,
         sigma, lora_scale,
         seed: tl.int64,
         PARTS: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, KP: tl.constexpr, CP: tl.constexpr,
@@ -124,8 +125,8 @@ if triton is not None:
         places = offset(b * T + t, R + RANK)[:, None] + column[None, :]
         mask = (t[:, None] < T) & (column < R + RANK)[None, :]
         g = tl.zeros((BLOCK_T, CP), tl.float32)
-        for part in tl.range(0, PARTS, loop_unroll_factor=8):  # loads of eight shares at once, summed in their order
-            g += tl.load(shares_ptr + offset(part + 0 * b, stride_sp) + places, mask=mask, other=0.0)
+        for part in tl.range(0, PARTS, loop_unroll_factor=8):  # eight loads overlap; the order of the sum is fixed
+            g += tl.load(sums_ptr + offset(part + 0 * b, stride_gp) + places, mask=mask, other=0.0)
         member = tl.load(members_ptr + b)
         c = sigma * (1 - 2 * (member & 1)).to(tl.float32)
         h = mixed(
@@ -137,15 +138,15 @@ if triton is not None:
 def shrink_config(
     device: torch.device, *, dtype: torch.dtype, t: int, k: int, columns: int, modulated: bool = False
 ) -> dict[str, int]:
-    """Launch configuration for T rows a batch row: below 16, the tensor cores' minimum, products are sums."""
-    values = dict(dtype=configs.named(dtype), t=t, k=k, columns=columns, modulated=modulated)
+    """Launch configuration for T rows a batch row. Below 16 rows, the minimum, no tensor cores are used."""
+    values = dict(dtype=configs.dtype_name(dtype), t=t, k=k, columns=columns, modulated=modulated)
     found = configs.settings("shrink", device, **values)
     block_t, padded = min(found["BLOCK_T"], triton.next_power_of_2(t)), max(16, triton.next_power_of_2(columns))
     return found | {"BLOCK_T": block_t, "CP": padded}
 
 
 class Modulation(NamedTuple):
-    """LayerNorm without weights, then x (1 + scale) + shift: shift and scale [B, K], last stride 1."""
+    """LayerNorm without weights, then x (1 + scale) + shift. shift and scale: [B, K], dtype of x, last stride 1."""
 
     shift: torch.Tensor
     scale: torch.Tensor
@@ -159,23 +160,23 @@ def shrink(
     modulation: Modulation | None = None,
     factors: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`shrink_ref` by the fastest way the device has: Triton on a GPU, the reference itself elsewhere.
+    """x' and the low-rank columns h of all targets that read it. Triton on a GPU, `shrink_ref` elsewhere.
 
-    Sums of a row do not depend on its batch mates.
+    A row's result does not depend on the other rows of the batch.
 
     Args:
         x: [B, T, K], fp32, bf16 or fp16, any strides.
         adapters: The G targets. None: only the modulation.
-        perturbation: The noise of the batch; with `adapters`.
-        modulation: What makes x' of x. None: x' is x.
-        factors: Of `member_factors` for the same adapters and perturbation, so that they are not rebuilt here.
+        perturbation: The noise of the batch. Needed with `adapters`.
+        modulation: Makes x' from x. None: x' is x.
+        factors: From `member_factors` with the same adapters and perturbation. None: rebuilt for each tile of rows.
 
     Returns:
-        x' [B, T, K], dtype of x, and h fp32 [B, T, G (r + k)] or None. Columns are r of each target, then k of each.
-        h is of the rounded x', which is what the linear multiplies.
+        x' [B, T, K], dtype of x, and h fp32 [B, T, G (r + k)] or None. The columns are r of each target, then k of
+        each. h is computed from the rounded x', which the linear multiplies too.
 
     Raises:
-        ValueError: an operand is of another shape, dtype or device, or of strides that are not said here; by its name.
+        ValueError: An operand has the wrong shape, dtype, device or strides. The message names it.
     """
     if not uses_triton(x.device):
         return shrink_ref(x, adapters, perturbation, modulation, factors)
@@ -211,56 +212,58 @@ def mix_config(device: torch.device, *, t: int, columns: int) -> dict[str, int]:
     return found | {"CP": max(16, triton.next_power_of_2(columns))}
 
 
-def takes_shares(then: Lora, rank: int, dtype: torch.dtype) -> bool:
-    """Whether a producer of x leaves shares for these targets: one, of few columns, in bf16. Others use `shrink`."""
-    return then.targets == 1 and then.r + rank <= 16 and dtype == torch.bfloat16
+def takes_partial_sums(next_lora: Lora, rank: int, dtype: torch.dtype) -> bool:
+    """Whether the op that makes x can make partial sums for these targets: one target, r + k <= 16, bf16."""
+    return next_lora.targets == 1 and next_lora.r + rank <= 16 and dtype == torch.bfloat16
 
 
-def check_then(then: Lora, perturbation: MemberNoise, dtype: torch.dtype) -> int:
-    """r + k of a target that takes shares. Raises ValueError for any other."""
-    columns = then.r + perturbation.rank
-    if not takes_shares(then, perturbation.rank, dtype):
-        got = f"{then.targets} with {columns} of {dtype}".replace("torch.", "")
-        raise ValueError(f"then: expected one target with r + k of at most 16, of bfloat16, got {got}; use shrink")
+def check_next_lora(next_lora: Lora, perturbation: MemberNoise, dtype: torch.dtype) -> int:
+    """r + k of a target for which partial sums can be made. Raise ValueError for any other."""
+    columns = next_lora.r + perturbation.rank
+    if not takes_partial_sums(next_lora, perturbation.rank, dtype):
+        got = f"{next_lora.targets} with {columns} of {dtype}".replace("torch.", "")
+        raise ValueError(f"next_lora: expected one target with r + k of at most 16, of bfloat16, got {got}; use shrink")
     return columns
 
 
-def mix(shares: torch.Tensor, adapters: Lora, perturbation: MemberNoise) -> torch.Tensor:
-    """`mix_ref` by the fastest way the device has. Shares are summed in their order.
+def mix(partial_sums: torch.Tensor, adapters: Lora, perturbation: MemberNoise) -> torch.Tensor:
+    """h = s g Mix, where g is the sum of the partial sums. Triton on a GPU, `mix_ref` elsewhere.
+
+    The partial sums are added in their order.
 
     Args:
-        shares: fp32 [P, B, T, r + k], contiguous; their sum over P is x [A^T | V].
+        partial_sums: fp32 [P, B, T, r + k], contiguous. Their sum over P is x [A^T | V].
         adapters: The target that reads x.
         perturbation: The noise of the batch.
 
     Returns:
-        h fp32 [B, T, r + k], as `shrink` gives it.
+        h fp32 [B, T, r + k], the same as from `shrink`.
 
     Raises:
-        ValueError: an operand is of another shape, dtype, device or strides; by its name.
+        ValueError: An operand has the wrong shape, dtype, device or strides. The message names it.
     """
-    if not uses_triton(shares.device):
-        return mix_ref(shares, adapters, perturbation)
-    _check_shares(shares, adapters, perturbation)
-    parts, batch, t, columns = shares.shape
-    h = torch.empty(batch, t, columns, dtype=torch.float32, device=shares.device)
+    if not uses_triton(partial_sums.device):
+        return mix_ref(partial_sums, adapters, perturbation)
+    _check_partial_sums(partial_sums, adapters, perturbation)
+    parts, batch, t, columns = partial_sums.shape
+    h = torch.empty(batch, t, columns, dtype=torch.float32, device=partial_sums.device)
     if h.numel() == 0:
         return h
-    config = mix_config(shares.device, t=t, columns=columns)
-    with torch.cuda.device_of(shares):
+    config = mix_config(partial_sums.device, t=t, columns=columns)
+    with torch.cuda.device_of(partial_sums):
         _mix_kernel[(batch, triton.cdiv(t, config["BLOCK_T"]))](
-            shares, adapters.streams, perturbation.members, step_tensor(perturbation.step, shares.device), h,
-            PARTS=parts, T=t, stride_sp=shares.stride(0), sigma=perturbation.c, lora_scale=adapters.scale,
+            partial_sums, adapters.streams, perturbation.members, step_tensor(perturbation.step, h.device), h,
+            PARTS=parts, T=t, stride_gp=partial_sums.stride(0), sigma=perturbation.c, lora_scale=adapters.scale,
             seed=signed64(perturbation.seed), R=adapters.r, RANK=perturbation.rank, KP=padded_rank(perturbation.rank),
             **config,
         )  # fmt: skip
     return h
 
 
-def mix_ref(shares: torch.Tensor, adapters: Lora, perturbation: MemberNoise) -> torch.Tensor:
-    """h = s g Mix of one target, g the sum of the shares that a producer of x has left. Arguments as in `mix`."""
-    _check_shares(shares, adapters, perturbation)
-    g, r, rank, h = shares.sum(0), adapters.r, perturbation.rank, torch.empty_like(shares[0])
+def mix_ref(partial_sums: torch.Tensor, adapters: Lora, perturbation: MemberNoise) -> torch.Tensor:
+    """h = s g Mix of one target, g the sum of the partial sums. Arguments as in `mix`."""
+    _check_partial_sums(partial_sums, adapters, perturbation)
+    g, r, rank, h = partial_sums.sum(0), adapters.r, perturbation.rank, torch.empty_like(partial_sums[0])
     (_, a_u, b_v, _), seed, step = adapters.streams.tolist()[0], perturbation.seed, int(perturbation.step)
     for row, member in enumerate(perturbation.members.tolist()):
         noise = dict(seed=seed, step=step, pairs=torch.tensor([member // 2], device=g.device), length=r, rank=rank)
@@ -274,13 +277,13 @@ def mix_ref(shares: torch.Tensor, adapters: Lora, perturbation: MemberNoise) -> 
     return h
 
 
-def shares_ref(x: torch.Tensor, then: Lora, perturbation: MemberNoise) -> torch.Tensor:
-    """x [A^T | V] of the target `then`, fp32 [1, B, T, r + k]: all of it in one share."""
-    check_then(then, perturbation, x.dtype)
-    members, (a_v, *_) = perturbation.members, then.streams.tolist()[0]
+def partial_sums_ref(x: torch.Tensor, next_lora: Lora, perturbation: MemberNoise) -> torch.Tensor:
+    """x [A^T | V] of the target `next_lora`, fp32 [1, B, T, r + k], as a single partial sum."""
+    check_next_lora(next_lora, perturbation, x.dtype)
+    members, (a_v, *_) = perturbation.members, next_lora.streams.tolist()[0]
     noise = dict(seed=perturbation.seed, step=int(perturbation.step), pairs=members >> 1, rank=perturbation.rank)
     v = factor_ref(stream=a_v, length=x.shape[-1], **noise)
-    low = [] if then.a is None else [x.float() @ then.a.T]
+    low = [] if next_lora.a is None else [x.float() @ next_lora.a.T]
     return torch.cat((*low, x.float() @ v), -1)[None]
 
 
@@ -321,7 +324,7 @@ def shrink_ref(
 
 
 def _check(x, adapters, perturbation, modulation, factors) -> None:
-    """Raises ValueError for what does not fit, by its name. See `shrink`."""
+    """Raise ValueError for an operand that does not match. See `shrink`."""
     check_x(x)
     batch, _, k = x.shape
     if modulation is not None:
@@ -335,13 +338,18 @@ def _check(x, adapters, perturbation, modulation, factors) -> None:
     check_factors(factors, adapters, perturbation, batch, k, None)
 
 
-def _check_shares(shares, adapters, perturbation) -> None:
-    """Raises ValueError for what does not fit, by its name. See `mix`."""
+def _check_partial_sums(partial_sums, adapters, perturbation) -> None:
+    """Raise ValueError for an operand that does not match. See `mix`."""
     check_streams("adapters", adapters, adapters.streams.device)
     columns = adapters.r + perturbation.rank
-    if adapters.targets != 1 or shares.dim() != 4 or shares.dtype != torch.float32 or not shares.is_contiguous():
-        refuse("shares", f"float32 [P, B, T, {columns}], contiguous, of one target", shares)
-    check("shares", shares, (*shares.shape[:3], columns), torch.float32, adapters.streams.device)
-    if not len(shares):
-        refuse("shares", f"float32 [P, B, T, {columns}] of at least one share", shares)
-    check_noise(perturbation, shares.shape[1], shares.device)
+    if (
+        adapters.targets != 1
+        or partial_sums.dim() != 4
+        or partial_sums.dtype != torch.float32
+        or not partial_sums.is_contiguous()
+    ):
+        refuse("partial_sums", f"float32 [P, B, T, {columns}], contiguous, of one target", partial_sums)
+    check("partial_sums", partial_sums, (*partial_sums.shape[:3], columns), torch.float32, adapters.streams.device)
+    if not len(partial_sums):
+        refuse("partial_sums", f"float32 [P, B, T, {columns}] of at least one partial sum", partial_sums)
+    check_noise(perturbation, partial_sums.shape[1], partial_sums.device)

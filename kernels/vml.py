@@ -1,9 +1,9 @@
-"""A cold-start race of the CPU build of torch, closed before it can be met.
+"""Prevents a race condition at the first call of torch's CPU math library.
 
-torch's CPU ops below call oneMKL's vector math (VML) from every intra-op thread. oneMKL of 2024 chooses each function's
-kernel at its first call; when two threads make that call at once, one of them may run the low-accuracy kernel (errors
-near 1e-4) for its share of that single call. The text embedding of the first prompt of a process could differ so. One
-call of each function on one thread leaves nothing to choose.
+The torch CPU ops below call oneMKL's vector math (VML) from every intra-op thread. oneMKL of 2024 selects a function's
+kernel at the first call. If two threads make this call at the same time, one of them may use the low-accuracy kernel
+(errors near 1e-4) for its part of that call. For example, the text embedding of the first prompt of a process could
+differ. After one call of each function on one thread, all kernels are selected.
 
 Source: pytorch/pytorch issue 188792.
 """
@@ -15,11 +15,11 @@ UNARY = (
     *("erfc", "erfinv", "exp", "exp2", "expm1", "lgamma", "log", "log10", "log1p"),
     *("log2", "rsqrt", "sigmoid", "sin", "sinh", "sqrt", "tan", "tanh"),
 )
-"""Names of torch's elementwise functions that reach VML in some build."""
+"""Names of torch's elementwise functions that call VML in some build."""
 
 
 def resolve_vml() -> None:
-    """Calls each function of `UNARY` once in float32 and float64 on a single element, hence on a single thread."""
+    """Call each function of `UNARY` once in float32 and float64, on one element and so on one thread."""
     for dtype in (torch.float32, torch.float64):
         one = torch.ones(1, dtype=dtype)
         for name in UNARY:

@@ -28,7 +28,7 @@ class Decoder:
     def __init__(self, vae: AutoencoderDC, *, channels_last: bool = False, compile_backend: str = "inductor"):
         self.channels_last, self.compile_backend = channels_last, compile_backend
         self.vae = vae.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-        self._captured: tuple[graphs.Places, graphs.Graphs] | None = None
+        self._captured: tuple[graphs.Addresses, graphs.Graphs] | None = None
 
     @torch.no_grad()
     def __call__(self, x0_bchw: torch.Tensor, *, chunk: int, mode: str = "eager") -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,8 +71,8 @@ class Decoder:
         return torch.compile(self._pixels, backend=self.compile_backend, dynamic=False)
 
     def _graphed(self, z_bchw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._captured is None or not self._captured[0].hold():  # weights were moved or cast
-            self._captured = graphs.Places(self.vae), graphs.Graphs(self._session)
+        if self._captured is None or not self._captured[0].unchanged():  # weights were moved or cast
+            self._captured = graphs.Addresses(self.vae), graphs.Graphs(self._session)
         return self._captured[1](z_bchw)
 
     @contextmanager

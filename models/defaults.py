@@ -1,10 +1,11 @@
 """Default prompts and rewards of a model, for flags that are not given."""
 
-from collections.abc import Set
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from esengine.base.files import DATA
+from esengine.models import nano
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class Defaults:
         settings: packaged YAML file of the model's own settings.
         benchmark_name: name of the packaged benchmark of the model's own captions.
         test: file of that benchmark.
+        clip: folder of the model's own CLIP, which a reward finds by the model's name.
+        rewards: the model's own rewards: where the class of each is, as module:class. They read only captions of the
+            model's own world.
     """
 
     train: Path
@@ -30,10 +34,12 @@ class Defaults:
     settings: Path | None = None
     benchmark_name: str | None = None
     test: Path | None = None
+    clip: Path | None = None
+    rewards: Mapping[str, str] = field(default_factory=dict)
 
     def benchmark(self, name: str) -> str:
-        """The rewards of a benchmark, as for `esengine eval --reward`. `checker` reads only its own captions."""
-        judges = [judge for judge in self.judges.values() if judge != "checker" or name == self.benchmark_name]
+        """The rewards of a benchmark, as for `esengine eval --reward`."""
+        judges = [judge for judge in self.judges.values() if judge not in self.rewards or name == self.benchmark_name]
         return ",".join(f"{judge}=0" if i else judge for i, judge in enumerate(judges))
 
     def scored(self, reward: str, optimised: Set[str], prompts_given: bool) -> str:
@@ -52,11 +58,11 @@ class Defaults:
 
         Args:
             optimised: names of the optimised rewards.
-            prompts_given: whether the user gave the prompts, which `checker` may not be able to read.
+            prompts_given: whether the user gave the prompts, which the model's own rewards may not be able to read.
         """
         if not self.watches:
             return "auto"
-        left_out = optimised | ({"checker"} if prompts_given else set())
+        left_out = optimised | (set(self.rewards) if prompts_given else set())
         return ",".join(judge for name, judge in self.judges.items() if name not in left_out) or "none"
 
 
@@ -65,14 +71,16 @@ _PLAIN = Defaults(DATA / "prompts_train.txt", DATA / "prompts_heldout.txt", "pic
 _BY_NAME = {
     "tiny": Defaults(_PLAIN.train, _PLAIN.heldout, "jpeg_compressibility", _PLAIN.judges),
     "nano": Defaults(
-        DATA / "nano_train.txt",
-        DATA / "nano_validation.txt",
+        nano.DATA / "nano_train.txt",
+        nano.DATA / "nano_validation.txt",
         "checker",
         {"checker": "checker"} | {name: f"{name}(model=nano)" for name in _CLIP},
         watches=True,
-        settings=DATA / "nano.yaml",
+        settings=nano.DATA / "nano.yaml",
         benchmark_name="nano",
-        test=DATA / "nano_test.tsv",
+        test=nano.DATA / "nano_test.tsv",
+        clip=nano.CLIP,
+        rewards={"checker": "esengine.models.nano.checker:Checker"},
     ),
 }
 
@@ -80,6 +88,10 @@ DEMO = "nano"
 """The model of a run without flags."""
 BENCHMARKS = {each.benchmark_name: each.test for each in _BY_NAME.values() if each.benchmark_name}
 """Packaged benchmarks: file by name."""
+SETTINGS = {name: each.settings for name, each in _BY_NAME.items() if each.settings}
+"""Packaged settings of models: YAML file by the model's name."""
+REWARDS = {name: where for each in _BY_NAME.values() for name, where in each.rewards.items()}
+"""Rewards that belong to a model: module:class by name."""
 
 
 def defaults(model: str) -> Defaults:

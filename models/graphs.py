@@ -112,24 +112,24 @@ class Graphs:
         return Recorded(buffers, outputs, replay, pool)
 
 
-class Places:
-    """The memory addresses of a module's tensors. While `hold` is true, graphs captured of the module are valid.
+class Addresses:
+    """The memory addresses of a module's tensors. Graphs captured from the module are valid while `unchanged` is true.
 
-    The tree of modules is walked once, and its dicts of tensors and submodules are stored. `hold` reads these dicts, so
-    it notices tensors that were moved, cast or replaced, and submodules that were replaced.
+    The tree of modules is walked once, and its dicts of tensors and submodules are stored. `unchanged` reads these
+    dicts. So it notices tensors that were moved, cast or replaced, and submodules that were replaced.
     """
 
     def __init__(self, module: torch.nn.Module):
         modules = list(module.modules())
         self._children = [each._modules for each in modules if each._modules]
         self._tensors = [kind for each in modules for kind in (each._parameters, each._buffers)]
-        self._seen = self._look()
+        self._first = self._read()
 
-    def hold(self) -> bool:
+    def unchanged(self) -> bool:
         """Whether all tensors have the same addresses and dtypes, and all submodules are the same, as at the start."""
-        return self._look() == self._seen
+        return self._read() == self._first
 
-    def _look(self) -> tuple[list, list]:
+    def _read(self) -> tuple[list, list]:
         tensors = [(t.data_ptr(), t.dtype) for kind in self._tensors for t in kind.values() if t is not None]
         return [child for each in self._children for child in each.values()], tensors
 

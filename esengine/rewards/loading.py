@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from esengine.base.errors import ConfigError
+from esengine.models.defaults import defaults
 from esengine.rewards.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ CONVERTED = {"openai/clip-vit-base-patch32": "c237dc49a33fc61debc9276459120b7eac
 
 
 def locate(model: str | os.PathLike[str], revision: str | None) -> str:
-    """The safetensors folder or the hub id that `model` names. `nano` is clip-nano, which is part of this package.
+    """The safetensors folder or the hub id that `model` names. The name of a packaged model stands for its own CLIP.
 
     Raises:
         ConfigError: `model` is neither, or `revision` does not apply to it.
@@ -35,12 +36,7 @@ def locate(model: str | os.PathLike[str], revision: str | None) -> str:
     for argument, value in (("model", model), ("revision", revision)):
         if (value is not None or argument == "model") and (not isinstance(value, str) or not value):
             raise ConfigError(f"{argument}: expected text, got {value!r}; text that looks like a number needs quotes")
-    if model == "nano":
-        from esengine.models.nano import CLIP  # imports diffusers, which no other reward needs
-
-        folder = CLIP
-    else:
-        folder = Path(os.path.expanduser(model))
+    folder = defaults(model).clip or Path(os.path.expanduser(model))
     if folder.is_dir():
         if revision is not None:
             raise ConfigError(f"revision: {model} is a folder and has none, got {revision}")

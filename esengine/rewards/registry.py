@@ -5,11 +5,13 @@ import importlib
 import inspect
 import operator
 import os
+import pkgutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from esengine.base.errors import ConfigError
+from esengine.models.defaults import REWARDS
 from esengine.rewards.base import Reward, reason
 from esengine.rewards.clip import Aesthetic, ClipText, HPSv2, NoArtifacts, PickScore
 from esengine.rewards.jpeg import JpegCompressibility, JpegIncompressibility
@@ -18,10 +20,9 @@ from esengine.rewards.spec import COMBINED, Term, group, read
 from esengine.rewards.weighted import Weighted
 
 
-def _checker() -> Reward:
-    from esengine.rewards.checker import Checker  # imports diffusers, which no other reward needs
-
-    return Checker()
+def _of_model(path: str) -> Callable[[], Reward]:
+    """Builds a reward that belongs to a model, from module:class. The module is imported at first use."""
+    return lambda: pkgutil.resolve_name(path)()
 
 
 BUILTIN = {
@@ -31,9 +32,9 @@ BUILTIN = {
     "no_artifacts": NoArtifacts.from_pretrained,
     "hpsv2": HPSv2.from_pretrained,
     "remote": Remote,
-    "checker": _checker,
     "jpeg_compressibility": JpegCompressibility,
     "jpeg_incompressibility": JpegIncompressibility,
+    **{name: _of_model(path) for name, path in REWARDS.items()},
 }
 """Maps a name to the callable that builds the reward. "combined" is another name: see `load`."""
 

@@ -18,7 +18,7 @@ from esengine.base.errors import ConfigError
 from esengine.base.files import DATA
 from esengine.base.settings_file import MAX_COUNT, MAX_STEPS, check_counts, from_dict, read_yaml
 from esengine.es.rule import UpdateRule
-from esengine.models.defaults import DEMO
+from esengine.models.defaults import DEMO, SETTINGS
 from esengine.run import journal
 from esengine.sampling.settings import ImageSettings
 
@@ -243,7 +243,7 @@ def load(source: str | Path) -> TrainConfig:
 
 
 def config_file(source: str | Path) -> Path:
-    path, packaged = Path(source), DATA / f"{source}.yaml"
+    path, packaged = Path(source), SETTINGS.get(str(source), DATA / f"{source}.yaml")
     return packaged if not path.is_file() and packaged.is_file() else path
 
 

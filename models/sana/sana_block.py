@@ -59,7 +59,7 @@ from esengine.kernels import (
     shrink,
     stream_table,
     takes_low,
-    takes_shares,
+    takes_partial_sums,
 )
 from esengine.kernels.factors import STORE_FROM
 
@@ -126,31 +126,31 @@ class Stack:
                 "alpha and shape"
             )
 
-    def after(self, keys: MemberNoise, dtype: torch.dtype) -> Lora | None:
+    def as_next_lora(self, noise: MemberNoise, dtype: torch.dtype) -> Lora | None:
         """The targets, if the op that makes x in this dtype can also make partial sums of their shrink; else None."""
-        return self.adapters if self.adapters and takes_shares(self.adapters, keys.rank, dtype) else None
+        return self.adapters if self.adapters and takes_partial_sums(self.adapters, noise.rank, dtype) else None
 
     def __call__(
         self,
         x: torch.Tensor,
-        keys: MemberNoise,
+        noise: MemberNoise,
         modulation: Modulation | None = None,
-        shares: torch.Tensor | None = None,
-        reader: "Stack | None" = None,
+        partial_sums: torch.Tensor | None = None,
+        next_stack: "Stack | None" = None,
         **epilogue,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """y, and partial sums for `reader`, the stack that reads y, or None. See `shrink`, `mix`, `fused_linear`."""
+        """y, and the partial sums for `next_stack`, which reads y, or None. See `shrink`, `mix`, `fused_linear`."""
         # with partial sums no factors are stored: the GEMM rebuilds U' once for each of its tall tiles
-        low = self.noise(keys, x.shape[1] if shares is None else 0)
-        x, low = self.columns(x, low, modulation, shares)
-        h, _, own, factors = low or (None, None, None, None)
+        low = self.low_rank(noise, x.shape[1] if partial_sums is None else 0)
+        x, low = self.columns(x, low, modulation, partial_sums)
+        h, _, perturbation, factors = low or (None, None, None, None)
         options = dict(h=h, adapters=self.adapters, factors=factors, **epilogue)
-        then = None if reader is None else reader.after(keys, x.dtype)
-        if then is None:
-            return fused_linear(x, self.weight, self.bias, perturbation=own, **options), None
-        return fused_linear(x, self.weight, self.bias, perturbation=keys, then=then, **options)
+        next_lora = None if next_stack is None else next_stack.as_next_lora(noise, x.dtype)
+        if next_lora is None:
+            return fused_linear(x, self.weight, self.bias, perturbation=perturbation, **options), None
+        return fused_linear(x, self.weight, self.bias, perturbation=noise, next_lora=next_lora, **options)
 
-    def noise(self, keys: MemberNoise, tokens: int) -> LowRank | None:
+    def low_rank(self, noise: MemberNoise, tokens: int) -> LowRank | None:
         """The low-rank part without h; None without targets. From `STORE_FROM` tokens on it has stored factors."""
         for layer in self.layers:
             layer.mark_called()
@@ -159,19 +159,19 @@ class Stack:
         factors = None
         if tokens >= STORE_FROM:
             n, k = len(self.weight) // self.adapters.targets, self.weight.shape[1]
-            factors = member_factors(self.adapters, keys, k=k, n=n)
-        return LowRank(None, self.adapters, keys, factors)
+            factors = member_factors(self.adapters, noise, k=k, n=n)
+        return LowRank(None, self.adapters, noise, factors)
 
     def columns(
         self,
         x: torch.Tensor,
         low: LowRank | None,
         modulation: Modulation | None = None,
-        shares: torch.Tensor | None = None,
+        partial_sums: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, LowRank | None]:
         """x, modulated if asked, and `low` with its h, which comes from the partial sums or else from a pass over x."""
-        if shares is not None:
-            return x, low._replace(h=mix(shares, low.adapters, low.perturbation))
+        if partial_sums is not None:
+            return x, low._replace(h=mix(partial_sums, low.adapters, low.perturbation))
         if low is None:
             return shrink(x, None, None, modulation)
         x, h = shrink(x, low.adapters, low.perturbation, modulation, low.factors)
@@ -180,12 +180,12 @@ class Stack:
     def plain(
         self,
         x: torch.Tensor,
-        keys: MemberNoise,
+        noise: MemberNoise,
         modulation: Modulation | None = None,
-        shares: torch.Tensor | None = None,
+        partial_sums: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, LowRank | None]:
         """torch's product without the low-rank part, and the low-rank part for the op that reads the product."""
-        x, low = self.columns(x, self.noise(keys, x.shape[1]), modulation, shares)
+        x, low = self.columns(x, self.low_rank(noise, x.shape[1]), modulation, partial_sums)
         return F.linear(x, self.weight, self.bias), low
 
 
@@ -232,7 +232,7 @@ class FusedBlock:
 
     def forward(
         self,
-        keys: MemberNoise,
+        noise: MemberNoise,
         z_btd: torch.Tensor,
         attention_mask: torch.Tensor | None,
         text_blc: torch.Tensor,
@@ -242,15 +242,15 @@ class FusedBlock:
         width: int,
     ) -> torch.Tensor:
         block, conv = self.module, self.module.ff
-        _check(keys, z_btd, text_blc)
+        _check(noise, z_btd, text_blc)
         z_btd = z_btd.contiguous()  # the first block's input has the layout of the patch embedding
         table_b6d = block.scale_shift_table[None] + timestep.reshape(len(z_btd), 6, -1)
         shift, scale, gate, shift_ff, scale_ff, gate_ff = table_b6d.unbind(1)
         modulation = Modulation(shift, scale, block.norm1.eps)
         modulation_ff = Modulation(shift_ff, scale_ff, block.norm2.eps)
-        by_consumer = self._by_consumer(keys, z_btd)
+        by_consumer = self._by_consumer(noise, z_btd)
         attend = self._attend_by_consumer if by_consumer else self._attend_by_epilogue
-        z_btd, x_btd = attend(keys, z_btd, text_blc, text_mask, modulation, gate, modulation_ff)
+        z_btd, x_btd = attend(noise, z_btd, text_blc, text_mask, modulation, gate, modulation_ff)
 
         y = fused_linear(x_btd, conv.conv_inverted.weight.flatten(1), conv.conv_inverted.bias, activation="silu")
         y = depthwise_gate(y, conv.conv_depth.weight, conv.conv_depth.bias, height=height, width=width)
@@ -259,7 +259,7 @@ class FusedBlock:
             return residual_norm(F.linear(y, point), z_btd, gate=gate_ff).z
         return fused_linear(y, point, residual=z_btd, gate=gate_ff)
 
-    def _by_consumer(self, keys: MemberNoise, z_btd: torch.Tensor) -> bool:
+    def _by_consumer(self, noise: MemberNoise, z_btd: torch.Tensor) -> bool:
         """Whether to take the path `consumer`.
 
         The launch settings must choose it for this shape, and the attention must be able to add the low-rank parts of
@@ -267,62 +267,64 @@ class FusedBlock:
         """
         adapters, heads = self.qkv.adapters, self.module.attn1.heads
         if adapters is not None and not (
-            takes_low(adapters, keys.rank) and self.module.attn1.inner_dim // heads % 4 == 0
+            takes_low(adapters, noise.rank) and self.module.attn1.inner_dim // heads % 4 == 0
         ):
             return False
-        shape = dict(dtype=configs.named(z_btd.dtype), t=z_btd.shape[1])
+        shape = dict(dtype=configs.dtype_name(z_btd.dtype), t=z_btd.shape[1])
         return configs.path("sana_block", z_btd.device, **shape) == "consumer"
 
     def _attend_by_epilogue(
-        self, keys, z_btd, text_blc, text_mask, modulation, gate, modulation_ff
+        self, noise, z_btd, text_blc, text_mask, modulation, gate, modulation_ff
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """z after both attentions, and the GLUMBConv's x. `fused_linear` adds the low-rank parts in its epilogue."""
         cross = self.module.attn2
-        y_btd, shares = self._linear_attention(self.qkv(z_btd, keys, modulation)[0], keys)
-        z_btd, shares = self.out(y_btd, keys, shares=shares, reader=self.q, residual=z_btd, gate=gate)
-        q = self.q(z_btd, keys, shares=shares)[0]
+        y_btd, partial_sums = self._linear_attention(self.qkv(z_btd, noise, modulation)[0], noise)
+        z_btd, partial_sums = self.out(
+            y_btd, noise, partial_sums=partial_sums, next_stack=self.q, residual=z_btd, gate=gate
+        )
+        q = self.q(z_btd, noise, partial_sums=partial_sums)[0]
         if cross.norm_q is not None:
             q = F.rms_norm(q, cross.norm_q.dim, cross.norm_q.weight, cross.norm_q.eps)
-        y_btd = self._cross_attention(q, text_blc, text_mask, keys)
-        z_btd, _ = self.cross_out(y_btd, keys, residual=z_btd)
+        y_btd = self._cross_attention(q, text_blc, text_mask, noise)
+        z_btd, _ = self.cross_out(y_btd, noise, residual=z_btd)
         return z_btd, shrink(z_btd, None, None, modulation_ff)[0]
 
     def _attend_by_consumer(
-        self, keys, z_btd, text_blc, text_mask, modulation, gate, modulation_ff
+        self, noise, z_btd, text_blc, text_mask, modulation, gate, modulation_ff
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same result, but the op that reads a product adds its low-rank part."""
         norm, tokens = self.module.attn2.norm_q, z_btd.shape[1]
-        qkv, low = self.qkv.plain(z_btd, keys, modulation)
-        y_btd, shares = self._linear_attention(qkv, keys, low)
-        y_btd, low = self.out.plain(y_btd, keys, shares=shares)
+        qkv, low = self.qkv.plain(z_btd, noise, modulation)
+        y_btd, partial_sums = self._linear_attention(qkv, noise, low)
+        y_btd, low = self.out.plain(y_btd, noise, partial_sums=partial_sums)
         if norm is None:
             z_btd = residual_norm(y_btd, z_btd, gate=gate, low=low).z
-            q = self.q(z_btd, keys)[0]
+            q = self.q(z_btd, noise)[0]
         else:
-            z_btd, _, low = residual_norm(y_btd, z_btd, gate=gate, low=low, then=self.q.noise(keys, tokens))
+            z_btd, _, low = residual_norm(y_btd, z_btd, gate=gate, low=low, next_lora=self.q.low_rank(noise, tokens))
             q = rms_norm(F.linear(z_btd, self.q.weight, self.q.bias), norm.weight, norm.eps, low)
-        y_btd, low = self.cross_out.plain(self._cross_attention(q, text_blc, text_mask, keys), keys)
+        y_btd, low = self.cross_out.plain(self._cross_attention(q, text_blc, text_mask, noise), noise)
         z_btd, x_btd, _ = residual_norm(y_btd, z_btd, low=low, modulation=modulation_ff)
         return z_btd, x_btd
 
     def _linear_attention(
-        self, qkv: torch.Tensor, keys: MemberNoise, low: LowRank | None = None
+        self, qkv: torch.Tensor, noise: MemberNoise, low: LowRank | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """y, and the partial sums for to_out, or None."""
         attention = self.module.attn1
         norms = {} if attention.norm_q is None else {"eps": attention.norm_q.eps}
         for name in ("norm_q", "norm_k") if norms else ():
             norms[name] = getattr(attention, name).weight
-        heads, then = attention.heads, self.out.after(keys, qkv.dtype)
-        then = None if attention.inner_dim // heads % 4 else then
-        y = linear_attention(*qkv.chunk(3, -1), heads=heads, then=then, perturbation=keys, low=low, **norms)
-        return (y, None) if then is None else y
+        heads, next_lora = attention.heads, self.out.as_next_lora(noise, qkv.dtype)
+        next_lora = None if attention.inner_dim // heads % 4 else next_lora
+        y = linear_attention(*qkv.chunk(3, -1), heads=heads, next_lora=next_lora, perturbation=noise, low=low, **norms)
+        return (y, None) if next_lora is None else y
 
     def _cross_attention(
-        self, q: torch.Tensor, text_blc: torch.Tensor, text_mask: torch.Tensor | None, keys: MemberNoise
+        self, q: torch.Tensor, text_blc: torch.Tensor, text_mask: torch.Tensor | None, noise: MemberNoise
     ) -> torch.Tensor:
         """The input of to_out: attention of the normalised q to the text."""
-        cross, (k, v) = self.module.attn2, self.kv(text_blc, keys)[0].chunk(2, -1)
+        cross, (k, v) = self.module.attn2, self.kv(text_blc, noise)[0].chunk(2, -1)
         if cross.norm_k is not None:
             k = F.rms_norm(k, cross.norm_k.dim, cross.norm_k.weight, cross.norm_k.eps)
         q, k, v = (y.unflatten(-1, (cross.heads, -1)).transpose(1, 2) for y in (q, k, v))
@@ -349,10 +351,10 @@ class FusedCaption:
         for layer in (projection.linear_1, projection.linear_2):
             Stack.check(layer)
 
-    def forward(self, keys: MemberNoise, text_blc: torch.Tensor) -> torch.Tensor:
-        _check(keys, text_blc)
-        y_blc, shares = self.first(text_blc, keys, reader=self.second, activation="gelu_tanh")
-        return self.second(y_blc, keys, shares=shares)[0]
+    def forward(self, noise: MemberNoise, text_blc: torch.Tensor) -> torch.Tensor:
+        _check(noise, text_blc)
+        y_blc, partial_sums = self.first(text_blc, noise, next_stack=self.second, activation="gelu_tanh")
+        return self.second(y_blc, noise, partial_sums=partial_sums)[0]
 
 
 class TokenConv:
@@ -375,7 +377,7 @@ class TokenConv:
         if sizes != [(1, 1), (3, 3), (1, 1)] or depth.groups != len(depth.weight) or point.bias is not None:
             raise CannotFuse("its GLUMBConv has other convolutions or another activation than SANA's")
 
-    def forward(self, keys: MemberNoise, x_bchw: torch.Tensor) -> torch.Tensor:
+    def forward(self, noise: MemberNoise, x_bchw: torch.Tensor) -> torch.Tensor:
         inverted, depth, point = self.module.conv_inverted, self.module.conv_depth, self.module.conv_point
         x_bchw = x_bchw.contiguous(memory_format=torch.channels_last)
         y_bchw = F.silu(F.conv2d(x_bchw, inverted.weight, inverted.bias), inplace=True)
@@ -394,9 +396,9 @@ def _refuse_changed(module: nn.Module) -> None:
             raise CannotFuse(f"{name or type(each).__name__} has a weight that is computed anew at each use")
 
 
-def _check(keys: MemberNoise, *states: torch.Tensor) -> None:
-    if len(keys.members) != len(states[0]):
-        given = f"int64 [{len(states[0])}], got int64 [{len(keys.members)}]"
+def _check(noise: MemberNoise, *states: torch.Tensor) -> None:
+    if len(noise.members) != len(states[0]):
+        given = f"int64 [{len(states[0])}], got int64 [{len(noise.members)}]"
         raise ValueError(f"members: expected one for each batch row, {given}")
     if torch.is_grad_enabled() and any(x.requires_grad for x in states):
         raise RuntimeError("hidden states: fused blocks have no gradient; call them under torch.no_grad")
@@ -450,14 +452,14 @@ def fused_parts(transformer: SanaTransformer2DModel, triton: bool) -> list[Part]
 
 
 @contextmanager
-def patched(parts: Sequence[Part], keys: MemberNoise | None) -> Iterator[None]:
-    """Inside the block, the modules of the parts run in their fused form, with the noise `keys`.
+def patched(parts: Sequence[Part], noise: MemberNoise | None) -> Iterator[None]:
+    """Inside the block, the modules of the parts run in their fused form. `noise` is the noise of the batch.
 
-    `TokenConv` does not use `keys`. Afterwards the modules run as before.
+    `TokenConv` does not use `noise`. Afterwards the modules run as before.
     """
     try:
         for each in parts:
-            each.module.forward = partial(each.forward, keys)
+            each.module.forward = partial(each.forward, noise)
         yield
     finally:
         for each in parts:

@@ -68,8 +68,8 @@ class SanaSprint:
         self._identity = identity
         self._local_files_only = local_files_only
         self._vae_identity = vae_identity
-        self._captured: tuple[tuple, graphs.Graphs | None, graphs.Places] | None = None
-        self._built: tuple[tuple, list[Part], graphs.Places] | None = None
+        self._captured: tuple[tuple, graphs.Graphs | None, graphs.Addresses] | None = None
+        self._built: tuple[tuple, list[Part], graphs.Addresses] | None = None
         self._checks = FiniteChecks()
 
     @property
@@ -421,10 +421,10 @@ class SanaSprint:
         found = None
         if graphs.supported(self.device):
             state = population, population.noise, _switches(population), population.backend
-            if self._captured is None or self._captured[0] != state or not self._captured[2].hold():
+            if self._captured is None or self._captured[0] != state or not self._captured[2].unchanged():
                 found = graphs.Graphs(self._session(population)) if self.fuses(population) else None
                 # record the addresses now: stacking q, k and v may have moved weights
-                self._captured = state, found, graphs.Places(self.transformer)
+                self._captured = state, found, graphs.Addresses(self.transformer)
             found = self._captured[1]
         if found is None and settings.graphs == "always":
             raise ConfigError(f"graphs: always needs fused blocks on a CUDA device, the model is on {self.device}")
@@ -449,9 +449,9 @@ class SanaSprint:
         if why_not_fused(self.transformer, True) is not None:
             return []
         state = population, _switches(population)
-        if self._built is None or self._built[0] != state or not self._built[2].hold():
+        if self._built is None or self._built[0] != state or not self._built[2].unchanged():
             parts = fused_parts(self.transformer, True)
-            self._built = state, parts, graphs.Places(self.transformer)  # after stacking, which moves weights
+            self._built = state, parts, graphs.Addresses(self.transformer)  # after stacking, which moves weights
         return self._built[1]
 
     def load_adapter(self, path: str | Path) -> None:

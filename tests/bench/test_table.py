@@ -3,7 +3,7 @@
 import json
 
 import pytest
-import suite
+import suite.run
 import table
 
 
@@ -53,12 +53,14 @@ def test_every_record_of_the_suite_is_a_section(tmp_path, monkeypatch):
 
 def test_the_suite_writes_the_file_that_the_table_reads(monkeypatch, tmp_path):
     kept = []
-    monkeypatch.setattr(suite, "RESULTS", tmp_path)
-    monkeypatch.setattr(suite.record, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(suite, "run", lambda *a, json_path, **k: kept.append(json_path) or {"summary": {}, "parts": {}})
-    monkeypatch.setattr(suite, "table", lambda summary: "")
-    monkeypatch.setattr(suite, "rows", lambda summary: [])
-    assert suite.main(["--device", "cpu"]) == 0
+    monkeypatch.setattr(suite.run, "RESULTS", tmp_path)
+    monkeypatch.setattr(suite.run.record, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(
+        suite.run, "run", lambda *a, json_path, **k: kept.append(json_path) or {"summary": {}, "parts": {}}
+    )
+    monkeypatch.setattr(suite.run, "table", lambda summary: "")
+    monkeypatch.setattr(suite.run, "rows", lambda summary: [])
+    assert suite.run.main(["--device", "cpu"]) == 0
     assert kept[0].name == "gpu_suite_nvidia_h100_80gb_hbm3.json"
     assert kept[0].match(table.FILES)
 

@@ -12,7 +12,18 @@ from esengine.base.settings_file import from_dict
 from esengine.cli.flags import parse, parse_train
 from esengine.cli.settings import EnvConfig, EvalConfig, RenderConfig
 from esengine.es.rule import UpdateRule
-from esengine.run.settings import MAY_CHANGE, ESSettings, LoraSettings, TrainConfig, differences, load, to_dict, to_yaml
+from esengine.models.defaults import SETTINGS
+from esengine.run.settings import (
+    MAY_CHANGE,
+    ESSettings,
+    LoraSettings,
+    TrainConfig,
+    config_file,
+    differences,
+    load,
+    to_dict,
+    to_yaml,
+)
 from esengine.sampling.settings import ImageSettings
 
 
@@ -107,7 +118,8 @@ def test_an_alpha_from_the_command_line_is_that_of_all_layers(flags, pattern):
 
 def test_the_packaged_file_is_found_by_name_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert sorted(path.stem for path in DATA.glob("*.yaml")) == ["nano", "reference"]
+    assert [path.stem for path in DATA.glob("*.yaml")] == ["reference"]
+    assert config_file("nano") == SETTINGS["nano"]
     config = parse_train(["--config", "reference", "--steps", "2"])
     assert (config.population, config.steps, config.es.sigma, config.update.lr_scale) == (128, 2, 1e-2, 0.1)
     assert (config.image.x0_angle, config.es.prompts_per_step, config.es.repeats) == (1.3, 4, 4)

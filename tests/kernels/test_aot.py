@@ -12,9 +12,9 @@ import torch
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 import aot  # noqa: E402
-import standin  # noqa: E402
 import triton.language as tl  # noqa: E402
 from peft import LoraConfig  # noqa: E402
+from suite import standin  # noqa: E402
 
 import esengine  # noqa: E402
 from esengine.kernels import Lora, MemberNoise, configs, population_linear  # noqa: E402
@@ -166,7 +166,16 @@ def test_a_devices_file_adds_the_launches_that_it_changes(monkeypatch, tmp_path)
         aot.launches.cache_clear()
 
 
-POINTERS = ("bias_ptr", "h_ptr", "factors_ptr", "residual_ptr", "gate_ptr", "then_ptr", "norm_k_ptr", "shift_ptr")
+POINTERS = (
+    "bias_ptr",
+    "h_ptr",
+    "factors_ptr",
+    "residual_ptr",
+    "gate_ptr",
+    "next_streams_ptr",
+    "norm_k_ptr",
+    "shift_ptr",
+)
 
 
 def given(kernel, args, kwargs) -> set[str]:
@@ -177,14 +186,14 @@ def given(kernel, args, kwargs) -> set[str]:
 
 FORWARD = [
     # to_out of the attention, cross-attention's to_out, q|k|v, text's k|v, the Mix-FFN's two
-    ("_linear_kernel", "bias h residual gate then", dict(K=2240, G=1, T=256)),
+    ("_linear_kernel", "bias h residual gate next_streams", dict(K=2240, G=1, T=256)),
     ("_linear_kernel", "bias h factors residual", dict(K=2240, G=1, T=256)),
     ("_linear_kernel", "h factors", dict(K=2240, G=3, T=256)),
     ("_linear_kernel", "bias h factors", dict(K=2240, G=2, T=40)),
     ("_linear_kernel", "bias", dict(K=2240, G=1, T=256, ACTIVATION="silu")),
     ("_linear_kernel", "residual gate", dict(K=5600, G=1, T=256)),
     # caption, time
-    ("_linear_kernel", "bias h factors then", dict(K=2304, ACTIVATION="gelu_tanh", T=40)),
+    ("_linear_kernel", "bias h factors next_streams", dict(K=2304, ACTIVATION="gelu_tanh", T=40)),
     ("_linear_kernel", "bias h", dict(K=2240, G=1, T=40)),
     ("_linear_kernel", "bias h", dict(K=256, T=1)),
     ("_shrink_kernel", "h factors shift", dict(G=3, MODULATED=True, stride_xk=1)),
@@ -192,8 +201,8 @@ FORWARD = [
     ("_factors_kernel", "", dict(G=3)),
     ("_mix_kernel", "h", dict(PARTS=70)),
     ("_mix_kernel", "h", dict(PARTS=18)),
-    ("_attention_kernel", "then norm_k", dict(T=256)),
-    ("_attention_kernel", "then norm_k", dict(T=1024)),
+    ("_attention_kernel", "next_streams norm_k", dict(T=256)),
+    ("_attention_kernel", "next_streams norm_k", dict(T=1024)),
     ("_depthwise_gate_kernel", "bias", dict(W=32, C=5600)),
 ]
 
@@ -213,10 +222,10 @@ def test_the_gate_compiles_what_a_forward_at_full_size_launches(kernel, operands
 
 CONSUMER = [
     # q|k|v's low-rank part in the attention and in the norm of k, to_out's with to_q's columns, cross to_out's with x
-    ("_attention_kernel", "h factors then norm_k", dict(G=3, T=256)),
-    ("_attention_kernel", "h factors then norm_k", dict(G=3, T=1024)),
+    ("_attention_kernel", "h factors next_streams norm_k", dict(G=3, T=256)),
+    ("_attention_kernel", "h factors next_streams norm_k", dict(G=3, T=1024)),
     ("_rstd_kernel", "h factors", dict(G=3)),
-    ("_residual_norm_kernel", "h factors residual gate then", dict(N=2240, G=1)),
+    ("_residual_norm_kernel", "h factors residual gate next_streams", dict(N=2240, G=1)),
     ("_rms_norm_kernel", "h factors", dict(N=2240, G=1)),
     ("_residual_norm_kernel", "h factors residual shift", dict(N=2240, G=1)),
     ("_residual_norm_kernel", "residual gate", dict(N=2240, G=0)),
@@ -261,10 +270,10 @@ def test_a_forward_expands_every_target_of_the_reference_run_once():
 
 def test_what_the_block_launches_is_what_is_compiled(monkeypatch):
     """The cases follow the block's own code."""
-    assert any("then" in given(*launch) for launch in forward_launches())
+    assert any("next_streams" in given(*launch) for launch in forward_launches())
     assert {kwargs.get("stride_xk", 1) for _, _, kwargs in forward_launches()} == {1}  # also of the first block
-    monkeypatch.setattr(sana_block, "takes_shares", lambda *args: False)
-    assert not any("then" in given(*launch) for launch in forward_launches())
+    monkeypatch.setattr(sana_block, "takes_partial_sums", lambda *args: False)
+    assert not any("next_streams" in given(*launch) for launch in forward_launches())
 
 
 def perturbed_linear(n_in, tokens, step):

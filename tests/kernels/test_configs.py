@@ -37,7 +37,7 @@ def use(monkeypatch, tmp_path):
 
 def test_the_default_file_serves_every_op():
     values = dict(dtype="float32", t=1, k=8, n=8, c=8, d=8, columns=3, gated=True, residual=True, modulated=False)
-    values |= dict(height=4, width=4, channels=8, rows=2, cols=8, then=3)
+    values |= dict(height=4, width=4, channels=8, rows=2, cols=8, next_columns=3)
     for op, spec in configs.OPS.items():
         found = configs.settings(op, CPU, **{name: values[name] for name in spec.conditions})
         assert set(found) == set(spec.settings)

@@ -124,10 +124,10 @@ def exact_stream(y, residual, gate, low):
     return residual.double() + (wide if gate is None else wide * gate.double()[:, None])
 
 
-def assert_stream(got, y, residual, gate, low, modulation, then):
+def assert_stream(got, y, residual, gate, low, modulation, next_lora):
     assert_rounded_once(got.z, exact_stream(y, residual, gate, low), y.dtype)
     assert (got.x is None) == (modulation is None)
-    assert (got.then is None) == (then is None)
+    assert (got.next_lora is None) == (next_lora is None)
     # the interpreter reads z before it is rounded
     bound = torch.finfo(y.dtype).eps * (2 if INTERPRET else 0.6) + 2.0**-15
     if modulation is not None:
@@ -136,9 +136,12 @@ def assert_stream(got, y, residual, gate, low, modulation, then):
         x = normed * (1 + scale.double()[:, None]) + shift.double()[:, None]
         assert got.x.dtype == y.dtype
         assert relative(got.x, x) <= bound
-    if then is not None:
-        assert got.then[1:] == then[1:]
-        assert relative(got.then.h, shrink_ref(got.z, then.adapters, then.perturbation)[1].double()) <= bound
+    if next_lora is not None:
+        assert got.next_lora[1:] == next_lora[1:]
+        assert (
+            relative(got.next_lora.h, shrink_ref(got.z, next_lora.adapters, next_lora.perturbation)[1].double())
+            <= bound
+        )
 
 
 @pytest.mark.parametrize("stored", [True, False])
@@ -153,9 +156,9 @@ def test_residual_norm(device, r, rank, dtype, stored):
     ):
         y, residual, gate, modulation = streams_of(n, t, dtype, device, gated=gated)
         low = target(n, r, rank, device, t=t, stored=stored)
-        then = target(n, r, rank, device, stored=stored, k=n)._replace(perturbation=low.perturbation)
+        next_lora = target(n, r, rank, device, stored=stored, k=n)._replace(perturbation=low.perturbation)
         options = dict(
-            gate=gate, low=low, modulation=modulation if modulated else None, then=then if followed else None
+            gate=gate, low=low, modulation=modulation if modulated else None, next_lora=next_lora if followed else None
         )
         for op in (residual_norm, residual_norm_ref):
             got = op(y, residual, **options)
@@ -168,10 +171,10 @@ def test_residual_norm_of_a_whole_product(device, dtype, gated):
     y, residual, gate, modulation = streams_of(70, 33, dtype, device, gated=gated)
     got = residual_norm(y, residual, gate=gate)
     assert_stream(got, y, residual, gate, None, None, None)
-    then = target(70, 2, 1, device, k=70)
-    options = dict(gate=gate, low=None, modulation=None, then=then)
+    next_lora = target(70, 2, 1, device, k=70)
+    options = dict(gate=gate, low=None, modulation=None, next_lora=next_lora)
     assert_stream(residual_norm(y.mT.contiguous().mT, residual, **options), y, residual, **options)
-    options |= dict(modulation=modulation, then=None)
+    options |= dict(modulation=modulation, next_lora=None)
     assert_stream(residual_norm(y, residual.mT.contiguous().mT, **options), y, residual, **options)
 
 
@@ -192,19 +195,19 @@ def test_a_row_alone_is_the_row_in_the_batch(device, every_row_alike, dtype, sto
         pytest.skip("the references' sums are torch's")
     y, residual, gate, modulation = streams_of(21, 19, dtype, device)
     low = target(21, 3, 2, device, t=19, stored=stored)
-    then = target(21, 3, 2, device, stored=stored, k=21)._replace(perturbation=low.perturbation)
+    next_lora = target(21, 3, 2, device, stored=stored, k=21)._replace(perturbation=low.perturbation)
     whole = residual_norm(y, residual, gate=gate, low=low, modulation=modulation)
-    followed = residual_norm(y, residual, gate=gate, low=low, then=then)
+    followed = residual_norm(y, residual, gate=gate, low=low, next_lora=next_lora)
     normed = rms_norm(y, gate[0], 1e-5, low)
     for row in range(3):
         one, own = slice(row, row + 1), alone(low, row)
-        reader = alone(then, row)._replace(perturbation=own.perturbation)
+        reader = alone(next_lora, row)._replace(perturbation=own.perturbation)
         cut = modulation._replace(shift=modulation.shift[one], scale=modulation.scale[one])
         got = residual_norm(y[one], residual[one], gate=gate[one], low=own, modulation=cut)
         assert torch.equal(got.z, whole.z[one])
         assert torch.equal(got.x, whole.x[one])
-        got = residual_norm(y[one], residual[one], gate=gate[one], low=own, then=reader)
-        assert torch.equal(got.then.h, followed.then.h[one])
+        got = residual_norm(y[one], residual[one], gate=gate[one], low=own, next_lora=reader)
+        assert torch.equal(got.next_lora.h, followed.next_lora.h[one])
         assert torch.equal(rms_norm(y[one], gate[0], 1e-5, own), normed[one])
 
 
@@ -214,11 +217,11 @@ def test_nothing_to_compute(device, t):
     low = target(8, 2, 1, device, t=t)
     if t:
         low = LowRank(low.h[:0], low.adapters, low.perturbation._replace(members=low.perturbation.members[:0]))
-    then = LowRank(None, target(8, 2, 1, device, k=8).adapters, low.perturbation)
+    next_lora = LowRank(None, target(8, 2, 1, device, k=8).adapters, low.perturbation)
     assert residual_norm(y, y, low=low, modulation=Modulation(y.sum(1), y.sum(1))).x.shape == y.shape
-    got = residual_norm(y, y, low=low, then=then)
+    got = residual_norm(y, y, low=low, next_lora=next_lora)
     assert got.z.shape == rms_norm(y, y.new_ones(8), 1e-5, low).shape == y.shape
-    assert got.then.h.shape == (*y.shape[:2], 3)
+    assert got.next_lora.h.shape == (*y.shape[:2], 3)
 
 
 def test_a_step_of_a_tensor(device):
@@ -296,21 +299,25 @@ def test_a_wrong_operand_of_the_norm_is_refused_by_name(op, change, words):
         ("gate", lambda g: g.mT.contiguous().mT, r"gate: expected .* last stride 1.* strides"),
         ("modulation", lambda m: m._replace(shift=m.shift[1:]), r"shift: expected float32 \[3, 21\]"),
         ("modulation", lambda m: m._replace(scale=m.scale.half()), "scale: expected float32 .* got float16"),
-        ("then", of_lora("a", lambda a: a[:, 1:]), r"then.adapters.a: expected float32 \[G r, 21\]"),
-        ("then", of_lora("streams", lambda s: s.repeat(2, 1)), "then.adapters.streams: .* of one target"),
-        ("then", lambda then: then._replace(h=torch.zeros(3, 5, 3)), "then.h: expected None, as it is made here"),
-        ("then", lambda then: then._replace(factors=then.factors[:, :, 1:]), "factors: expected"),
-        ("then", of_noise(rank=0), "rank: expected at least 1"),
-        ("then", of_noise(), "then.perturbation: expected the same object as low's"),
+        ("next_lora", of_lora("a", lambda a: a[:, 1:]), r"next_lora.adapters.a: expected float32 \[G r, 21\]"),
+        ("next_lora", of_lora("streams", lambda s: s.repeat(2, 1)), "next_lora.adapters.streams: .* of one target"),
+        (
+            "next_lora",
+            lambda next_lora: next_lora._replace(h=torch.zeros(3, 5, 3)),
+            "next_lora.h: expected None, as it is made here",
+        ),
+        ("next_lora", lambda next_lora: next_lora._replace(factors=next_lora.factors[:, :, 1:]), "factors: expected"),
+        ("next_lora", of_noise(rank=0), "rank: expected at least 1"),
+        ("next_lora", of_noise(), "next_lora.perturbation: expected the same object as low's"),
     ],
 )
 def test_a_wrong_operand_of_the_stream_is_refused_by_name(op, name, change, words):
     y, residual, gate, modulation = streams_of(21, 5, torch.float32, "cpu")
     low = target(21, 2, 1, "cpu", t=5)
-    then = target(21, 2, 1, "cpu", k=21)._replace(perturbation=low.perturbation)
-    given = dict(y=y, residual=residual, gate=gate, modulation=modulation, then=then)
+    next_lora = target(21, 2, 1, "cpu", k=21)._replace(perturbation=low.perturbation)
+    given = dict(y=y, residual=residual, gate=gate, modulation=modulation, next_lora=next_lora)
     given[name] = change(given[name])
-    given["then" if name == "modulation" else "modulation"] = None
+    given["next_lora" if name == "modulation" else "modulation"] = None
     with pytest.raises(ValueError, match=words):
         op(given.pop("y"), given.pop("residual"), low=low, **given)
 
@@ -318,8 +325,8 @@ def test_a_wrong_operand_of_the_stream_is_refused_by_name(op, name, change, word
 @pytest.mark.parametrize("op", [residual_norm, residual_norm_ref])
 def test_modulation_and_a_reader_are_not_both(op):
     y, _, _, modulation = streams_of(21, 5, torch.float32, "cpu")
-    with pytest.raises(ValueError, match="modulation, then: expected at most one of them, got both"):
-        op(y, y, modulation=modulation, then=target(21, 2, 1, "cpu", k=21))
+    with pytest.raises(ValueError, match="modulation, next_lora: expected at most one of them, got both"):
+        op(y, y, modulation=modulation, next_lora=target(21, 2, 1, "cpu", k=21))
 
 
 @pytest.mark.parametrize("name", ["rms_norm", "residual_norm"])

@@ -19,7 +19,7 @@ from esengine.kernels import (
     stream_table,
     uses_triton,
 )
-from esengine.kernels.factors import places, width
+from esengine.kernels.factors import factor_starts, factor_width
 
 K, N, MEMBERS = 37, 21, (5, 4, 9, 5)
 
@@ -40,10 +40,10 @@ def operands(device, *, targets=2, r=3, rank=2):
 def test_numbers_are_the_contracts(device, r, rank):
     adapters, noise = operands(device, r=r, rank=rank)
     factors = member_factors(adapters, noise, k=K, n=N)
-    assert factors.shape == (4, 2, width(K, N, r, rank))
+    assert factors.shape == (4, 2, factor_width(K, N, r, rank))
     kp = padded_rank(rank)
     for i, streams in enumerate(adapters.streams.tolist()):
-        for stream, length, start in zip(streams, (K, r, r, N), (0, *places(K, r, rank)), strict=True):
+        for stream, length, start in zip(streams, (K, r, r, N), (0, *factor_starts(K, r, rank)), strict=True):
             if length == 0:
                 continue
             pairs = noise.members >> 1

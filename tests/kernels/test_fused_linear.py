@@ -20,7 +20,7 @@ from esengine.kernels import (
     stream_table,
 )
 from esengine.kernels.noise import INTERPRET
-from esengine.kernels.shrink import shares_ref, takes_shares
+from esengine.kernels.shrink import partial_sums_ref, takes_partial_sums
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -270,10 +270,10 @@ def target(k, r, rank, device):
 @pytest.mark.parametrize(("r", "rank"), [(0, 1), (2, 1), (2, 2), (8, 3), (15, 1)])
 @pytest.mark.parametrize("parts", [1, 5])
 def test_mix(device, r, rank, parts):
-    """Shares of x [A^T | V], however they are cut, mix to what shrink makes of x."""
+    """`mix` of partial sums of x [A^T | V] gives the h of `shrink`, however x is cut."""
     adapters, perturbation = target(40, r, rank, device)
     x = draw(4, 70, 40, device=device)
-    whole = shares_ref(x.bfloat16(), adapters, perturbation)
+    whole = partial_sums_ref(x.bfloat16(), adapters, perturbation)
     weights = torch.linspace(-1, 1, parts, device=device) + 1 / parts if parts > 1 else torch.ones(1, device=device)
     cut = whole * weights[:, None, None, None]
     assert_close(mix_ref(cut, adapters, perturbation), shrink_ref(x.bfloat16(), adapters, perturbation)[1])
@@ -283,52 +283,52 @@ def test_mix(device, r, rank, parts):
 @pytest.mark.usefixtures("every_row_alike")
 @pytest.mark.parametrize(("r", "rank"), [(0, 1), (2, 1), (8, 3)])
 @pytest.mark.parametrize(("t", "n"), [(1, 70), (17, 70), (64, 300)])
-def test_shares_of_a_linear(device, r, rank, t, n):
+def test_partial_sums_of_a_linear(device, r, rank, t, n):
     """What the GEMM leaves for the linear that reads y, and y as without it, where tiles touch several members too."""
-    then, perturbation = target(n, r, rank, device)
+    next_lora, perturbation = target(n, r, rank, device)
     x, residual = (
         draw(4, t, 40, dtype=torch.bfloat16, device=device),
         draw(4, t, n, dtype=torch.bfloat16, device=device),
     )
     weight, gate = draw(n, 40, dtype=torch.bfloat16, device=device), draw(4, n, seed=5, device=device).bfloat16()
     options = dict(residual=residual, gate=gate, perturbation=perturbation)
-    y, shares = fused_linear(x, weight, **options, then=then)
+    y, partial_sums = fused_linear(x, weight, **options, next_lora=next_lora)
     assert torch.equal(y, fused_linear(x, weight, **options))
-    assert shares.shape[1:] == (4, t, r + rank)
+    assert partial_sums.shape[1:] == (4, t, r + rank)
     # two bf16 halves of a column are within 2^-16 of it; the interpreter multiplies y before it is rounded
     bound = 2.0**-7 if INTERPRET else 2.0**-15
-    assert_close(shares.sum(0), shares_ref(y, then, perturbation)[0], bound=bound)
-    assert_close(mix(shares, then, perturbation), shrink_ref(y, then, perturbation)[1], bound=bound)
+    assert_close(partial_sums.sum(0), partial_sums_ref(y, next_lora, perturbation)[0], bound=bound)
+    assert_close(mix(partial_sums, next_lora, perturbation), shrink_ref(y, next_lora, perturbation)[1], bound=bound)
     some = perturbation._replace(members=perturbation.members[2:].contiguous())
     options = dict(residual=residual[2:], gate=gate[2:], perturbation=some)
-    assert torch.equal(fused_linear(x[2:], weight, **options, then=then)[1], shares[:, 2:])
+    assert torch.equal(fused_linear(x[2:], weight, **options, next_lora=next_lora)[1], partial_sums[:, 2:])
 
 
 @pytest.mark.parametrize("activation", [None, "gelu_tanh"])
-def test_shares_after_low_rank_columns_of_its_own(device, activation):
-    """The last tile has columns that y has not: what noise puts there is no part of the shares."""
-    then, perturbation = target(70, 2, 1, device)
-    own = Lora(draw(2, 40, device=device), draw(70, 2, device=device), 1.5, then.streams)
+def test_partial_sums_after_low_rank_columns(device, activation):
+    """The last tile has more columns than y. Noise in those must not be in the partial sums."""
+    next_lora, perturbation = target(70, 2, 1, device)
+    own = Lora(draw(2, 40, device=device), draw(70, 2, device=device), 1.5, next_lora.streams)
     x, weight = draw(4, 17, 40, device=device).bfloat16(), draw(70, 40, seed=3, device=device).bfloat16()
     options = dict(h=shrink(x, own, perturbation)[1], adapters=own, perturbation=perturbation, activation=activation)
-    y, shares = fused_linear(x, weight, **options, then=then)
+    y, partial_sums = fused_linear(x, weight, **options, next_lora=next_lora)
     assert torch.equal(y, fused_linear(x, weight, **options))
     bound = 2.0**-7 if INTERPRET else 2.0**-15  # as above
-    assert_close(shares.sum(0), shares_ref(y, then, perturbation)[0], bound=bound)
+    assert_close(partial_sums.sum(0), partial_sums_ref(y, next_lora, perturbation)[0], bound=bound)
 
 
-def test_shares_that_no_op_leaves_are_refused(device):
-    then, perturbation = target(40, 2, 1, device)
+def test_partial_sums_that_no_op_makes_are_refused(device):
+    next_lora, perturbation = target(40, 2, 1, device)
     x, weight = draw(4, 3, 40, dtype=torch.bfloat16, device=device), draw(40, 40, dtype=torch.bfloat16, device=device)
-    assert takes_shares(then, 1, torch.bfloat16)
-    with pytest.raises(ValueError, match=r"then: expected one target .* of bfloat16, got 1 with 3 of float32"):
-        fused_linear(x.float(), weight.float(), perturbation=perturbation, then=then)
+    assert takes_partial_sums(next_lora, 1, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"next_lora: expected one target .* of bfloat16, got 1 with 3 of float32"):
+        fused_linear(x.float(), weight.float(), perturbation=perturbation, next_lora=next_lora)
     wide, _ = target(40, 16, 1, device)
-    with pytest.raises(ValueError, match=r"then: expected one target with r [+] k of at most 16"):
-        fused_linear(x, weight, perturbation=perturbation, then=wide)
+    with pytest.raises(ValueError, match=r"next_lora: expected one target with r [+] k of at most 16"):
+        fused_linear(x, weight, perturbation=perturbation, next_lora=wide)
     stack = case(targets=3, device=device)[3]
-    with pytest.raises(ValueError, match="then: expected one target"):
-        fused_linear(x, weight, perturbation=perturbation, then=stack)
+    with pytest.raises(ValueError, match="next_lora: expected one target"):
+        fused_linear(x, weight, perturbation=perturbation, next_lora=stack)
     h = x.new_zeros(4, 3, 9, dtype=torch.float32)
-    with pytest.raises(ValueError, match="then: expected to follow one target, got 3"):
-        fused_linear(x, weight[:39], h=h, adapters=stack, perturbation=perturbation, then=then)
+    with pytest.raises(ValueError, match="next_lora: expected to follow one target, got 3"):
+        fused_linear(x, weight[:39], h=h, adapters=stack, perturbation=perturbation, next_lora=next_lora)

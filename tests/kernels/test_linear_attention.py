@@ -21,7 +21,7 @@ from esengine.kernels import (
 )
 from esengine.kernels.factors import low_rank_ref
 from esengine.kernels.noise import INTERPRET
-from esengine.kernels.shrink import shares_ref
+from esengine.kernels.shrink import partial_sums_ref
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FLOOR = 2.0**-20
@@ -365,28 +365,28 @@ def following(c, r, rank, device):
 
 @pytest.mark.parametrize(("heads", "d"), [(3, 16), (2, 32), (5, 12), (2, 40)])
 @pytest.mark.parametrize(("r", "rank"), [(0, 1), (2, 1), (4, 3)])
-def test_shares(device, heads, d, r, rank):
+def test_partial_sums(device, heads, d, r, rank):
     """y as without them, and what the next linear needs of it."""
-    then, perturbation = following(heads * d, r, rank, device)
+    next_lora, perturbation = following(heads * d, r, rank, device)
     args = case(heads=heads, d=d, dtype=torch.bfloat16, device=device)
-    y, shares = call(linear_attention, args | dict(then=then, perturbation=perturbation))
+    y, partial_sums = call(linear_attention, args | dict(next_lora=next_lora, perturbation=perturbation))
     assert torch.equal(y, call(linear_attention, args))
-    assert shares.shape[1:] == (2, 33, r + rank)
+    assert partial_sums.shape[1:] == (2, 33, r + rank)
     # the interpreter multiplies y before it is rounded
     bound = 2.0**-7 if INTERPRET else HALVES
-    assert relative(shares.sum(0), shares_ref(y, then, perturbation)[0].double()) <= bound
+    assert relative(partial_sums.sum(0), partial_sums_ref(y, next_lora, perturbation)[0].double()) <= bound
     if uses_triton(device):
-        h = mix(shares, then, perturbation)
-        assert relative(h, shrink_ref(y, then, perturbation)[1].double()) <= bound
+        h = mix(partial_sums, next_lora, perturbation)
+        assert relative(h, shrink_ref(y, next_lora, perturbation)[1].double()) <= bound
 
 
-def test_shares_need_bf16_and_heads_of_whole_quads(device):
-    then, perturbation = following(14, 2, 1, device)
-    options = dict(then=then, perturbation=perturbation)
-    with pytest.raises(ValueError, match="then: expected heads of a multiple of 4 columns, got 7"):
+def test_partial_sums_need_bf16_and_heads_of_whole_quads(device):
+    next_lora, perturbation = following(14, 2, 1, device)
+    options = dict(next_lora=next_lora, perturbation=perturbation)
+    with pytest.raises(ValueError, match="next_lora: expected heads of a multiple of 4 columns, got 7"):
         call(linear_attention, case(heads=2, d=7, dtype=torch.bfloat16, device=device) | options)
-    options["then"], _ = following(16, 2, 1, device)
-    with pytest.raises(ValueError, match="then: expected one target"):
+    options["next_lora"], _ = following(16, 2, 1, device)
+    with pytest.raises(ValueError, match="next_lora: expected one target"):
         call(linear_attention, case(heads=2, d=8, device=device) | options)
 
 
@@ -433,14 +433,14 @@ def test_low_rank_part_of_heads_that_are_no_whole_quads(device):
 
 
 @pytest.mark.parametrize("r", [0, 2])
-def test_low_rank_part_and_shares(device, r):
-    then, _ = following(48, 2, 1, device)
+def test_low_rank_part_and_partial_sums(device, r):
+    next_lora, _ = following(48, 2, 1, device)
     args = case(dtype=torch.bfloat16, device=device)
     low, _ = plain_and_part(args, r, 1, device, stored=True)
-    y, shares = call(linear_attention, args | dict(then=then, low=low, perturbation=low.perturbation))
+    y, partial_sums = call(linear_attention, args | dict(next_lora=next_lora, low=low, perturbation=low.perturbation))
     assert torch.equal(y, call(linear_attention, args | {"low": low}))
     bound = 2.0**-7 if INTERPRET else HALVES
-    assert relative(shares.sum(0), shares_ref(y, then, low.perturbation)[0].double()) <= bound
+    assert relative(partial_sums.sum(0), partial_sums_ref(y, next_lora, low.perturbation)[0].double()) <= bound
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -170,10 +170,10 @@ def test_a_wrong_modulation_is_refused_by_name(device, op, name, change, got):
         (lambda s: s[0], r"\[3, 4, 3\]"),
     ],
 )
-def test_wrong_shares_are_refused_by_name(device, op, change, words):
-    shares, keys = draw(2, B, T, R + RANK, device=device), operands(device)["perturbation"]
-    with pytest.raises(ValueError, match=f"shares: expected .*{words}"):
-        op(change(shares), adapters(device, targets=1), keys)
+def test_wrong_partial_sums_are_refused_by_name(device, op, change, words):
+    partial_sums, keys = draw(2, B, T, R + RANK, device=device), operands(device)["perturbation"]
+    with pytest.raises(ValueError, match=f"partial_sums: expected .*{words}"):
+        op(change(partial_sums), adapters(device, targets=1), keys)
 
 
 @pytest.mark.skipif(uses_triton("cpu"), reason="the interpreter runs Triton's kernels on a CPU")
@@ -186,6 +186,6 @@ def test_without_triton_the_ops_give_what_the_references_do(dtype):
     assert all(torch.equal(got, expected) for got, expected in pairs)
     arguments = given.pop("x"), given.pop("weight"), given.pop("bias")
     assert torch.equal(fused_linear(*arguments, **given), fused_linear_ref(*arguments, **given))
-    shares = draw(2, B, T, R + RANK, device="cpu")
+    partial_sums = draw(2, B, T, R + RANK, device="cpu")
     one = adapters(torch.device("cpu"), targets=1)
-    assert torch.equal(mix(shares, one, keys), mix_ref(shares, one, keys))
+    assert torch.equal(mix(partial_sums, one, keys), mix_ref(partial_sums, one, keys))

@@ -1,12 +1,20 @@
 """What a run does where the flags are silent, by its model."""
 
+import ast
+import pkgutil
+import re
+from pathlib import Path
+
 import pytest
 
+import esengine
+from esengine.base.errors import ConfigError
 from esengine.base.prompt_files import read_prompts
 from esengine.evaluation.benchmarks import read_benchmark
-from esengine.models.defaults import BENCHMARKS, defaults
+from esengine.models.defaults import BENCHMARKS, REWARDS, defaults
 from esengine.models.nano import world
-from esengine.rewards import parse
+from esengine.rewards import load, parse
+from esengine.rewards.loading import locate
 from esengine.rewards.spec import read
 
 
@@ -72,3 +80,33 @@ def test_an_evaluation_of_a_nano_run_has_the_judges_that_were_watched():
     assert [term.name for term in terms] == ["checker", "pickscore", "clip_text", "aesthetic", "no_artifacts"]
     assert [term.weight for term in terms] == [1.0, 0.0, 0.0, 0.0, 0.0]
     assert defaults("tiny").scored("pickscore", {"pickscore"}, False) == "pickscore"
+
+
+def test_the_engine_names_no_packaged_world():
+    """Help texts may name it. Code and data of the engine find it by the defaults of a model."""
+    files = list(Path(esengine.__file__).parent.rglob("*.py"))
+    assert len(files) > 50
+    found = []
+    for file in files:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        texts = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            words = [node.value] if isinstance(node, ast.Constant) and id(node) not in texts else []
+            words += [getattr(node, field, None) for field in ("id", "attr", "name", "module", "arg")]
+            if any(isinstance(word, str) and re.search("nano|checker", word, re.I) for word in words):
+                found.append(f"{file.name}:{node.lineno}")
+    assert found == []
+
+
+def test_the_rewards_of_a_model_are_found_by_name_like_the_others():
+    assert defaults("nano").rewards == REWARDS
+    assert defaults("tiny").rewards == {}
+    for name, where in REWARDS.items():
+        assert isinstance(load(name), pkgutil.resolve_name(where))
+        assert name in defaults("nano").judges
+
+
+def test_the_clip_of_a_model_is_found_by_the_models_name():
+    assert locate("nano", None) == str(defaults("nano").clip)
+    with pytest.raises(ConfigError, match="neither a folder nor a hub id"):
+        locate("tiny", None)

@@ -199,25 +199,25 @@ MOVES = [
 @pytest.mark.parametrize("move", MOVES)
 def test_places_know_what_moved(move):
     module = Holder().requires_grad_(False)
-    places = graphs.Places(module)
+    addresses = graphs.Addresses(module)
     module.first.weight.mul_(2)
     module.load_state_dict({name: t.clone() for name, t in module.state_dict().items()})
-    assert places.hold()
+    assert addresses.unchanged()
     kept = move(module)
-    assert not places.hold()
-    assert graphs.Places(module).hold()
+    assert not addresses.unchanged()
+    assert graphs.Addresses(module).unchanged()
     del kept
 
 
 def test_places_are_looked_at_without_a_walk(monkeypatch):
     """The walk over a full-size transformer's tree would let the GPU idle before each replay."""
     module = Holder()
-    places = graphs.Places(module)
+    addresses = graphs.Addresses(module)
     for name in ("named_modules", "named_parameters", "named_buffers", "named_children", "parameters", "buffers"):
         monkeypatch.setattr(torch.nn.Module, name, lambda *args, **kwargs: pytest.fail("the tree was walked"))
-    assert places.hold()
+    assert addresses.unchanged()
     moved_by_data(module)
-    assert not places.hold()
+    assert not addresses.unchanged()
 
 
 def test_what_cannot_be_captured_says_what_to_do(recorded):
@@ -432,13 +432,13 @@ def test_an_update_moves_no_weights(fresh_model, config):
         rule = esengine.UpdateRule(optimizer=optimizer, max_step_norm=1e-3, max_norm=1.0)
         population = esengine.attach(fresh_model.transformer, config, rule=rule)
         fused_parts(fresh_model.transformer, False)
-        places = graphs.Places(fresh_model.transformer)
+        addresses = graphs.Addresses(fresh_model.transformer)
         before = {name: (p.data_ptr(), p.clone()) for name, p in population.parameters().items()}
         for step in range(2):
             population.update(step=step, fitness=torch.linspace(-1, 1, 8))
         population.load_state_dict(population.state_dict())
         after = population.parameters()
-        assert places.hold()
+        assert addresses.unchanged()
         assert all(after[name].data_ptr() == place for name, (place, _) in before.items())
         assert any(not torch.equal(after[name], value) for name, (_, value) in before.items())
         population.detach()

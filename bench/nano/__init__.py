@@ -1,0 +1,1 @@
+"""Experiments on the nano world, a module each. `python bench/nano --help` lists them."""
