@@ -1,7 +1,7 @@
 """The low-rank part of a perturbed linear by itself: the base layer's own product is added to it afterwards.
 
     C = bias + h [B | U']^T          h of one target, as `esengine.kernels.shrink` makes it
-    y = C + x W^T                    by whoever owns W: `population_linear` lets `torch.addmm` do it
+    y = C + x W^T                    by whoever owns W: `torch.addmm` in `population_linear`, or any base layer
 
 One kernel reads x, and writes C in x's dtype. C is small beside y, so its rounding is: 2^-9 of the low-rank part in
 bf16, where the product of W is added in fp32 and rounded once.
@@ -111,9 +111,12 @@ def low_rank_part(
 
     Raises:
         ValueError: an operand is of another shape, dtype or device, or of strides that are not said here; by its name.
+        RuntimeError: on a GPU, x requires a gradient.
     """
     if not uses_triton(x.device):
         return low_rank_part_ref(x, bias, adapters, perturbation, n=n, factors=factors)
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("x: requires a gradient, which the Triton path does not have; call it under torch.no_grad")
     _check(x, bias, adapters, perturbation, n, factors)
     batch, t, k = x.shape
     c = output(x, batch, t, n)
