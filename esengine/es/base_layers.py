@@ -27,7 +27,7 @@ class Kind(NamedTuple):
 
     Attributes:
         native: M to the shape of the layer's weight, a view. A matrix A or B of a LoRA likewise.
-        rows: x to [B, T, in], T rows a batch row. Raises ValueError if x has no batch.
+        rows: x to [B, T, in], T rows a batch row.
         spread: [B, T, out] to the shape of y, a view.
         product: x, weight and bias to y, as the layer's own forward.
     """
@@ -42,19 +42,15 @@ def _flat_rows(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(len(x), -1, x.shape[-1])
 
 
-def _pixels(x: torch.Tensor) -> torch.Tensor:
-    if x.dim() != 4:
-        raise ValueError(f"x: expected [B, in, H, W], one member for each batch row, got {list(x.shape)}")
-    return x.flatten(2).mT
-
-
 def _conv1d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
 
 
 LINEAR = Kind(lambda m: m, _flat_rows, lambda low, y: low.view(y.shape), F.linear)
 CONV1D = Kind(lambda m: m.T, _flat_rows, lambda low, y: low.view(y.shape), _conv1d)
-CONV2D = Kind(lambda m: m[..., None, None], _pixels, lambda low, y: low.mT.unflatten(2, y.shape[2:]), F.conv2d)
+CONV2D = Kind(
+    lambda m: m[..., None, None], lambda x: x.flatten(2).mT, lambda low, y: low.mT.unflatten(2, y.shape[2:]), F.conv2d
+)
 _FORWARDS = {nn.Linear: LINEAR, Conv1D: CONV1D, nn.Conv2d: CONV2D}
 
 

@@ -290,9 +290,12 @@ class Target:
 
     def _beside_base(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         """y of the base layer as it is, and the low-rank part added to it."""
-        x_btk, y = self.kind.rows(x), self.without_noise(x)
+        if self.kind is CONV2D and x.dim() != 4:
+            raise ValueError(f"{self.name}: expected x [B, in, H, W], a member for each batch row, got {list(x.shape)}")
+        y = self.without_noise(x)
         if y.numel() == 0:
             return y
+        x_btk = self.kind.rows(x)
         if chunk.factors is None:
             n, k = matrix_shape(self.base_layer)
             stored = member_factors(self.operands, chunk.noise, k=k, n=n) if x_btk.shape[1] >= STORE_FROM else None
