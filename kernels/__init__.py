@@ -9,7 +9,7 @@ from esengine.kernels.es_update import (
     es_update_chunk,
     es_update_ref,
 )
-from esengine.kernels.factors import member_factors, member_factors_ref
+from esengine.kernels.factors import STORE_FROM, member_factors, member_factors_ref
 from esengine.kernels.fused_linear import fused_linear, fused_linear_ref
 from esengine.kernels.linear_attention import linear_attention, linear_attention_ref, takes_low
 from esengine.kernels.low_rank_part import low_rank_part, low_rank_part_ref
@@ -32,7 +32,12 @@ from esengine.kernels.noise import (
     uses_triton,
 )
 from esengine.kernels.operands import Lora, LowRank, MemberNoise, stream_table
-from esengine.kernels.population_linear import population_linear, population_linear_ref, population_linear_torch
+from esengine.kernels.population_linear import (
+    low_rank_part_torch,
+    population_linear,
+    population_linear_ref,
+    population_linear_torch,
+)
 from esengine.kernels.residual_norm import Stream, residual_norm, residual_norm_ref
 from esengine.kernels.rms_norm import rms_norm, rms_norm_ref
 from esengine.kernels.shrink import Modulation, mix, mix_ref, shrink, shrink_ref, takes_partial_sums
@@ -43,6 +48,7 @@ resolve_vml()  # at import, before any other op
 __all__ = [
     "CONTRACT",
     "PAIRS_PER_CHUNK",
+    "STORE_FROM",
     "Lora",
     "LowRank",
     "MemberNoise",
@@ -67,6 +73,7 @@ __all__ = [
     "linear_streams",
     "low_rank_part",
     "low_rank_part_ref",
+    "low_rank_part_torch",
     "member_factors",
     "member_factors_ref",
     "mix",

@@ -1,7 +1,7 @@
 """The low-rank part of a perturbed linear without the product of W, which is added afterwards.
 
     C = bias + h [B | U']^T          h of one target, as in `esengine.kernels.shrink`
-    y = C + x W^T                    added by the caller: `population_linear` uses `torch.addmm`
+    y = C + x W^T                    added by the caller: `torch.addmm` in `population_linear`, or any base layer
 
 One kernel reads x and writes C in the dtype of x. The rounding of C is small, because C is small compared with y: in
 bf16 it is 2^-9 of the low-rank part. The product of W is added in fp32, and y is rounded once.
@@ -111,9 +111,12 @@ def low_rank_part(
 
     Raises:
         ValueError: An operand has the wrong shape, dtype, device or strides. The message names it.
+        RuntimeError: On a GPU, x requires a gradient.
     """
     if not uses_triton(x.device):
         return low_rank_part_ref(x, bias, adapters, perturbation, n=n, factors=factors)
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("x: requires a gradient, which the Triton path does not have; call it under torch.no_grad")
     _check(x, bias, adapters, perturbation, n, factors)
     batch, t, k = x.shape
     c = output(x, batch, t, n)

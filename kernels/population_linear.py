@@ -123,30 +123,77 @@ def population_linear_torch(
     Returns:
         [B, ..., out], dtype of x.
     """
-    v, u, v_out, u_out = factors
+    v, u_out = factors[0], factors[3]
     n, k = weight.shape
     if x.numel() == 0 or n == 0:
         return F.linear(x, weight, bias)
-    pairs = len(v)
-    x_pmk = x.reshape(pairs, -1, k).float()  # m: rows of a pair, of all its batch rows
-    m = x_pmk.shape[1]
-    c_pm1 = c[:, None].expand(-1, pairs * m // len(c)).reshape(pairs, m, 1)
+    x_pmk, c_pm1 = _rows_of_pairs(x, c, len(v))
+    pairs, m, _ = x_pmk.shape
     if a is not None and m >= JOIN_FROM and x.dtype == torch.float32:
         h = _joined(x_pmk, a, factors, c_pm1, scale)
-        columns = torch.cat((b.T.expand(pairs, -1, -1), u_out.mT), 1)  # [P, r + k, n]
-        y_pmn = torch.bmm(h, columns) if bias is None else torch.baddbmm(bias, h, columns)
+        y_pmn = torch.bmm(h, _columns(b, u_out)) if bias is None else torch.baddbmm(bias, h, _columns(b, u_out))
         y_pmn.view(-1, n).addmm_(x_pmk.reshape(-1, k), weight.T)
         return y_pmn.view(*x.shape[:-1], n)
     y = F.linear(x, weight, bias)
     y_pmn = y.view(pairs, -1, n)
     wide = y_pmn if x.dtype == torch.float32 else y_pmn.float()
-    h = torch.bmm(v.mT, x_pmk.mT).mT.mul_(c_pm1)  # [P, m, k]; on a CPU this side up is up to three times as fast
+    low, h = _separate(x_pmk, a, factors, c_pm1, scale)
     if a is not None:
-        low = add_outer(F.linear(x_pmk, a), h, u)  # [P, m, r]
-        h = torch.bmm(low, v_out).mul_(scale * c_pm1)
         wide.view(-1, n).addmm_(low.view(-1, len(a)), b.T, alpha=scale)
     add_outer(wide, h, u_out)
     return y if wide is y_pmn else wide.to(x.dtype).view(y.shape)
+
+
+def low_rank_part_torch(
+    x: torch.Tensor,
+    a: torch.Tensor | None,
+    b: torch.Tensor | None,
+    *,
+    factors: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor],
+    c: torch.Tensor,
+    scale: float = 1.0,
+) -> torch.Tensor:
+    """The low-rank part alone, y_i - x_i W^T - bias, for a base layer that computes its product itself.
+
+    Arguments as in `population_linear_torch`.
+
+    Returns:
+        fp32 [B, ..., out].
+    """
+    u_out = factors[3]
+    if x.numel() == 0:
+        return torch.zeros(*x.shape[:-1], u_out.shape[1], device=x.device)
+    x_pmk, c_pm1 = _rows_of_pairs(x, c, len(u_out))
+    if a is None:
+        y = torch.bmm(_separate(x_pmk, a, factors, c_pm1, scale)[1], u_out.mT)
+    elif x_pmk.shape[1] >= JOIN_FROM:
+        y = torch.bmm(_joined(x_pmk, a, factors, c_pm1, scale), _columns(b, u_out))
+    else:
+        low, h = _separate(x_pmk, a, factors, c_pm1, scale)
+        y = add_outer(F.linear(low, b).mul_(scale), h, u_out)
+    return y.view(*x.shape[:-1], u_out.shape[1])
+
+
+def _rows_of_pairs(x: torch.Tensor, c: torch.Tensor, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x as fp32 [P, m, K] and c as [P, m, 1]; m: rows of a pair, of all its batch rows."""
+    x_pmk = x.reshape(pairs, -1, x.shape[-1]).float()
+    m = x_pmk.shape[1]
+    return x_pmk, c[:, None].expand(-1, pairs * m // len(c)).reshape(pairs, m, 1)
+
+
+def _columns(b: torch.Tensor, u_out: torch.Tensor) -> torch.Tensor:
+    """[B | U']^T of each pair, [P, r + k, N]."""
+    return torch.cat((b.T.expand(len(u_out), -1, -1), u_out.mT), 1)
+
+
+def _separate(x_pmk: torch.Tensor, a: torch.Tensor | None, factors, c_pm1: torch.Tensor, scale: float):
+    """x A_i^T without its scale [P, m, r], or None in the direct form; and the columns of U' [P, m, k]."""
+    v, u, v_out, _ = factors
+    h = torch.bmm(v.mT, x_pmk.mT).mT.mul_(c_pm1)  # [P, m, k]; on a CPU this side up is up to three times as fast
+    if a is None:
+        return None, h
+    low = add_outer(F.linear(x_pmk, a), h, u)
+    return low, torch.bmm(low, v_out).mul_(scale * c_pm1)
 
 
 def _joined(x_pmk: torch.Tensor, a: torch.Tensor, factors, c_pm1: torch.Tensor, scale: float) -> torch.Tensor:

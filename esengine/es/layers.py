@@ -1,20 +1,47 @@
 """The drop-in layer: a linear that perturbs each batch row by its member's noise inside `Population.perturbed`.
 
-`PopulationLinear` is PEFT's LoRA linear. `esengine.es.direct` has the linear whose weight itself is perturbed.
+`PopulationLinear` is PEFT's LoRA linear, and `PopulationConv2d` its LoRA of a 1x1 convolution. `esengine.es.direct` has
+the layer whose weight itself is perturbed.
 """
 
+import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import Conv2d as LoraConv2d
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
-from esengine.kernels import Lora, MemberNoise, Streams, population_linear, population_linear_torch, stream_table
+from esengine.es.base_layers import (
+    CONV1D,
+    CONV2D,
+    LINEAR,
+    Kind,
+    changed,
+    is_quantised,
+    kind_of,
+    matrix_shape,
+    why_refused,
+)
+from esengine.es.watched_weight import WatchedWeight
+from esengine.kernels import (
+    STORE_FROM,
+    Lora,
+    MemberNoise,
+    Streams,
+    low_rank_part,
+    low_rank_part_torch,
+    member_factors,
+    population_linear,
+    population_linear_torch,
+    stream_table,
+)
 
 ADAPTER = "default"
 
@@ -39,11 +66,13 @@ class Chunk:
         c: fp32 [B], sign * sigma / sqrt(k). Torch path only.
         factors: V, U, V', U' by layer name, fp32 [P, L, k]; each of P pairs has B / P consecutive rows. None where a
             layer has no such factor. Torch path only.
+        copies: how often the members stand in `noise`.
     """
 
     noise: MemberNoise
     c: torch.Tensor | None = None
     factors: dict[str, tuple[torch.Tensor, ...]] | None = None
+    copies: int = 1
 
 
 class Scope:
@@ -87,63 +116,20 @@ class Scope:
                 module.forward = before
 
 
-_LOOKS = frozenset((
-    *("dtype", "device", "shape", "ndim", "layout", "requires_grad", "is_leaf", "grad_fn", "names", "itemsize"),
-    *("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested", "is_mps", "is_xpu", "is_complex"),
-    *("nbytes", "size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "is_contiguous", "type"),
-    *("is_floating_point", "get_device", "is_inference", "is_signed", "__len__"),
-    *("new_zeros", "new_ones", "new_empty", "new_full"),
-))  # fmt: skip
-"""Tensor attributes and methods that do not depend on the tensor's values."""
-_VIEWS = ("data", "detach")
-_LIKE_THE_SECOND = ("to", "type_as", "view_as", "expand_as", "reshape_as")
-"""Methods that take only dtype, device or shape from their second argument."""
-
-
-class WatchedWeight(torch.Tensor):
-    """A target's frozen weight as other code sees it. It has no noise.
-
-    Code may read its dtype, device or shape, as many modules do. Any use of its values is recorded in the scope.
-    """
-
-    @classmethod
-    def of(cls, weight: torch.Tensor, note: Callable[[], None]) -> "WatchedWeight":
-        watched = weight.as_subclass(cls)
-        watched.note = note
-        return watched
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **kwargs)
-        name = func.__name__
-        if name == "__get__":  # a property: func is its descriptor's __get__
-            name = func.__self__.__name__
-        if name in _VIEWS and isinstance(args[0], WatchedWeight):
-            return cls.of(result, args[0].note)
-        if name in _LOOKS or name.endswith("_like"):
-            return result
-        for each in _flat(args[:1] if name in _LIKE_THE_SECOND else (args, tuple(kwargs.values()))):
-            if isinstance(each, WatchedWeight):
-                each.note()
-        return result
-
-
-def _flat(value: object) -> Iterator[object]:
-    if isinstance(value, (list, tuple)):
-        for each in value:
-            yield from _flat(each)
-    else:
-        yield value
-
-
 class Theta(NamedTuple):
-    """A tensor that ES optimises, fp32 [L, S], perturbed by U V^T / sqrt(k); the positions of U [L, k] and V [S, k]."""
+    """A tensor that ES optimises, fp32 [L, S], perturbed by U V^T / sqrt(k); the positions of U [L, k] and V [S, k].
+
+    The parameter of a convolution is [L, S, 1, 1].
+    """
 
     parameter: nn.Parameter
     u: int
     v: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(L, S)."""
+        return tuple(self.parameter.shape[:2])
 
 
 class Target:
@@ -151,6 +137,8 @@ class Target:
 
     Attributes:
         name, streams, scope: set by the population.
+        kind: how the base layer stores its matrix; set by `make_layer`.
+        quantised: whether its weight is a tensor subclass that knows its own product; set by `make_layer`.
         a: LoRA A, fp32 [r, in], or None.
         b: LoRA B, fp32 [out, r], or None.
         scale: s = lora_alpha / r.
@@ -161,8 +149,11 @@ class Target:
     owner: type[nn.Module] = nn.Module
     streams: Streams
     scope: Scope | None = None
-    a: nn.Parameter | None = None
-    b: nn.Parameter | None = None
+    kind: Kind = LINEAR
+    quantised = False
+    updates_weight = False
+    a: torch.Tensor | None = None
+    b: torch.Tensor | None = None
     scale = 1.0
 
     def thetas(self) -> dict[str, Theta]:
@@ -170,13 +161,33 @@ class Target:
         raise NotImplementedError
 
     def lora(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [r, in] and B [out, r], fp32. Theta adds `scale` times B A to the weight."""
+        """A [r, in] and B [out, r], fp32, of a convolution [r, in, 1, 1] and [out, r, 1, 1], as PEFT stores them.
+
+        Theta adds `scale` times B A to the weight.
+        """
+        raise NotImplementedError
+
+    def continued(self, a: torch.Tensor, b: torch.Tensor, scale: float) -> dict[str, torch.Tensor]:
+        """Theta that adds `scale` times B A to the weight, fp64, by the names of `thetas`.
+
+        Args:
+            a, b: fp64 [r, in] and [out, r].
+            scale: of the LoRA that they come from.
+
+        Raises:
+            ValueError: theta cannot hold them; the message is the reason.
+        """
         raise NotImplementedError
 
     @property
     def base_weight(self) -> torch.Tensor:
-        """W [out, in], the frozen weight that noise is added to."""
+        """W, the frozen weight that noise is added to, as the base layer stores it: [out, in] of a linear."""
         raise NotImplementedError
+
+    @property
+    def dense(self) -> bool:
+        """Whether W is a plain [out, in], whose product the kernels compute. Otherwise the base layer computes it."""
+        return self.kind is LINEAR and not self.quantised
 
     @property
     def operands(self) -> Lora:
@@ -220,6 +231,11 @@ class Target:
             )
 
     def unperturbed(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """y of the adapter without noise."""
+        raise NotImplementedError
+
+    def without_noise(self, x: torch.Tensor) -> torch.Tensor:
+        """What the low-rank part is added to: y of W, with delta in the direct form."""
         raise NotImplementedError
 
     def refresh(self) -> None:
@@ -229,7 +245,7 @@ class Target:
         """Lengths of V, U, V', U'; 0 for a factor that does not exist."""
         found = [0] * 4
         for theta in self.thetas().values():
-            found[theta.u], found[theta.v] = theta.parameter.shape
+            found[theta.u], found[theta.v] = theta.shape
         return tuple(found)
 
     def _apply(self, fn, *args, **kwargs):
@@ -250,9 +266,11 @@ class Target:
             return self.unperturbed(x, *args, **kwargs)
         self.require_in_force()
         if len(x) != len(chunk.noise.members):
+            count = len(chunk.noise.members) // chunk.copies
             raise ValueError(
-                f"members: expected one for each batch row of {self.name}, int64 [{len(x)}], "
-                f"got int64 [{len(chunk.noise.members)}]"
+                f"members: expected one for each batch row of {self.name}, int64 [{len(x)}], got int64 [{count}] and "
+                f"copies={chunk.copies}, which is {count * chunk.copies} rows; if the module stacks its batch several "
+                "times (row i of member i % B), say how often by copies"
             )
         self.mark_called()
         if torch.is_autocast_enabled(x.device.type):
@@ -261,6 +279,8 @@ class Target:
         return self._perturbed(x, chunk)
 
     def _perturbed(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        if not self.dense:
+            return self._beside_base(x, chunk)
         if chunk.factors is None:
             return population_linear(x, self.base_weight, self.bias, self.operands, chunk.noise)
         return population_linear_torch(
@@ -268,16 +288,35 @@ class Target:
             factors=chunk.factors[self.name], c=chunk.c, scale=self.scale,
         )  # fmt: skip
 
+    def _beside_base(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        """y of the base layer as it is, and the low-rank part added to it."""
+        if self.kind is CONV2D and x.dim() != 4:
+            raise ValueError(f"{self.name}: expected x [B, in, H, W], a member for each batch row, got {list(x.shape)}")
+        y = self.without_noise(x)
+        if y.numel() == 0:
+            return y
+        x_btk = self.kind.rows(x)
+        if chunk.factors is None:
+            n, k = matrix_shape(self.base_layer)
+            stored = member_factors(self.operands, chunk.noise, k=k, n=n) if x_btk.shape[1] >= STORE_FROM else None
+            low = low_rank_part(x_btk, None, self.operands, chunk.noise, n=n, factors=stored)
+        else:
+            low = low_rank_part_torch(
+                x_btk, self.a, self.b, factors=chunk.factors[self.name], c=chunk.c, scale=self.scale
+            )
+        low = self.kind.spread(low, y)
+        return (y + low).to(y.dtype) if y.requires_grad else y.add_(low)
 
-class PopulationLinear(Target, LoraLinear):
-    """A LoRA linear that renders one member per batch row while its scope holds a chunk. Otherwise it is PEFT's."""
+
+class LoraTarget(Target):
+    """A LoRA that renders one member per batch row while its scope holds a chunk. Otherwise it is PEFT's layer."""
 
     @property
-    def a(self) -> nn.Parameter:
+    def a(self) -> torch.Tensor:
         return self.lora_A[ADAPTER].weight
 
     @property
-    def b(self) -> nn.Parameter:
+    def b(self) -> torch.Tensor:
         return self.lora_B[ADAPTER].weight
 
     @property
@@ -290,47 +329,95 @@ class PopulationLinear(Target, LoraLinear):
         return self.get_base_layer().weight
 
     def thetas(self) -> dict[str, Theta]:
-        return {"lora_A.weight": Theta(self.a, U, V), "lora_B.weight": Theta(self.b, U_OUT, V_OUT)}
+        a, b = self.lora()
+        return {"lora_A.weight": Theta(a, U, V), "lora_B.weight": Theta(b, U_OUT, V_OUT)}
 
-    def lora(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.a, self.b
+    def lora(self) -> tuple[nn.Parameter, nn.Parameter]:
+        return self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+
+    def continued(self, a: torch.Tensor, b: torch.Tensor, scale: float) -> dict[str, torch.Tensor]:
+        r = len(self.a)
+        if len(a) > r:
+            raise ValueError(f"its rank is {len(a)} and the population's is {r}; attach with r={len(a)} or more")
+        if not self.scale:
+            raise ValueError("the population's lora_alpha is 0, which no LoRA but nought fits")
+        rows, columns = self.a.double(), torch.zeros(len(b), r, dtype=torch.float64, device=self.b.device)
+        rows[: len(a)] = a
+        columns[:, : len(a)] = b * (scale / self.scale)
+        return {"lora_A.weight": rows, "lora_B.weight": columns}
+
+    def without_noise(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x)
+
+    def merge(self, *args, **kwargs) -> None:
+        """PEFT's `merge`. Raises RuntimeError if the weight is quantised."""
+        if self.quantised:
+            raise RuntimeError(
+                f"merge: the weight of '{self.name}' is quantised ({type(self.base_weight).__name__}); detach, and "
+                "load the saved adapter by PEFT"
+            )
+        super().merge(*args, **kwargs)
+
+
+class PopulationLinear(LoraTarget, LoraLinear):
+    """The LoRA of a `torch.nn.Linear` or of transformers' `Conv1D`."""
 
     def unperturbed(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         return LoraLinear.forward(self, x, *args, **kwargs)
 
 
-def make_layer(form: type[Target], target: nn.Module, adapter_name: str, **kwargs) -> Target:
+class PopulationConv2d(LoraTarget, LoraConv2d):
+    """The LoRA of a 1x1 `torch.nn.Conv2d`. PEFT stores A [r, in, 1, 1] and B [out, r, 1, 1]."""
+
+    @property
+    def a(self) -> torch.Tensor:
+        return self.lora_A[ADAPTER].weight.flatten(1)
+
+    @property
+    def b(self) -> torch.Tensor:
+        return self.lora_B[ADAPTER].weight.flatten(1)
+
+    def unperturbed(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        return LoraConv2d.forward(self, x, *args, **kwargs)
+
+
+def make_layer(
+    form: type[Target],
+    target: nn.Module,
+    adapter_name: str,
+    *,
+    offloaded: Mapping[str, str] = MappingProxyType({}),
+    **kwargs,
+) -> Target:
     """Build the layer of a target, called by PEFT's dispatch.
 
+    Args:
+        form: `PopulationLinear`, or `DirectLinear`.
+        target: the base layer.
+        adapter_name: PEFT's.
+        offloaded: from `esengine.es.base_layers.offloading` of the whole module.
+        kwargs: PEFT's.
+
     Raises:
-        TypeError: the target is not a dense `torch.nn.Linear`; the message names it.
+        TypeError: the target cannot be perturbed, or in the direct form its weight cannot be updated. The message names
+            it.
     """
-    dense = isinstance(target, nn.Linear) and type(target).forward is nn.Linear.forward
-    fused = isinstance(target, nn.modules.linear.NonDynamicallyQuantizableLinear)  # its owner reads the weight directly
     name = kwargs.get("target_name", "?")
-    if dense and changed(target):
+    if (why := why_refused(target, name, offloaded)) is not None:
+        raise TypeError(f"target_modules: {why}")
+    kind, quantised = kind_of(target), is_quantised(target.weight)
+    if quantised and form.updates_weight:
         raise TypeError(
-            f"target_modules: expected a plain torch.nn.Linear at '{name}', got one with a hook or a forward of "
-            "its own, which perturbed rows would leave out"
+            f"target_modules: expected a weight that can be updated at '{name}', got one that is quantised "
+            f"({type(target.weight).__name__}); use a LoraConfig, or leave it out by exclude_modules"
         )
-    if not dense or fused or not target.weight.is_floating_point():
-        raise TypeError(f"target_modules: expected a dense torch.nn.Linear at '{name}', got {type(target).__name__}")
-    return form(target, adapter_name, **kwargs)
-
-
-def changed(module: nn.Module) -> bool:
-    """Whether a module's forward was replaced or a hook was added."""
-    return "forward" in vars(module) or bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def shared_linears(module: nn.Module) -> dict[int, list[str]]:
-    """Names of each linear that has several owners, by its id. A shared parent counts as one owner."""
-    places: dict[int, dict[tuple[int, str], str]] = {}
-    for name, each in module.named_modules(remove_duplicate=False):
-        parent, _, child = name.rpartition(".")
-        if name and isinstance(each, nn.Linear):
-            places.setdefault(id(each), {}).setdefault((id(module.get_submodule(parent)), child), name)
-    return {linear: list(names.values()) for linear, names in places.items() if len(names) > 1}
+    if form is PopulationLinear:
+        form = PopulationConv2d if kind is CONV2D else form
+        kwargs["config"] = copy.copy(kwargs["config"])
+        kwargs["config"].fan_in_fan_out = kind is CONV1D
+    layer = form(target, adapter_name, **kwargs)
+    layer.kind, layer.quantised = kind, quantised
+    return layer
 
 
 def why_not_perturbed(layer: Target, scope: Scope) -> str:
@@ -355,7 +442,7 @@ def strip(module: nn.Module, trainable: dict[str, bool]) -> None:
     if hasattr(module, "peft_config"):
         del module.peft_config
     for name, parameter in module.named_parameters():
-        parameter.requires_grad_(trainable.get(name, parameter.requires_grad))
+        parameter.requires_grad = trainable.get(name, parameter.requires_grad)  # lazy ones have no requires_grad_
 
 
 def check_config(config: LoraConfig) -> None:

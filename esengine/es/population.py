@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from peft import LoraConfig
@@ -33,6 +33,7 @@ from esengine.base.errors import UnperturbedError
 from esengine.base.files import replace_file
 from esengine.base.memory import oom_guard
 from esengine.base.transfer import upload
+from esengine.es.base_layers import CONV1D, Wrapped, offloading, plain, shared_layers, unwrapped, wrapped_below
 from esengine.es.direct import Direct, DirectLinear, full_rank
 from esengine.es.layers import (
     ADAPTER,
@@ -43,7 +44,6 @@ from esengine.es.layers import (
     Theta,
     check_config,
     make_layer,
-    shared_linears,
     strip,
     why_not_perturbed,
 )
@@ -100,7 +100,9 @@ def attach(
     """Attach an adapter to `module` in place, so that its members can be rendered in one batch.
 
     Args:
-        module: any module with dense `torch.nn.Linear` layers below it.
+        module: any module with layers below it that can be targets: `torch.nn.Linear`, plain or quantised by torchao,
+            transformers' `Conv1D`, and `torch.nn.Conv2d` of 1x1. A module that torch.compile wrapped counts as the
+            plain one: names of layers, noise and saved keys are those of the plain module.
         config: PEFT's LoraConfig. Its target_modules, exclude_modules, rank_pattern, alpha_pattern and the rest select
             as in PEFT. Or `Direct`, which perturbs and updates the weights themselves.
         noise: defaults to `Noise()`.
@@ -113,39 +115,59 @@ def attach(
     Raises:
         ValueError: `config` has an option that ES on frozen weights does not support, a target matches nothing,
             `module` or a submodule already has an adapter, a target has two owners, or stream ids collide.
-        TypeError: a target is not a dense linear, or has a hook or a replaced forward.
+        TypeError: a target is another kind of layer, or has a hook or a replaced forward; its weights are offloaded, on
+            the meta device, lazy or sharded; or it is quantised and `config` is `Direct`. The module is as it was.
     """
     noise, rule = noise or Noise(), rule or UpdateRule()
     form = DirectLinear if isinstance(config, Direct) else PopulationLinear
-    config = config.selection() if isinstance(config, Direct) else config
+    config = copy.deepcopy(config.selection() if isinstance(config, Direct) else config)
+    transposed = getattr(config, "fan_in_fan_out", False)  # PEFT's word for Conv1D; each layer knows what it is
+    if isinstance(config, LoraConfig):
+        config.fan_in_fan_out = False
     check_config(config)
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"backend: expected auto, triton or torch, got {backend}")
-    _check_module(module, config)
-    shared = shared_linears(module)
-    config = copy.deepcopy(config)
-    config._register_custom_module({nn.Module: partial(make_layer, form)})
-    trainable = {name: p.requires_grad for name, p in module.named_parameters()}
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(noise.seed & (1 << 63) - 1)  # only the CPU's generator
-            LoraModel(module, config, ADAPTER)
-        layers = {name: m for name, m in module.named_modules() if isinstance(m, Target)}
-        for layer in layers.values():
-            if places := shared.get(id(layer.base_layer)):
+    given, module = module, plain(module)
+    wrapped = wrapped_below(module)
+    with unwrapped(wrapped):
+        _check_module(module, config)
+        before = Before(given, wrapped, {name: p.requires_grad for name, p in module.named_parameters()})
+        try:
+            config, layers = _inject(module, config, form, noise)
+            if transposed and not config.fan_in_fan_out:
+                raise ValueError("config.fan_in_fan_out: expected False, as no target is a Conv1D, got True")
+            population = Population(module, layers, config, noise, rule, backend, before)
+            if backend == "triton" and not uses_triton(population.device):
                 raise ValueError(
-                    f"target_modules: {' and '.join(map(repr, places))} are one Linear with several owners, and PEFT "
-                    "loads an adapter for the first alone; give each owner a Linear of its own, or exclude it"
+                    f"backend: triton needs Triton and a CUDA device, the module is on {population.device}"
                 )
-            layer.train(layer.base_layer.training)
-        config = full_rank(config, layers) if form is DirectLinear else config
-        population = Population(module, layers, config, noise, rule, backend, trainable)
-        if backend == "triton" and not uses_triton(population.device):
-            raise ValueError(f"backend: triton needs Triton and a CUDA device, the module is on {population.device}")
-        return population
-    except BaseException:
-        strip(module, trainable)
-        raise
+            return population
+        except BaseException:
+            strip(module, before.trainable)
+            raise
+
+
+def _inject(
+    module: nn.Module, config: LoraConfig, form: type[Target], noise: Noise
+) -> tuple[LoraConfig, dict[str, Target]]:
+    """Replace the targets of a module by layers of a form. Returns the config for the saved adapter, and the layers."""
+    shared, offloaded = shared_layers(module), offloading(module)
+    config._register_custom_module({nn.Module: partial(make_layer, form, offloaded=offloaded)})
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(noise.seed & (1 << 63) - 1)  # only the CPU's generator
+        LoraModel(module, config, ADAPTER)
+    layers = {name: m for name, m in module.named_modules() if isinstance(m, Target)}
+    for layer in layers.values():
+        if places := shared.get(id(layer.base_layer)):
+            raise ValueError(
+                f"target_modules: {' and '.join(map(repr, places))} are one {type(layer.base_layer).__name__} with "
+                "several owners, and PEFT loads an adapter for the first alone; give each owner one of its own, or "
+                "exclude it"
+            )
+        layer.train(layer.base_layer.training)
+    config = full_rank(config, layers) if form is DirectLinear else config
+    config.fan_in_fan_out = any(layer.kind is CONV1D for layer in layers.values())
+    return config, layers
 
 
 def _check_module(module: nn.Module, config: LoraConfig) -> None:
@@ -162,6 +184,20 @@ def _check_module(module: nn.Module, config: LoraConfig) -> None:
             raise ValueError(f"target_modules: '{target}' matches nothing in {type(module).__name__}")
 
 
+class Before(NamedTuple):
+    """What `Population.detach` restores besides the base layers.
+
+    Attributes:
+        module: the one that `attach` was given.
+        wrapped: the wrappers of torch.compile below it.
+        trainable: requires_grad of its parameters, by the names in the plain module.
+    """
+
+    module: nn.Module
+    wrapped: list[Wrapped]
+    trainable: dict[str, bool]
+
+
 class Population:
     """The members of one run on one module. Made by `attach`."""
 
@@ -173,10 +209,10 @@ class Population:
         noise: Noise,
         rule: UpdateRule,
         backend: str,
-        trainable: dict[str, bool],
+        before: Before,
     ):
         self.module, self.layers, self.config, self.noise, self.rule = module, layers, config, noise, rule
-        self._backend, self._trainable, self._scope = backend, trainable, Scope()
+        self._backend, self._before, self._scope = backend, before, Scope()
         self._kept_plan: UpdatePlan | None = None
         self._called: set[str] | None = None  # targets perturbed since the last update; None: `perturbed` not used
         taken: dict[int, str] = {}
@@ -227,8 +263,12 @@ class Population:
         return self._scope.chunk.noise
 
     @contextmanager
-    def perturbed(self, *, step: int | torch.Tensor, members: torch.Tensor) -> Iterator["Population"]:
-        """Within the context, every target linear perturbs each batch row by the noise of that row's member.
+    def perturbed(self, *, step: int | torch.Tensor, members: torch.Tensor, copies: int = 1) -> Iterator["Population"]:
+        """Within the context, every target perturbs each batch row by the noise of that row's member.
+
+        A target's batch has copies * B rows: the module's batch of B rows, stacked `copies` times. Row i belongs to
+        members[i % B]. So copies=2 is classifier-free guidance as one doubled batch, [negative rows | positive rows].
+        Interleaved copies, where row i belongs to members[i // copies], are not offered: repeat the members yourself.
 
         On a GPU the forward supports no gradient. Call it under torch.no_grad.
 
@@ -236,10 +276,11 @@ class Population:
             step: step of the noise contract, an int in [0, 2^32) or an int64 [1] tensor on the module's device.
             members: int64 [B], one in [0, 2^33) for each batch row, on the module's device or the CPU. Checking them on
                 the CPU does not wait for the device.
+            copies: how often the module stacks its batch, at least 1. It is never guessed from the number of rows.
 
         Raises:
-            ValueError: `members` has another dtype, shape or device, or an entry out of range. The forward raises it if
-                the length of `members` is not the batch size.
+            ValueError: `members` has another dtype, shape or device, or an entry out of range, or `copies` is not a
+                positive integer. The forward raises it if a target's batch does not have copies * B rows.
             UnperturbedError: on exit, if the module ran but a target was not called, or if other code computed with a
                 target's weight. That weight has no noise, so every member would compute the same there. A disabled
                 adapter raises no error here; `update` then raises it.
@@ -251,7 +292,7 @@ class Population:
             raise RuntimeError("perturbed: already inside one; contexts do not nest")
         for layer in self.layers.values():
             layer.require_in_force()
-        self._scope.enter(self._chunk(step, members))
+        self._scope.enter(self._chunk(step, members, copies))
         try:
             with self._scope.watch(self.module):
                 yield self
@@ -293,7 +334,7 @@ class Population:
         else:
             sums = self._plan.sums(fitness, **noise)
         torch._foreach_div_(sums, len(fitness))
-        return dict(zip(self.parameters(), sums, strict=True))
+        return {name: g.view(theta.shape) for (name, theta), g in zip(self.parameters().items(), sums, strict=True)}
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -334,10 +375,10 @@ class Population:
         noise = dict(seed=self.noise.seed, step=step, pairs=members >> 1, rank=self.noise.rank)
         state = {}
         for name, layer, theta in self._thetas():
-            l, s = theta.parameter.shape
+            l, s = theta.shape
             u = factor(stream=layer.streams[theta.u], length=l, **noise)[0]
             v = factor(stream=layer.streams[theta.v], length=s, **noise)[0]
-            state[f"{PEFT_PREFIX}{name}"] = theta.parameter + c * u @ v.T
+            state[f"{PEFT_PREFIX}{name}"] = theta.parameter + (c * u @ v.T).view(theta.parameter.shape)
         return state
 
     def state_dict(self) -> dict[str, Any]:
@@ -384,7 +425,7 @@ class Population:
         replace_file(path / "adapter_config.json", json.dumps(facts, indent=2).encode())
 
     def detach(self) -> nn.Module:
-        """Remove the adapter and return the module as it was. The population cannot be used afterwards.
+        """Remove the adapter and return the module as it was given. The population cannot be used afterwards.
 
         Raises:
             RuntimeError: inside `perturbed`, after another `detach`, or while an adapter is merged.
@@ -393,9 +434,10 @@ class Population:
         if self._scope.chunk is not None:
             raise RuntimeError("detach: inside perturbed; leave it first")
         self._require_unmerged()
-        strip(self.module, self._trainable)
+        with unwrapped(self._before.wrapped):
+            strip(self.module, self._before.trainable)
         self.layers = {}
-        return self.module
+        return self._before.module
 
     def _thetas(self) -> Iterator[tuple[str, Target, Theta]]:
         """Yields the name, layer and tensor of each theta."""
@@ -431,21 +473,24 @@ class Population:
             raise ValueError(f"members: expected values in [0, 2^33), got {bad}")
         return upload(members, self.device)
 
-    def _chunk(self, step: int | torch.Tensor, members: torch.Tensor) -> Chunk:
+    def _chunk(self, step: int | torch.Tensor, members: torch.Tensor, copies: int) -> Chunk:
+        if not isinstance(copies, int) or isinstance(copies, bool) or copies < 1:
+            raise ValueError(f"copies: expected an integer of at least 1, got {copies!r}")
         members = self._check_members(members)
+        members = members.repeat(copies) if copies > 1 else members
         key_words(self.noise.seed, step)
         triton = self.backend == "triton"
         step = step_tensor(step, self.device) if triton else int(step)
         noise = MemberNoise(members.contiguous(), self.noise.seed, step, self.noise.sigma, self.noise.rank)
         if triton:
-            return Chunk(noise)
+            return Chunk(noise, copies=copies)
         c, pair = signed_sigma(members, self.noise.sigma, self.noise.rank), members >> 1
         pairs, rows = torch.unique_consecutive(pair, return_counts=True)
         found, slots = pairs.tolist(), None
         if len(set(rows.tolist())) > 1 or len(set(found)) < len(found):
             # otherwise each pair has equally many consecutive rows, and no row needs a copy of its pair's noise
             pairs, slots = torch.unique(pair, return_inverse=True)
-        return Chunk(noise, c, self._factors(step, pairs, slots))
+        return Chunk(noise, c, self._factors(step, pairs, slots), copies)
 
     def _factors(self, step: int, pairs: torch.Tensor, slots: torch.Tensor | None) -> dict[str, tuple]:
         """V, U, V', U' of every layer, [P, L, k], or [B, L, k] with `slots`. None where a layer has no such factor."""
@@ -464,7 +509,4 @@ class Population:
 
     def _tensors(self) -> list[tuple[tuple[int, int], int, int]]:
         """Shape, stream of U and stream of V of each theta."""
-        return [
-            (tuple(theta.parameter.shape), layer.streams[theta.u], layer.streams[theta.v])
-            for _, layer, theta in self._thetas()
-        ]
+        return [(theta.shape, layer.streams[theta.u], layer.streams[theta.v]) for _, layer, theta in self._thetas()]

@@ -104,7 +104,7 @@ class Plain(nn.Linear):
 @pytest.mark.parametrize(
     ("target", "kind"),
     [
-        (nn.Conv2d(2, 2, 1), "Conv2d"),
+        (nn.Conv2d(2, 2, 3), "Conv2d"),
         (nn.Embedding(3, 2), "Embedding"),
         (nn.Bilinear(2, 2, 2), "Bilinear"),
         (Odd(2, 2), "Odd"),

@@ -25,7 +25,7 @@ class MLP(nn.Module):
     def __init__(self):
         super().__init__()
         self.up, self.act, self.down = nn.Linear(7, 12), nn.GELU(), nn.Linear(12, 5, bias=False)
-        self.norm, self.conv, self.table = nn.LayerNorm(5), nn.Conv2d(1, 1, 1), nn.Embedding(3, 5)
+        self.norm, self.conv, self.table = nn.LayerNorm(5), nn.Conv2d(1, 1, 3), nn.Embedding(3, 5)
         self.attention = nn.MultiheadAttention(5, 1)
         self.norm.weight.requires_grad_(False)
 
