@@ -1,9 +1,10 @@
 """How an image is sampled and decoded."""
 
-from dataclasses import dataclass
-from typing import Literal, get_args, get_type_hints
+from typing import Annotated, Literal
 
-from esengine.base.errors import ConfigError
+from pydantic import AfterValidator, Field, ValidationInfo
+
+from esengine.base.settings import Count, Int, Number, Switch, settings
 
 PIPELINE_MULTIPLE = 32
 """`SanaSprintPipeline.check_inputs` takes no other height or width."""
@@ -15,52 +16,42 @@ FIRST_ANGLE, SECOND_ANGLE = 1.57080, 1.3
 """Trigflow angles of the schedule: the first, and the second where there are two steps. The pipeline's own."""
 
 
-@dataclass(frozen=True)
+def _multiple(pixels: int) -> int:
+    if pixels <= 0 or pixels % PIPELINE_MULTIPLE:
+        raise ValueError(f"a positive multiple of {PIPELINE_MULTIPLE}")
+    return pixels
+
+
+def _in_one_step(angle: float | None, others: ValidationInfo) -> float | None:
+    if angle is not None and others.data.get("num_steps", 1) != 1:
+        raise ValueError(f"None unless num_steps is 1 (it is {others.data['num_steps']})")
+    return angle
+
+
+Pixels = Annotated[Int, AfterValidator(_multiple), Field(le=1 << 14)]
+
+
+@settings()
 class RenderSettings:
     """How an image is made. The sampler's defaults are `SanaSprintPipeline.__call__`'s, with one step."""
 
-    height: int | None = None
+    height: Pixels | None = None
     """Height in pixels. By default the model's own."""
-    width: int | None = None
+    width: Pixels | None = None
     """Width in pixels. By default the model's own."""
-    num_steps: int = 1
+    num_steps: Count = 1
     """Denoising steps."""
-    guidance_scale: float = 4.5
+    guidance_scale: Annotated[Number, Field(ge=-MAX_GUIDANCE, le=MAX_GUIDANCE, allow_inf_nan=False)] = 4.5
     """Guidance scale. The model takes it as an input."""
-    x0_angle: float | None = None
+    x0_angle: Annotated[Annotated[Number, Field(gt=0, le=1.5708)] | None, AfterValidator(_in_one_step)] = None
     """For one step only: the trigflow angle at which x0 is computed. The reference run used 1.3; the scheduler uses
     pi / 2."""
-    decode_chunk: int = 16
+    decode_chunk: Count = 16
     """Images in one decoder call."""
     graphs: Literal["auto", "always", "never"] = "auto"
     """Whether to replay a population's forward from CUDA graphs. auto: on a GPU, if the model's blocks run fused. Text
     is then padded to a multiple of 8 tokens."""
     decode: Literal["eager", "compiled", "graphed"] = "eager"
     """How to run the decoder: as it is, through torch.compile, or from a CUDA graph."""
-    overlap: bool = False
+    overlap: Switch = False
     """On a GPU, decode a chunk while the next one is denoised. This needs memory for both."""
-
-    def __post_init__(self):
-        for name in ("height", "width"):
-            size = getattr(self, name)
-            if size is not None and (size <= 0 or size % PIPELINE_MULTIPLE):
-                raise ConfigError(f"{name}: expected a positive multiple of {PIPELINE_MULTIPLE}, got {size}")
-        for name in ("num_steps", "decode_chunk"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not abs(self.guidance_scale) <= MAX_GUIDANCE:  # nor NaN
-            raise ConfigError(f"guidance_scale: expected at most ±{MAX_GUIDANCE:g}, got {self.guidance_scale}")
-        if self.x0_angle is not None and self.num_steps != 1:
-            raise ConfigError(
-                f"x0_angle: expected None unless num_steps is 1, got {self.x0_angle} for {self.num_steps}"
-            )
-        if self.x0_angle is not None and not 0 < self.x0_angle <= 1.5708:
-            raise ConfigError(f"x0_angle: expected an angle in (0, 1.5708], got {self.x0_angle}")
-        self.check_choices()
-
-    def check_choices(self, section: str = "") -> None:
-        """Raises ConfigError for a `graphs` or `decode` that there is not."""
-        for name in ("graphs", "decode"):
-            known = get_args(get_type_hints(RenderSettings)[name])
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{section}{name}: expected one of {', '.join(known)}, got {getattr(self, name)}")

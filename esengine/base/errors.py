@@ -1,6 +1,6 @@
 """Errors a user can act on. The command line prints each as one line and exits with a nonzero code."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -12,24 +12,34 @@ class ConfigError(EsengineError):
     """A setting, file or flag is not usable. It is not a ValueError, because flag parsers catch and reword those.
 
     Attributes:
-        setting: what is not usable, the beginning of the message: `es.sigma`, `config run.yaml`.
-        problem: the rest of the message.
+        setting: what is not usable: `es.sigma`, or `prompts file p.txt`. Without the argument it is the text before the
+            first colon of `problem`.
+        problem: what was expected, and what came.
+        others: further settings that the problem depends on.
+        source: the file that has the setting, as `config run.yaml`; None if no file has it or it is not known.
     """
 
-    def __init__(self, message: str):
-        super().__init__(message)
-        self.setting, _, self.problem = message.partition(": ")
+    def __init__(
+        self, problem: str, *, setting: str | None = None, others: Sequence[str] = (), source: str | None = None
+    ):
+        if setting is None:
+            setting, _, problem = problem.partition(": ")
+        self.setting, self.problem, self.others, self.source = setting, problem, tuple(others), source
+        super().__init__(": ".join(part for part in (source, setting, problem) if part))
 
 
 @contextmanager
 def of_setting(name: str, *others: str) -> Iterator[None]:
-    """Prefix a ConfigError with `name`, such as `es.sigma`, unless it begins with `name` or one of the others."""
+    """Attribute a ConfigError to the setting `name`, such as `es.sigma`, unless it is of `name` or one of the others.
+
+    The message then begins with `name`.
+    """
     try:
         yield
     except ConfigError as error:
         if error.setting in (name, *others):
             raise
-        raise ConfigError(f"{name}: {error}") from error
+        raise ConfigError(str(error), setting=name) from error
 
 
 class RewardError(EsengineError):

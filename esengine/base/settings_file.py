@@ -4,35 +4,19 @@ These are rejected with their line: tags, aliases, keys given twice, deep nestin
 no file name or prompt could hold. Numbers such as 1e-2, which YAML 1.1 reads as text, are read as numbers.
 """
 
-import dataclasses
-import reprlib
-import types
-import typing
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from esengine.base.errors import ConfigError
 from esengine.base.files import read_regular
+from esengine.base.settings import check, merged
 
 MAX_BYTES = 1 << 20
 _DEEPEST = 8
 _DIGITS = 40
-
-MAX_COUNT = 1 << 20
-"""Upper bound of a count that takes memory, far above practical values."""
-MAX_STEPS = 1 << 31
-
-
-def check_counts(config: Any, section: str, **ranges: tuple[int, int]) -> None:
-    """Raises ConfigError for a setting outside its range; None is allowed."""
-    for name, (least, most) in ranges.items():
-        value = getattr(config, name)
-        if value is not None and not least <= value <= most:
-            bound = f"at least {least}" if value < least else f"at most {most}"
-            raise ConfigError(f"{section}{name}: expected {bound}, got {value}")
 
 
 def read_yaml(path: Path) -> Any:
@@ -50,39 +34,23 @@ def read_yaml(path: Path) -> Any:
         finally:
             loader.dispose()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {path}: {getattr(error, 'strerror', None) or error}") from error
+        problem = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(problem, setting="", source=f"config {path}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"config {path}{where}: {getattr(error, 'problem', None) or 'not YAML'}") from error
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise ConfigError(problem, setting="", source=f"config {path}{where}") from error
 
 
 def from_dict(base: Any, data: Any, where: str) -> Any:
     """A copy of the dataclass `base` with the settings of nested mappings.
 
     Raises:
-        ConfigError: an unknown name, or a value of another type or out of range. It begins with `config` and `where`.
+        ConfigError: an unknown name, or a value of another type or out of range. Its `source` is `config` and `where`.
     """
-    return _from_dict(base, data, where, where)
-
-
-def _from_dict(base: Any, data: Any, where: str, file: str) -> Any:
-    if not isinstance(data, dict):
-        raise ConfigError(f"config {where}: expected a mapping of settings, got {type(data).__name__}")
-    hints = typing.get_type_hints(type(base))
-    names = [f.name for f in dataclasses.fields(base)]
-    for name in data:
-        if name not in names:
-            raise ConfigError(f"config {where}: unknown setting '{name}'; known: {', '.join(names)}")
-    values = {}
-    for name, value in data.items():
-        below, current = f"{where}: {name}", getattr(base, name)
-        section = dataclasses.is_dataclass(current)
-        values[name] = _from_dict(current, value, below, file) if section else _convert(hints[name], value, below)
-    try:
-        return dataclasses.replace(base, **values)
-    except ConfigError as error:
-        raise ConfigError(f"config {file}: {error}") from error
+    source = f"config {where}"
+    return check(type(base), merged(base, data) if isinstance(data, dict) else data, source)
 
 
 class _Loader(yaml.SafeLoader):
@@ -117,38 +85,3 @@ def _require_plain(text: str) -> None:
             why = f"expected at most {_DEEPEST} levels"
         if why:
             raise yaml.constructor.ConstructorError(None, None, why, event.start_mark)
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in options:
-            return None
-        (hint,) = [option for option in options if option is not type(None)]
-        return _convert(hint, value, where)
-    if origin is Literal:
-        if value not in options:
-            expected = ", ".join(map(str, options))
-            raise ConfigError(f"config {where}: expected one of {expected}, got {reprlib.repr(value)}")
-        return value
-    if origin is tuple and isinstance(value, list):
-        return tuple(_convert(options[0], item, where) for item in value)
-    if origin is dict and isinstance(value, dict):
-        return {
-            _convert(options[0], key, where): _convert(options[1], item, f"{where}: {key}")
-            for key, item in value.items()
-        }
-    if hint is float and type(value) is int:
-        return float(value)
-    if hint is Path and isinstance(value, str) and value:
-        return Path(value)
-    if type(value) is not hint:
-        # YAML 1.1 reads 1e-2 as text
-        if hint is float and isinstance(value, str):
-            try:
-                return float(value)
-            except ValueError:
-                pass
-        expected = getattr(hint, "__name__", str(hint))
-        raise ConfigError(f"config {where}: expected {expected}, got {reprlib.repr(value)}")
-    return value

@@ -5,8 +5,9 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from esengine.base.errors import ConfigError, EsengineError, Stopped
+from esengine.base.errors import EsengineError, Stopped
 from esengine.cli.output import lasting_output
 
 USAGE = """usage: esengine COMMAND [flags]
@@ -40,7 +41,7 @@ def main(args: list[str] | None = None) -> int:
 def _main(args: list[str]) -> int:
     # libgomp's threads spin long at every barrier, which starves them all when other programs want the same cores
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    commands: dict[str, Callable[[list[str]], int]] = {
+    commands: dict[str, Callable[[Any], int]] = {
         "train": _train,
         "eval": _eval,
         "render": _render,
@@ -65,17 +66,18 @@ def _main(args: list[str]) -> int:
     for flag, value in zip(args, [*args[1:], None], strict=True):
         if flag.startswith("--") and (value == "" or flag.endswith("=")):
             return _fail(f"{flag.rstrip('=')}: expected a value, got an empty one", 2)
+    from esengine.cli.flags import settings_of
+
     try:
-        return commands[args[0]](args[1:])
+        with settings_of(args[0], args[1:]) as config:
+            return commands[args[0]](config)
     except Stopped as stopped:
         print(f"esengine: {stopped}", file=sys.stderr)
         return 0
     except EsengineError as error:
         if os.environ.get("ESENGINE_DEBUG"):
             raise
-        from esengine.cli.flags import as_typed
-
-        return _fail(as_typed(str(error), args) if isinstance(error, ConfigError) else str(error), 1)
+        return _fail(str(error), 1)
     except OSError as error:
         if os.environ.get("ESENGINE_DEBUG"):
             raise
@@ -101,11 +103,9 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
 
 
-def _train(args: list[str]) -> int:
-    from esengine.cli.flags import parse_train
+def _train(config: Any) -> int:
     from esengine.run.folder import RunFolder
 
-    config = parse_train(args)
     if config.run_dir is not None and os.environ.get("RANK", "0") == "0":  # of several processes, the first holds it
         RunFolder.require_free(config.run_dir)  # before the seconds that the imports below take
     _quiet()
@@ -141,11 +141,7 @@ def _page(folder: Path) -> Path | None:
         return None
 
 
-def _eval(args: list[str]) -> int:
-    from esengine.cli.flags import parse
-    from esengine.cli.settings import EvalConfig
-
-    config = parse(EvalConfig, args, "esengine eval")
+def _eval(config: Any) -> int:
     _quiet()
     from esengine.base.progress import Bar
     from esengine.cli.eval import evaluate
@@ -168,11 +164,7 @@ def _eval(args: list[str]) -> int:
     return 0
 
 
-def _render(args: list[str]) -> int:
-    from esengine.cli.flags import parse
-    from esengine.cli.settings import RenderConfig
-
-    config = parse(RenderConfig, args, "esengine render")
+def _render(config: Any) -> int:
     _quiet()
     from esengine.base.progress import Bar
     from esengine.cli.render import render
@@ -185,23 +177,14 @@ def _render(args: list[str]) -> int:
     return 0
 
 
-def _report(args: list[str]) -> int:
-    from esengine.cli.flags import parse
-    from esengine.cli.settings import ReportConfig
-
-    config = parse(ReportConfig, args, "esengine report")
+def _report(config: Any) -> int:
     from esengine.report import write_page
 
     print(write_page(config.folder))
     return 0
 
 
-def _replay(args: list[str]) -> int:
-    import tyro
-
-    from esengine.run.settings import ReplayConfig
-
-    config = tyro.cli(ReplayConfig, args=args, prog="esengine replay")
+def _replay(config: Any) -> int:
     _quiet()
     from esengine.base.progress import Bar
     from esengine.run.replay import replay
@@ -225,11 +208,7 @@ def _replay(args: list[str]) -> int:
     return 0
 
 
-def _env(args: list[str]) -> int:
-    from esengine.cli.flags import parse
-    from esengine.cli.settings import EnvConfig
-
-    config = parse(EnvConfig, args, "esengine env")
+def _env(config: Any) -> int:
     from esengine.sampling.environment import describe, to_json
 
     facts = describe()

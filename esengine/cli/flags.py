@@ -1,69 +1,100 @@
-"""Reads settings from flags, and rewrites errors about settings so that they name the flag that the user typed.
+"""Reads the settings of a command from its flags and files. An error names the flag as typed, or the file.
 
 This module does not import torch, so `--help` is fast.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Collection
+import io
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import tyro
+from typing_extensions import TypedDict
 
-from esengine.base.errors import ConfigError, RunError
+from esengine.base.errors import ConfigError
 from esengine.base.files import DATA
 from esengine.base.prompt_files import read_prompt_file
-from esengine.base.settings_file import from_dict
-from esengine.cli.settings import EvalConfig, RenderConfig
+from esengine.base.settings import check, fields_of, merged
+from esengine.cli.settings import EnvConfig, EvalConfig, RenderConfig, ReportConfig
 from esengine.models.defaults import DEMO, defaults
 from esengine.run import journal
-from esengine.run.settings import TrainConfig, config_file, load, load_run, read_settings
+from esengine.run.settings import ReplayConfig, TrainConfig, config_file, load, load_run, read_settings, to_dict
 from esengine.sampling.settings import ImageSettings
 
+COMMANDS = {
+    "train": TrainConfig,
+    "eval": EvalConfig,
+    "render": RenderConfig,
+    "report": ReportConfig,
+    "replay": ReplayConfig,
+    "env": EnvConfig,
+}
+Layer = tuple[str, dict[str, Any]]
+"""A file's name for messages, and its settings as a nested mapping."""
 
-def parse_train(args: list[str]) -> TrainConfig:
+
+def settings_of(command: str, args: list[str]) -> contextlib.AbstractContextManager[Any]:
+    """The settings of a command by its name: see `train_settings` and `command_settings`."""
+    return (
+        train_settings(args) if command == "train" else command_settings(COMMANDS[command], args, f"esengine {command}")
+    )
+
+
+@contextlib.contextmanager
+def train_settings(args: list[str]) -> Iterator[TrainConfig]:
     """The settings of `esengine train`. Flags override the YAML file, and the YAML file overrides the defaults.
 
     The YAML file is that of --config. With --resume it is the run's journal. A model may have packaged defaults.
 
     Raises:
-        ConfigError: a file cannot be read, or a setting is unknown, of the wrong type or out of range.
+        ConfigError: a file cannot be read, or a setting is unknown, of the wrong type or out of range. This one and
+            those raised inside the `with` block name the flag as typed, or the file that has the setting.
     """
-    source, run = _below(args)
-    data = {} if source is None else _data(source, run)
-    if not run and data.get("config") is not None:
-        raise ConfigError(f"config {source}: config: expected no other file below this one, got {data['config']!r:.60}")
-    default = TrainConfig()
-    packaged = source is not None and source.parent == DATA
-    of_model = defaults(_peek(args, "model") or str(data.get("model", DEMO)))
-    if not run and not packaged and of_model.settings is not None:
-        default = load(of_model.settings)
-        if isinstance(lora := data.get("lora"), dict) and "alpha" in lora:  # it applies to all layers, as the flag does
-            data = data | {"lora": {"alpha_pattern": {}} | lora}
-    if source is not None:
-        default = from_dict(default, data, str(source))
-    if _peek(args, "lora.alpha") and not any(arg.startswith(("--lora.alpha-p", "--lora.alpha_p")) for arg in args):
-        default = dataclasses.replace(default, lora=dataclasses.replace(default.lora, alpha_pattern={}))
-    config = tyro.cli(TrainConfig, args=args, default=default, prog="esengine train")
-    chosen = _peek(args, "es.prompts-per-step") or (data.get("es") or {}).get("prompts_per_step")
-    if config.prompts is not None and (chosen is None or (source is not None and source == of_model.settings)):
-        with contextlib.suppress(ConfigError):  # the run reports the error in the file
-            count = len(read_prompt_file(config.prompts)["prompt"])
-            per_step = min(count, config.es.prompts_per_step)
-            config = dataclasses.replace(config, es=dataclasses.replace(config.es, prompts_per_step=per_step))
-    return config
+    given, files = _given(TrainConfig, args, "esengine train"), []
+    with _naming(TrainConfig, args, given, files):
+        source, run = _file(given)
+        if source is not None:
+            files.append((f"run folder {given['run_dir']}" if run else f"config {source}", _data(source, run)))
+        data = files[0][1] if files else {}
+        if not run and data.get("config") is not None:
+            raise ConfigError(
+                f"expected no other file below this one, got {data['config']!r:.60}",
+                setting="config",
+                source=files[0][0],
+            )
+        packaged = defaults(str(given.get("model", data.get("model", DEMO)))).settings
+        below = run or packaged is None or (source is not None and source.parent == DATA)
+        layers = [{} if below else read_settings(packaged), data, given]
+        config = check(TrainConfig, merged(TrainConfig(), *map(_of_all_layers, layers)))
+        chosen = [given] if source is not None and source == packaged else [data, given]
+        yield config if any(_holds(each, "es.prompts_per_step") for each in chosen) else _fitted(config)
 
 
-def _below(args: list[str]) -> tuple[Path | None, bool]:
-    """The YAML file that the flags override, and whether it is a run's. With --help no file is read: (None, False)."""
-    if _asks_for_help(args):
-        return None, False
-    config, run_dir = _peek(args, "config"), _peek(args, "run-dir")
-    if config is not None:
-        return config_file(config), False
-    saved = Path(run_dir or ".") / journal.NAME
-    return (saved, True) if run_dir and _switched_on(args, "resume") and saved.is_file() else (None, False)
+@contextlib.contextmanager
+def command_settings(cls: type, args: list[str], prog: str) -> Iterator[Any]:
+    """The settings of another command. The defaults of image settings are those of the run in --run-dir.
+
+    Raises:
+        ConfigError: as `train_settings`.
+    """
+    if "image" not in fields_of(cls):  # no file has settings of these commands
+        yield tyro.cli(cls, args=args, prog=prog)
+        return
+    given, files = _given(cls, args, prog), []
+    with _naming(cls, args, given, files):
+        run = TrainConfig()
+        if given.get("run_dir") is not None:
+            run = load_run(given["run_dir"])
+            files.append((f"run folder {given['run_dir']}", to_dict(run)))
+        yield check(cls, merged(cls(image=run.image), given))
+
+
+def parse_train(args: list[str]) -> TrainConfig:
+    """As `train_settings`, without a `with` block."""
+    with train_settings(args) as config:
+        return config
 
 
 def _data(source: Path, run: bool) -> dict[str, Any]:
@@ -72,86 +103,114 @@ def _data(source: Path, run: bool) -> dict[str, Any]:
 
 
 def parse(cls: type, args: list[str], prog: str) -> Any:
-    """A dataclass from its flags. The defaults of image settings are those of the run in --run-dir."""
-    default = cls()
-    if hasattr(default, "image"):
-        run_dir = None if _asks_for_help(args) else _peek(args, "run-dir")
-        default = dataclasses.replace(default, image=load_run(Path(run_dir)).image if run_dir else ImageSettings())
-    return tyro.cli(cls, args=args, default=default, prog=prog)
+    """As `command_settings`, without a `with` block."""
+    with command_settings(cls, args, prog) as config:
+        return config
 
 
-def _asks_for_help(args: list[str]) -> bool:
-    return "-h" in args or "--help" in args
+def _given(cls: type, args: list[str], prog: str) -> dict[str, Any]:
+    """The settings that flags give, as a nested mapping. Ends the process after --help and after a wrong flag."""
+    given: dict[str, Any] = {}
+    with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):  # the parser below says why
+        given, _ = tyro.cli(_partial(cls), args=args, add_help=False, return_unknown_args=True)
+    with contextlib.suppress(ConfigError):  # files may complete these settings, so they are checked together later
+        tyro.cli(cls, args=args, default=_shown(cls, given), prog=prog)
+    return given
 
 
-def _peek(args: list[str], flag: str) -> str | None:
-    """The value of a flag, spelled with - or _. If it is given twice, the last one counts, as in the parser."""
-    found = None
-    for i, arg in enumerate(args):
-        name, equals, value = arg.partition("=")
-        if name.replace("_", "-") == f"--{flag}":
-            found = value if equals else args[i + 1] if i + 1 < len(args) else None
-    return found
+def _shown(cls: type, given: dict[str, Any]) -> Any:
+    """The defaults that --help shows. Those of `train` depend on the model."""
+    packaged = defaults(given.get("model", DEMO)).settings if cls is TrainConfig else None
+    return load(packaged) if packaged else cls(image=ImageSettings())
 
 
-def _switched_on(args: list[str], flag: str) -> bool:
-    """Whether a flag without a value is on: `--flag` or `--no-flag`, whichever comes last."""
-    given = [arg for arg in (each.replace("_", "-") for each in args) if arg in (f"--{flag}", f"--no-{flag}")]
-    return given[-1:] == [f"--{flag}"]
+def _partial(cls: type) -> type:
+    """The settings of a dataclass as a mapping type. tyro leaves out what no flag gives."""
+    hints = {name: _partial(section) if section else hint for name, (hint, section) in fields_of(cls).items()}
+    return TypedDict(cls.__name__, hints, total=False)
 
 
-def as_typed(message: str, args: list[str]) -> str:
-    """Replace the setting's name at the start of an error message by what the user typed.
+def _file(given: dict[str, Any]) -> tuple[Path | None, bool]:
+    """The file that the flags override, and whether it is a run's journal."""
+    if given.get("config") is not None:
+        return config_file(given["config"]), False
+    if given.get("resume") and given.get("run_dir") is not None:
+        saved = given["run_dir"] / journal.NAME
+        return (saved, True) if saved.is_file() else (None, False)
+    return None, False
 
-    That is the flag as it was typed. If it was not typed, the message names the YAML file that has the setting. If no
-    file has it, the message has the flag as `--help` spells it. Other messages are returned unchanged.
+
+def _of_all_layers(data: dict[str, Any]) -> dict[str, Any]:
+    """An alpha without an alpha_pattern beside it is that of all layers."""
+    lora = data.get("lora")
+    if not isinstance(lora, dict) or "alpha" not in lora:
+        return data
+    return data | {"lora": {"alpha_pattern": {}} | lora}
+
+
+def _fitted(config: TrainConfig) -> TrainConfig:
+    """The settings with at most as many prompts per step as there are prompts in the user's file."""
+    if config.prompts is None:
+        return config
+    with contextlib.suppress(ConfigError):  # the run reports the error in the file
+        count = len(read_prompt_file(config.prompts)["prompt"])
+        per_step = min(count, config.es.prompts_per_step)
+        return dataclasses.replace(config, es=dataclasses.replace(config.es, prompts_per_step=per_step))
+    return config
+
+
+@contextlib.contextmanager
+def _naming(cls: type, args: list[str], given: dict[str, Any], files: list[Layer]) -> Iterator[None]:
+    """Replace the setting's name in a ConfigError by the flag as typed, or add the file that has the setting.
+
+    If neither a flag nor a file gives the setting, the error names its flag as --help spells it.
     """
-    head, colon, rest = message.partition(":")
-    flags = {flag.removeprefix("--").replace("-", "_"): flag for flag in _flags()}
-    names = head.split(" times ")
-    found = [_one(name, flags) for name in names]
-    if not colon or None in found:
-        return message
-    typed = {arg.partition("=")[0].replace("_", "-"): arg.partition("=")[0] for arg in args if arg.startswith("--")}
-    conflicting = [typed[flag] for name, flag in flags.items() if "." in name and name in rest and flag in typed]
-    if conflicting and not any(flags[name] in typed for name in found):  # the setting conflicts with a typed one
-        return f"{conflicting[0]}: {message}"
-    if not any(flags[name] in typed for name in found) and (file := _holder(found[0], args)):
-        return f"{file}: {message}"
-    some = any(flags[name] in typed for name in found)
-    spelt = [typed.get(flags[name], name if some else flags[name]) for name in found]
-    return f"{' times '.join(sorted(spelt, key=lambda each: not each.startswith('--')))}:{rest}"
+    try:
+        yield
+    except ConfigError as error:
+        if error.source is not None:
+            raise
+        flags = _settings(cls)
+        names = [_known(name, flags) or name for name in (error.setting, *error.others)]
+        typed = [name for name in names if _holds(given, name)]
+        held = [(source, name) for source, data in files for name in names if _holds(data, name)]
+        if held and not typed:
+            raise ConfigError(error.problem, setting=held[0][1], source=held[0][0]) from error
+        if not typed and names[0] not in flags:
+            raise
+        raise ConfigError(error.problem, setting=_spelt([*typed, *names][0], args)) from error
 
 
-def _one(name: str, flags: Collection[str]) -> str | None:
-    """The setting of that name, or the only one whose last part is that name. None if there is no such one."""
-    found = [each for each in flags if each == name] or [each for each in flags if each.endswith(f".{name}")]
+def _settings(cls: type) -> list[str]:
+    """The dotted names of all settings of a command."""
+    fields = fields_of(cls).items()
+    return [
+        f"{name}.{each}" if each else name
+        for name, (_, below) in fields
+        for each in (_settings(below) if below else [""])
+    ]
+
+
+def _known(name: str, known: Sequence[str]) -> str | None:
+    """The setting of that name, or that the name is a part of; or the only one that ends in the name."""
+    found = [each for each in known if f"{name}.".startswith(f"{each}.")]
+    found = found or [each for each in known if each.endswith(f".{name}")]
     return found[0] if len(found) == 1 else None
 
 
-def _holder(name: str, args: list[str]) -> str | None:
-    """The YAML file that has a setting, as the start of an error message; None if no file has it."""
-    source, run = _below(args)
-    run_dir = _peek(args, "run-dir")
-    if source is None and run_dir and args[:1] != ["train"]:
-        source, run = Path(run_dir) / journal.NAME, True
-    data = None
-    with contextlib.suppress(ConfigError, RunError):
-        data = source and _data(source, run)
-    section, _, key = name.rpartition(".")
-    data = (data or {}).get(section) if section else data
-    if not isinstance(data, dict) or data.get(key) is None:
-        return None
-    return f"run folder {run_dir}" if run else f"config {source}"
+def _holds(data: dict[str, Any], name: str) -> bool:
+    """Whether a nested mapping has a setting."""
+    head, _, rest = name.partition(".")
+    if head not in data:
+        return False
+    return not rest or not isinstance(data[head], dict) or _holds(data[head], rest)
 
 
-def _flags() -> list[str]:
-    """Every flag of every command, as `--help` spells it."""
-    found: dict[str, None] = {}
-    for config in (TrainConfig(), EvalConfig(), RenderConfig()):
-        for each in dataclasses.fields(config):
-            value = getattr(config, each.name)
-            below = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
-            names = [f"{each.name}.{inner.name}" for inner in below] or [each.name]
-            found |= dict.fromkeys(f"--{name.replace('_', '-')}" for name in names)
-    return list(found)
+def _spelt(name: str, args: list[str]) -> str:
+    """The flag of a setting as it was typed last; if it was not typed, as --help has it."""
+    flag = f"--{name.replace('_', '-')}"
+    for arg in reversed(args):
+        typed = arg.partition("=")[0]
+        if typed.replace("_", "-").replace("--no-", "--").replace(".no-", ".") == flag:
+            return typed
+    return flag

@@ -5,16 +5,24 @@ Everything here is plain Python, so that `--help` answers before torch is import
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
+from pydantic import AfterValidator
 
 from esengine.base.errors import ConfigError
-from esengine.base.settings_file import MAX_COUNT, MAX_STEPS, check_counts
+from esengine.base.settings import Count, File, Seed, Steps, Switch, settings
 from esengine.sampling.settings import ImageSettings
 
 
-@dataclass(frozen=True)
+def _place(shard: str) -> str:
+    k, slash, n = shard.partition("/")
+    if not (k.isdecimal() and n.isdecimal() and slash and int(k) < int(n)):
+        raise ValueError("K/N with 0 <= K < N, such as 0/4")
+    return shard
+
+
+@settings()
 class EvalConfig:
     """Compare models on the same prompts and latents: mean scores, paired differences to the first, win rates.
 
@@ -30,9 +38,9 @@ class EvalConfig:
     Category and Challenge; or .jsonl with these keys.
     """
 
-    run_dir: Path | None = None
+    run_dir: File | None = None
     """A run's folder. Its adapter is used, and its settings are the defaults of the other flags."""
-    adapter: Path | None = None
+    adapter: File | None = None
     """An adapter's folder, to use instead of the run's."""
     benchmark: str | None = None
     """`partiprompts` or `drawbench`, read from the hub or from --prompts. Or `nano`. Or a file of prompts."""
@@ -43,22 +51,22 @@ class EvalConfig:
     """A SanaSprintPipeline folder, a hub id, `nano` or `tiny`."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
-    prompts: Path | None = None
+    prompts: File | None = None
     """File of prompts, such as a PartiPrompts.tsv for --benchmark. By default the run's held-out prompts."""
-    limit: int | None = None
+    limit: Steps | None = None
     """Use only so many prompts, from the first."""
     reward: str | None = None
     """Rewards: `a=1.0,my_module:score=0`. By default the run's. For the benchmark `nano`: all judges of that model, and
     the rewards of --run-dir. For any other benchmark: pickscore, clip_text, aesthetic and no_artifacts."""
-    seed: int | None = None
+    seed: Seed | None = None
     """Seed of the latents. By default the run's."""
-    repeats: int | None = None
+    repeats: Count | None = None
     """Images of each prompt. By default the run's number, and 1 for a benchmark."""
-    out: Path | None = None
+    out: File | None = None
     """Folder for images and reports. For a benchmark it is evaluations/NAME by default, in the run's folder or here."""
-    shard: str | None = None
+    shard: Annotated[str, AfterValidator(_place)] | None = None
     """K/N: draw part K of N, counted from 0. The last process writes the report. By default torchrun's rank."""
-    json: Path | None = None
+    json: File | None = None
     """Also write report.json to this path."""
     device: str = "auto"
     """cpu, cuda, cuda:1 and so on. auto: a GPU if there is one; under torchrun, the GPU of this process."""
@@ -66,39 +74,31 @@ class EvalConfig:
     """Data type of the model. auto: the run's; without a run, bfloat16 on a GPU and float32 on a CPU."""
     image: tyro.conf.AvoidSubcommands[ImageSettings | None] = None
 
-    def __post_init__(self):
-        _check_common(self)
-        check_counts(self, "", repeats=(1, MAX_COUNT), limit=(1, MAX_STEPS))
-        if self.shard is not None:
-            k, slash, n = self.shard.partition("/")
-            if not (k.isdecimal() and n.isdecimal() and slash and int(k) < int(n)):
-                raise ConfigError(f"shard: expected K/N with 0 <= K < N, such as 0/4, got {self.shard}")
 
-
-@dataclass(frozen=True)
+@settings()
 class RenderConfig:
     """Draw prompts with the base model and the adapter, from the same latents, side by side."""
 
     prompts: tyro.conf.Positional[tuple[str, ...]] = ()
     """Prompts to draw. By default the first of --prompts-file."""
-    prompts_file: Path | None = None
+    prompts_file: File | None = None
     """File of prompts: text with one prompt a line, .tsv, .csv or .jsonl. By default the packaged held-out list."""
-    limit: int = 8
+    limit: Steps = 8
     """Number of prompts to draw from the file."""
-    gallery: bool = False
+    gallery: Switch = False
     """Draw the eight prompts of the published run, and write gallery.png and gallery.html instead of single images."""
-    run_dir: Path | None = None
+    run_dir: File | None = None
     """A run's folder. Its adapter is used, and its settings are the defaults of the other flags."""
-    adapter: Path | None = None
+    adapter: File | None = None
     """An adapter's folder, to use instead of the run's."""
     model: str | None = None
     """A SanaSprintPipeline folder, a hub id, `nano` or `tiny`."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
-    out: Path | None = None
+    out: File | None = None
     """Folder for the images. By default `renders` in the run's folder, or here without a run. Images of an earlier call
     are moved to its subfolder `earlier`."""
-    seed: int | None = None
+    seed: Seed | None = None
     """Seed of the latents. By default the run's."""
     device: str = "auto"
     """cpu, cuda, cuda:1 and so on. auto: a GPU if there is one."""
@@ -107,19 +107,12 @@ class RenderConfig:
     image: tyro.conf.AvoidSubcommands[ImageSettings | None] = None
 
     def __post_init__(self):
-        _check_common(self)
-        check_counts(self, "", limit=(1, MAX_STEPS))
         if self.gallery and (self.prompts or self.prompts_file):
             raise ConfigError("gallery: expected no prompts beside it, it has its own")
         if self.prompts and self.prompts_file:
             raise ConfigError(
                 f"prompts_file: expected no prompts beside it, got {self.prompts[0]!r:.60}; give one of them"
             )
-
-
-def _check_common(config: EvalConfig | RenderConfig) -> None:
-    if config.seed is not None and not 0 <= config.seed < 1 << 64:
-        raise ConfigError(f"seed: expected an integer in [0, 2^64), got {config.seed}")
 
 
 @dataclass(frozen=True)

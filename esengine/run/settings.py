@@ -4,7 +4,6 @@ Everything here is plain Python, so that `--help` answers before torch is import
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -13,10 +12,24 @@ from typing import Annotated, Any, Literal
 
 import tyro
 import yaml
+from pydantic import AfterValidator, Field
 
 from esengine.base.errors import ConfigError
 from esengine.base.files import DATA
-from esengine.base.settings_file import MAX_COUNT, MAX_STEPS, check_counts, from_dict, read_yaml
+from esengine.base.settings import (
+    MAX_COUNT,
+    Count,
+    File,
+    Int,
+    Interval,
+    Positive,
+    Rank,
+    Seed,
+    Steps,
+    Switch,
+    settings,
+)
+from esengine.base.settings_file import from_dict, read_yaml
 from esengine.es.rule import UpdateRule
 from esengine.models.defaults import DEMO, SETTINGS
 from esengine.run import journal
@@ -29,6 +42,34 @@ REFERENCE_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "linear_1", "linear_2",
 
 _LAYER = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 """A layer's name: no regular expression, apart from its dots."""
+
+
+def _layer(name: str) -> str:
+    if not _LAYER.fullmatch(name):
+        raise ValueError("the end of a layer's name")
+    return name
+
+
+def _one_alpha(pattern: dict[str, float]) -> dict[str, float]:
+    for name in pattern:
+        if both := [other for other in pattern if other.endswith(f".{name}")]:
+            raise ValueError(f"one alpha a layer, not one for {name} and one for {both[0]}")
+    return pattern
+
+
+def _even(count: int) -> int:
+    if count < 2 or count % 2:
+        raise ValueError("an even number of at least 2")
+    return count
+
+
+def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError("each tracker once")
+    return names
+
+
+Alpha = Annotated[Positive, Field(le=MAX_COUNT)]
 
 
 def _pairs(words: list[str]) -> dict[str, float]:
@@ -48,67 +89,44 @@ _PAIRS = tyro.constructors.PrimitiveConstructorSpec(
 )
 
 
-@dataclass(frozen=True)
+@settings("lora")
 class LoraSettings:
     """The adapter. Targets are chosen as PEFT does: by the end of a layer's name."""
 
-    rank: int = 2
+    rank: Annotated[Int, Field(ge=0, le=1 << 14)] = 2
     """LoRA rank r. With 0 there is no LoRA: noise and updates go to the weights themselves."""
-    alpha: float = 8.0
+    alpha: Alpha = 8.0
     """LoRA alpha: the adapter is scaled by alpha / r. Ignored if the rank is 0. Given as a flag without alpha_pattern,
     it holds for all layers."""
-    targets: tuple[str, ...] = REFERENCE_TARGETS
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = REFERENCE_TARGETS
     """Linear layers of the transformer."""
-    alpha_pattern: Annotated[dict[str, float], _PAIRS] = field(default_factory=dict)
+    alpha_pattern: Annotated[
+        dict[Annotated[str, AfterValidator(_layer)], Alpha], _PAIRS, AfterValidator(_one_alpha)
+    ] = field(default_factory=dict)
     """Another alpha for some layers, by the end of a layer's name: `linear_2 16 proj_out 2`. Ignored if the rank is 0.
     Blocks cannot run fused if to_q, to_k and to_v have different alphas."""
 
-    def __post_init__(self):
-        check_counts(self, "lora.", rank=(0, 1 << 14))
-        alphas = {"alpha": self.alpha} | {f"alpha_pattern: {name}": alpha for name, alpha in self.alpha_pattern.items()}
-        for name, alpha in alphas.items():
-            if not 0 < alpha <= MAX_COUNT:
-                raise ConfigError(f"lora.{name}: expected a positive number of at most {MAX_COUNT}, got {alpha}")
-        for name in self.alpha_pattern:
-            if not _LAYER.fullmatch(name):
-                raise ConfigError(f"lora.alpha_pattern: expected the end of a layer's name, got {name!r:.100}")
-            if both := [other for other in self.alpha_pattern if other.endswith(f".{name}")]:
-                raise ConfigError(
-                    f"lora.alpha_pattern: expected one alpha a layer, got one for {name} and for {both[0]}"
-                )
-        if not self.targets:
-            raise ConfigError("lora.targets: expected at least one layer name, got none")
 
-
-@dataclass(frozen=True)
+@settings("es")
 class ESSettings:
     """How members are drawn, and how their scores become fitness."""
 
-    sigma: float = 1e-2
+    sigma: Positive = 1e-2
     """Standard deviation of the noise on each element of the adapter, or of the weights if lora.rank is 0."""
-    noise_rank: int = 1
+    noise_rank: Rank = 1
     """Rank k of each member's noise."""
     shaping: Literal["zscore", "centered_rank", "none"] = "zscore"
     """How scores become fitness. Each prompt's mean is removed first. Then: z-score, centred ranks, or no change."""
     prompt_std: Literal["global", "own"] = "global"
     """A prompt's scores are divided by a standard deviation. global: of all scores, as in the reference run. own: of
     this prompt's scores, so that no prompt outweighs the others."""
-    prompts_per_step: int = 4
+    prompts_per_step: Count = 4
     """Prompts drawn each step. No prompt is drawn again before all have been. The default adapts to a shorter list."""
-    repeats: int = 4
+    repeats: Count = 4
     """Images of each prompt for each member. Each comes from another latent."""
 
-    def __post_init__(self):
-        if not (math.isfinite(self.sigma) and self.sigma > 0):
-            raise ConfigError(f"es.sigma: expected a positive number, got {self.sigma}")
-        check_counts(self, "es.", noise_rank=(1, 1 << 14), prompts_per_step=(1, MAX_COUNT), repeats=(1, MAX_COUNT))
-        if self.shaping not in ("zscore", "centered_rank", "none"):
-            raise ConfigError(f"es.shaping: expected zscore, centered_rank or none, got {self.shaping}")
-        if self.prompt_std not in ("global", "own"):
-            raise ConfigError(f"es.prompt_std: expected global or own, got {self.prompt_std}")
 
-
-@dataclass(frozen=True)
+@settings()
 class TrainConfig:
     """Post-train a frozen text-to-image model from black-box rewards by Evolution Strategies on a LoRA adapter.
 
@@ -116,30 +134,30 @@ class TrainConfig:
     what captions say, with the settings of the packaged `nano.yaml`.
     """
 
-    run_dir: Path | None = None
+    run_dir: File | None = None
     """Folder of the run: config, metrics, checkpoints, adapter, strips. By default runs/<date and time>."""
     model: str = DEMO
     """A SanaSprintPipeline folder or a hub id. Or `nano`, the small trained model of this package; or `tiny`, an
     untrained model for tests."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
-    prompts: Path | None = None
+    prompts: File | None = None
     """File of prompts to train on: text with one prompt a line, .tsv, .csv or .jsonl. By default a packaged list; for
     `nano`, a list of captions."""
-    eval_prompts: Path | None = None
+    eval_prompts: File | None = None
     """File of prompts that are never trained on. Base and adapter are compared on them. By default a packaged list."""
     reward: str | None = None
     """A reward, or several with weights: `a=1.0,my_module:score=0.5`. By default pickscore. For `tiny`
     jpeg_compressibility; for `nano` checker and, with a small weight, pickscore."""
-    steps: int = 40
+    steps: Steps = 40
     """ES steps."""
-    population: int = 32
+    population: Annotated[Int, AfterValidator(_even), Field(le=MAX_COUNT)] = 32
     """Number of members N. It is even, because members come in antithetic pairs."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the noise, the latents, the order of prompts, and the adapter's initial weights."""
-    resume: bool = False
+    resume: Switch = False
     """Continue the run in --run-dir from its last checkpoint."""
-    allow_change: bool = False
+    allow_change: Switch = False
     """With --resume, continue even if settings, model or prompts differ from the run's. The differences are printed."""
     config: str | None = None
     """YAML file of settings, which flags override. Or the name of a packaged file: `reference` (the published run) or
@@ -151,21 +169,21 @@ class TrainConfig:
     on_bad_reward: Literal["fail", "drop-pair"] = "fail"
     """What to do if a reward raises or returns no finite number. fail: stop. drop-pair: leave the member and its
     antithetic partner out of the update. The run stops anyway if more than a tenth of a step's images are bad."""
-    deterministic: bool = False
+    deterministic: Switch = False
     """Draw and score one image at a time. This is slower. The result then does not depend on the chunk size."""
-    checkpoint_every: int = 5
+    checkpoint_every: Steps = 5
     """Steps between checkpoints."""
-    strip_every: int = 10
+    strip_every: Interval = 10
     """Steps between pictures of the best, median and worst member's images. 0: none."""
     heldout_reward: str = "auto"
     """Rewards to measure on held-out prompts besides the optimised ones, such as `pickscore,my_module:score`; or none.
     auto: if you optimise pickscore, clip_text, aesthetic, no_artifacts or hpsv2, the others of the first four. For
     `nano`: those four with clip-nano, and checker, whatever you optimise."""
-    heldout_every: int = 10
+    heldout_every: Interval = 10
     """Steps between measurements on held-out prompts. 0: none."""
-    heldout_prompts: int = 16
+    heldout_prompts: Count = 16
     """Number of --eval-prompts in each measurement. They are always the same ones."""
-    trackers: tuple[Literal["wandb", "trackio"], ...] = ()
+    trackers: Annotated[tuple[Literal["wandb", "trackio"], ...], AfterValidator(_distinct)] = ()
     """Trackers besides TensorBoard. Each needs the extra of its name: pip install 'eggroll-esengine[wandb]'.
     WANDB_MODE=offline needs no account."""
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -174,23 +192,20 @@ class TrainConfig:
     image: ImageSettings = field(default_factory=ImageSettings)
 
     def __post_init__(self):
-        if self.population < 2 or self.population % 2:
-            raise ConfigError(f"population: expected an even number of at least 2, got {self.population}")
-        some, any_ = (1, MAX_STEPS), (0, MAX_STEPS)
-        check_counts(self, "", steps=some, checkpoint_every=some, strip_every=any_, heldout_every=any_)
-        check_counts(self, "", population=(2, MAX_COUNT), heldout_prompts=(1, MAX_COUNT))
-        if (images := self.population * self.es.prompts_per_step * self.es.repeats) > 1 << 24:
+        prompts, repeats = self.es.prompts_per_step, self.es.repeats
+        if (images := self.population * prompts * repeats) > 1 << 24:
             raise ConfigError(
-                f"population: expected at most 2^24 images a step, got {images} with es.prompts_per_step "
-                f"{self.es.prompts_per_step} and es.repeats {self.es.repeats}"
+                f"expected at most 2^24 images a step, got {images} from a population of {self.population}, "
+                f"es.prompts_per_step {prompts} and es.repeats {repeats}",
+                setting="population",
+                others=("es.prompts_per_step", "es.repeats"),
             )
-        for name in self.trackers:
-            if name not in ("wandb", "trackio") or self.trackers.count(name) > 1:
-                raise ConfigError(f"trackers: expected wandb, trackio or both, got {' '.join(self.trackers)}")
         if (rate := self.update.lr_scale * self.es.sigma) > MAX_RATE:
-            raise ConfigError(f"update.lr_scale times es.sigma: expected at most {MAX_RATE:g}, got {rate:g}")
-        if not 0 <= self.seed < 1 << 64:
-            raise ConfigError(f"seed: expected an integer in [0, 2^64), got {self.seed}")
+            raise ConfigError(
+                f"expected a learning rate (update.lr_scale times es.sigma) of at most {MAX_RATE:g}, got {rate:g}",
+                setting="update.lr_scale",
+                others=("es.sigma",),
+            )
 
 
 @dataclass(frozen=True)
@@ -250,7 +265,8 @@ def config_file(source: str | Path) -> Path:
 def read_settings(path: Path) -> dict[str, Any]:
     data = read_yaml(path)
     if data is not None and not isinstance(data, dict):
-        raise ConfigError(f"config {path}: expected a mapping of settings, got {type(data).__name__}")
+        problem = f"expected a mapping of settings, got {type(data).__name__}"
+        raise ConfigError(problem, setting="", source=f"config {path}")
     return data or {}
 
 

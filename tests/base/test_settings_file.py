@@ -15,38 +15,46 @@ BOMB = f"reward:\n- &a0 [{TEN}]\n" + "".join(f"- &a{i} [{','.join([f'*a{i - 1}']
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "line", "word"),
     [
-        (BOMB, "line 3: expected values as they are, got an alias"),
-        ("steps: &a 3\nseed: *a\n", "line 2: .*alias"),
-        ("[" * 20_000, "line 1: expected at most 8 levels"),
-        ("{a: " * 5_000, "line 1: expected at most 8 levels"),
-        ("seed: 1\nsteps: 2001-02-31\n", "line 2: day is out of range"),
-        ("steps: 2001-02-03\n", "steps: expected int, got datetime"),
-        ("steps: !!float abc\n", "line 1: expected values without tags"),
-        ("steps: !!int ''\n", "line 1: expected values without tags"),
-        ("steps: !!timestamp abc\n", "line 1: expected values without tags"),
-        ("!!omap [a]\n", "line 1: expected values without tags"),
-        ("seed: " + "9" * 5_000, "line 1: expected a plain number"),
-        ("seed: 0x" + "f" * 5_000, "line 1: expected a plain number"),
-        ("steps: 1:30\n", "line 1: expected a plain number"),
-        ("steps: 3\nseed: 1\nsteps: 4\n", "line 1: 'steps' is given twice"),
-        ("es: {sigma: 1, sigma: 2}\n", "line 1: 'sigma' is given twice"),
-        ('run_dir: "a\\0b"\n', "line 1: expected text without NUL"),
-        ('model: "\\ud800"\n', "line 1: expected text without NUL or surrogates"),
-        ('"\\0": 1\n', "line 1: expected text without NUL"),
-        ("<<: 5\n", "line 1: expected a mapping"),
-        ("? [a, b]\n: 3\n", "line 1: found unhashable key"),
-        ("steps: " + "x" * 100_000, "steps: expected int"),
-        ("run_dir: ''", "run_dir: expected Path, got ''"),
-        ("# " + "x" * (1 << 20), "expected at most 1048576 bytes"),
+        (BOMB, 3, "alias"),
+        ("steps: &a 3\nseed: *a\n", 2, "alias"),
+        ("[" * 20_000, 1, "8 levels"),
+        ("{a: " * 5_000, 1, "8 levels"),
+        ("seed: 1\nsteps: 2001-02-31\n", 2, "day is out of range"),
+        ("steps: !!float abc\n", 1, "tags"),
+        ("steps: !!int ''\n", 1, "tags"),
+        ("steps: !!timestamp abc\n", 1, "tags"),
+        ("!!omap [a]\n", 1, "tags"),
+        ("seed: " + "9" * 5_000, 1, "plain number"),
+        ("seed: 0x" + "f" * 5_000, 1, "plain number"),
+        ("steps: 1:30\n", 1, "plain number"),
+        ("steps: 3\nseed: 1\nsteps: 4\n", 1, "'steps' is given twice"),
+        ("es: {sigma: 1, sigma: 2}\n", 1, "'sigma' is given twice"),
+        ('run_dir: "a\\0b"\n', 1, "NUL"),
+        ('model: "\\ud800"\n', 1, "surrogates"),
+        ('"\\0": 1\n', 1, "NUL"),
+        ("<<: 5\n", 1, "a mapping"),
+        ("? [a, b]\n: 3\n", 1, "unhashable key"),
+        ("# " + "x" * (1 << 20), None, "1048576 bytes"),
     ],
 )
-def test_a_hostile_file_is_refused_in_one_short_line(tmp_path, text, words):
+def test_a_hostile_file_is_refused_with_its_line(tmp_path, text, line, word):
     (tmp_path / "c.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=rf"c\.yaml(, |: ){words}") as caught:
+    with pytest.raises(ConfigError) as caught:
         load(tmp_path / "c.yaml")
+    assert caught.value.source == f"config {tmp_path / 'c.yaml'}" + (f", line {line}" if line else "")
+    assert word in caught.value.problem
     assert len(str(caught.value)) < 400 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("value", ["2001-02-03", "x" * 100_000, f"[{'[], ' * 1000}]"])
+def test_a_hostile_value_is_refused_in_one_short_line(tmp_path, value):
+    (tmp_path / "c.yaml").write_text(f"steps: {value}\n")
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path / "c.yaml")
+    assert (caught.value.setting, caught.value.source) == ("steps", f"config {tmp_path / 'c.yaml'}")
+    assert len(str(caught.value)) < 200 + len(str(tmp_path))
 
 
 class Counted(str):
@@ -69,8 +77,9 @@ def test_what_may_never_end_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for read in (load, read_prompts):
         for path in (tmp_path / "pipe", "/dev/zero"):
-            with pytest.raises(ConfigError, match="expected a regular file"):
+            with pytest.raises(ConfigError) as caught:
                 read(path)
+            assert "regular file" in caught.value.problem
 
 
 @pytest.mark.parametrize(
@@ -90,10 +99,14 @@ def test_what_may_never_end_is_not_read(tmp_path):
     ],
 )
 def test_what_no_machine_could_hold_is_refused(build, name):
-    with pytest.raises(ConfigError, match=f"^{name}: expected .*at most .*, got "):
+    with pytest.raises(ConfigError) as caught:
         build()
+    assert caught.value.setting == name
+    assert "at most" in caught.value.problem
 
 
 def test_the_home_of_nobody_is_no_folder():
-    with pytest.raises(ConfigError, match="~nobodyhere/x is neither a folder nor a hub id"):
+    with pytest.raises(ConfigError) as caught:
         SanaSprint.from_pretrained("~nobodyhere/x", revision=None, device="cpu", local_files_only=True)
+    assert caught.value.setting == "model"
+    assert "~nobodyhere/x" in caught.value.problem
