@@ -6,7 +6,7 @@ from typing import Literal, get_args, get_type_hints
 from esengine.base.errors import ConfigError
 
 PIPELINE_MULTIPLE = 32
-"""`SanaSprintPipeline.check_inputs` takes no other height or width."""
+"""Heights and widths are multiples of it, as `SanaSprintPipeline` requires. All other pipelines take them too."""
 
 MAX_GUIDANCE = 1e4
 """Far beyond any use, and finite in half precision."""
@@ -17,16 +17,16 @@ FIRST_ANGLE, SECOND_ANGLE = 1.57080, 1.3
 
 @dataclass(frozen=True)
 class RenderSettings:
-    """How an image is made. The sampler's defaults are `SanaSprintPipeline.__call__`'s, with one step."""
+    """How an image is made. What is None takes the default of the model's family, see `families.Family.resolve`."""
 
     height: int | None = None
     """Height in pixels. By default the model's own."""
     width: int | None = None
     """Width in pixels. By default the model's own."""
-    num_steps: int = 1
-    """Denoising steps."""
-    guidance_scale: float = 4.5
-    """Guidance scale. The model takes it as an input."""
+    num_steps: int | None = None
+    """Denoising steps. By default the model family's number: 1 for SANA-Sprint."""
+    guidance_scale: float | None = None
+    """Guidance scale. By default the model family's: 4.5 for SANA-Sprint, which takes it as an input."""
     x0_angle: float | None = None
     """For one step only: the trigflow angle at which x0 is computed. The reference run used 1.3; the scheduler uses
     pi / 2."""
@@ -46,11 +46,11 @@ class RenderSettings:
             if size is not None and (size <= 0 or size % PIPELINE_MULTIPLE):
                 raise ConfigError(f"{name}: expected a positive multiple of {PIPELINE_MULTIPLE}, got {size}")
         for name in ("num_steps", "decode_chunk"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not abs(self.guidance_scale) <= MAX_GUIDANCE:  # nor NaN
+            if (count := getattr(self, name)) is not None and count < 1:
+                raise ConfigError(f"{name}: expected at least 1, got {count}")
+        if self.guidance_scale is not None and not abs(self.guidance_scale) <= MAX_GUIDANCE:  # nor NaN
             raise ConfigError(f"guidance_scale: expected at most ±{MAX_GUIDANCE:g}, got {self.guidance_scale}")
-        if self.x0_angle is not None and self.num_steps != 1:
+        if self.x0_angle is not None and self.num_steps not in (None, 1):
             raise ConfigError(
                 f"x0_angle: expected None unless num_steps is 1, got {self.x0_angle} for {self.num_steps}"
             )
