@@ -83,5 +83,9 @@ BENCHMARKS = {each.benchmark_name: each.test for each in _BY_NAME.values() if ea
 
 
 def defaults(model: str) -> Defaults:
-    """The defaults of a model named as for `--model`. All folders and hub ids have the same defaults."""
+    """The defaults of a model named as for `--model`. All folders and hub ids have the same defaults.
+
+    Those of `tiny:FAMILY` are those of `tiny`.
+    """
+    model = "tiny" if model.startswith("tiny:") else model
     return _BY_NAME.get(model, _PLAIN)

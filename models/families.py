@@ -83,17 +83,18 @@ class Family:
         """Names of the components that only encode prompts."""
         return tuple(name for name in self.components if name.startswith(("text_encoder", "tokenizer")))
 
-    def resolve(self, settings: RenderSettings, *, own_call: bool = True) -> RenderSettings:
+    def resolve(self, settings: RenderSettings, *, own_call: bool | None = None) -> RenderSettings:
         """The settings with this family's defaults for open choices.
 
         Args:
             settings: how images are made. A subclass stays one.
-            own_call: whether the images come from the pipeline's own call, which lacks some of the settings.
+            own_call: whether the images come from the pipeline's own call, which lacks some of the settings. Default:
+                unless the family is `fast`.
 
         Raises:
             ConfigError: a setting does not apply. The message begins with its name.
         """
-        if own_call:
+        if not self.fast if own_call is None else own_call:
             for name, problem in self._not_applicable(settings):
                 what = f"{problem} does not apply to {self.pipeline}, which renders by its own call"
                 raise ConfigError(f"{name}: {what}; leave it out")

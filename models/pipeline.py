@@ -180,7 +180,7 @@ class DiffusersPipeline:
         Raises:
             ConfigError: a setting does not apply to this pipeline. The message begins with its name.
         """
-        settings = self.family.resolve(settings)
+        settings = self.family.resolve(settings, own_call=True)
         if not self._takes_guidance and settings.guidance_scale != self.family.guidance:
             what = f"{settings.guidance_scale} does not apply to this {self.family.pipeline}, which takes no guidance"
             raise ConfigError(f"guidance_scale: {what}; leave it out")
@@ -418,9 +418,8 @@ class DiffusersPipeline:
         settings = self.resolve(settings)
         copies = self.family.copies if self._guided(settings) else 1
         twice = f" with {copies} rows an image" if copies > 1 else ""
-        return (
-            f"{self.family.pipeline}'s own call, {settings.num_steps} steps, guidance {settings.guidance_scale}{twice}"
-        )
+        sampled = f"{settings.num_steps} steps, guidance {settings.guidance_scale:g}{twice}"
+        return f"{self.family.pipeline}'s own call, {sampled}"
 
     def image_bytes(self, settings: RenderSettings) -> int:
         """Estimated bytes for one more image in a forward: 16 of the widest tensors, those of a block's MLP."""

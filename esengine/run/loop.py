@@ -92,7 +92,7 @@ class Checkpoints:
         self.run, self.engine, self._agree = run, engine, True
         record = run.record
         if resumed and record:
-            save_adapter(engine.population, record.folder.adapter)
+            save_adapter(engine.population, record.folder.adapter, run.render.model.denoiser)
         if record:  # before the first checkpoint, because a run with a checkpoint can be resumed
             replace_file(record.folder.config, (to_yaml(run.config) + run_state.signature(record.meta)).encode())
         self._compare()
@@ -150,7 +150,7 @@ class Checkpoints:
             meta = record.meta | limits | {"adapter_sha256": adapter_sha256(engine.population)}
             record.log.sync()  # a checkpoint is never ahead of its logs
             checkpoint.save(record.folder.checkpoints, engine.step, run_state.tensors(engine), meta)
-            save_adapter(engine.population, record.folder.adapter)
+            save_adapter(engine.population, record.folder.adapter, run.render.model.denoiser)
         self.saved_step = engine.step
 
 
@@ -209,11 +209,17 @@ def _draw_strip(run: Run, engine: Engine, task: Task, scores: dict[str, torch.Te
             run.record.log.histogram(task.step, f"members/{name}", means[means.isfinite()])
 
 
-def save_adapter(population: Population, path: Path) -> None:
-    """Write the adapter into one folder, once for PEFT and once for `SanaSprintPipeline.load_lora_weights`."""
+def save_adapter(population: Population, path: Path, denoiser: str = "transformer") -> None:
+    """Write the adapter into one folder, once for PEFT and once for the pipeline's `load_lora_weights`.
+
+    Args:
+        population: the population.
+        path: the folder.
+        denoiser: the pipeline's name of the population's module.
+    """
     population.save_pretrained(path)
     scaling = {name: layer.scale for name, layer in population.layers.items()}
-    write_diffusers_lora(path, population.lora(), scaling)
+    write_diffusers_lora(path, population.lora(), scaling, denoiser)
 
 
 def adapter_sha256(population: Population) -> str:

@@ -81,7 +81,7 @@ def replay(config: ReplayConfig, progress: Progress) -> Replayed:
     if parted == []:
         agreed = len(logged)
     if config.out is not None:
-        save_adapter(population, config.out)
+        save_adapter(population, config.out, model.denoiser)
     if agreed is None and parted is not None and kept > len(logged):
         raise RunError(
             f"{config.run_dir / 'fitness.jsonl'}: lines are missing: it ends after step {len(logged)}, and there is a "

@@ -19,12 +19,11 @@ from esengine.base.files import DATA
 from esengine.base.settings_file import MAX_COUNT, MAX_STEPS, check_counts, from_dict, read_yaml
 from esengine.es.rule import UpdateRule
 from esengine.models.defaults import DEMO
+from esengine.models.families import REFERENCE_TARGETS as REFERENCE_TARGETS
 from esengine.sampling.settings import ImageSettings
 
 MAX_RATE = 1e6
 """Largest learning rate. Above it float32 overflows within a step or two."""
-
-REFERENCE_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "linear_1", "linear_2", "proj_out", "linear")
 
 _LAYER = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 """A layer's name: no regular expression, apart from its dots."""
@@ -56,8 +55,8 @@ class LoraSettings:
     alpha: float = 8.0
     """LoRA alpha: the adapter is scaled by alpha / r. Ignored if the rank is 0. Given as a flag without alpha_pattern,
     it holds for all layers."""
-    targets: tuple[str, ...] = REFERENCE_TARGETS
-    """Linear layers of the transformer."""
+    targets: tuple[str, ...] | None = None
+    """Linear layers of the denoiser. By default those of the model's family."""
     alpha_pattern: Annotated[dict[str, float], _PAIRS] = field(default_factory=dict)
     """Another alpha for some layers, by the end of a layer's name: `linear_2 16 proj_out 2`. Ignored if the rank is 0.
     Blocks cannot run fused if to_q, to_k and to_v have different alphas."""
@@ -75,7 +74,7 @@ class LoraSettings:
                 raise ConfigError(
                     f"lora.alpha_pattern: expected one alpha a layer, got one for {name} and for {both[0]}"
                 )
-        if not self.targets:
+        if self.targets is not None and not self.targets:
             raise ConfigError("lora.targets: expected at least one layer name, got none")
 
 
@@ -118,8 +117,8 @@ class TrainConfig:
     run_dir: Path | None = None
     """Folder of the run: config, metrics, checkpoints, adapter, strips. By default runs/<date and time>."""
     model: str = DEMO
-    """A SanaSprintPipeline folder or a hub id. Or `nano`, the small trained model of this package; or `tiny`, an
-    untrained model for tests."""
+    """A pipeline's folder or a hub id, of a family in models/README.md. Or `nano`, the small trained model of this
+    package; or `tiny:FAMILY`, an untrained model for tests. `tiny` is a SANA-Sprint."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     prompts: Path | None = None
@@ -204,7 +203,7 @@ class ReplayConfig:
     out: Path | None = None
     """Folder to write the adapter to."""
     model: str | None = None
-    """The model, if it is not where the run had it: a SanaSprintPipeline folder, a hub id, `nano` or `tiny`."""
+    """The model, if it is not where the run had it: a pipeline's folder, a hub id, `nano` or `tiny:FAMILY`."""
     device: str = "auto"
     """cpu, cuda, cuda:1 and so on. auto: the run's."""
 

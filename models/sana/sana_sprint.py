@@ -155,7 +155,7 @@ class SanaSprint:
 
     def resolve(self, settings: RenderSettings) -> RenderSettings:
         """The settings with this model's defaults for open choices: one step, guidance 4.5."""
-        return self.family.resolve(settings, own_call=False)
+        return self.family.resolve(settings)
 
     def encode(
         self,
