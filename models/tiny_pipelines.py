@@ -29,6 +29,9 @@ SIZE = 64
 WIDTH = 24
 """Channels of most text encoders."""
 _CONTRAST = 0.45
+_GAIN = {"sana": 1.0, "z-image": 1.0, "lumina2": 1.0, "flux": 1.5, "qwen-image": 3.0}
+"""Chosen by trial: what the weights of a denoiser's linear layers are multiplied by, so that an adapter counts."""
+_USUAL_GAIN = 2.0
 _END = "<|endoftext|>"
 _CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -93,8 +96,7 @@ def tiny_components(name: str, *, seed: int = 0) -> diffusers.DiffusionPipeline:
         parts = _BUILD[name](Path(work))
         optional = {part: None for part, kinds in family.components.items() if part not in parts and ("", "") in kinds}
         pipe = getattr(diffusers, family.pipeline)(**parts, **optional, **family.options)
-        module = getattr(pipe, family.denoiser)
-        _fill(module)
+        _fill(getattr(pipe, family.denoiser), _GAIN.get(name, _USUAL_GAIN))
         _set_contrast(pipe.vae)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
@@ -103,11 +105,14 @@ def tiny_components(name: str, *, seed: int = 0) -> diffusers.DiffusionPipeline:
 
 
 @torch.no_grad()
-def _fill(module: nn.Module) -> None:
-    """Draw the parameters that start at zero, such as gates: with zeros, the layers before them would not count."""
+def _fill(module: nn.Module, gain: float) -> None:
+    """Draw the parameters that start at zero, such as gates, and scale the linear layers: all of them must count."""
     for parameter in module.parameters():
         if parameter.abs().max() == 0:
             nn.init.normal_(parameter, std=0.05)
+    for each in module.modules():
+        if isinstance(each, nn.Linear):
+            each.weight.mul_(gain)
 
 
 @torch.no_grad()
@@ -432,7 +437,7 @@ def _unet(*, xl: bool, lcm: bool, cross: int) -> diffusers.UNet2DConditionModel:
 
 def _sdxl(work: Path, lcm: bool = False) -> Parts:
     clip = _clip_tokenizer()
-    euler = diffusers.EulerDiscreteScheduler(timestep_spacing="trailing", beta_schedule="scaled_linear")
+    euler = diffusers.EulerDiscreteScheduler(timestep_spacing="trailing", beta_schedule="scaled_linear", steps_offset=1)
     return {
         "tokenizer": clip,
         "text_encoder": _clip(clip, 16, None),
@@ -455,7 +460,9 @@ def _sd(work: Path) -> Parts:
         "text_encoder": _clip(clip, 32, None),
         "vae": _kl(),
         "unet": _unet(xl=False, lcm=False, cross=32),
-        "scheduler": diffusers.EulerDiscreteScheduler(timestep_spacing="trailing", beta_schedule="scaled_linear"),
+        "scheduler": diffusers.EulerDiscreteScheduler(
+            timestep_spacing="trailing", beta_schedule="scaled_linear", steps_offset=1
+        ),
     }
 
 

@@ -63,13 +63,14 @@ def evaluate(config: EvalConfig, progress: Progress) -> Evaluated:
     adapter = config.adapter
     if not adapter and config.run_dir and (not config.entries or any(e.startswith("adapter@") for e in config.entries)):
         adapter = adapter_of(config.run_dir)
-    render_settings(image)
-    image = resolved(image, require_pipeline(name, revision, image.vae))
-    entries = _entries(config, image.num_steps, adapter)
+    _entries(config, image.num_steps or 1, adapter)  # reports a missing adapter before the model is looked up
     folder = _folder(config, benchmark)
     shard = _shard(config, folder)
     device = take_device(config.device)
     dtype = pick_dtype(run.dtype if config.dtype == "auto" else config.dtype, device)
+    render_settings(image)
+    image = resolved(image, require_pipeline(name, revision, image.vae))
+    entries = _entries(config, image.num_steps, adapter)
     with of_setting("reward"):
         reward = parse(_scored(config, run, model_defaults), device=str(device))
     with of_setting(_setting_of_prompts(config)):

@@ -162,6 +162,7 @@ def prepare(inputs: Inputs, folder: RunFolder, progress: Progress, group: Group)
     progress.note(f"model {config.model} on {device} in {str(dtype).removeprefix('torch.')}")
     with group.first():
         model = load_model(config.model, config.revision, device, dtype, config.image.vae)
+    config = dataclasses.replace(config, image=resolved(config.image, model))
     allowed, config = config.allow_change, _resolved(config, model)
     settings = render_settings(config.image)
     meta = {

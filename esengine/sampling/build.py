@@ -91,8 +91,7 @@ def resolved(image: ImageSettings, by: Family | Generator) -> ImageSettings:
 
 
 def settled(image: ImageSettings, model: Generator) -> ImageSettings:
-    """The settings as a run records them: without open choices, and with the absolute path of a decoder's folder."""
-    image = resolved(image, model)
+    """The settings as a run records them: with the chosen chunk, and the absolute path of a decoder's folder."""
     vae = str(Path(image.vae).resolve()) if image.vae and Path(image.vae).is_dir() else image.vae
     return dataclasses.replace(image, chunk=pick_chunk(image, model), vae=vae)
 

@@ -272,7 +272,7 @@ class SanaSprint:
         keys = dict(seed=seed, step=step, population=population, settings=settings, text_length=text_length)
         if not settings.overlap or not graphs.supported(self.device):
             for rows in chunks:
-                yield self.render(texts, rows=rows, **keys)
+                yield self.render(texts, **rows._asdict(), **keys)
             return
         main, side, waiting = torch.cuda.current_stream(self.device), self._side, None
 
