@@ -66,8 +66,8 @@ from esengine.kernels import (
 )
 from esengine.kernels.configs import dtype_name
 from esengine.kernels.population_linear import Path as LinearPath
+from esengine.models.families import REFERENCE_TARGETS
 from esengine.models.sana.sana_block import fused_parts, patched
-from esengine.run.settings import REFERENCE_TARGETS
 
 SUMMARY = "aot: kernels without spills or a serialised main loop: "
 TARGET = 90

@@ -3,6 +3,10 @@
 import importlib
 
 _PUBLIC = {
+    "Conditioning": "conditioning",
+    "DiffusersPipeline": "pipeline",
+    "FAMILIES": "families",
+    "Family": "families",
     "Generator": "base",
     "NAMED": "loading",
     "WEIGHT_NAME": "lora_file",
@@ -14,12 +18,17 @@ _PUBLIC = {
     "latents": "sana.latents",
     "require_pipeline": "loading",
     "tiny_model": "tiny",
+    "tiny_pipeline": "tiny_pipelines",
     "write_diffusers_lora": "lora_file",
 }
 
 __all__ = [
+    "FAMILIES",
     "NAMED",
     "WEIGHT_NAME",
+    "Conditioning",
+    "DiffusersPipeline",
+    "Family",
     "Generator",
     "RenderSettings",
     "Rows",
@@ -30,6 +39,7 @@ __all__ = [
     "load",
     "require_pipeline",
     "tiny_model",
+    "tiny_pipeline",
     "write_diffusers_lora",
 ]
 
@@ -44,14 +54,14 @@ def load(model, *, device="cpu", dtype=None, revision: str | None = None, vae=No
     """Load a frozen image model.
 
     Args:
-        model: a SANA-Sprint pipeline's folder, a hub id, `nano` or `tiny`.
+        model: a pipeline's folder or a hub id of one of `families.FAMILIES`, `nano`, or `tiny:FAMILY`.
         device: the device of the model.
         dtype: data type of the weights. None: float32.
         revision: branch, tag or commit of a hub id.
-        vae: another decoder for the same latents: a folder or a hub id. A hub id may end in @revision.
+        vae: another decoder for a SANA-Sprint's latents: a folder or a hub id. A hub id may end in @revision.
 
     Returns:
-        A `Generator`.
+        A `Generator`: `SanaSprint` for a SANA-Sprint, `DiffusersPipeline` for every other family.
 
     Raises:
         ConfigError: there is no such model, or it cannot be used.
@@ -59,7 +69,13 @@ def load(model, *, device="cpu", dtype=None, revision: str | None = None, vae=No
     """
     import torch
 
-    from esengine.models.sana.sana_sprint import SanaSprint
+    from esengine.models.loading import require_pipeline
 
-    dtype = dtype or torch.float32
-    return SanaSprint.from_pretrained(model, revision=revision, device=device, dtype=dtype, vae=vae)
+    settings = dict(revision=revision, device=device, dtype=dtype or torch.float32)
+    if require_pipeline(str(model), revision, vae).fast:
+        from esengine.models.sana.sana_sprint import SanaSprint
+
+        return SanaSprint.from_pretrained(model, **settings, vae=vae)
+    from esengine.models.pipeline import DiffusersPipeline
+
+    return DiffusersPipeline.from_pretrained(model, **settings)

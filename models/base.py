@@ -9,6 +9,7 @@ import torch
 
 from esengine.es.population import Population
 from esengine.es.rows import Rows
+from esengine.models.conditioning import Conditioning
 from esengine.models.settings import RenderSettings
 from esengine.models.text_cache import TextEmbeddings
 
@@ -18,18 +19,25 @@ class Generator(Protocol):
 
     Attributes:
         module: the module to which a population is attached.
+        denoiser: the pipeline's name of the module, `transformer` or `unet`.
+        targets: default target layers, by the end of their names.
         device: the device of the model.
         dtype: the data type of the model.
         image_size: default height and width of an image, in pixels.
     """
 
     module: torch.nn.Module
+    denoiser: str
+    targets: tuple[str, ...]
     device: torch.device
     dtype: torch.dtype
     image_size: int
 
     def identity(self) -> str:
         """A text that identifies the loaded weights. Equal weights give equal texts."""
+
+    def resolve(self, settings: RenderSettings) -> RenderSettings:
+        """The settings with the model's defaults for open choices. Raises ConfigError if one does not apply."""
 
     def encode(
         self,
@@ -38,12 +46,24 @@ class Generator(Protocol):
         cache_dir: str | Path | None = None,
         instruction: bool = True,
         progress: Callable[[int, int], None] | None = None,
-    ) -> TextEmbeddings:
+    ) -> TextEmbeddings | Conditioning:
         """Embeddings of prompts, read from the cache if possible. `progress` is called with (encoded, to encode)."""
+
+    def render(
+        self,
+        texts: TextEmbeddings | Conditioning,
+        *,
+        seed: int,
+        step: int,
+        rows: Rows,
+        population: Population | None = None,
+        settings: RenderSettings | None = None,
+    ) -> torch.Tensor:
+        """Render B rows: uint8 [B, 3, H, W]. Arguments and errors are those of `render_chunks`."""
 
     def render_chunks(
         self,
-        texts: TextEmbeddings,
+        texts: TextEmbeddings | Conditioning,
         chunks: Iterable[Rows],
         *,
         seed: int,

@@ -95,5 +95,9 @@ REWARDS = {name: where for each in _BY_NAME.values() for name, where in each.rew
 
 
 def defaults(model: str) -> Defaults:
-    """The defaults of a model named as for `--model`. All folders and hub ids have the same defaults."""
+    """The defaults of a model named as for `--model`. All folders and hub ids have the same defaults.
+
+    Those of `tiny:FAMILY` are those of `tiny`.
+    """
+    model = "tiny" if model.startswith("tiny:") else model
     return _BY_NAME.get(model, _PLAIN)

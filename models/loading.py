@@ -1,20 +1,26 @@
 """Loads pipelines from disk or from the hub. Errors are one line long."""
 
+import dataclasses
+import inspect
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderDC, ModelMixin, SanaSprintPipeline, SanaTransformer2DModel
-from huggingface_hub import snapshot_download
+import transformers
+from diffusers import AutoencoderDC, DiffusionPipeline, ModelMixin, SanaSprintPipeline, SanaTransformer2DModel
+from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import SafetensorError
 from transformers import Gemma2Model, PreTrainedModel
 
 from esengine.base.errors import ConfigError
 from esengine.base.memory import oom_guard
-from esengine.models import nano, tiny
+from esengine.models import nano, tiny, tiny_pipelines
+from esengine.models.families import FAMILIES, FAST, UNUSED, Family, family_of
 from esengine.models.quiet import no_progress_bars
 from esengine.models.text_cache import fingerprint
 
@@ -28,6 +34,11 @@ LATENT_FACTS = {
 NAMED = ("nano", "tiny")
 """Models with a name: `nano` is small, trained and part of this package; `tiny` is untrained and built in the cache."""
 
+TINY_PREFIX = "tiny:"
+"""`tiny:FAMILY` is the tiny untrained pipeline of a family."""
+
+INDEX = "model_index.json"
+
 READ_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ArithmeticError, SafetensorError)
 """Exceptions that the libraries raise for a missing, damaged or wrong file."""
 
@@ -40,10 +51,13 @@ def locate(model: str, revision: str | None, local_files_only: bool) -> tuple[Pa
 
     A name in `NAMED` always means the named model. A folder of the same name is given as ./nano.
     """
-    if model in NAMED:
+    if model in NAMED or model.startswith(TINY_PREFIX):
         if revision is not None:
             raise ConfigError(f"revision: {model} is part of this package and has none, got {revision}")
-        return nano.PIPELINE if model == "nano" else tiny.tiny_model(), {}
+        if model == "nano":
+            return nano.PIPELINE, {}
+        family = model.removeprefix(TINY_PREFIX)
+        return tiny.tiny_model() if family == "tiny" else tiny_pipelines.tiny_pipeline(family), {}
     folder = Path(os.path.expanduser(model))
     if folder.is_dir():
         if revision is not None:
@@ -51,49 +65,99 @@ def locate(model: str, revision: str | None, local_files_only: bool) -> tuple[Pa
         return folder, {}
     if folder.is_absolute() or model.startswith(("~", ".")) or model.count("/") != 1:
         raise ConfigError(f"model: {model} is neither a folder nor a hub id")
-    snapshot = download(model, revision, local_files_only, text_encoder=None, tokenizer=None)
+    family = _family_on_hub(model, revision, local_files_only)
+    snapshot = download(model, revision, local_files_only, family, **dict.fromkeys((*family.encoders, *UNUSED)))
     return snapshot, {"model": model, "commit": snapshot.name}
 
 
-def require_pipeline(model: str, revision: str | None, vae: str | None = None, local_files_only: bool = False) -> None:
+def require_pipeline(
+    model: str, revision: str | None, vae: str | None = None, local_files_only: bool = False
+) -> Family:
     """Check that the pipeline, and the decoder `vae` if given, exist. No weights are loaded.
 
+    Returns:
+        The pipeline's family.
+
     Raises:
-        ConfigError: there is no such folder or hub model, the folder holds no `SanaSprintPipeline`, or `vae` does not
-            decode its latents.
+        ConfigError: there is no such folder or hub model, its pipeline or one of its components is of no family, or
+            `vae` does not decode its latents.
     """
     folder, _ = locate(model, revision, local_files_only)
-    with _reading(f"model: cannot load {folder}"):
-        _require_kind(folder)
+    family = family_at(folder, model)
+    if vae is not None and not family.fast:
+        raise ConfigError(f"vae: expected none for {family.pipeline}, got {vae}")
     if vae is not None:
         _locate_vae(vae, folder, local_files_only)
+    return family
+
+
+def family_at(folder: Path, model: str = "") -> Family:
+    """The family of a model folder. Every component's library and class are checked, and nothing is imported.
+
+    Args:
+        folder: the folder.
+        model: the model as the user named it.
+
+    Raises:
+        ConfigError: the folder is not a pipeline of a family, see `families.family_of`.
+    """
+    with _reading(f"model: cannot load {folder}"):
+        family = _checked(folder / INDEX)
+    if model.startswith(TINY_PREFIX):
+        family = dataclasses.replace(family, size=tiny_pipelines.SIZE)
+    return family
+
+
+def _checked(index: Path) -> Family:
+    try:
+        return family_of(json.loads(index.read_text(encoding="utf-8")))
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
 
 
 def _require_kind(folder: Path) -> None:
-    kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name")
-    if kind != SanaSprintPipeline.__name__:
-        raise ValueError(f"expected a SanaSprintPipeline, got {kind}")
+    """Raises ValueError unless the folder is a SANA-Sprint pipeline whose components are all of its family's."""
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    if index.get("_class_name") != FAST:
+        raise ValueError(f"expected a {FAST}, got {index.get('_class_name')}")
+    _checked(folder / INDEX)
 
 
-def download(model: str, revision: str | None, local_files_only: bool, **without: None) -> Path:
+def _family_on_hub(model: str, revision: str | None, local_files_only: bool) -> Family:
+    """The family of a hub model, from its index alone. Nothing else is downloaded before it is checked."""
+    try:
+        index = hf_hub_download(model, INDEX, revision=revision, local_files_only=local_files_only)
+    except READ_ERRORS as error:
+        raise _not_on_hub(model) from error
+    with _reading(f"model: cannot load {model}"):
+        return _checked(Path(index))
+
+
+def download(
+    model: str, revision: str | None, local_files_only: bool, family: Family = FAMILIES["sana-sprint"], **without: None
+) -> Path:
     """Download a hub id without the components in `without`. Returns the snapshot folder; its name is the commit."""
     try:
         return Path(
-            SanaSprintPipeline.download(
+            getattr(diffusers, family.pipeline).download(
                 model, revision=revision, local_files_only=local_files_only, use_safetensors=True, **without
             )
         )
     except READ_ERRORS as error:
-        raise ConfigError(
-            f"model: {model} is not a folder, and no complete copy of a hub model of that name was found or fetched "
-            "(offline, misspelt, private, or not a pipeline)"
-        ) from error
+        raise _not_on_hub(model) from error
+
+
+def _not_on_hub(model: str) -> ConfigError:
+    return ConfigError(
+        f"model: {model} is not a folder, and no complete copy of a hub model of that name was found or fetched "
+        "(offline, misspelt, private, or not a pipeline)"
+    )
 
 
 def load(
     folder: Path, dtype: torch.dtype, device: torch.device | str, **parts: torch.nn.Module | None
 ) -> SanaSprintPipeline:
-    """Load the pipeline in a local folder. `parts` replace its components; None leaves a component out.
+    """Load the SANA-Sprint in a local folder. `parts` replace its components; None leaves a component out.
 
     Raises:
         ConfigError: It cannot be read, or a weight is missing or has another shape. The message names the weight.
@@ -106,6 +170,45 @@ def load(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, **own, **parts
         )
         return pipeline.to(device)
+
+
+def load_pipeline(
+    folder: Path, dtype: torch.dtype, device: torch.device | str, family: Family, **parts: Any
+) -> DiffusionPipeline:
+    """Load the pipeline of any family in a local folder, by the classes of its family's row alone.
+
+    Args:
+        folder: the folder.
+        dtype: data type of the weights.
+        device: device of the weights.
+        family: the folder's family, see `family_at`.
+        parts: components that replace those of the folder; None leaves a component out.
+
+    Raises:
+        ConfigError: it cannot be read, or a weight is missing or has another shape. The message names the weight.
+        OutOfMemory: it does not fit into memory.
+    """
+    with _reading(f"model: cannot load {folder}"):
+        kind = getattr(diffusers, family.pipeline)
+        _checked(folder / INDEX)
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        takes = inspect.signature(kind.__init__).parameters.keys() - family.components.keys()
+        options = {name: index[name] for name in takes & index.keys() if not isinstance(index[name], list)}
+        unused = {name: None for name in UNUSED if name in family.components}
+        found = unused | parts
+        for name in family.components.keys() - found.keys():
+            library, named = index.get(name) or (None, None)
+            part = None if named is None else _component(library, named, folder / name, dtype)
+            found[name] = part.to(device) if isinstance(part, torch.nn.Module) else part
+        return kind(**found, **options | family.options)
+
+
+def _component(library: str, name: str, folder: Path, dtype: torch.dtype) -> Any:
+    """Load a component of a class that its family's row allows."""
+    kind = getattr({"diffusers": diffusers, "transformers": transformers}[library], name)
+    if issubclass(kind, (ModelMixin, PreTrainedModel)):
+        return _whole(kind, folder, dtype)
+    return kind.from_pretrained(folder, local_files_only=True)
 
 
 def _whole(kind: type[ModelMixin | PreTrainedModel], folder: Path, dtype: torch.dtype) -> ModelMixin | PreTrainedModel:

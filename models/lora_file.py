@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from diffusers import SanaSprintPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig
 from safetensors import safe_open
@@ -18,14 +17,17 @@ from esengine.es.layers import HONOURED
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 
-KEY = re.compile(rf"{SanaSprintPipeline.transformer_name}\.(.+)\.lora_[AB]\.weight")
-
 NAME = re.compile(r"\^?(\w|[.-]|\\[.-])+\$?")
 """A metadata pattern that only spells a layer's name. Other regular expressions in a file are refused, never run."""
 
 
-def write_diffusers_lora(path: str | Path, state: Mapping[str, torch.Tensor], scaling: Mapping[str, float]) -> Path:
-    """Write a transformer's LoRA as `pytorch_lora_weights.safetensors` in a folder.
+def write_diffusers_lora(
+    path: str | Path,
+    state: Mapping[str, torch.Tensor],
+    scaling: Mapping[str, float],
+    denoiser: str = "transformer",
+) -> Path:
+    """Write a denoiser's LoRA as `pytorch_lora_weights.safetensors` in a folder.
 
     The scaling s = alpha / r is multiplied into B, and the metadata has alpha = r for every module. So loaders that
     read the metadata and loaders that assume alpha = r both apply s exactly once. Patterns in the metadata are anchored
@@ -34,8 +36,9 @@ def write_diffusers_lora(path: str | Path, state: Mapping[str, torch.Tensor], sc
     Args:
         path: Folder, created if missing.
         state: `<module>.lora_A.weight` float32 [r, in] and `<module>.lora_B.weight` float32 [out, r] for each module,
-            named relative to the transformer. The rank may differ by module.
+            named relative to the denoiser. The rank may differ by module.
         scaling: s by module.
+        denoiser: The pipeline's name of the module: `transformer` or `unet`. Keys begin with it.
 
     Returns:
         Path of the written file.
@@ -71,22 +74,22 @@ def write_diffusers_lora(path: str | Path, state: Mapping[str, torch.Tensor], sc
     }
 
     # one metadata entry, so that equal adapters give equal bytes: safetensors writes several in random order
-    prefix = SanaSprintPipeline.transformer_name
-    packed = json.dumps({f"{prefix}.{name}": value for name, value in metadata.items()}, sort_keys=True)
-    tensors = {f"{prefix}.{name}": tensor for name, tensor in weights.items()}
+    packed = json.dumps({f"{denoiser}.{name}": value for name, value in metadata.items()}, sort_keys=True)
+    tensors = {f"{denoiser}.{name}": tensor for name, tensor in weights.items()}
     file = Path(path) / WEIGHT_NAME
     replace_file(file, save(tensors, metadata={LORA_ADAPTER_METADATA_KEY: packed}))
     return file
 
 
-def check_diffusers_lora(file: Path, shapes: Mapping[str, torch.Size]) -> set[str]:
+def check_diffusers_lora(file: Path, shapes: Mapping[str, torch.Size], denoiser: str = "transformer") -> set[str]:
     """Check that a file holds a finite A and B of the right shapes for each of its layers, and nothing else.
 
     A loader leaves weights that the file lacks uninitialised, and ignores tensors that it does not know.
 
     Args:
         file: A `pytorch_lora_weights.safetensors` from any source.
-        shapes: Name -> shape of the weight, for all layers of the transformer that may have a LoRA.
+        shapes: Name -> shape of the weight, for all layers of the denoiser that may have a LoRA.
+        denoiser: The pipeline's name of the module. Keys begin with it.
 
     Returns:
         The names of the file's layers.
@@ -97,8 +100,9 @@ def check_diffusers_lora(file: Path, shapes: Mapping[str, torch.Size]) -> set[st
     """
     with safe_open(file, framework="pt") as opened:
         keys = set(opened.keys())
-        layers = {match[1] for match in map(KEY.fullmatch, keys) if match}
-        prefix = SanaSprintPipeline.transformer_name
+        key = re.compile(rf"{re.escape(denoiser)}\.(.+)\.lora_[AB]\.weight")
+        layers = {match[1] for match in map(key.fullmatch, keys) if match}
+        prefix = denoiser
         expected = {f"{prefix}.{layer}.lora_{side}.weight" for layer in layers for side in "AB"}
         if not layers or keys != expected:
             wrong = min(keys ^ expected, default="no tensor at all")
@@ -116,18 +120,18 @@ def check_diffusers_lora(file: Path, shapes: Mapping[str, torch.Size]) -> set[st
             if not all(each.is_floating_point() and each.isfinite().all() for each in (a, b)):
                 raise ValueError(f"{layer}: expected finite floating-point numbers")
             most = max(most, len(a))
-        _check_metadata((opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY), most)
+        _check_metadata((opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY), most, denoiser)
     return layers
 
 
-def _check_metadata(packed: str | None, most: int) -> None:
+def _check_metadata(packed: str | None, most: int, denoiser: str) -> None:
     """Raise ValueError for metadata that does more than set each layer's scale and its rank, at most `most`."""
     if packed is None:
         return
     found, default = json.loads(packed), LoraConfig()
     if not isinstance(found, dict):
         raise ValueError(f"metadata: expected a mapping, got {type(found).__name__}")
-    prefix = f"{SanaSprintPipeline.transformer_name}."
+    prefix = f"{denoiser}."
     found = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
     for name, value in found.items():
         if value and name not in (*HONOURED, "lora_dropout") and value != getattr(default, name, None):

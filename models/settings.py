@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field, ValidationInfo
 from esengine.base.settings import Count, Int, Number, Switch, settings
 
 PIPELINE_MULTIPLE = 32
-"""`SanaSprintPipeline.check_inputs` takes no other height or width."""
+"""Heights and widths are multiples of it, as `SanaSprintPipeline` requires. All other pipelines take them too."""
 
 MAX_GUIDANCE = 1e4
 """Far beyond any use, and finite in half precision."""
@@ -23,7 +23,7 @@ def _multiple(pixels: int) -> int:
 
 
 def _in_one_step(angle: float | None, others: ValidationInfo) -> float | None:
-    if angle is not None and others.data.get("num_steps", 1) != 1:
+    if angle is not None and others.data.get("num_steps") not in (None, 1):
         raise ValueError(f"None unless num_steps is 1 (it is {others.data['num_steps']})")
     return angle
 
@@ -33,16 +33,16 @@ Pixels = Annotated[Int, AfterValidator(_multiple), Field(le=1 << 14)]
 
 @settings()
 class RenderSettings:
-    """How an image is made. The sampler's defaults are `SanaSprintPipeline.__call__`'s, with one step."""
+    """How an image is made. What is None takes the default of the model's family, see `families.Family.resolve`."""
 
     height: Pixels | None = None
     """Height in pixels. By default the model's own."""
     width: Pixels | None = None
     """Width in pixels. By default the model's own."""
-    num_steps: Count = 1
-    """Denoising steps."""
-    guidance_scale: Annotated[Number, Field(ge=-MAX_GUIDANCE, le=MAX_GUIDANCE, allow_inf_nan=False)] = 4.5
-    """Guidance scale. The model takes it as an input."""
+    num_steps: Count | None = None
+    """Denoising steps. By default the model family's number: 1 for SANA-Sprint."""
+    guidance_scale: Annotated[Number, Field(ge=-MAX_GUIDANCE, le=MAX_GUIDANCE, allow_inf_nan=False)] | None = None
+    """Guidance scale. By default the model family's: 4.5 for SANA-Sprint, which takes it as an input."""
     x0_angle: Annotated[Annotated[Number, Field(gt=0, le=1.5708)] | None, AfterValidator(_in_one_step)] = None
     """For one step only: the trigflow angle at which x0 is computed. The reference run used 1.3; the scheduler uses
     pi / 2."""

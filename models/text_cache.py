@@ -56,9 +56,14 @@ class TextEmbeddings:
         """One prompt's embedding [L, C]."""
         return self._embeddings[index]
 
+    def select(self, prompts: Sequence[str]) -> "TextEmbeddings":
+        """The same for a list of some of the prompts."""
+        place = {prompt: index for index, prompt in enumerate(self.prompts)}
+        return TextEmbeddings(prompts, [self._embeddings[place[prompt]] for prompt in prompts])
+
     def trimmed_length(self, indices: torch.Tensor) -> int:
         """Number of tokens of the longest prompt among `indices` int64 [B]. All chunks of a step are padded to it."""
-        return int(self.lengths[self._check(indices)].max())
+        return int(self.lengths[check_indices(indices, len(self))].max())
 
     def batch(
         self,
@@ -82,7 +87,7 @@ class TextEmbeddings:
         Raises:
             ValueError: An index is out of range, or a prompt is longer than `length`.
         """
-        indices = self._check(indices)
+        indices = check_indices(indices, len(self))
         longest = int(self.lengths[indices].max())
         length = longest if length is None else length
         if longest > length:
@@ -95,13 +100,15 @@ class TextEmbeddings:
         rows = upload(rows, device)
         return upload(padded, device, dtype)[rows], upload(mask, device)[rows]
 
-    def _check(self, indices: torch.Tensor) -> torch.Tensor:
-        if indices.dtype != torch.int64 or indices.ndim != 1 or len(indices) == 0:
-            raise ValueError(f"indices: expected int64 [B] with B >= 1, got {indices.dtype} {[*indices.shape]}")
-        indices = indices.cpu()
-        if indices.min() < 0 or indices.max() >= len(self):
-            raise ValueError(f"indices: expected values in [0, {len(self)}), got {indices.min()}..{indices.max()}")
-        return indices
+
+def check_indices(indices: torch.Tensor, count: int) -> torch.Tensor:
+    """The indices on the CPU. Raises ValueError unless they are int64 [B], B >= 1, with values in [0, count)."""
+    if indices.dtype != torch.int64 or indices.ndim != 1 or len(indices) == 0:
+        raise ValueError(f"indices: expected int64 [B] with B >= 1, got {indices.dtype} {[*indices.shape]}")
+    indices = indices.cpu()
+    if indices.min() < 0 or indices.max() >= count:
+        raise ValueError(f"indices: expected values in [0, {count}), got {indices.min()}..{indices.max()}")
+    return indices
 
 
 def fingerprint(folder: Path, parts: Sequence[str] = ("tokenizer", "text_encoder")) -> str:
@@ -151,7 +158,7 @@ def embed_prompts(
     """
     if not prompts:
         raise ConfigError("prompts: expected at least one, got an empty list")
-    cache = None if cache_dir is None else _Cache(Path(cache_dir), key)
+    cache = None if cache_dir is None else Cache(Path(cache_dir), key)
     wanted = list(dict.fromkeys(prompts))
     found = {} if cache is None else cache.read(wanted)
     missing = [prompt for prompt in wanted if prompt not in found]
@@ -166,7 +173,9 @@ def embed_prompts(
     return TextEmbeddings(prompts, [found[prompt] for prompt in prompts])
 
 
-class _Cache:
+class Cache:
+    """One cache: tensors [L, C] by text, in shards with an index. See the module's docstring."""
+
     def __init__(self, folder: Path, key: dict):
         self.key = {"format": FORMAT, **key}
         self.stem = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -70,13 +71,22 @@ def build_tiny(path: str | Path, *, seed: int = 0) -> Path:
     Raises:
         FileExistsError: `path` exists already.
     """
+    return build_folder(path, lambda work: _save_pipeline(work, seed))
+
+
+def build_folder(path: str | Path, save: Callable[[Path], None]) -> Path:
+    """Create a folder atomically: `save` fills a temporary one, which is renamed. Returns its path.
+
+    Raises:
+        FileExistsError: `path` exists already.
+    """
     path = Path(path)
     if path.exists():
         raise FileExistsError(f"path: expected a folder that does not exist, got {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        _save_pipeline(work, seed)
+        save(work)
         os.chmod(work, 0o755)
         try:
             os.rename(work, path)
@@ -90,7 +100,7 @@ def build_tiny(path: str | Path, *, seed: int = 0) -> Path:
 
 
 def _save_pipeline(path: Path, seed: int) -> None:
-    tokenizer = save_tokenizer(path / "tokenizer", _corpus())
+    tokenizer = save_tokenizer(path / "tokenizer", corpus())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline = SanaSprintPipeline(
@@ -103,13 +113,13 @@ def _save_pipeline(path: Path, seed: int) -> None:
     with no_progress_bars():
         pipeline.save_pretrained(path, safe_serialization=True)
     # transformers 5 drops "Fast" from the name; 4.57 would then look for a sentencepiece file
-    save_tokenizer(path / "tokenizer", _corpus())
+    save_tokenizer(path / "tokenizer", corpus())
     index = json.loads((path / "model_index.json").read_text())
     index["tokenizer"] = ["transformers", "GemmaTokenizerFast"]
     (path / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _corpus() -> list[str]:
+def corpus() -> list[str]:
     """The pipeline's instruction, which precedes every prompt, and a few generated prompts."""
     instruction = inspect.signature(SanaSprintPipeline.__call__).parameters["complex_human_instruction"].default
     prompts = [f"{s} {p}, {style}" for s in _SUBJECTS for p in _PLACES for style in _STYLES]

@@ -27,10 +27,11 @@ import torch
 from esengine.base.settings_file import from_dict
 from esengine.models import SanaSprint
 from esengine.models.defaults import defaults
+from esengine.models.families import REFERENCE_TARGETS
 from esengine.rewards import parse
 from esengine.run import journal
 from esengine.run.prepare import attach_population
-from esengine.run.settings import REFERENCE_TARGETS, TrainConfig, load, to_dict
+from esengine.run.settings import TrainConfig, load, to_dict
 from esengine.run.train import train
 from esengine.sampling.build import render_settings
 

@@ -121,7 +121,7 @@ def _train(config: Any) -> int:
     print(f"\nbase against adapter on {comparison.prompts} held-out prompts, {each} each:")
     print(comparison.table())
     print(f"\nrun folder  {result.folder}")
-    print(f"adapter     {result.folder / 'adapter'}  (PEFT; SanaSprintPipeline.load_lora_weights reads it too)")
+    print(f"adapter     {result.folder / 'adapter'}  (PEFT; the pipeline's load_lora_weights reads it too)")
     if page := _page(result.folder):
         print(f"page        {page}")
     print(f"curves      tensorboard --logdir {result.folder / 'tensorboard'}")

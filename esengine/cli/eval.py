@@ -21,7 +21,15 @@ from esengine.rewards import Weighted, parse
 from esengine.rewards.roles import reward_names
 from esengine.run.curves import kept_curves
 from esengine.run.settings import TrainConfig, load_run
-from esengine.sampling.build import is_folder, load_model, pick_chunk, pick_dtype, render_settings, take_device
+from esengine.sampling.build import (
+    is_folder,
+    load_model,
+    pick_chunk,
+    pick_dtype,
+    render_settings,
+    resolved,
+    take_device,
+)
 from esengine.sampling.settings import ImageSettings
 
 
@@ -56,13 +64,14 @@ def evaluate(config: EvalConfig, progress: Progress) -> Evaluated:
     adapter = config.adapter
     if not adapter and config.run_dir and (not config.entries or any(e.startswith("adapter@") for e in config.entries)):
         adapter = adapter_of(config.run_dir)
-    entries = _entries(config, image.num_steps, adapter)
+    _entries(config, image.num_steps or 1, adapter)  # reports a missing adapter before the model is looked up
     folder = _folder(config, benchmark)
     shard = _shard(config, folder)
     device = take_device(config.device)
     dtype = pick_dtype(run.dtype if config.dtype == "auto" else config.dtype, device)
-    settings = render_settings(image)
-    require_pipeline(name, revision, image.vae)
+    render_settings(image)
+    image = resolved(image, require_pipeline(name, revision, image.vae))
+    entries = _entries(config, image.num_steps, adapter)
     with of_setting("reward"):
         reward = parse(_scored(config, run, model_defaults), device=str(device))
     with of_setting(_setting_of_prompts(config)):
@@ -71,6 +80,7 @@ def evaluate(config: EvalConfig, progress: Progress) -> Evaluated:
     labels = ", ".join(entry.label for entry in entries)
     progress.note(f"model {name} on {device} in {str(dtype).removeprefix('torch.')}: {labels}")
     model = load_model(name, revision, device, dtype, image.vae)
+    image = resolved(image, model)
     for entry in entries:
         load_entry(model, entry)  # reports a damaged adapter before any rendering
     repeats = 1 if config.benchmark else run.es.repeats
@@ -79,7 +89,7 @@ def evaluate(config: EvalConfig, progress: Progress) -> Evaluated:
         prompts=len(benchmark),
         repeats=repeats if config.repeats is None else config.repeats,
         seed=run.seed if config.seed is None else config.seed,
-        settings=settings,
+        settings=render_settings(image),
         chunk=pick_chunk(image, model),
     )
     job = _Job(model, reward, benchmark, plan, image, _record(name, model, benchmark, plan, reward, image), progress)

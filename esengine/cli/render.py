@@ -20,7 +20,7 @@ from esengine.models.defaults import defaults
 from esengine.report import write_gallery
 from esengine.run.pictures import draw_strip
 from esengine.run.settings import TrainConfig, load_run
-from esengine.sampling.build import encode, load_model, pick_chunk, pick_dtype, render_settings, take_device
+from esengine.sampling.build import encode, load_model, pick_chunk, pick_dtype, render_settings, resolved, take_device
 from esengine.sampling.environment import describe
 from esengine.sampling.rollout import Renderer, render_all
 
@@ -67,6 +67,7 @@ def render(config: RenderConfig, progress: Progress) -> Drawn:
         refuse_links(f"run folder {config.run_dir}", [out, out / EARLIER])
     image = config.image or run.image
     model = _model_with_adapter(config, run, image.vae, progress)
+    image = resolved(image, model)
     (texts,) = encode(model, [prompts], image, progress)
     settings = render_settings(image)
     draw = Renderer(model, texts, settings, seed, pick_chunk(image, model), note=progress.note)

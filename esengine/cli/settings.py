@@ -48,7 +48,7 @@ class EvalConfig:
     """What to compare, as model@steps: base@1, adapter@1 (the run's), FOLDER@1, NAME=FOLDER@1. The others are compared
     with the first."""
     model: str | None = None
-    """A SanaSprintPipeline folder, a hub id, `nano` or `tiny`."""
+    """A pipeline's folder, a hub id, `nano` or `tiny:FAMILY`."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     prompts: File | None = None
@@ -92,7 +92,7 @@ class RenderConfig:
     adapter: File | None = None
     """An adapter's folder, to use instead of the run's."""
     model: str | None = None
-    """A SanaSprintPipeline folder, a hub id, `nano` or `tiny`."""
+    """A pipeline's folder, a hub id, `nano` or `tiny:FAMILY`."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     out: File | None = None

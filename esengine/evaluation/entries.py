@@ -38,10 +38,14 @@ class Entry:
 
 
 def default_entries(steps: int, adapter: Path | None, two_steps: bool) -> tuple[Entry, ...]:
-    """Base and adapter at `steps`. With `two_steps`: base at one step, adapter at `steps`, base at two steps."""
+    """Base and adapter at `steps`. With `two_steps` also the base at twice as many.
+
+    With `two_steps` and at most two steps: base at one step, adapter at `steps`, base at two steps.
+    """
     adapted = [] if adapter is None else [Entry(ADAPTER, steps, _holder(adapter, "adapter"))]
     if two_steps:
-        return Entry(BASE, 1), *adapted, Entry(BASE, 2)
+        fewer = 1 if steps <= 2 else steps
+        return Entry(BASE, fewer), *adapted, Entry(BASE, 2 * fewer)
     return Entry(BASE, steps), *adapted
 
 

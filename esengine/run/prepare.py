@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -39,6 +40,7 @@ from esengine.sampling.build import (
     pick_device,
     pick_dtype,
     render_settings,
+    resolved,
     settled,
     take_device,
 )
@@ -122,7 +124,9 @@ def read_inputs(config: TrainConfig, group: Group) -> Inputs:
             read(config.heldout_reward)
     pick_device(config.device)
     with group.first():
-        require_pipeline(config.model, config.revision, config.image.vae)
+        family = require_pipeline(config.model, config.revision, config.image.vae)
+    lora = dataclasses.replace(config.lora, targets=config.lora.targets or family.targets)
+    config = dataclasses.replace(config, image=resolved(config.image, family), lora=lora)
     require_installed(config.trackers)
     if config.resume and config.run_dir is None:
         raise ConfigError("resume: which run? give its folder with --run-dir")
@@ -151,6 +155,7 @@ def prepare(inputs: Inputs, folder: RunFolder, progress: Progress, group: Group)
     progress.note(f"model {config.model} on {device} in {str(dtype).removeprefix('torch.')}")
     with group.first():
         model = load_model(config.model, config.revision, device, dtype, config.image.vae)
+    config = dataclasses.replace(config, image=resolved(config.image, model))
     allowed, config = config.allow_change, _resolved(config, model)
     settings = render_settings(config.image)
     start = Start(
@@ -256,12 +261,14 @@ def _encoded(
 
 
 def attach_population(model: Generator, config: TrainConfig) -> Population:
-    """Attach the run's population to the model's transformer.
+    """Attach the run's population to the model's denoiser.
 
     Raises:
         ConfigError: `lora.targets` or `lora.alpha_pattern` does not match the model.
     """
-    lora, form = config.lora, Direct(config.lora.targets)
+    lora, targets = config.lora, config.lora.targets or model.targets
+    containers = _containers(model.module, targets)
+    form = Direct(targets, containers or None)
     if lora.rank:
         linear = [f".{name}" for name, each in model.module.named_modules() if isinstance(each, torch.nn.Linear)]
         pattern = {}
@@ -270,14 +277,28 @@ def attach_population(model: Generator, config: TrainConfig) -> Population:
             if not named:
                 what = f"expected the end of a linear layer's name, the model has no '{name}'"
                 raise ConfigError(f"lora.alpha_pattern: {what}")
-            if any(layer.endswith(f".{target}") for layer in named for target in lora.targets):
+            if any(layer.endswith(f".{target}") for layer in named for target in targets):
                 pattern[re.escape(name)] = alpha
-        form = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), alpha_pattern=pattern)
+        settings = dict(r=lora.rank, lora_alpha=lora.alpha, alpha_pattern=pattern)
+        form = LoraConfig(**settings, target_modules=list(targets), exclude_modules=list(containers) or None)
     noise = Noise(sigma=config.es.sigma, rank=config.es.noise_rank, seed=config.seed)
     try:
         return attach(model.module, form, noise, rule=config.update)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"lora.targets: {str(error).splitlines()[0].removeprefix('target_modules: ')}") from error
+
+
+def _containers(module: torch.nn.Module, targets: Collection[str]) -> tuple[str, ...]:
+    """Names of lists of modules that a target matches, for targets that match layers elsewhere.
+
+    FLUX.2's `to_out` is a list in some of its blocks and a layer in the others.
+    """
+    found: list[str] = []
+    for target in targets:
+        named = {name: each for name, each in module.named_modules() if f".{name}".endswith(f".{target}")}
+        lists = [n for n, each in named.items() if isinstance(each, (torch.nn.ModuleList, torch.nn.Sequential))]
+        found += lists if len(lists) < len(named) else ()
+    return tuple(found)
 
 
 def _resolved(config: TrainConfig, model: Generator) -> TrainConfig:

@@ -78,7 +78,7 @@ def replay(config: ReplayConfig, progress: Progress) -> Replayed:
     if parted == []:
         agreed = found.done
     if config.out is not None:
-        save_adapter(population, config.out)
+        save_adapter(population, config.out, model.denoiser)
     kept = max(map(path_step, checkpoint_folders(config.run_dir / "checkpoints")), default=0)
     if agreed is None and parted is not None and kept > found.done:
         raise RunError(

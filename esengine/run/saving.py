@@ -51,7 +51,7 @@ class Checkpoints(Hook):
         self.engine, self.every, self.last, self.group = engine, every, last, group
         self.render, self.reward, self.to, self._agree = render, reward, to, True
         if resumed and to:
-            save_adapter(engine.population, to.folder.adapter)
+            save_adapter(engine.population, to.folder.adapter, render.model.denoiser)
         self._compare()
         self.saved_step = engine.step
         if not resumed:
@@ -107,15 +107,21 @@ class Checkpoints(Hook):
             self.to.journal.sync()  # a checkpoint is never ahead of the journal
             checkpoint.save(self.to.folder.checkpoints, step, run_state.tensors(engine), meta)
             self.to.journal.append(Saved(step, sha256))
-            save_adapter(engine.population, self.to.folder.adapter)
+            save_adapter(engine.population, self.to.folder.adapter, self.render.model.denoiser)
         self.saved_step = step
 
 
-def save_adapter(population: Population, path: Path) -> None:
-    """Write the adapter into one folder, once for PEFT and once for `SanaSprintPipeline.load_lora_weights`."""
+def save_adapter(population: Population, path: Path, denoiser: str = "transformer") -> None:
+    """Write the adapter into one folder, once for PEFT and once for the pipeline's `load_lora_weights`.
+
+    Args:
+        population: the population.
+        path: the folder.
+        denoiser: the pipeline's name of the population's module.
+    """
     population.save_pretrained(path)
     scaling = {name: layer.scale for name, layer in population.layers.items()}
-    write_diffusers_lora(path, population.lora(), scaling)
+    write_diffusers_lora(path, population.lora(), scaling, denoiser)
 
 
 def adapter_sha256(population: Population) -> str:

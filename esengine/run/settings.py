@@ -38,8 +38,6 @@ from esengine.sampling.settings import ImageSettings
 MAX_RATE = 1e6
 """Largest learning rate. Above it float32 overflows within a step or two."""
 
-REFERENCE_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "linear_1", "linear_2", "proj_out", "linear")
-
 _LAYER = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 """A layer's name: no regular expression, apart from its dots."""
 
@@ -98,8 +96,8 @@ class LoraSettings:
     alpha: Alpha = 8.0
     """LoRA alpha: the adapter is scaled by alpha / r. Ignored if the rank is 0. Given as a flag without alpha_pattern,
     it holds for all layers."""
-    targets: Annotated[tuple[str, ...], Field(min_length=1)] = REFERENCE_TARGETS
-    """Linear layers of the transformer."""
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Linear layers of the denoiser. By default those of the model's family."""
     alpha_pattern: Annotated[
         dict[Annotated[str, AfterValidator(_layer)], Alpha], _PAIRS, AfterValidator(_one_alpha)
     ] = field(default_factory=dict)
@@ -137,8 +135,8 @@ class TrainConfig:
     run_dir: File | None = None
     """Folder of the run: config, metrics, checkpoints, adapter, strips. By default runs/<date and time>."""
     model: str = DEMO
-    """A SanaSprintPipeline folder or a hub id. Or `nano`, the small trained model of this package; or `tiny`, an
-    untrained model for tests."""
+    """A pipeline's folder or a hub id, of a family in models/README.md. Or `nano`, the small trained model of this
+    package; or `tiny:FAMILY`, an untrained model for tests. `tiny` is a SANA-Sprint."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     prompts: File | None = None
@@ -220,7 +218,7 @@ class ReplayConfig:
     out: Path | None = None
     """Folder to write the adapter to."""
     model: str | None = None
-    """The model, if it is not where the run had it: a SanaSprintPipeline folder, a hub id, `nano` or `tiny`."""
+    """The model, if it is not where the run had it: a pipeline's folder, a hub id, `nano` or `tiny:FAMILY`."""
     device: str = "auto"
     """cpu, cuda, cuda:1 and so on. auto: the run's."""
 

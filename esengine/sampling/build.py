@@ -10,7 +10,7 @@ import torch
 from esengine.base.errors import ConfigError
 from esengine.base.files import cache_root
 from esengine.base.progress import Progress
-from esengine.models import NAMED, Generator, RenderSettings, TextEmbeddings, load
+from esengine.models import NAMED, Conditioning, Family, Generator, RenderSettings, TextEmbeddings, load
 from esengine.sampling.settings import ImageSettings
 
 CPU_CHUNK = 64
@@ -49,7 +49,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def load_model(
     model: str, revision: str | None, device: torch.device, dtype: torch.dtype, vae: str | None = None
 ) -> Generator:
-    """Load a pipeline folder, a hub id, `nano` or `tiny`. `vae` selects another decoder (`ImageSettings.vae`)."""
+    """Load a pipeline folder, a hub id, `nano` or `tiny:FAMILY`. `vae` is `ImageSettings.vae`."""
     allow_tf32(device, dtype)
     return load(model, device=device, dtype=dtype, revision=revision, vae=vae)
 
@@ -62,7 +62,7 @@ def allow_tf32(device: torch.device, dtype: torch.dtype) -> None:
 
 def is_folder(model: str) -> bool:
     """Whether a value of `--model` is a folder."""
-    return model not in NAMED and Path(model).is_dir()
+    return model not in NAMED and not model.startswith("tiny:") and Path(model).is_dir()
 
 
 def render_settings(image: ImageSettings) -> RenderSettings:
@@ -74,6 +74,18 @@ def render_settings(image: ImageSettings) -> RenderSettings:
     values = {each.name: getattr(image, each.name) for each in dataclasses.fields(RenderSettings)}
     try:
         return RenderSettings(**values)
+    except ConfigError as error:
+        raise ConfigError(f"image.{error}") from error
+
+
+def resolved(image: ImageSettings, by: Family | Generator) -> ImageSettings:
+    """The settings with the defaults of a family or a loaded model for open choices.
+
+    Raises:
+        ConfigError: a setting does not apply to it.
+    """
+    try:
+        return by.resolve(image)
     except ConfigError as error:
         raise ConfigError(f"image.{error}") from error
 
@@ -96,10 +108,9 @@ def pick_chunk(image: ImageSettings, model: Generator) -> int:
 
 def encode(
     model: Generator, lists: Sequence[list[str]], image: ImageSettings, progress: Progress
-) -> list[TextEmbeddings]:
+) -> list[TextEmbeddings] | list[Conditioning]:
     """Text embeddings of several lists of prompts, through the cache. The text encoder is loaded at most once."""
     settings = dict(cache_dir=cache_root() / "text", instruction=image.instruction)
     everything = list(dict.fromkeys(prompt for prompts in lists for prompt in prompts))
     texts = model.encode(everything, **settings, progress=lambda done, total: progress.count("prompts", done, total))
-    place = {prompt: index for index, prompt in enumerate(everything)}
-    return [TextEmbeddings(prompts, [texts[place[prompt]] for prompt in prompts]) for prompts in lists]
+    return [texts.select(prompts) for prompts in lists]

@@ -23,10 +23,10 @@ from esengine.base.memory import oom_guard
 from esengine.base.transfer import upload
 from esengine.es.rows import Rows
 from esengine.kernels import key_words
-from esengine.models import graphs
+from esengine.models import adapters, graphs
 from esengine.models.decoder import Decoder
-from esengine.models.loading import READ_ERRORS, download, first_line, load, load_vae, locate
-from esengine.models.lora_file import WEIGHT_NAME, check_diffusers_lora
+from esengine.models.families import FAMILIES
+from esengine.models.loading import download, load, load_vae, locate
 from esengine.models.sana.checks import Describe, FiniteChecks
 from esengine.models.sana.latents import latents
 from esengine.models.sana.sana_block import Part, fused_parts, patched, why_not_fused
@@ -47,6 +47,10 @@ class SanaSprint:
         device: Device of the transformer.
         dtype: Data type of the transformer.
     """
+
+    denoiser = "transformer"
+    """The pipeline's name of the module."""
+    family = FAMILIES["sana-sprint"]
 
     def __init__(
         self,
@@ -76,6 +80,11 @@ class SanaSprint:
     def module(self) -> torch.nn.Module:
         """The transformer, to attach a population to."""
         return self.transformer
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Default target layers: those of the published run."""
+        return self.family.targets
 
     @property
     def device(self) -> torch.device:
@@ -144,6 +153,10 @@ class SanaSprint:
     def _text_fingerprint(self) -> str:
         return fingerprint(self._source)
 
+    def resolve(self, settings: RenderSettings) -> RenderSettings:
+        """The settings with this model's defaults for open choices: one step, guidance 4.5."""
+        return self.family.resolve(settings)
+
     def encode(
         self,
         prompts: Sequence[str],
@@ -193,12 +206,11 @@ class SanaSprint:
         *,
         seed: int,
         step: int,
-        prompts: torch.Tensor,
-        repeats: torch.Tensor,
-        members: torch.Tensor | None = None,
+        rows: Rows | None = None,
         population=None,
         settings: RenderSettings | None = None,
         text_length: int | None = None,
+        **columns: torch.Tensor | None,
     ) -> torch.Tensor:
         """Render the images of B rows, each a (member, prompt, repeat).
 
@@ -210,13 +222,12 @@ class SanaSprint:
             texts: Embeddings of the prompts.
             seed: The run's seed, which keys the latents.
             step: The ES step, which keys the latents and the population's noise.
-            prompts: int64 [B] on the CPU, index into `texts` for each row.
-            repeats: int64 [B] on the CPU, repeat for each row.
-            members: int64 [B] on the CPU, member for each row; needs `population`.
+            rows: B rows, on the CPU. Their members need `population`.
             population: The result of `esengine.attach(model.transformer, ...)`. None: the unperturbed transformer.
             settings: Default: `RenderSettings()`.
             text_length: Number of tokens to pad the text to. Default: the longest prompt of this batch. Pass
                 `texts.trimmed_length(...)` of a whole step so that all its chunks are padded equally.
+            columns: `prompts`, `repeats` and `members`, in place of `rows`.
 
         Returns:
             uint8 [B, 3, H, W] on the model's device, rounded as diffusers does for PIL.
@@ -228,18 +239,13 @@ class SanaSprint:
                 `deferred_checks`, only its end raises this.
         """
         settings = settings or RenderSettings()
-        x0_bchw = self.denoise(
-            texts,
-            seed=seed,
-            step=step,
-            prompts=prompts,
-            repeats=repeats,
-            members=members,
-            population=population,
-            settings=settings,
-            text_length=text_length,
-        )
-        describe = _describe(texts, step, prompts, members)
+        if rows is None:
+            rows = Rows(**{"members": None, **columns})
+        elif columns:
+            raise TypeError(f"rows: expected no {', '.join(columns)} beside it")
+        keys = dict(seed=seed, step=step, population=population, settings=settings, text_length=text_length)
+        x0_bchw = self.denoise(texts, **rows._asdict(), **keys)
+        describe = _describe(texts, step, rows.prompts, rows.members)
         return self.decode(x0_bchw, chunk=settings.decode_chunk, mode=settings.decode, describe=describe)
 
     @torch.no_grad()
@@ -313,6 +319,7 @@ class SanaSprint:
     ) -> torch.Tensor:
         """The first half of `render`: x0 / sigma_data, float32 [B, C, h, w]."""
         batch = len(prompts)
+        settings = self.resolve(settings)
         if len(repeats) != batch or (members is not None and len(members) != batch):
             raise ValueError(f"repeats, members: expected one for each of {batch} rows")
         if (members is None) != (population is None):
@@ -463,26 +470,11 @@ class SanaSprint:
         Raises:
             ConfigError: The file is missing, unreadable or incomplete, or the loader loaded only some of its layers.
         """
-        file = Path(path) / WEIGHT_NAME
-        if not file.is_file():
-            raise ConfigError(f"adapter: {file} does not exist")
-        self.pipeline.unload_lora_weights()
-        kinds = torch.nn.Linear, torch.nn.Conv2d
-        shapes = {name: m.weight.shape for name, m in self.transformer.named_modules() if isinstance(m, kinds)}
-        try:
-            layers = check_diffusers_lora(file, shapes)
-            self.pipeline.load_lora_weights(str(path), weight_name=WEIGHT_NAME, use_safetensors=True)
-        except READ_ERRORS as error:
-            raise ConfigError(f"adapter: cannot load {file}: {first_line(error)}") from error
-        taken = {name for name, module in self.transformer.named_modules() if len(getattr(module, "lora_A", ()))}
-        if taken != layers:
-            self.pipeline.unload_lora_weights()
-            raise ConfigError(f"adapter: {file}: the pipeline took {len(taken)} of its {len(layers)} LoRA layers")
-        self.transformer.eval().requires_grad_(False)  # PEFT adds its layers in training mode, with dropout on
+        adapters.load_adapter(self.pipeline, self.denoiser, path)
 
     def unload_adapter(self) -> None:
         """Remove the loaded adapter, which leaves the base model."""
-        self.pipeline.unload_lora_weights()
+        adapters.unload_adapter(self.pipeline, self.denoiser)
 
     def adapter_enabled(self, enabled: bool) -> None:
         """Switch the adapter that `load_adapter` loaded on or off.
@@ -490,12 +482,7 @@ class SanaSprint:
         Raises:
             ValueError: No adapter is loaded.
         """
-        if not getattr(self.transformer, "peft_config", None):
-            raise ValueError("adapter_enabled: expected an adapter loaded by load_adapter, got none")
-        if enabled:
-            self.pipeline.enable_lora()
-        else:
-            self.pipeline.disable_lora()
+        adapters.enable_adapter(self.pipeline, self.denoiser, enabled)
 
     def _angles(self, settings: RenderSettings) -> torch.Tensor:
         """Angles float32 [num_steps + 1] on the device, computed on the CPU as the scheduler does."""

@@ -18,8 +18,8 @@ from suite import standin  # noqa: E402
 
 import esengine  # noqa: E402
 from esengine.kernels import Lora, MemberNoise, configs, population_linear  # noqa: E402
+from esengine.models.families import REFERENCE_TARGETS  # noqa: E402
 from esengine.models.sana import sana_block  # noqa: E402
-from esengine.run.settings import REFERENCE_TARGETS  # noqa: E402
 
 SCRIPT = Path(aot.__file__)
 
