@@ -113,6 +113,8 @@ def _train(config: Any) -> int:
     from esengine.run.stop import Stop
     from esengine.run.train import train
 
+    if config.dry_run:
+        return _dry_run(config)
     result = train(config, Bar(), Stop())
     if result is None:  # of several processes one reports
         return 0
@@ -125,6 +127,35 @@ def _train(config: Any) -> int:
     if page := _page(result.folder):
         print(f"page        {page}")
     print(f"curves      tensorboard --logdir {result.folder / 'tensorboard'}")
+    return 0
+
+
+def _dry_run(config: Any) -> int:
+    from esengine.base.progress import Bar
+    from esengine.report.words import duration, size
+    from esengine.run.dry_run import dry_run
+
+    found = dry_run(config, Bar())
+    worst = max(found.layers, key=found.layers.get, default=None)
+    print(f"images   {found.images_per_step} a step, {found.images} in all with held-out prompts and the comparison")
+    print(
+        f"time     about {duration(found.seconds)}, by what one chunk took here: "
+        f"{found.seconds_render:.3g} s to render one and {found.seconds_score:.2g} s to score it"
+    )
+    print(
+        f"memory   {size(found.weight_bytes)} of weights in the denoiser, about {size(found.chunk_bytes)} for "
+        f"{found.chunk} images in one forward"
+    )
+    if worst is not None:
+        print(
+            f"members  each row of a batch is its own member's: largest difference {found.layers[worst]:.1g} of that "
+            f"between two members, in {worst}"
+        )
+    print(f"folder   {found.run_dir} would have")
+    for each in found.files:
+        print(f"         {each}")
+    print(f"         a checkpoint takes {size(found.checkpoint_bytes)}")
+    print("nothing was written")
     return 0
 
 

@@ -89,6 +89,15 @@ class RunFolder:
         finally:
             os.close(file)
 
+    @classmethod
+    def require_new(cls, path: str | Path) -> None:
+        """Raise RunError if a new run could not begin in the folder. The folder is not made, changed or locked."""
+        path = Path(path)
+        if path.exists() and not path.is_dir():
+            raise RunError(f"run folder {path}: expected a folder, there is a file")
+        cls.require_free(path)
+        cls(path, None)._require(resume=False)
+
     @property
     def config(self) -> Path:
         return self.path / "config.yaml"

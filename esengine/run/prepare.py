@@ -128,6 +128,8 @@ def read_inputs(config: TrainConfig, group: Group) -> Inputs:
     lora = dataclasses.replace(config.lora, targets=config.lora.targets or family.targets)
     config = dataclasses.replace(config, image=resolved(config.image, family), lora=lora)
     require_installed(config.trackers)
+    if config.resume and config.dry_run:
+        raise ConfigError("dry_run: expected a new run, got --resume beside it: what a resumed run needs is known")
     if config.resume and config.run_dir is None:
         raise ConfigError("resume: which run? give its folder with --run-dir")
     run_dir = config.run_dir or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
@@ -309,6 +311,7 @@ def _resolved(config: TrainConfig, model: Generator) -> TrainConfig:
         run_dir=None,
         resume=False,
         allow_change=False,
+        dry_run=False,
         config=None,
         model=str(Path(config.model).resolve()) if is_folder(config.model) else config.model,
         prompts=config.prompts and config.prompts.resolve(),

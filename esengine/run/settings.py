@@ -157,6 +157,9 @@ class TrainConfig:
     """Continue the run in --run-dir from its last checkpoint."""
     allow_change: Switch = False
     """With --resume, continue even if settings, model or prompts differ from the run's. The differences are printed."""
+    dry_run: Switch = False
+    """Load everything, render and score a few images, print what the run would take and write, and stop. Nothing is
+    written but the text cache."""
     config: str | None = None
     """YAML file of settings, which flags override. Or the name of a packaged file: `reference` (the published run) or
     `nano`. For the model `nano`, your own YAML file overrides the packaged one."""
@@ -224,7 +227,7 @@ class ReplayConfig:
 
 
 MAY_CHANGE = (
-    *("run_dir", "resume", "allow_change", "config", "steps", "on_bad_reward"),
+    *("run_dir", "resume", "allow_change", "dry_run", "config", "steps", "on_bad_reward"),
     *("checkpoint_every", "strip_every", "trackers", "heldout_reward", "heldout_every", "heldout_prompts"),
     *("model", "revision", "prompts", "eval_prompts"),  # names; what `model` and `prompts` hold is compared by hash
 )

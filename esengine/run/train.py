@@ -17,6 +17,7 @@ from esengine.base.progress import Progress
 from esengine.evaluation.draw import Batch, Plan, compare_entries
 from esengine.evaluation.entries import default_entries
 from esengine.evaluation.statistics import Report
+from esengine.run.dry_run import check_members
 from esengine.run.folder import RunFolder, checkpoint_folders, path_step
 from esengine.run.held_out import HeldOut
 from esengine.run.hooks import Outputs, ShowProgress, Strips, Track
@@ -82,6 +83,8 @@ def _train(config: TrainConfig, progress: Progress, group: Group, stop: Stop) ->
     config = inputs.config
     with _told(inputs.run_dir, config.steps, stop), _folder(inputs.run_dir, config.resume, group) as folder:
         ready = prepare(inputs, folder, progress, group)
+        if ready.before is None:
+            check_members(ready)
         render = ready.renderer(ready.texts, progress)
         run = Run(ready.config, ready.rewards.optimised, render, progress, group)
         if not group.is_main:
