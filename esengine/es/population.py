@@ -121,12 +121,11 @@ def attach(
     noise, rule = noise or Noise(), rule or UpdateRule()
     form = DirectLinear if isinstance(config, Direct) else PopulationLinear
     config = copy.deepcopy(config.selection() if isinstance(config, Direct) else config)
-    transposed = getattr(config, "fan_in_fan_out", False)  # PEFT's word for Conv1D; each layer knows what it is
-    if isinstance(config, LoraConfig):
-        config.fan_in_fan_out = False
-    check_config(config)
+    check_config(config, also=("fan_in_fan_out",))
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"backend: expected auto, triton or torch, got {backend}")
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
     given, module = module, plain(module)
     wrapped = wrapped_below(module)
     with unwrapped(wrapped):
@@ -134,8 +133,6 @@ def attach(
         before = Before(given, wrapped, {name: p.requires_grad for name, p in module.named_parameters()})
         try:
             config, layers = _inject(module, config, form, noise)
-            if transposed and not config.fan_in_fan_out:
-                raise ValueError("config.fan_in_fan_out: expected False, as no target is a Conv1D, got True")
             population = Population(module, layers, config, noise, rule, backend, before)
             if backend == "triton" and not uses_triton(population.device):
                 raise ValueError(
@@ -165,8 +162,11 @@ def _inject(
                 "exclude it"
             )
         layer.train(layer.base_layer.training)
+    conv1d = any(layer.kind is CONV1D for layer in layers.values())
+    if config.fan_in_fan_out and not conv1d:
+        raise ValueError("config.fan_in_fan_out: expected False, as no target is a Conv1D, got True")
     config = full_rank(config, layers) if form is DirectLinear else config
-    config.fan_in_fan_out = any(layer.kind is CONV1D for layer in layers.values())
+    config.fan_in_fan_out = conv1d
     return config, layers
 
 
