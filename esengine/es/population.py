@@ -47,6 +47,7 @@ from esengine.es.layers import (
     strip,
     why_not_perturbed,
 )
+from esengine.es.lora_folder import PEFT_PREFIX, read_lora
 from esengine.es.rule import UpdateRule
 from esengine.es.update import Updater, UpdateStats
 from esengine.kernels import (
@@ -62,8 +63,6 @@ from esengine.kernels import (
     step_tensor,
     uses_triton,
 )
-
-PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -407,6 +406,45 @@ class Population:
             parameter.copy_(state["adapter"][name])
         self._refresh()
         self._updater.load_state_dict(state["optimizer"])
+
+    @torch.no_grad()
+    def load_lora(self, path: str | os.PathLike) -> None:
+        """Start ES from an existing LoRA. The module then computes with it, up to the rounding of fp32.
+
+        The population keeps its own r and lora_alpha. Its scale is s and the file's is s': B becomes B s' / s. If the
+        file's rank is smaller, the other rows of A stay as they are, and the other columns of B are zero. In the direct
+        form, delta becomes s' B A. The optimizer starts anew.
+
+        Args:
+            path: a folder that PEFT saved, a folder with pytorch_lora_weights.safetensors as diffusers' pipelines save
+                it, or such a file. Any alpha, rsLoRA, rank_pattern and alpha_pattern. The scale is the one that PEFT or
+                diffusers would apply. Pickles are never read.
+
+        Raises:
+            ValueError: what cannot be continued exactly, with the reason: a larger rank than the population's, other
+                target layers, DoRA, a bias, modules_to_save, numbers that are not finite, a damaged file. Nothing has
+                changed then.
+            RuntimeError: inside `perturbed`, after `detach`, or while an adapter is merged.
+        """
+        self._check_attached()
+        self._require_unmerged()
+        if self._scope.chunk is not None:
+            raise RuntimeError("load_lora: inside perturbed; leave it first")
+        targets = {name: tuple(each.shape for each in layer.lora()) for name, layer in self.layers.items()}
+        theta = {}
+        for name, (a, b, scale) in read_lora(path, targets).items():
+            a, b = (each.flatten(1).to(self.device, torch.float64) for each in (a, b))
+            try:
+                continued = self.layers[name].continued(a, b, scale)
+            except ValueError as error:
+                raise ValueError(f"{path}: '{name}': {error}") from error
+            theta |= {f"{name}.{end}": tensor.float() for end, tensor in continued.items()}
+        if odd := next((name for name, tensor in theta.items() if not tensor.isfinite().all()), None):
+            raise ValueError(f"{path}: {odd}: expected numbers that fit into float32 at the population's scale")
+        for name, parameter in self.parameters().items():
+            parameter.copy_(theta[name].view(parameter.shape))
+        self._refresh()
+        self._updater.load_state_dict({})
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Write the adapter as a PEFT folder: adapter_config.json and adapter_model.safetensors.
