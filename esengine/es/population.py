@@ -17,7 +17,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -291,7 +291,12 @@ class Population:
             raise RuntimeError("perturbed: already inside one; contexts do not nest")
         for layer in self.layers.values():
             layer.require_in_force()
-        self._scope.enter(self._chunk(step, members, copies))
+        if not isinstance(copies, int) or isinstance(copies, bool) or copies < 1:
+            raise ValueError(f"copies: expected an integer of at least 1, got {copies!r}")
+        if copies > 1:
+            members = self._check_members(members).repeat(copies)
+        chunk = self._chunk(step, members)
+        self._scope.enter(replace(chunk, copies=copies) if copies > 1 else chunk)
         try:
             with self._scope.watch(self.module):
                 yield self
@@ -511,24 +516,21 @@ class Population:
             raise ValueError(f"members: expected values in [0, 2^33), got {bad}")
         return upload(members, self.device)
 
-    def _chunk(self, step: int | torch.Tensor, members: torch.Tensor, copies: int) -> Chunk:
-        if not isinstance(copies, int) or isinstance(copies, bool) or copies < 1:
-            raise ValueError(f"copies: expected an integer of at least 1, got {copies!r}")
+    def _chunk(self, step: int | torch.Tensor, members: torch.Tensor) -> Chunk:
         members = self._check_members(members)
-        members = members.repeat(copies) if copies > 1 else members
         key_words(self.noise.seed, step)
         triton = self.backend == "triton"
         step = step_tensor(step, self.device) if triton else int(step)
         noise = MemberNoise(members.contiguous(), self.noise.seed, step, self.noise.sigma, self.noise.rank)
         if triton:
-            return Chunk(noise, copies=copies)
+            return Chunk(noise)
         c, pair = signed_sigma(members, self.noise.sigma, self.noise.rank), members >> 1
         pairs, rows = torch.unique_consecutive(pair, return_counts=True)
         found, slots = pairs.tolist(), None
         if len(set(rows.tolist())) > 1 or len(set(found)) < len(found):
             # otherwise each pair has equally many consecutive rows, and no row needs a copy of its pair's noise
             pairs, slots = torch.unique(pair, return_inverse=True)
-        return Chunk(noise, c, self._factors(step, pairs, slots), copies)
+        return Chunk(noise, c, self._factors(step, pairs, slots))
 
     def _factors(self, step: int, pairs: torch.Tensor, slots: torch.Tensor | None) -> dict[str, tuple]:
         """V, U, V', U' of every layer, [P, L, k], or [B, L, k] with `slots`. None where a layer has no such factor."""
