@@ -43,7 +43,7 @@ def _flat_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _conv1d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+    return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
 
 
 LINEAR = Kind(lambda m: m, _flat_rows, lambda low, y: low.view(y.shape), F.linear)

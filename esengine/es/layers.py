@@ -6,7 +6,7 @@ the layer whose weight itself is perturbed.
 
 import copy
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from types import MappingProxyType
@@ -445,14 +445,17 @@ def strip(module: nn.Module, trainable: dict[str, bool]) -> None:
         parameter.requires_grad = trainable.get(name, parameter.requires_grad)  # lazy ones have no requires_grad_
 
 
-def check_config(config: LoraConfig) -> None:
-    """Reject options that would change the base weights, add parameters besides A and B, or make the forward random."""
+def check_config(config: LoraConfig, also: Sequence[str] = ()) -> None:
+    """Reject options that would change the base weights, add parameters besides A and B, or make the forward random.
+
+    `also` names options that the caller checks by the layers.
+    """
     if not isinstance(config, LoraConfig):
         raise TypeError(f"config: expected peft.LoraConfig or esengine.Direct, got {type(config).__name__}")
     default = LoraConfig()
     for name in (f.name for f in fields(LoraConfig)):
         value, expected = getattr(config, name), getattr(default, name)
-        if name not in HONOURED and value != expected and value:
+        if name not in (*HONOURED, *also) and value != expected and value:
             raise ValueError(f"config.{name}: expected {expected!r} for ES on frozen weights, got {value!r}")
     if config.init_lora_weights not in (True, False, "gaussian"):
         raise ValueError(

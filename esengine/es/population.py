@@ -17,7 +17,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -47,6 +47,7 @@ from esengine.es.layers import (
     strip,
     why_not_perturbed,
 )
+from esengine.es.lora_folder import PEFT_PREFIX, read_lora
 from esengine.es.rule import UpdateRule
 from esengine.es.update import Updater, UpdateStats
 from esengine.kernels import (
@@ -62,8 +63,6 @@ from esengine.kernels import (
     step_tensor,
     uses_triton,
 )
-
-PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -121,12 +120,11 @@ def attach(
     noise, rule = noise or Noise(), rule or UpdateRule()
     form = DirectLinear if isinstance(config, Direct) else PopulationLinear
     config = copy.deepcopy(config.selection() if isinstance(config, Direct) else config)
-    transposed = getattr(config, "fan_in_fan_out", False)  # PEFT's word for Conv1D; each layer knows what it is
-    if isinstance(config, LoraConfig):
-        config.fan_in_fan_out = False
-    check_config(config)
+    check_config(config, also=("fan_in_fan_out",))
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"backend: expected auto, triton or torch, got {backend}")
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
     given, module = module, plain(module)
     wrapped = wrapped_below(module)
     with unwrapped(wrapped):
@@ -134,8 +132,6 @@ def attach(
         before = Before(given, wrapped, {name: p.requires_grad for name, p in module.named_parameters()})
         try:
             config, layers = _inject(module, config, form, noise)
-            if transposed and not config.fan_in_fan_out:
-                raise ValueError("config.fan_in_fan_out: expected False, as no target is a Conv1D, got True")
             population = Population(module, layers, config, noise, rule, backend, before)
             if backend == "triton" and not uses_triton(population.device):
                 raise ValueError(
@@ -165,8 +161,11 @@ def _inject(
                 "exclude it"
             )
         layer.train(layer.base_layer.training)
+    conv1d = any(layer.kind is CONV1D for layer in layers.values())
+    if config.fan_in_fan_out and not conv1d:
+        raise ValueError("config.fan_in_fan_out: expected False, as no target is a Conv1D, got True")
     config = full_rank(config, layers) if form is DirectLinear else config
-    config.fan_in_fan_out = any(layer.kind is CONV1D for layer in layers.values())
+    config.fan_in_fan_out = conv1d
     return config, layers
 
 
@@ -292,7 +291,12 @@ class Population:
             raise RuntimeError("perturbed: already inside one; contexts do not nest")
         for layer in self.layers.values():
             layer.require_in_force()
-        self._scope.enter(self._chunk(step, members, copies))
+        if not isinstance(copies, int) or isinstance(copies, bool) or copies < 1:
+            raise ValueError(f"copies: expected an integer of at least 1, got {copies!r}")
+        if copies > 1:
+            members = self._check_members(members).repeat(copies)
+        chunk = self._chunk(step, members)
+        self._scope.enter(replace(chunk, copies=copies) if copies > 1 else chunk)
         try:
             with self._scope.watch(self.module):
                 yield self
@@ -408,6 +412,45 @@ class Population:
         self._refresh()
         self._updater.load_state_dict(state["optimizer"])
 
+    @torch.no_grad()
+    def load_lora(self, path: str | os.PathLike) -> None:
+        """Start ES from an existing LoRA. The module then computes with it, up to the rounding of fp32.
+
+        The population keeps its own r and lora_alpha. Its scale is s and the file's is s': B becomes B s' / s. If the
+        file's rank is smaller, the other rows of A stay as they are, and the other columns of B are zero. In the direct
+        form, delta becomes s' B A. The optimizer starts anew.
+
+        Args:
+            path: a folder that PEFT saved, a folder with pytorch_lora_weights.safetensors as diffusers' pipelines save
+                it, or such a file. Any alpha, rsLoRA, rank_pattern and alpha_pattern. The scale is the one that PEFT or
+                diffusers would apply. Pickles are never read.
+
+        Raises:
+            ValueError: what cannot be continued exactly, with the reason: a larger rank than the population's, other
+                target layers, DoRA, a bias, modules_to_save, numbers that are not finite, a damaged file. Nothing has
+                changed then.
+            RuntimeError: inside `perturbed`, after `detach`, or while an adapter is merged.
+        """
+        self._check_attached()
+        self._require_unmerged()
+        if self._scope.chunk is not None:
+            raise RuntimeError("load_lora: inside perturbed; leave it first")
+        targets = {name: tuple(each.shape for each in layer.lora()) for name, layer in self.layers.items()}
+        theta = {}
+        for name, (a, b, scale) in read_lora(path, targets).items():
+            a, b = (each.flatten(1).to(self.device, torch.float64) for each in (a, b))
+            try:
+                continued = self.layers[name].continued(a, b, scale)
+            except ValueError as error:
+                raise ValueError(f"{path}: '{name}': {error}") from error
+            theta |= {f"{name}.{end}": tensor.float() for end, tensor in continued.items()}
+        if odd := next((name for name, tensor in theta.items() if not tensor.isfinite().all()), None):
+            raise ValueError(f"{path}: {odd}: expected numbers that fit into float32 at the population's scale")
+        for name, parameter in self.parameters().items():
+            parameter.copy_(theta[name].view(parameter.shape))
+        self._refresh()
+        self._updater.load_state_dict({})
+
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Write the adapter as a PEFT folder: adapter_config.json and adapter_model.safetensors.
 
@@ -473,24 +516,21 @@ class Population:
             raise ValueError(f"members: expected values in [0, 2^33), got {bad}")
         return upload(members, self.device)
 
-    def _chunk(self, step: int | torch.Tensor, members: torch.Tensor, copies: int) -> Chunk:
-        if not isinstance(copies, int) or isinstance(copies, bool) or copies < 1:
-            raise ValueError(f"copies: expected an integer of at least 1, got {copies!r}")
+    def _chunk(self, step: int | torch.Tensor, members: torch.Tensor) -> Chunk:
         members = self._check_members(members)
-        members = members.repeat(copies) if copies > 1 else members
         key_words(self.noise.seed, step)
         triton = self.backend == "triton"
         step = step_tensor(step, self.device) if triton else int(step)
         noise = MemberNoise(members.contiguous(), self.noise.seed, step, self.noise.sigma, self.noise.rank)
         if triton:
-            return Chunk(noise, copies=copies)
+            return Chunk(noise)
         c, pair = signed_sigma(members, self.noise.sigma, self.noise.rank), members >> 1
         pairs, rows = torch.unique_consecutive(pair, return_counts=True)
         found, slots = pairs.tolist(), None
         if len(set(rows.tolist())) > 1 or len(set(found)) < len(found):
             # otherwise each pair has equally many consecutive rows, and no row needs a copy of its pair's noise
             pairs, slots = torch.unique(pair, return_inverse=True)
-        return Chunk(noise, c, self._factors(step, pairs, slots), copies)
+        return Chunk(noise, c, self._factors(step, pairs, slots))
 
     def _factors(self, step: int, pairs: torch.Tensor, slots: torch.Tensor | None) -> dict[str, tuple]:
         """V, U, V', U' of every layer, [P, L, k], or [B, L, k] with `slots`. None where a layer has no such factor."""

@@ -341,6 +341,48 @@ def test_members_of_another_length_than_the_batch(length):
         population.module(**inputs("mlp", 2))
 
 
+@pytest.mark.parametrize("form", [mlp_config(r=3), esengine.Direct(["up", "down"])], ids=["lora", "direct"])
+@pytest.mark.parametrize("copies", [1, 2, 3])
+@pytest.mark.parametrize("members", [[5, 0, 3, 2], [0, 1, 2, 3], [4, 4, 1], [7]], ids=str)
+def test_copies_of_a_batch_are_stacked(copies, members, form):
+    population = esengine.attach(fresh(), form, Noise(sigma=0.05, rank=2))
+    for parameter in population.parameters().values():
+        parameter.data = 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+    x, members = inputs("mlp", copies * len(members))["x"], torch.tensor(members)
+    with torch.no_grad():
+        with population.perturbed(step=1, members=members.repeat(copies)):
+            expected = population.module(x)
+        with population.perturbed(step=1, members=members, copies=copies):
+            assert torch.equal(population.module(x), expected)
+            assert population.perturbation.members.tolist() == [*members.tolist()] * copies
+        for row in range(len(x)):
+            with population.perturbed(step=1, members=members[row % len(members)][None]):
+                assert relative(population.module(x[row : row + 1])[0], expected[row]) < 1e-5
+
+
+@pytest.mark.parametrize(("rows", "copies"), [(4, 1), (2, 2), (3, 2), (8, 2), (4, 3)])
+def test_the_error_about_rows_names_copies(rows, copies):
+    population = trained(fresh(), mlp_config(), Noise())
+    message = rf"members: .* row of up, int64 \[{rows}\], got int64 \[2\] .*copies={copies}\b.* {2 * copies} rows"
+    with (
+        population.perturbed(step=0, members=torch.tensor([0, 1]), copies=copies),
+        pytest.raises(ValueError, match=message),
+    ):
+        population.module(**inputs("mlp", rows))
+
+
+@pytest.mark.parametrize("copies", [0, -1, 1.5, 2.0, True, None, "2"])
+def test_wrong_copies(copies):
+    population = trained(fresh(), mlp_config(), Noise())
+    with (
+        pytest.raises(ValueError, match="copies: expected an integer of at least 1"),
+        population.perturbed(step=0, members=torch.tensor([0, 1]), copies=copies),
+    ):
+        pass
+    with pytest.raises(RuntimeError, match="perturbation"):
+        population.perturbation  # noqa: B018
+
+
 @pytest.mark.parametrize("step", [-1, 1 << 32])
 def test_a_step_out_of_range(step):
     population = trained(fresh(), mlp_config(), Noise())

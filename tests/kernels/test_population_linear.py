@@ -15,6 +15,9 @@ from esengine.kernels import (
     configs,
     factor_ref,
     linear_streams,
+    low_rank_part,
+    low_rank_part_torch,
+    member_factors,
     padded_rank,
     population_linear,
     population_linear_ref,
@@ -303,6 +306,43 @@ def test_strides_of_x_on_the_other_path(device, layout):
     args = case(t=(6,), device=device)
     args["x"] = LAYOUTS[layout](args["x"])
     assert_right(call(population_linear, args, path="addmm"), args)
+
+
+@pytest.mark.parametrize("t", [(), (1,), (5,), (16,), (2, 20)])
+@pytest.mark.parametrize(("r", "k"), [(0, 1), (2, 1), (3, 2), (16, 4)])
+@pytest.mark.parametrize("stored", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_low_rank_part_alone_on_the_torch_path(t, r, k, stored, dtype):
+    """`stored` batch rows share a pair's numbers."""
+    args = case(t=t, members=(6, 7, 2, 2, 0, 1), r=r, k=k, dtype=dtype)
+    members, streams = args["members"], args["streams"]
+    noise = dict(seed=args["seed"], step=args["step"], pairs=(members >> 1)[::stored], rank=k)
+    lengths = zip(streams, (33, r, r, 21), strict=True)
+    factors = tuple(factor_ref(stream=stream, length=length, **noise) if length else None for stream, length in lengths)
+    c = signed_sigma(members, args["sigma"], k)
+    got = low_rank_part_torch(args["x"], args["a"], args["b"], factors=factors, c=c, scale=args["scale"])
+    delta, _ = exact(**args)
+    assert got.dtype == torch.float32
+    assert got.shape == delta.shape
+    assert relative(got, delta) < 2 * FLOOR
+    nothing = low_rank_part_torch(args["x"][:0], args["a"], args["b"], factors=factors, c=c[:0], scale=1.0)
+    assert nothing.shape == (0, *t, 21)
+
+
+@pytest.mark.parametrize("t", [1, 20])
+def test_the_low_rank_part_by_the_device(device, t):
+    """What is added to a base layer's own product: in the dtype of x, at the size of the part."""
+    args = case(t=(t,), members=(7, 2, 2, 0), bias=False, device=device)
+    adapters = Lora(args["a"], args["b"], args["scale"], stream_table((args["streams"],), args["x"].device))
+    noise = MemberNoise(*(args[name] for name in ("members", "seed", "step", "sigma", "rank")))
+    stored = member_factors(adapters, noise, k=33, n=21)
+    for factors in (None, stored):
+        got = low_rank_part(args["x"], None, adapters, noise, n=21, factors=factors)
+        assert relative(got.cpu(), exact(**args)[0].cpu()) < 4 * FLOOR
+    if uses_triton(device):
+        x = args["x"].requires_grad_()
+        with pytest.raises(RuntimeError, match="x: requires a gradient"):
+            low_rank_part(x, None, adapters, noise, n=21)
 
 
 def test_launch_settings_choose_the_path(device, monkeypatch, tmp_path):
