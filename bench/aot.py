@@ -3,16 +3,17 @@
     python bench/aot.py [--arch 90 80 100] [--json FOLDER] [--also FOLDER_WITH_ANOTHER_TRITON ...]
     TRITON_CACHE_DIR=FOLDER python bench/aot.py --cache        kernels for another machine, which then compiles none
 
-A forward of the model and the public ops run on tensors without storage; each launch they make is compiled, with the
-launcher's own configuration and Triton's own specialisation, instead of run, once for all shapes that share a kernel.
-Where a device has settings of its own, so is each launch that they change. For each: registers, spill instructions,
-shared memory, tensor-core instructions, and of the main loop, the innermost one with the most work of tensor cores, its
-instructions and waits, read from the machine code. `wgmma 1` leaves one group of products running into the next round;
-`wgmma 0` drains them all.
+A forward of the model and the public ops run on tensors without storage. Each of their launches is compiled and not
+run, with the launcher's configuration and Triton's specialisation. Shapes that share a kernel are compiled once. A
+launch that has other settings on some device is compiled for that device too. The report has for each kernel:
+registers, spill instructions, shared memory, tensor-core instructions; and for the main loop its instructions and
+waits, read from the machine code. The main loop is the innermost loop with the most tensor-core work. `wgmma 1`: one
+group of products may still run in the next iteration. `wgmma 0`: each iteration waits for all products.
 
-Exit code 1 if a kernel spills, serialises its main loop, has more instructions in it than `LOOP_LIMITS` allows, needs
-more shared memory than there is, or is launched by no entry of `OPS`; or if one does not compile for sm_90. Other
-architectures get the reference run's shapes only, and what Triton cannot compile for them is counted apart.
+The exit code is 1 if a kernel spills registers, serialises its main loop, has more instructions in it than
+`LOOP_LIMITS` allows, needs too much shared memory, or is launched by no entry of `OPS`; or if a kernel does not compile
+for sm_90. For other architectures only the shapes of the reference run are compiled. Kernels that Triton cannot compile
+there are counted separately.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""Choose a device's launch settings by measuring them: one command, one file that every later launch there reads.
+"""Measure launch settings on a device, and write the file that every later launch on that device reads.
 
     python bench/tune.py [--budget-minutes 8]                         on a CUDA device: kernels/configs/<device>.json
-    TRITON_INTERPRET=1 python bench/tune.py --scale tiny --out FILE   all of it at toy size; its figures mean nothing
+    TRITON_INTERPRET=1 python bench/tune.py --scale tiny --out FILE   everything at toy size; the figures mean nothing
 
-For each task, an op at a shape of SANA-Sprint's: the candidates that the gate of `bench/aot.py` faults are dropped,
-then those that are off the reference, and the rest are timed turn about, on a cold L2. The fastest becomes an entry,
-with its median and the default's; where that is the default, or not `MARGIN` faster, there is no entry. Then, with
-these settings, the paths of a linear are timed at each shape. A task for which no time is left keeps the default and is
-named in the file.
+A task is an op at a shape of SANA-Sprint. Candidates that fail the gate of `bench/aot.py` are dropped. Candidates whose
+result differs from the reference are dropped too. The others are timed in turns, with a cold L2. The fastest becomes an
+entry, with its median and the default's. There is no entry if the default is the fastest, or if the winner is not
+faster by `MARGIN`. Then the paths of a linear are timed at each shape, with these settings. If no time is left for a
+task, it keeps the default, and the file names it.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The suite's parts on what follows the transformer: the decoder by every mode, and two chunks at once."""
+"""The suite's parts after the transformer: the decoder in every mode, and two chunks at a time."""
 
 import copy
 from typing import Any

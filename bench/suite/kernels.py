@@ -1,8 +1,8 @@
-"""The suite's part on every launch of a step: each against its reference first, then its share of the roofline.
+"""The suite's part on every launch of a step. Each is checked against its reference, then timed against the roofline.
 
-`launches` lists what a population's forward runs in fused blocks, at the model's shapes, with how often it does so;
-the perturbed linears outside the blocks, the latents' noise and the update come beside it. The decoder and the scorer,
-which are torch's, have their shares of the roofline in the parts `decode_*` and `step_*`.
+`launches` lists the launches of a population's forward with fused blocks, at the model's shapes, and how often each
+occurs. The perturbed linears outside the blocks, the noise of the latents and the update are measured too. The decoder
+and the scorer run in torch; the parts `decode_*` and `step_*` have their shares of the roofline.
 """
 
 from collections.abc import Callable, Iterator

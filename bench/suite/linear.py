@@ -1,14 +1,15 @@
-"""The population linear beside the plain GEMM and its peers: as a call by itself, and as it runs inside a block.
+"""The population linear compared with the plain GEMM and with its peers: by itself, and inside a block.
 
-    alone     y from x and nothing else: the pass of x for h and the GEMM that expands it, `population_linear`
-    in block  the GEMM, h given, and all that the perturbation adds to what makes x: h by `mix` of partial sums that the
-              linear attention or the gated to_out leaves, or h of q, k and v from the modulated LayerNorm
+    alone     y from x only: the pass over x for h, and the GEMM that expands it, `population_linear`
+    in block  the GEMM with h given, and everything that the perturbation adds to the op that makes x: h by `mix` of
+              partial sums from the linear attention or from the gated to_out, or h of q, k and v from the modulated
+              LayerNorm
 
-`linear_vs_gemm` is the first: one call against one call, as the figures are that others publish. The second,
-`linear_in_block_vs_gemm`, is what a forward pays. It is charged with GEMM + mix + (producer that leaves sums or h -
-the same producer without), on a cold L2 each, so nothing that this linear's perturbation costs a block is left out
-(`producers.py`). Not in it: gate, residual and activation, which a plain block has too. A shape whose x no op of the
-block makes (the caption's, from stored text; `attn2.to_out`, behind torch's attention) runs there as it does alone.
+`linear_vs_gemm` is the first: one call against one call, as others publish it. The second, `linear_in_block_vs_gemm`,
+is what a forward pays: GEMM + mix + (producer with partial sums or h - the same producer without), each with a cold L2.
+So all costs of this linear's perturbation are included (`producers.py`). Gate, residual and activation are not, because
+a plain block has them too. If no op of the block makes the x of a shape (the caption's, from stored text;
+`attn2.to_out`, after torch's attention), the linear runs there as it does alone.
 """
 
 from collections.abc import Callable

@@ -1,10 +1,10 @@
-"""What the suite's summary should show on one GPU, from the roofline and assumptions: predictions, never results.
+"""What the suite's summary should show on one GPU, by the roofline and assumptions: predictions, not results.
 
-    python bench/suite --predict H100     the tables of bench/NOTES.md, which a test holds to this
+    python bench/suite --predict H100     the tables of bench/NOTES.md; a test compares them
     python bench/suite --predict H200     the same for another device
 
-Every launch is taken to run at the device's ceilings in `roofline.KNOWN`, and one after the other, but for the two
-efficiencies of a `Case`. What is measured goes into bench/results and nowhere else.
+Every launch is assumed to run at the device's ceilings in `roofline.KNOWN`, one after the other, except for the two
+efficiencies of a `Case`. Measured figures are only in bench/results.
 """
 
 from typing import NamedTuple

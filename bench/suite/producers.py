@@ -1,8 +1,8 @@
-"""The perturbed linear as it runs inside the fused block: what makes its x leaves what its low-rank columns need.
+"""The perturbed linear inside the fused block: the op that makes its x also prepares its low-rank columns.
 
-x, sums = linear_attention(q, k, v, next_lora=linear)     h = mix(sums)      before to_out
-x, sums = to_out(y, residual, gate, next_lora=linear)     h = mix(sums)      before the next attention's to_q
-x, h      = shrink(LayerNorm(z) (1 + scale) + shift)                             before q|k|v
+x, sums = linear_attention(q, k, v, next_lora=linear)   h = mix(sums)     before to_out
+x, sums = to_out(y, residual, gate, next_lora=linear)   h = mix(sums)     before the next attention's to_q
+x, h    = shrink(LayerNorm(z) (1 + scale) + shift)                        before q|k|v
 """
 
 from collections.abc import Callable

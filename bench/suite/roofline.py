@@ -1,9 +1,10 @@
-"""What each op must compute and move, what a device can, and so the share of the roofline that a time reaches.
+"""What each op must compute and move, what a device can do, and so the share of the roofline that a time reaches.
 
     seconds at the roofline = max(flops / matmul ceiling, operations / vector ceiling, bytes / memory ceiling)
 
 FLOPs are those of matrix products, an addition and a multiplication each. Operations are single instructions of the
-vector units: Philox and Box-Muller. Bytes count every operand and result once, as if a cache held all that is reused.
+vector units: Philox and Box-Muller. Bytes count every operand and result once, as if a cache kept everything that is
+reused.
 
 Legend: M rows in all, T rows a member, K in, N out, r LoRA rank, k noise rank (kp padded), P pairs, L x S a tensor,
 G targets that read the same x.

@@ -1,4 +1,4 @@
-"""From the parts of a suite's record to the figures of the issue, each with its bar and what came of it."""
+"""The figures of a record, each with its bar and its verdict."""
 
 from collections.abc import Callable
 from typing import Any
