@@ -41,10 +41,10 @@ from suite.ops import FP32_BOUND, NOISE, SCALE, SIGMA, K, R, roofline_share
 
 @torch.no_grad()
 def linear(context: Context) -> dict[str, Any]:
-    """Every shape of the bar: plain, ours alone by each of its paths, batched torch and the peers; and ours in a block,
-    behind each producer that a block has for the shape.
+    """Every shape of the bar: plain, ours by each path, batched torch and the peers. And ours in a block.
 
-    One that fails is recorded, the rest go on.
+    In a block it is behind each producer that a block has for the shape. If one fails, it is recorded, and the
+    others go on.
     """
     scale, shapes, in_block = context.scale, {}, {}
     for n_in, n_out in scale.shapes:
@@ -68,7 +68,7 @@ def linear_case(context: Context, n_in: int, n_out: int, tokens: int, *, peers: 
     """One shape.
 
     Returns:
-        By variant: `check` and, where it passed, `seconds`; `ratios` of throughput over the plain GEMM; the `roofline`
+        By variant: `check` and, if it passed, `seconds`; `ratios` of throughput over the plain GEMM; the `roofline`
         share of plain and population.
     """
     members, device, dtype = context.scale.members, context.device, context.dtype
@@ -144,7 +144,7 @@ def stored_torch(weight, bias, a, b, ids, streams) -> Callable[[torch.Tensor], t
 
 
 def member_weights(a, b, ids, streams) -> tuple[torch.Tensor, torch.Tensor]:
-    """A_i [B, r, in] and B_i [B, out, r] of every member, fp32, formed and stored as a server of adapters would."""
+    """A_i [B, r, in] and B_i [B, out, r] of every member, fp32, stored, as a server of adapters would have them."""
     v, u, v_out, u_out = _factors(a, b, ids, streams)
     c = signed_sigma(ids, SIGMA, K)[:, None, None]
     return a + c * u @ v.mT, b + c * u_out @ v_out.mT
