@@ -27,7 +27,7 @@ from suite.ops import roofline_share
 
 @torch.no_grad()
 def forward(context: Context, pixels: int) -> dict[str, Any]:
-    """The population forward and the plain one, eager and compiled, without an adapter, on the same inputs, in turns."""
+    """The population forward and the plain one without adapter, eager and compiled, same inputs, in turns."""
     check = context.checks(lambda: context.check_members(pixels))
     exact = Exact(context).forward(pixels, [0])
     variants = {
