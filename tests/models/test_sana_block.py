@@ -257,7 +257,7 @@ def test_no_text_mask(transformer):
 @needs_triton
 @pytest.mark.parametrize("direct", [False, True])
 def test_bf16_makes_partial_sums_and_errs_no_more_than_diffusers(transformer, path, direct):
-    """Against fp32 of the same weights. In bf16 the attention and to_out make partial sums. They replace two shrinks."""
+    """Against fp32 of the same weights. In bf16 partial sums of the attention and to_out replace two shrinks."""
     transformer.to(torch.bfloat16).float()
     noise = esengine.Noise(sigma=3e-3, rank=2, seed=1)
     population = esengine.attach(transformer, esengine.Direct(TARGETS), noise) if direct else attach(transformer)
