@@ -3,16 +3,17 @@
     python bench/aot.py [--arch 90 80 100] [--json FOLDER] [--also FOLDER_WITH_ANOTHER_TRITON ...]
     TRITON_CACHE_DIR=FOLDER python bench/aot.py --cache        kernels for another machine, which then compiles none
 
-A forward of the model and the public ops run on tensors without storage; each launch they make is compiled, with the
-launcher's own configuration and Triton's own specialisation, instead of run, once for all shapes that share a kernel.
-Where a device has settings of its own, so is each launch that they change. For each: registers, spill instructions,
-shared memory, tensor-core instructions, and of the main loop, the innermost one with the most work of tensor cores, its
-instructions and waits, read from the machine code. `wgmma 1` leaves one group of products running into the next round;
-`wgmma 0` drains them all.
+A forward of the model and the public ops run on tensors without storage. Each of their launches is compiled and not
+run, with the launcher's configuration and Triton's specialisation. Shapes that share a kernel are compiled once. A
+launch that has other settings on some device is compiled for that device too. The report has for each kernel:
+registers, spill instructions, shared memory, tensor-core instructions; and for the main loop its instructions and
+waits, read from the machine code. The main loop is the innermost loop with the most tensor-core work. `wgmma 1`: one
+group of products may still run in the next iteration. `wgmma 0`: each iteration waits for all products.
 
-Exit code 1 if a kernel spills, serialises its main loop, has more instructions in it than `LOOP_LIMITS` allows, needs
-more shared memory than there is, or is launched by no entry of `OPS`; or if one does not compile for sm_90. Other
-architectures get the reference run's shapes only, and what Triton cannot compile for them is counted apart.
+The exit code is 1 if a kernel spills registers, serialises its main loop, has more instructions in it than
+`LOOP_LIMITS` allows, needs too much shared memory, or is launched by no entry of `OPS`; or if a kernel does not compile
+for sm_90. For other architectures only the shapes of the reference run are compiled. Kernels that Triton cannot compile
+there are counted separately.
 """
 
 import argparse
@@ -93,7 +94,7 @@ WAITS = {
 
 
 class Case(NamedTuple):
-    """One call of a public op on tensors without storage, and the shape it is made at."""
+    """One call of a public op on tensors without storage, at one shape."""
 
     shape: str
     call: Callable[[], object]
@@ -102,9 +103,9 @@ class Case(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """One kernel launch that a case makes with a file of settings, which is for one architecture or, None, for any.
+    """One kernel launch of a case with one file of settings. `arch` is the file's architecture, or None for any.
 
-    Launches of several shapes that are one kernel to Triton are one, with all the shapes.
+    Launches of several shapes that Triton compiles to one kernel are one Launch with all the shapes.
     """
 
     shape: str
@@ -121,7 +122,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def linear_cases() -> Iterator[Case]:
-    """Attention, text tokens, time embedding, output projection; other dtypes and ranks at three of the shapes."""
+    """Attention, text tokens, time embedding, output projection. Other dtypes and ranks at three of the shapes."""
     shapes = [
         (2240, 2240, 1024),
         (2240, 2240, 256),
@@ -187,7 +188,7 @@ def attention_cases() -> Iterator[Case]:
 
 
 def block_cases() -> Iterator[Case]:
-    """What a fused block launches beside the plain linear in fp32 and at other ranks than the forward's."""
+    """Launches of a fused block besides the plain linear, in fp32 too and at other ranks than the forward's."""
     width, channels = 2240, 5600
     perturbation = MemberNoise(empty(64, dtype=torch.int64), seed=0, step=1, sigma=1e-2, rank=1)
     for dtype in (torch.bfloat16, torch.float32):
@@ -226,7 +227,7 @@ def block_cases() -> Iterator[Case]:
 
 
 def consumer_cases() -> Iterator[Case]:
-    """The ops that add a low-rank part where they read a product, in every dtype and at other ranks too."""
+    """The ops that add a low-rank part to a product that they read, in every dtype and at several ranks."""
     width, heads = 2240, 70
     ranks = {
         torch.bfloat16: ((2, 1), (16, 4), (0, 1), (64, 1), (128, 1)),
@@ -263,10 +264,10 @@ def consumer_cases() -> Iterator[Case]:
 
 
 def forward_cases(paths: Sequence[str] = configs.PATHS["sana_block"].names) -> Iterator[Case]:
-    """What a forward of SANA-Sprint 1.6B launches with the reference run's targets, at 512 and 1024 px, by each path.
+    """The launches of a forward of SANA-Sprint 1.6B with the reference run's targets, at 512 and 1024 px, by each path.
 
-    The model runs, on tensors without storage, and each launch is a case. Of its blocks the first has what the patches'
-    embedding gives, and the second stands for the rest.
+    The model runs on tensors without storage, and each launch is a case. Two blocks are enough: the first has the input
+    from the patch embedding, and the second stands for the others.
     """
     model = standin.transformer(device="meta", dtype=torch.bfloat16)
     model.transformer_blocks = model.transformer_blocks[:2]
@@ -318,7 +319,7 @@ def modules() -> list:
 
 @contextmanager
 def recorded_launches() -> Iterator[list[tuple[JITFunction, tuple, dict]]]:
-    """Inside, the ops take the Triton path on meta tensors and their launches are recorded, not made."""
+    """Inside, the ops take the Triton path on meta tensors. Their launches are recorded, not run."""
     launches = []
 
     def note(kernel, *args, grid, warmup, **kwargs):
@@ -334,7 +335,7 @@ def recorded_launches() -> Iterator[list[tuple[JITFunction, tuple, dict]]]:
 
 
 def launches_with(file: Path) -> list[Launch]:
-    """Every launch of every case, with the settings of a file."""
+    """Every launch of every case, with the settings of one file."""
     found, arch = [], configs.load(file)["made"]["arch"]
     with patch.dict(os.environ, {configs.OVERRIDE: str(file)}):
         for case in chain.from_iterable(op() for op in OPS):
@@ -345,7 +346,7 @@ def launches_with(file: Path) -> list[Launch]:
 
 
 def built_for(launch: Launch) -> tuple:
-    """What Triton would specialise the launch's kernel for, or more: launches that agree in it are one kernel."""
+    """A key for the kernel that Triton would specialise for the launch. Launches with equal keys share a kernel."""
 
     def kind(name: str, value: Any) -> Any:
         parameter = parameters.get(name)
@@ -364,7 +365,7 @@ def built_for(launch: Launch) -> tuple:
 
 @cache
 def launches() -> list[Launch]:
-    """Every launch with the default settings, and those that a device's file adds, each kernel once."""
+    """Every launch with the default settings, and those that a device's file adds. Each kernel once."""
     found: dict[tuple, Launch] = {}
     files = sorted(set(configs.FOLDER.glob("*.json")) - {configs.DEFAULT})
     for launch in chain.from_iterable(map(launches_with, (configs.DEFAULT, *files))):
@@ -388,7 +389,7 @@ def unlaunched() -> list[str]:
 
 
 class AbsentGPU:
-    """What Triton's runtime asks of a driver before a launch, answered for a GPU that is not there."""
+    """What Triton's runtime asks of a driver before a launch, for a GPU that is not there."""
 
     def __init__(self, arch: int):
         self.arch = arch
@@ -418,10 +419,10 @@ def compiled(kernel: JITFunction, args: tuple, kwargs: dict[str, Any], arch: int
 
 
 def fill_cache(arch: int) -> tuple[int, int]:
-    """Every kernel of `launches()` into Triton's cache, TRITON_CACHE_DIR, as the runtime keeps it.
+    """Compile every kernel of `launches()` into Triton's cache, TRITON_CACHE_DIR, as the runtime stores it.
 
     Returns:
-        How many kernels there are, and how many had to be compiled for it: none the second time.
+        The number of kernels, and how many of them were compiled now. The second time it is 0.
     """
     compiles = 0
 
@@ -447,10 +448,10 @@ def disassembly(cubin: bytes) -> str:
 
 
 def main_loop(sass: str) -> str:
-    """The innermost loop with the most work of tensor cores, from a branch's target to the branch; "" if none has any.
+    """The innermost loop with the most tensor-core work, from a branch's target to the branch. "" if there is none.
 
-    Of two spans that overlap the shorter is the loop: the other is a loop around it, or a wait moved out of line that
-    jumps back into it.
+    If two spans overlap, the shorter is the loop. The longer is a loop around it, or a wait that the compiler moved
+    away and that jumps back.
     """
     lines = sass.splitlines()
     labels = {line.split(":")[0]: index for index, line in enumerate(lines) if line.startswith(".L")}
@@ -469,15 +470,15 @@ def main_loop(sass: str) -> str:
 
 
 def tensor_core_work(sass: str) -> int:
-    """Tensor-core instructions, each by its m n k where its name has them."""
+    """Number of tensor-core instructions, each weighted by its m n k if its name has them."""
     found = chain.from_iterable(pattern.findall(sass) for pattern in TENSOR_CORES.values())
     return sum(math.prod(map(int, re.findall(r"\d+", name))) for name in found)
 
 
 def drains(code: str, groups: list[int], unrolled: bool) -> bool:
-    """Whether the rounds of a main loop wait for every product although a sum is carried on, and need not.
+    """Whether each iteration of a main loop waits for all products, although that is not needed.
 
-    Where no loop is left, most waits are judged: the last, and an epilogue's, must be for every product.
+    If no loop is left, the waits are judged except for the last and an epilogue's, which must wait for all products.
     """
     if unrolled:
         return len(groups) > 3 and groups.count(0) > len(groups) / 2
@@ -488,7 +489,7 @@ def drains(code: str, groups: list[int], unrolled: bool) -> bool:
 
 
 def judge(kernel, log: str, arch: int) -> dict[str, Any]:
-    """A row's figures, and under "fault" why the kernel may not be used as it is, if so."""
+    """The figures of a row. If the kernel must not be used as it is, "fault" says why."""
     sass = disassembly(kernel.asm["cubin"])
     counts = {kind: len(pattern.findall(sass)) for kind, pattern in TENSOR_CORES.items()}
     loop, waits = main_loop(sass), {}
@@ -518,7 +519,7 @@ def judge(kernel, log: str, arch: int) -> dict[str, Any]:
 
 
 def row_of(index: int, arch: int) -> dict[str, Any]:
-    """The report's row of one launch of `launches()`."""
+    """The row of the report for one launch of `launches()`."""
     launch = launches()[index]
     config = {
         parameter.name: launch.kwargs[parameter.name] for parameter in launch.kernel.params if parameter.is_constexpr
@@ -565,7 +566,7 @@ def failed(row: dict[str, Any]) -> bool:
 
 
 def under_another_triton(folder: Path, options: argparse.Namespace) -> tuple[int, str]:
-    """The same report by the Triton in `folder`, printed as it comes: its exit code and its last line."""
+    """The same report by the Triton in `folder`, printed as it comes. Returns the exit code and the last line."""
     words = ["--arch", *map(str, options.arch), "--jobs", str(options.jobs)]
     words += ["--json", str(options.json)] if options.json else []
     path = os.pathsep.join(filter(None, [str(folder.resolve()), os.environ.get("PYTHONPATH")]))

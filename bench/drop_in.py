@@ -2,10 +2,10 @@
 
     python bench/drop_in.py [--against PYTHON] [--shardes PYTHON] [--rounds 5] [--json bench/results/cpu_drop_in.json]
 
-The module is an MLP 256-1024-1024-10. `lora` is a LoRA of rank 4 on its three linears, `direct` moves the weights
-themselves. `--against` names the interpreter of an environment with another version of the package. Both are measured
-in turns, each round in a fresh process of one thread, and the ratios are of the same round. `--shardes` names one that
-has shardes, whose MLP of `peers/shardes_mlp.py` is measured beside `direct` in the same way.
+The module is an MLP 256-1024-1024-10. `lora` is a LoRA of rank 4 on its three linears. `direct` trains the weights
+themselves. `--against` names the Python of an environment with another version of the package. Both versions are
+measured in turns. Each round is a fresh process of one thread, and a ratio compares the same round. `--shardes` names a
+Python that has shardes. The MLP of `peers/shardes_mlp.py` is then measured in the same way.
 """
 
 import argparse

@@ -1,20 +1,20 @@
-"""The price of a population: one batched forward with every row its own member, over the plain forward of that batch.
+"""The cost of a population: one batched forward in which every row is its own member, over the plain forward.
 
     python bench/forward.py [--json bench/results/cpu_forward.json]
 
-Tiny SANA-Sprint's transformer, fp32, the reference run's eight targets, LoRA r = 2, noise rank 1. Turn about, in one
-run:
+The transformer of tiny SANA-Sprint in fp32, with the eight targets of the reference run, LoRA r = 2 and noise rank 1.
+All variants run in turns, in one process:
 
-    plain       the same batch through the transformer that has no adapter
+    plain       the same batch through the transformer without an adapter
     adapter     the same batch through PEFT's unperturbed adapter
-    population  every row its own member, as the product renders it (`SanaSprint.perturbed`), noise generation included
-    noise       entering `perturbed` alone
-    loop        each member in turn: its LoRA copied into PEFT's, its rows rendered; the weights lie ready in memory
-    loop_noise  the same with the member's weights built in the loop by `member_state_dict`,
-                in four rounds of its own with population
+    population  every row is its own member (`SanaSprint.perturbed`), noise generation included
+    noise       only entering `perturbed`
+    loop        one member after the other: its LoRA is copied into PEFT's, its rows are rendered; all weights are ready
+    loop_noise  the same, but `member_state_dict` computes the member's weights in the loop,
+                in four separate rounds with population
 
-First of all, population must equal loop to 1e-5; no figure is taken otherwise. Last comes the peak memory of a step at
-a fixed chunk, for N from 64 to 65536 members.
+First, population must equal loop to 1e-5. Otherwise nothing is timed. Last comes the peak memory of a step at a fixed
+chunk, for N from 64 to 65536 members.
 """
 
 import argparse

@@ -1,17 +1,18 @@
-"""Is the reimplemented published loop as slow as the published code itself? A check of the peer, on a CPU.
+"""Is the reimplemented published loop as slow as the published code? A check of the peer, on a CPU.
 
     python bench/peer_ratio.py --json bench/results/cpu_peer_ratio.json
-    python bench/peer_ratio.py --checkout HyperscaleES_T2I      beside the published code itself, see peers/checkout.py
+    python bench/peer_ratio.py --checkout HyperscaleES_T2I      with the published code itself, see peers/checkout.py
 
-A step of sana-sprint-nano, 16 members with 4 prompts of 4 images each: by this engine, and by
+It times a step of sana-sprint-nano with 16 members and 4 prompts of 4 images each, by this engine and by
 `bench/peers/published.py`. Both make a whole step: noise, images, scores and update. Both compute the same four scores,
-of which PickScore is the reward. They take turns in one process.
+and PickScore is the reward. They take turns in one process.
 
-With `--checkout` the published code itself takes turns with them. The peer matches if its ratio to our step is within a
-fifth of the published code's. Without, it is compared with 5.2, which the published code was once found to take.
+With `--checkout` the published code takes turns with them. The peer matches if its ratio to our step is within a fifth
+of the published code's ratio. Without `--checkout` the ratio is compared with 5.2, a measured ratio of the published
+code.
 
-Until the stored record says that it matches, the suite marks its figure against the published loop as one that does not
-count. No time is taken before the peer's images and scores agree with ours.
+Until a stored record says that the peer matches, the suite marks its figure against the published loop as one that does
+not count. Nothing is timed before the peer's images and scores agree with ours.
 """
 
 import argparse

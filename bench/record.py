@@ -1,4 +1,4 @@
-"""What every stored figure carries: the machine, the versions, the commit, and the raw samples beside the summary."""
+"""What every record contains: the machine, the versions, the commit, and the raw samples of each summary."""
 
 import importlib.metadata
 import json

@@ -1,10 +1,10 @@
-"""What a second process brings: images a second of training steps with 1, 2, ... processes on this machine.
+"""Images per second of training steps with 1, 2, ... processes on this machine.
 
     python bench/scaling.py [--processes 1 2] [--steps 12] [--json bench/results/cpu_scaling.json]
 
-Each is `torchrun --nproc-per-node K -m esengine train` on the tiny model with one thread a process, in a folder that is
-removed afterwards; the first steps are left out. Processes exchange N P R numbers a step and no weights, so beyond this
-machine the model is: a step takes the time of its largest share, ceil(chunks / K) chunks, and of the update.
+Each run is `torchrun --nproc-per-node K -m esengine train` on the tiny model, with one thread a process, in a folder
+that is removed afterwards. The first steps do not count. Processes exchange N P R numbers a step and no weights. So for
+more processes a model is used: a step takes the time of the largest share, ceil(chunks / K) chunks, and of the update.
 """
 
 import argparse

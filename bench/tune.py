@@ -1,13 +1,13 @@
-"""Choose a device's launch settings by measuring them: one command, one file that every later launch there reads.
+"""Measure launch settings on a device, and write the file that every later launch on that device reads.
 
     python bench/tune.py [--budget-minutes 8]                         on a CUDA device: kernels/configs/<device>.json
-    TRITON_INTERPRET=1 python bench/tune.py --scale tiny --out FILE   all of it at toy size; its figures mean nothing
+    TRITON_INTERPRET=1 python bench/tune.py --scale tiny --out FILE   everything at toy size; the figures mean nothing
 
-For each task, an op at a shape of SANA-Sprint's: the candidates that the gate of `bench/aot.py` faults are dropped,
-then those that are off the reference, and the rest are timed turn about, on a cold L2. The fastest becomes an entry,
-with its median and the default's; where that is the default, or not `MARGIN` faster, there is no entry. Then, with
-these settings, the paths of a linear are timed at each shape. A task for which no time is left keeps the default and is
-named in the file.
+A task is an op at a shape of SANA-Sprint. Candidates that fail the gate of `bench/aot.py` are dropped. Candidates whose
+result differs from the reference are dropped too. The others are timed in turns, with a cold L2. The fastest becomes an
+entry, with its median and the default's. There is no entry if the default is the fastest, or if the winner is not
+faster by `MARGIN`. Then the paths of a linear are timed at each shape, with these settings. If no time is left for a
+task, it keeps the default, and the file names it.
 """
 
 import argparse
@@ -76,13 +76,13 @@ Calls = tuple[Callable[[], Any], Callable[[], Any]]
 
 
 class Scale(NamedTuple):
-    """Sizes of a run: of SANA-Sprint 1.6B, or of a toy.
+    """Sizes of a run: those of SANA-Sprint 1.6B, or of a toy.
 
     Attributes:
-        width, text_width, channels, heads: of the transformer; channels of a Mix-FFN's gated half.
-        sides: of the latent images, in tokens.
+        width, text_width, channels, heads: of the transformer. channels: of the gated half of a Mix-FFN.
+        sides: sides of the latent images, in tokens.
         text: tokens of a prompt.
-        rows: of a timed batch, members; a check has three.
+        rows: members of a timed batch. A check has three.
         population: N of the timed update.
         rounds: samples of each candidate.
         most: candidates of a task besides the default.
@@ -109,15 +109,15 @@ SCALES = {
 
 
 class Task(NamedTuple):
-    """One op at one shape, and the launches that its winner is for.
+    """One op at one shape, and the launches that the winner is used for.
 
     Attributes:
-        op: of `configs.OPS`.
-        kernel: that it launches.
+        op: a name of `configs.OPS`.
+        kernel: the kernel that it launches.
         values: the op's conditions at the shape.
-        bands: [least, most] for those that the winner is for a range of.
-        grid: candidates, `launch` of an entry.
-        build: build(rows, device) gives the op's call and its reference's on operands of that many members.
+        bands: [least, most] for the conditions that the winner covers as a range.
+        grid: candidates, each a `launch` of an entry.
+        build: build(rows, device) gives the op's call and its reference's, on operands of that many members.
     """
 
     op: str
@@ -133,7 +133,7 @@ class Task(NamedTuple):
 
 
 def tasks(scale: Scale) -> list[Task]:
-    """In the order in which they are measured: what takes most of a forward first, as the budget cuts off the end."""
+    """The tasks in the order in which they are measured. What takes most of a forward comes first."""
     images = [side * side for side in scale.sides]
     width, text, found = scale.width, scale.text, []
     for t in images:
@@ -165,7 +165,7 @@ def tasks(scale: Scale) -> list[Task]:
 
 
 def linear_task(t: int, k: int, n: int, images: list[int], *, targets: int = 1, activation=None, gated=False) -> Task:
-    """`fused_linear` of `targets` perturbed linears, 0 for a plain one."""
+    """`fused_linear` of `targets` perturbed linears, or of a plain one for 0."""
 
     def build(rows: int, device: torch.device) -> Calls:
         draw, count = normals(device), max(targets, 1)
@@ -208,7 +208,7 @@ def shrink_task(t: int, k: int, targets: int, images: list[int], *, modulated: b
 
 
 def path_shapes(scale: Scale) -> list[tuple[int, int, int]]:
-    """T, K, N of the linears whose path is chosen: attention's, text's, the time's and the output's."""
+    """T, K, N of the linears whose path is measured: attention, text, time and output."""
     width, images = scale.width, [side * side for side in scale.sides]
     found = [(t, width, width) for t in (*images, scale.text)]
     return [*found, (scale.text, scale.text_width, width), (1, width, 6 * width), *((t, width, 32) for t in images)]
@@ -229,7 +229,7 @@ def low_rank_task(t: int, k: int, n: int, images: list[int]) -> Task:
 
 
 def path_of(t: int, k: int, n: int, scale: Scale, device: torch.device) -> dict[str, Any]:
-    """An entry for `paths`: the faster way of one linear at a shape, and both medians."""
+    """An entry for `paths`: the faster path of one linear at a shape, and both medians."""
     draw = normals(device)
     x, weight, bias, given = draw(scale.rows, t, k), draw(n, k) * k**-0.5, draw(n), adapted(draw, scale.rows, 1, k, n)
     calls = {
@@ -257,7 +257,7 @@ def attention_task(t: int, scale: Scale, images: list[int]) -> Task:
 
 
 def low_rank_of(draw: Callable, rows: int, t: int, targets: int, n: int) -> LowRank:
-    """Low-rank parts of `targets` products of N columns, with stored factors: as a block's path `consumer` has them."""
+    """Low-rank parts of `targets` products of N columns, with stored factors, as in a block's path `consumer`."""
     given = adapted(draw, rows, targets, n, n)
     h = draw(rows, t, targets * (LORA_RANK + NOISE_RANK), to=torch.float32)
     return LowRank(h, *given.values(), stored(given, t, n, n))
@@ -365,7 +365,7 @@ def update_task(rows: int, cols: int, population: int) -> Task:
 
 
 def adapted(draw: Callable[..., torch.Tensor], rows: int, targets: int, k: int, n: int) -> dict[str, Any]:
-    """Lora of `targets` linears and the noise of as many members as rows."""
+    """Lora of `targets` linears, and the noise of one member for each row."""
     device = draw(1).device
     ids, streams = (torch.arange(size, device=device) for size in (rows, 4 * targets))
     a = draw(targets * LORA_RANK, k, to=torch.float32) * k**-0.5
@@ -377,12 +377,12 @@ def adapted(draw: Callable[..., torch.Tensor], rows: int, targets: int, k: int, 
 
 
 def stored(given: dict[str, Any], t: int, k: int, n: int) -> torch.Tensor | None:
-    """Their factors, where a block stores them."""
+    """Their factors, if a block stores them."""
     return member_factors(*given.values(), k=k, n=n) if t >= STORE_FROM else None
 
 
 def normals(device: torch.device) -> Callable[..., torch.Tensor]:
-    """draw(*shape, to=DTYPE): the same numbers in every build."""
+    """Gives draw(*shape, to=DTYPE). Every build draws the same numbers."""
     generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int, to: torch.dtype = DTYPE) -> torch.Tensor:
@@ -392,12 +392,12 @@ def normals(device: torch.device) -> Callable[..., torch.Tensor]:
 
 
 def product(**choices: Sequence[int]) -> list[dict[str, int]]:
-    """Every combination, a dict each."""
+    """Every combination, as a dict each."""
     return [dict(zip(choices, chosen, strict=True)) for chosen in itertools.product(*choices.values())]
 
 
 def band(t: int, images: list[int]) -> list[int | None]:
-    """The rows a member that a measurement at `t` is for: up to 16, text, or the images nearest in size."""
+    """The range of rows a member that a measurement at `t` is used for: up to 16, text, or the nearest image size."""
     if t not in images:
         return [None, 16] if t <= 16 else [17, 128]
     place = images.index(t)
@@ -406,7 +406,7 @@ def band(t: int, images: list[int]) -> list[int | None]:
 
 
 def settings_file(folder: Path, op: str, launch: dict[str, int]) -> Path:
-    """The default file with these settings for every launch of `op`, written and read once."""
+    """The default file with these settings for every launch of `op`. Written and read once."""
     contents = json.loads(configs.DEFAULT.read_text())
     contents["ops"][op] = [{"when": {}, "launch": launch}]
     text = json.dumps(contents)
@@ -419,7 +419,7 @@ def settings_file(folder: Path, op: str, launch: dict[str, int]) -> Path:
 
 @contextmanager
 def choosing() -> Iterator[Callable[[Path], None]]:
-    """Gives choose(file): from then on, and until the end, launches read that file. It costs a launch nothing."""
+    """Gives choose(file): from then on, until the end, launches read that file. It costs a launch no time."""
     chosen = [configs.DEFAULT]
     with patch.object(configs, "config_file", lambda device: chosen[0]):
         yield partial(chosen.__setitem__, 0)
@@ -427,7 +427,7 @@ def choosing() -> Iterator[Callable[[Path], None]]:
 
 @contextmanager
 def using(folder: Path, op: str, launch: dict[str, int]) -> Iterator[None]:
-    """Inside, every launch of `op` has these settings, and the others have the default ones."""
+    """Inside, every launch of `op` has these settings, and other launches have the default ones."""
     with choosing() as choose:
         choose(settings_file(folder, op, launch))
         yield
@@ -439,13 +439,13 @@ def default_launch(task: Task) -> dict[str, int]:
 
 
 def candidates(task: Task, most: int | None) -> list[dict[str, int]]:
-    """The default first, then `most` of the grid."""
+    """The default first, then at most `most` of the grid."""
     first = default_launch(task)
     return [first, *[each for each in task.grid if each != first][:most]]
 
 
 def fault(scale: Scale, index: int, launch: dict[str, int], arch: int) -> str | None:
-    """What the compile gate says against a candidate, None where it passes."""
+    """Why the compile gate rejects a candidate. None if it passes."""
     task = tasks(scale)[index]
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -467,7 +467,7 @@ def fault(scale: Scale, index: int, launch: dict[str, int], arch: int) -> str | 
 
 
 def wrong(got: Any, expected: Any) -> str | None:
-    """How far an output is off the reference, if by more than `BOUND` of its norm."""
+    """The error of an output, if it is more than `BOUND` of its norm."""
     for g, e in zip(*(x if isinstance(x, tuple) else (x,) for x in (got, expected)), strict=True):
         if e is None:
             continue
@@ -478,9 +478,9 @@ def wrong(got: Any, expected: Any) -> str | None:
 
 
 def measure(task: Task, launches: list[dict[str, int]], scale: Scale, device: torch.device, folder: Path) -> dict:
-    """An entry for the fastest of `launches`, the default first; without `launch` where that is the default.
+    """An entry for the fastest of `launches`. The first is the default. If it is the fastest, there is no `launch`.
 
-    The clock sees the calls alone: each candidate's settings are resolved by the call before it starts.
+    Only calls are timed. A candidate's settings are resolved by a call before the clock starts.
     """
     call, reference = task.build(min(3, scale.rows), device)
     expected, dropped, right = reference(), [], {}
@@ -522,7 +522,7 @@ def measure(task: Task, launches: list[dict[str, int]], scale: Scale, device: to
 
 
 def tune(scale: Scale, device: torch.device, *, deadline: float, jobs: int, command: str) -> dict[str, Any]:
-    """The contents of the device's file. Prints a line a task."""
+    """The contents of the device's file. Prints a line for each task."""
     every = tasks(scale)
     offered = [candidates(task, scale.most) for task in every]
     arch = None

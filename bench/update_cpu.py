@@ -1,9 +1,9 @@
-"""CPU time of the update of a big model's adapter: LoRA of rank 2 on the 168 linears of SANA-Sprint 1.6B, 336 tensors.
+"""CPU time of the update of a large adapter: LoRA of rank 2 on the 168 linears of SANA-Sprint 1.6B, 336 tensors.
 
     python bench/update_cpu.py [--against PYTHON] [--rounds 5] [--json bench/results/cpu_update.json]
 
-`Population.update` alone, N = 64, noise made anew, SGD with the caps of the reference run. The frozen weights have the
-shapes of the published model and no storage. Versions are compared as in `drop_in.py`: in turns, each round in a fresh
+Only `Population.update`, with N = 64, noise computed again, SGD and the caps of the reference run. The frozen weights
+have the published shapes and no storage. Versions are compared as in `drop_in.py`: in turns, each round in a fresh
 process of one thread.
 """
 

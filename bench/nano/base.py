@@ -1,10 +1,10 @@
-"""How well does sana-sprint-nano draw? Five judges on held-out captions: steps of sampling against ground truth.
+"""How well does sana-sprint-nano draw? Five judges on held-out captions, by sampling steps, against true pictures.
 
     python bench/nano base --count 1000 --json bench/results/nano_base.json
     python bench/nano base --count 1000 --model sana-sprint-nano --json bench/results/nano_again.json   # trained again
 
-"drawn" is another picture of the same caption by the world itself, "decoded" that picture through the autoencoder.
-All models draw from the same noise; differences are paired by caption.
+"drawn" is another picture of the same caption, drawn by the world. "decoded" is that picture through the autoencoder.
+All models draw from the same noise. Differences are paired by caption.
 """
 
 import argparse

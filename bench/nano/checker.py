@@ -1,10 +1,11 @@
-"""How often is a judge right? Pictures of the nano world, with their captions and with wrong ones.
+"""How often is a judge right? It judges pictures of the nano world with their captions and with wrong ones.
 
     python bench/nano checker [--count 2000] [--json bench/results/nano_checker.json]
     python bench/nano checker --reward "pickscore(model=nano)" --json bench/results/nano_clip.json
 
-A wrong caption differs from the picture's own in one fact that both name, of each kind the caption has; "binding"
-exchanges the colours of two objects. The same pictures are scored as drawn, blurred, with noise, both, and enlarged.
+A wrong caption differs from the right one in a single fact that both name. There is one for each kind of fact in
+the caption. "binding" exchanges the colours of two objects. The same pictures are scored as drawn, blurred, with noise,
+with both, and enlarged.
 """
 
 import argparse

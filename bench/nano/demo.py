@@ -1,8 +1,8 @@
-"""The demo's experiment on several seeds: does ES on sana-sprint-nano raise the reward of captions it never saw?
+"""The demo on several seeds: does ES on sana-sprint-nano raise the reward of captions that it was not trained on?
 
     python bench/nano demo [--seeds 0 1 2] [--json bench/results/cpu_demo.json]
 
-Each seed is `esengine train --seed S` with no other flag, in a folder that is removed afterwards.
+Each seed is `esengine train --seed S` without other flags, in a folder that is removed afterwards.
 """
 
 import argparse

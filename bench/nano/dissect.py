@@ -1,10 +1,10 @@
-"""What the headline's adapters consist of: without a layer, shorter, longer, and averaged, on validation captions.
+"""The headline's adapters taken apart: without a layer, scaled, and averaged, on validation captions.
 
     python bench/nano headline run --work runs/nano-headline
     python bench/nano dissect runs/nano-headline/seed* --json bench/results/nano_dissect.json
 
-Each adapter's change of the weights is scaled, or that of one layer left out. The average is of the changes, layer by
-layer: what the seeds have in common stays, and each one's noise shrinks.
+The change that an adapter makes to the weights is scaled, or the change of one layer is left out. The average is taken
+of the changes, layer by layer. It keeps what the seeds have in common, and the noise of each seed becomes smaller.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""Evolution Strategies on sana-sprint-nano: which settings, and what is better than what.
+"""Evolution Strategies on sana-sprint-nano: trials of settings.
 
     python bench/nano es search    --json bench/results/nano_search.json      # one setting at a time
-    python bench/nano es refine    --json bench/results/nano_refine.json      # longer, several at once
-    python bench/nano es settle    --json bench/results/nano_settle.json      # around the result, a demo's length
-    python bench/nano es reach     --json bench/results/nano_reach.json       # what A makes of the layers' inputs
-    python bench/nano es compare   --json bench/results/nano_compare.json     # rivals at equal images
+    python bench/nano es refine    --json bench/results/nano_refine.json      # longer trials, several settings at once
+    python bench/nano es settle    --json bench/results/nano_settle.json      # around the result, as long as a demo
+    python bench/nano es reach     --json bench/results/nano_reach.json       # |A x|^2 for the inputs of the layers
+    python bench/nano es compare   --json bench/results/nano_compare.json     # rival settings at equal images
 
-Every trial is `esengine train` on packaged training captions, judged by the packaged validation captions. A file that
-is there is gone on with: trials that it holds are not run again. Two trials run at a time, a thread each.
+Every trial is `esengine train` on the packaged training captions, judged on the packaged validation captions. If the
+file exists, the trials in it are not run again. Two trials run at a time, with one thread each.
 """
 
 import argparse

@@ -2,10 +2,10 @@
 
     python bench/nano headline run   --json bench/results/nano_headline.json --pictures bench/results
     python bench/nano headline fresh --json bench/results/nano_fresh.json     # its adapters on other test captions
-    python bench/nano headline picture    # the README's, of the stored nano_headline.png
+    python bench/nano headline picture    # the picture of the README, from the stored nano_headline.png
 
-The runs are `esengine train` with the settings of `HEADLINE`; the table is that of `esengine eval --benchmark nano`.
-Runs that were stopped are gone on with. The pictures are nano_headline.png and nano_curves.png.
+The runs are `esengine train` with the settings of `HEADLINE`. The table is that of `esengine eval --benchmark nano`.
+Stopped runs are resumed. The pictures are nano_headline.png and nano_curves.png.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Is a training of sana-sprint-nano the one that the package's model came from? Its curves beside the stored ones.
+"""Does a training of sana-sprint-nano repeat the training of the packaged model? Its curves against the stored ones.
 
     python -m esengine.models.nano.train --out sana-sprint-nano --work nano-training
     python bench/nano training nano-training --json bench/results/nano_training_again.json
 
-A training that still runs, or was stopped, is compared as far as it has come; the first measures are there after
-seconds. On the machine of the stored curves, with its versions, they agree to the last digit. Stages may be in several
-folders, as where one was begun anew on what the earlier ones of the first training had left.
+A training that is running or was stopped is compared as far as it has come. The first measures exist after seconds. On
+the machine of the stored curves, with the same versions, they agree to the last digit. Stages may be in several
+folders, for example if one stage was started again from the results of the earlier ones.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""The suite's checks.
+"""The checks of the suite.
 
-A figure is taken after its check: an output may be off the reference by at most twice what torch's own forward in the
-same dtype is off it, and a check that could not tell a member from the plain model is a failure too. A part whose
-check fails is timed all the same, because a GPU is rare. Its figures are stored and do not count.
+A figure is measured after its check. The error of an output may be at most twice the error of torch's own forward in
+the same dtype. A check also fails if it could not distinguish a member from the plain model. A part whose check fails
+is still timed, because time on a GPU is rare. Its figures are stored and do not count.
 """
 
 import math
@@ -14,10 +14,10 @@ import torch
 
 
 class CheckFailed(RuntimeError):
-    """An output is not what it has to be: no figure of it counts.
+    """An output is wrong. Its figures do not count.
 
     Attributes:
-        facts: as `bounded` returns them, with None for what is not finite; empty for a check without a bound.
+        facts: what `bounded` returns, with None for numbers that are not finite. Empty for a check without a bound.
     """
 
     def __init__(self, message: str, **facts: float):
@@ -30,10 +30,10 @@ class CheckFailed(RuntimeError):
 
 
 class Checks:
-    """The checks of one part. One that fails is recorded, and the part goes on to its timings.
+    """The checks of one part. If one fails, it is recorded and the part goes on to its timings.
 
     Attributes:
-        failed: the messages of those that failed.
+        failed: the messages of the failed checks.
     """
 
     def __init__(self):
@@ -49,7 +49,7 @@ class Checks:
 
 
 def attempt(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `call` returns; what it raised, as a failed check or an error, so that the rest can go on."""
+    """What `call` returns. If it raises, a record of the failed check or error, so that the rest can go on."""
     try:
         return call()
     except CheckFailed as failure:
@@ -60,7 +60,7 @@ def attempt(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Inside, products of fp32 are of fp32, not of tf32."""
+    """Inside, products of fp32 are computed in fp32 and not in tf32."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
@@ -81,8 +81,8 @@ def bounded(what: str, error: float, bound: float, perturbation: float | None = 
     """The facts of a passed check.
 
     Raises:
-        CheckFailed: the error is above the bound or not a number, or `perturbation`, what an output without noise
-            would be off, is not above it.
+        CheckFailed: the error is above the bound or is not a number. Or `perturbation`, the error of an output without
+            noise, is not above the bound.
     """
     facts = {"error": error, "bound": bound} | ({} if perturbation is None else {"perturbation": perturbation})
     if not error <= bound:

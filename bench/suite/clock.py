@@ -1,4 +1,4 @@
-"""Seconds of several callables, turn about: CUDA events with a cold L2 on a GPU, `record.interleaved` on a CPU."""
+"""Time of several callables in turns: CUDA events with a cold L2 on a GPU, `record.interleaved` on a CPU."""
 
 import time
 from collections.abc import Callable
@@ -17,13 +17,13 @@ LEAD = 4
 def interleaved(
     variants: dict[str, Callable[[], object]], rounds: int, *, device: torch.device | str, cold: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """`record.interleaved`, in the device's own time.
+    """`record.interleaved`, measured by the device's clock.
 
     Args:
         variants: what to call, by name. Each is called once before the clock starts.
         rounds: samples of each, at least 2.
-        device: on CUDA the samples are event times, on a CPU the process's clock.
-        cold: CUDA only: empty the L2 before each sample, for ops that last microseconds.
+        device: on CUDA samples are event times, on a CPU the time of the process.
+        cold: on CUDA, empty the L2 before each sample, for ops that take microseconds.
 
     Returns:
         `record.summary` of each, in seconds.
@@ -49,9 +49,9 @@ def interleaved(
 
 
 class Laps:
-    """Seconds spent on each of the stages that follow one another, summed by name.
+    """Seconds of the stages of a computation, summed by name.
 
-    On CUDA `lap` only records an event, so that the stages stay as asynchronous as they are without it.
+    On CUDA `lap` only records an event, so the stages stay asynchronous.
     """
 
     def __init__(self, device: torch.device | str):
@@ -59,11 +59,11 @@ class Laps:
         self._marks = [(None, self._now())]
 
     def lap(self, name: str) -> None:
-        """The stage that ends here was `name`."""
+        """End the current stage and call it `name`."""
         self._marks.append((name, self._now()))
 
     def seconds(self) -> dict[str, float]:
-        """Of each stage so far."""
+        """Seconds of each stage so far."""
         if self.device.type == "cuda":
             self._marks[-1][1].synchronize()
         totals: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""What the parts of the suite share: sizes, the stand-in models, and the reference in higher precision."""
+"""What the parts of the suite share: sizes, stand-in models, and the reference in higher precision."""
 
 import copy
 import time
@@ -131,29 +131,29 @@ SCALES = {
 
 
 class Context:
-    """Models and settings of one run; what is expensive is made when a part first asks for it.
+    """Models and settings of one run. Expensive objects are made when a part first needs them.
 
     Args:
-        scale: of the run.
-        device: to measure.
-        deadline: `time.monotonic()` at which no further measurement is begun.
-        dtype: of the models; default bf16 on CUDA, fp32 elsewhere.
-        compile_backend: of torch.compile for the plain transformer.
-        compile_modes: each is measured; the fastest counts.
-        compile_unit: `blocks` compiles each of the plain transformer's blocks in place, `model` the whole of it.
+        scale: sizes of the run.
+        device: the device to measure.
+        deadline: `time.monotonic()` after which no measurement starts.
+        dtype: dtype of the models. Default: bf16 on CUDA, fp32 elsewhere.
+        compile_backend: backend of torch.compile for the plain transformer.
+        compile_modes: modes of torch.compile. Each is measured, and the fastest counts.
+        compile_unit: `blocks` compiles each block of the plain transformer, `model` the whole transformer.
         compile_decoder: whether `decode_<pixels>` measures a compiled decoder too.
         peers: further linears, `module:function`, see `peers/linears.py`.
-        decode: how a step decodes, a mode of `RenderSettings.decode`; auto: the fastest one that `decode_<pixels>` of
-            this run has measured, eager before that.
-        smoke: the ceilings in a record of `device_smoke.py` on this device, which go before the table's.
-        overlap: whether a step decodes beside the next chunk; auto: if the part `overlap` has found it faster by
-            `OVERLAP_MARGIN`.
+        decode: how a step decodes, a mode of `RenderSettings.decode`. auto: the fastest mode that `decode_<pixels>` of
+            this run measured; eager before that.
+        smoke: ceilings from a record of `device_smoke.py` on this device. They override the table's.
+        overlap: whether a step decodes one chunk while the next is denoised. auto: if the part `overlap` measured it
+            faster by `OVERLAP_MARGIN`.
 
     Attributes:
-        decode_modes: by pixels, the mode that was found fastest.
-        overlap_pays: what `overlap` has found, None before.
-        graphs_failed: why graphs are no longer tried, None where none has failed.
-        checks: of the part that is being measured.
+        decode_modes: the fastest mode, by pixels.
+        overlap_pays: the result of the part `overlap`. None before it.
+        graphs_failed: why graphs are no longer used. None if none failed.
+        checks: the checks of the part that is being measured.
     """
 
     def __init__(
@@ -188,19 +188,19 @@ class Context:
 
     @cached_property
     def plain(self) -> SanaSprint:
-        """The stand-in, without an adapter."""
+        """The stand-in model without an adapter."""
         model = standin.sana_sprint(self.scale.name, device=self.device, dtype=self.dtype)
         model.decoder.compile_backend = self.compile_backend
         return model
 
     @cached_property
     def model(self) -> SanaSprint:
-        """The same weights in a transformer of its own, to put a population on; the decoder is shared."""
+        """The same weights in a second transformer, for a population. The decoder is shared."""
         return self.copy_of_plain()
 
     @cached_property
     def population(self) -> esengine.Population:
-        """With the reference run's settings, and a B that is no longer zero."""
+        """A population with the settings of the reference run, and with B not zero."""
         config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS))
         noise = esengine.Noise(sigma=SIGMA, rank=1, seed=0)
         population = esengine.attach(self.model.transformer, config, noise)
@@ -218,7 +218,7 @@ class Context:
 
     @cached_property
     def limits(self) -> roofline.Chosen:
-        """The device's ceilings and their source: by its name, and by `smoke` before that."""
+        """The device's ceilings and their source. Those of `smoke` override those by name."""
         if self.device.type != "cuda":
             return roofline.Chosen(roofline.ceilings(self.device), "this process's own product and copy")
         return roofline.choose(torch.cuda.get_device_name(self.device), self.smoke)
@@ -228,7 +228,7 @@ class Context:
         return self.limits.ceilings
 
     def copy_of_plain(self) -> SanaSprint:
-        """`plain` with a transformer of its own."""
+        """`plain` with a copy of its transformer."""
         model = copy.copy(self.plain)
         model.transformer = copy.deepcopy(self.plain.transformer)
         return model
@@ -239,16 +239,16 @@ class Context:
         return RenderSettings(**settings | changes)
 
     def decode_mode(self, pixels: int) -> str:
-        """In which a step decodes, as of now."""
+        """The mode in which a step decodes now."""
         return self.decode_modes.get(pixels, "eager") if self.decode == "auto" else self.decode
 
     def overlaps(self) -> bool:
-        """Whether a step decodes beside the next chunk, as of now; a CPU has no streams."""
+        """Whether a step now decodes one chunk while the next is denoised. A CPU has no streams."""
         wanted = self.overlap == "always" or (self.overlap == "auto" and self.overlap_pays)
         return graphs.supported(self.device) and bool(wanted)
 
     def how(self, pixels: int) -> dict[str, str]:
-        """For the record of a step: how it decodes, what that was chosen by, and what became of graphs."""
+        """For the record of a step: how it decodes, what chose that, and whether graphs were used."""
         decode_by = "the fastest in" if pixels in self.decode_modes else "no figure of"
         overlap_by = {None: "no figure of overlap", True: "faster in overlap", False: "no faster in overlap"}
         return {
@@ -266,13 +266,13 @@ class Context:
         }
 
     def graphs(self) -> str:
-        """In words, whether a population's forward is replayed."""
+        """Whether a population's forward is replayed from a graph, in words."""
         if not graphs.supported(self.device):
             return "none without a CUDA device"
         return f"none: {self.graphs_failed}" if self.graphs_failed else "where the model captures one"
 
     def engine(self, **changes) -> esengine.Engine:
-        """A new engine on the population, for the timed step's N, P and R or others."""
+        """A new engine on the population, with the N, P and R of the timed step or others."""
         sizes = replace(self.scale, **changes)
         sampler = PromptSampler(len(self.texts), sizes.prompts, seed=0)
         return esengine.Engine(self.population, sampler, size=sizes.population, repeats=sizes.repeats)
@@ -371,12 +371,12 @@ class Context:
         return found
 
     def time_left(self) -> float:
-        """Seconds of the budget."""
+        """Seconds left of the budget."""
         return self.deadline - time.monotonic()
 
 
 class Exact:
-    """The plain transformer in `exact_dtype`, in which one member's LoRA at a time is merged into the weights."""
+    """The plain transformer in `exact_dtype`. One member's LoRA at a time is merged into its weights."""
 
     def __init__(self, context: Context):
         self.context, self.base = context, context.plain.transformer

@@ -1,4 +1,4 @@
-"""The suite's parts on what follows the transformer: the decoder by every mode, and two chunks at once."""
+"""The suite's parts after the transformer: the decoder in every mode, and two chunks at a time."""
 
 import copy
 from typing import Any
@@ -22,10 +22,10 @@ CHUNKS = 3
 
 @torch.no_grad()
 def decode(context: Context, pixels: int) -> dict[str, Any]:
-    """Seconds of one decoder call by memory order and mode, and of DC-AE-Lite; each against its VAE in high precision.
+    """Seconds of one decoder call by memory order and mode, and of DC-AE-Lite. Each is checked against high precision.
 
-    Over `contiguous`, diffusers' own: ratios of throughput. The fastest mode of the model's own decoder is what a step
-    at this size takes. It is compiled only if asked for: that takes minutes on a GPU.
+    Ratios are of throughput over `contiguous`, diffusers' way. A step at this size takes the fastest mode of the
+    model's own decoder. A compiled decoder is measured only on request, because it takes minutes on a GPU.
     """
     images = min(context.scale.chunk, context.scale.decode_chunk)
     own, lite = (
@@ -100,7 +100,7 @@ def score_work(scale: str, images: int) -> roofline.Work:
 
 @torch.no_grad()
 def overlap(context: Context) -> dict[str, Any]:
-    """A population's chunks, rendered and scored: one after the other, and decoded while the next is denoised."""
+    """A population's chunks, rendered and scored: in turn, and decoded while the next chunk is denoised."""
     pixels = context.scale.pixels[0]
     check = context.checks(lambda: context.check_members(pixels))
     context.scorer  # noqa: B018
@@ -136,7 +136,7 @@ def overlap(context: Context) -> dict[str, Any]:
 
 
 def _check(context: Context, decoder: Decoder, mode: str, x0: torch.Tensor) -> dict[str, float]:
-    """Two images, the second time they come (from a graph, if that is the mode), against twice torch's own error."""
+    """Two images of a second call (from a graph, if that is the mode), against twice torch's own error."""
     few = x0[:2]
     exact = Decoder(copy.deepcopy(decoder.vae).to(context.exact_dtype))
     with full_precision():

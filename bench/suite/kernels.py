@@ -1,8 +1,8 @@
-"""The suite's part on every launch of a step: each against its reference first, then its share of the roofline.
+"""The suite's part on every launch of a step. Each is checked against its reference, then timed against the roofline.
 
-`launches` lists what a population's forward runs in fused blocks, at the model's shapes, with how often it does so;
-the perturbed linears outside the blocks, the latents' noise and the update come beside it. The decoder and the scorer,
-which are torch's, have their shares of the roofline in the parts `decode_*` and `step_*`.
+`launches` lists the launches of a population's forward with fused blocks, at the model's shapes, and how often each
+occurs. The perturbed linears outside the blocks, the noise of the latents and the update are measured too. The decoder
+and the scorer run in torch; the parts `decode_*` and `step_*` have their shares of the roofline.
 """
 
 from collections.abc import Callable, Iterator
@@ -44,10 +44,10 @@ class Launch(NamedTuple):
     """One of a forward's launches.
 
     Attributes:
-        name: with the shape that it is at.
+        name: the op, with its shape.
         times: how often a forward makes it.
-        build: build(members, device, dtype) gives call(ops), whose operands are of that many members.
-        work: of `members` members.
+        build: build(members, device, dtype) gives call(ops), with operands of that many members.
+        work: work(members, itemsize) gives the work of that many members.
     """
 
     name: str
@@ -66,7 +66,7 @@ def launches(sizes: Sizes, side: int, text: int, *, partial_sums: bool) -> list[
 
 
 def block_launches(sizes: Sizes, side: int, text: int, partial_sums: bool) -> Iterator[Launch]:
-    """In the order in which a block makes them."""
+    """The launches of a block, in their order."""
     w, c, n, t, heads = sizes.width, sizes.channels, sizes.blocks, side * side, sizes.heads
     at, words, left, next_width = (
         f"x{t}",
@@ -106,7 +106,7 @@ def caption_launches(sizes: Sizes, text: int, partial_sums: bool) -> Iterator[La
 
 
 def low_rank_launch(name: str, times: int, t: int, width: int, parts: int) -> Launch:
-    """What gives a linear its h: the mix of that many partial sums, or without any a shrink of x."""
+    """The launch that gives a linear its h: the mix of `parts` partial sums, or for 0 a shrink of x."""
     if parts:
         return mix_launch(f"mix of {parts}, {name}", times, t, width, parts)
     return shrink_launch(f"shrink {name}", times, t, width, targets=1)
@@ -253,7 +253,7 @@ def gate_launch(name: str, times: int, side: int, channels: int) -> Launch:
 def kernels(context: Context) -> dict[str, Any]:
     """Every launch of a step, each with its check, its seconds and its share of the roofline.
 
-    One that fails is recorded, the rest go on.
+    If one fails, it is recorded, and the others go on.
     """
     found, scale = {}, context.scale
 
@@ -285,10 +285,10 @@ def launch_case(context: Context, launch: Launch) -> dict[str, Any]:
 
 
 def check_launch(launch: Launch, op: Ops, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Every output of three members against the reference: at most `BOUND` of the norm of a member's.
+    """Check every output of three members against the reference: at most `BOUND` of the norm of a member's output.
 
     Raises:
-        CheckFailed: one is further off.
+        CheckFailed: an error is larger.
     """
     call = launch.build(3, device, dtype)
     with full_precision():

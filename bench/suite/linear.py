@@ -1,14 +1,15 @@
-"""The population linear beside the plain GEMM and its peers: as a call by itself, and as it runs inside a block.
+"""The population linear compared with the plain GEMM and with its peers: by itself, and inside a block.
 
-    alone     y from x and nothing else: the pass of x for h and the GEMM that expands it, `population_linear`
-    in block  the GEMM, h given, and all that the perturbation adds to what makes x: h by `mix` of partial sums that the
-              linear attention or the gated to_out leaves, or h of q, k and v from the modulated LayerNorm
+    alone     y from x only: the pass over x for h, and the GEMM that expands it, `population_linear`
+    in block  the GEMM with h given, and everything that the perturbation adds to the op that makes x: h by `mix` of
+              partial sums from the linear attention or from the gated to_out, or h of q, k and v from the modulated
+              LayerNorm
 
-`linear_vs_gemm` is the first: one call against one call, as the figures are that others publish. The second,
-`linear_in_block_vs_gemm`, is what a forward pays. It is charged with GEMM + mix + (producer that leaves sums or h -
-the same producer without), on a cold L2 each, so nothing that this linear's perturbation costs a block is left out
-(`producers.py`). Not in it: gate, residual and activation, which a plain block has too. A shape whose x no op of the
-block makes (the caption's, from stored text; `attn2.to_out`, behind torch's attention) runs there as it does alone.
+`linear_vs_gemm` is the first: one call against one call, as others publish it. The second, `linear_in_block_vs_gemm`,
+is what a forward pays: GEMM + mix + (producer with partial sums or h - the same producer without), each with a cold L2.
+So all costs of this linear's perturbation are included (`producers.py`). Gate, residual and activation are not, because
+a plain block has them too. If no op of the block makes the x of a shape (the caption's, from stored text;
+`attn2.to_out`, after torch's attention), the linear runs there as it does alone.
 """
 
 from collections.abc import Callable
@@ -40,10 +41,10 @@ from suite.ops import FP32_BOUND, NOISE, SCALE, SIGMA, K, R, roofline_share
 
 @torch.no_grad()
 def linear(context: Context) -> dict[str, Any]:
-    """Every shape of the bar: plain, ours alone by each of its paths, batched torch and the peers; and ours in a block,
-    behind each producer that a block has for the shape.
+    """Every shape of the bar: plain, ours by each path, batched torch and the peers. And ours in a block.
 
-    One that fails is recorded, the rest go on.
+    In a block it is behind each producer that a block has for the shape. If one fails, it is recorded, and the
+    others go on.
     """
     scale, shapes, in_block = context.scale, {}, {}
     for n_in, n_out in scale.shapes:
@@ -67,7 +68,7 @@ def linear_case(context: Context, n_in: int, n_out: int, tokens: int, *, peers: 
     """One shape.
 
     Returns:
-        By variant: `check` and, where it passed, `seconds`; `ratios` of throughput over the plain GEMM; the `roofline`
+        By variant: `check` and, if it passed, `seconds`; `ratios` of throughput over the plain GEMM; the `roofline`
         share of plain and population.
     """
     members, device, dtype = context.scale.members, context.device, context.dtype
@@ -143,7 +144,7 @@ def stored_torch(weight, bias, a, b, ids, streams) -> Callable[[torch.Tensor], t
 
 
 def member_weights(a, b, ids, streams) -> tuple[torch.Tensor, torch.Tensor]:
-    """A_i [B, r, in] and B_i [B, out, r] of every member, fp32, formed and stored as a server of adapters would."""
+    """A_i [B, r, in] and B_i [B, out, r] of every member, fp32, stored, as a server of adapters would have them."""
     v, u, v_out, u_out = _factors(a, b, ids, streams)
     c = signed_sigma(ids, SIGMA, K)[:, None, None]
     return a + c * u @ v.mT, b + c * u_out @ v_out.mT

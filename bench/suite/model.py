@@ -27,7 +27,7 @@ from suite.ops import roofline_share
 
 @torch.no_grad()
 def forward(context: Context, pixels: int) -> dict[str, Any]:
-    """Population forward, the plain one eager and compiled, same inputs, turn about. The plain ones have no adapter."""
+    """The population forward and the plain one without adapter, eager and compiled, same inputs, in turns."""
     check = context.checks(lambda: context.check_members(pixels))
     exact = Exact(context).forward(pixels, [0])
     variants = {
@@ -93,7 +93,7 @@ def forward(context: Context, pixels: int) -> dict[str, Any]:
 def step(context: Context, pixels: int) -> dict[str, Any]:
     """An ES step, ask to tell, against plain generation, decoding and scoring of as many images of the same prompts.
 
-    Both decode in the mode, and beside the next chunk or not, that `Context.how` says.
+    Both decode as `Context.how` says.
     """
     check = context.checks(lambda: context.check_members(pixels))
     context.scorer  # noqa: B018  made before the clock starts
@@ -151,7 +151,7 @@ def step(context: Context, pixels: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def loop(context: Context) -> dict[str, Any]:
-    """A step of the published run by its two loops, `peers`, against ours; a few members of each, scaled to its N.
+    """A step of the published run by the two loops of `peers`, against ours. A few members are timed and scaled to N.
 
     The figure against the loop as published counts if a stored record says that the loop is as slow as the published
     code, see `bench/peer_ratio.py`.
@@ -212,16 +212,16 @@ def loop(context: Context) -> dict[str, Any]:
 
 
 def _shared(context: Context, pixels: int) -> tuple[reference_loop.SharedLoop, SanaSprint]:
-    """The loop in our dtype, with our decoder and scorer, and the model that it sets its weights in."""
+    """The loop in our dtype, with our decoder and scorer, and the model whose weights it sets."""
     model = context.copy_of_plain()
     options = dict(settings=context.settings(pixels), text_length=context.scale.reference_text)
     return reference_loop.SharedLoop(model, context.texts, context.scorer, **options), model
 
 
 def _published(context: Context, pixels: int) -> tuple[published.PublishedLoop, SanaSprint]:
-    """The loop as published, of float32 copies, and the model that it sets its weights in.
+    """The loop as published, on float32 copies, and the model whose weights it sets.
 
-    Texts that are no prompts get the token ids of one: the work is the same.
+    Texts that are no prompts get the token ids of a prompt. The work is the same.
     """
     tokenize, prompts = context.scorer.encoder.tokenize, context.texts.prompts
     model = context.copy_of_plain()
@@ -240,7 +240,7 @@ def _published(context: Context, pixels: int) -> tuple[published.PublishedLoop, 
 
 @torch.no_grad()
 def update(context: Context) -> dict[str, Any]:
-    """The whole adapter's update at N = `update_members`; two tensors' gradients against the members one by one."""
+    """The update of the whole adapter at N = `update_members`. Two tensors' gradients are checked member by member."""
     population, few = context.population, min(64, context.scale.update_members)
     fitness = torch.linspace(-1, 1, few, device=context.device)
     gradient = population.gradient(step=STEP, fitness=fitness)
@@ -264,10 +264,10 @@ def update(context: Context) -> dict[str, Any]:
 
 @torch.no_grad()
 def memory(context: Context) -> dict[str, Any]:
-    """Peak memory of a step by N at one chunk: its first, last and two middle chunks, then the update from all N.
+    """Peak memory of a step by N at one chunk: the first, the last and two middle chunks, then the update from all N.
 
-    The scores of the chunks between are made up, since a render is the same work for every chunk. On CUDA the peak of
-    the allocator, on a CPU the bytes of live tensors.
+    The scores of the other chunks are random, because rendering is the same work for every chunk. On CUDA it is the
+    peak of the allocator, on a CPU the bytes of live tensors.
     """
     pixels = context.scale.pixels[0]
     check = context.checks(lambda: context.check_members(pixels))
@@ -317,9 +317,9 @@ def _peak(context: Context, work: Callable[[], None]) -> int:
 
 
 def _compile(context: Context, mode: str, pixels: int, exact: torch.Tensor, bound: float) -> dict[str, Any]:
-    """Compiles the plain transformer for this shape, and checks it; `model` and what its compilation took.
+    """Compile the plain transformer for this shape, and check it. Returns the model and the cost of its compilation.
 
-    A check that fails is in the result: the model is timed, and its ratio does not count.
+    A failed check is in the result. The model is timed then too, and its ratio does not count.
     """
     options = {} if mode == "default" else {"mode": mode}
     options |= {"backend": context.compile_backend, "dynamic": False}
@@ -339,19 +339,19 @@ def _compile(context: Context, mode: str, pixels: int, exact: torch.Tensor, boun
 
 
 def _inductor_cache() -> dict[str, int]:
-    """How many graphs Inductor has taken from its cache in this process, and how many it has had to compile."""
+    """How many graphs Inductor took from its cache in this process, and how many it compiled."""
     return {many: counters["inductor"][f"fxgraph_cache_{one}"] for one, many in (("hit", "hits"), ("miss", "misses"))}
 
 
 def blocks_compiled(transformer: torch.nn.Module, **options) -> torch.nn.Module:
-    """A transformer of the same weights whose blocks are compiled one by one; the given one stays eager.
+    """A transformer with the same weights whose blocks are compiled one by one. The given one stays eager.
 
-    Blocks are alike, so one artefact serves all but the first, whose input has the layout of the patches: two
-    compilations, however many blocks there are. diffusers calls this regional compilation.
+    All blocks but the first share one artefact. The first block's input has the layout of the patch embedding. So there
+    are two compilations for any number of blocks. diffusers calls this regional compilation.
 
     Args:
         transformer: has `transformer_blocks`.
-        options: of torch.compile.
+        options: options of torch.compile.
     """
     model = copy.copy(transformer)
     model._modules = dict(transformer._modules)
@@ -370,9 +370,9 @@ def _score_task(
     population: esengine.Population | None = None,
     overlap: bool = False,
 ) -> torch.Tensor:
-    """float32 [N, P, R] of a whole task, chunk by chunk; without a population every image is the plain model's.
+    """float32 [N, P, R] of a whole task, chunk by chunk. Without a population every image is the plain model's.
 
-    Overlapped, a chunk is decoded while the next is denoised, and the only lap is `all but the update`.
+    With overlap, a chunk is decoded while the next is denoised. The only lap is then `all but the update`.
     """
     chunks = task.rows().split(context.scale.chunk)
     if not overlap:
@@ -411,13 +411,13 @@ def _chunk(context, model, task, rows, pixels, laps: Laps | None, population) ->
 
 
 def _check_replay(pixels: int, variants: dict[str, Callable[[], torch.Tensor]], bound: float) -> dict[str, float]:
-    """A forward that is a graph's, as `check_members` has made it, is that of single launches."""
+    """Check that a forward replayed from a graph, as `check_members` made it, equals that of single launches."""
     replayed = variants["population"]()
     return bounded(f"replay at {pixels} px", worst_error(replayed, variants["population launched"]()), bound)
 
 
 def _check_step(context: Context, engine: esengine.Engine, pixels: int) -> None:
-    """A chunk's scores repeat bit for bit, are finite, and differ between members."""
+    """Check that a chunk's scores repeat bit for bit, are finite, and differ between members."""
     task = engine.ask()
     rows = task.rows().split(context.scale.chunk)[0]
     first, again = (_chunk(context, context.model, task, rows, pixels, None, engine.population) for _ in range(2))

@@ -1,4 +1,4 @@
-"""The PickScore reward on a stand-in CLIP, for the suite: real passes, made-up token ids."""
+"""The PickScore reward on a stand-in CLIP, for the suite: real computation, random token ids."""
 
 from collections.abc import Sequence
 

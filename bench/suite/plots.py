@@ -1,4 +1,4 @@
-"""Pictures of a suite's record, drawn from the stored JSON alone.
+"""Pictures of a suite's record, drawn only from the stored JSON.
 
 python bench/suite/plots.py bench/results/gpu_suite_<device>.json [--out FOLDER]
 """

@@ -1,10 +1,10 @@
-"""What the suite's summary should show on one GPU, from the roofline and assumptions: predictions, never results.
+"""What the suite's summary should show on one GPU, by the roofline and assumptions: predictions, not results.
 
-    python bench/suite --predict H100     the tables of bench/NOTES.md, which a test holds to this
+    python bench/suite --predict H100     the tables of bench/NOTES.md; a test compares them
     python bench/suite --predict H200     the same for another device
 
-Every launch is taken to run at the device's ceilings in `roofline.KNOWN`, and one after the other, but for the two
-efficiencies of a `Case`. What is measured goes into bench/results and nowhere else.
+Every launch is assumed to run at the device's ceilings in `roofline.KNOWN`, one after the other, except for the two
+efficiencies of a `Case`. Measured figures are only in bench/results.
 """
 
 from typing import NamedTuple
@@ -42,7 +42,7 @@ EAGER_PASSES = 2
 
 
 class Case(NamedTuple):
-    """Assumed efficiencies: our GEMMs over cuBLAS's, and the decoder's products over the ceiling; and the device."""
+    """Assumed efficiencies: our GEMMs over cuBLAS's, and the decoder's products over the ceiling. And the device."""
 
     gemm: float
     decode: float
@@ -79,14 +79,14 @@ def floors(text: int = FULL.text_tokens) -> list[tuple[str, int, list[roofline.W
 
 
 def linear_alone(n_in: int, n_out: int, tokens: int, case: Case) -> float:
-    """Throughput over the plain GEMM of shrink pass and expanding GEMM."""
+    """Throughput of shrink and expanding GEMM over the plain GEMM."""
     rows, plain = _rows(tokens), case.gemm_seconds(n_in, n_out, tokens)
     shrink = roofline.shrink_work(**rows, n_in=n_in, targets=1, r=R, k=K, itemsize=ITEMSIZE)
     return plain / (case.seconds(shrink) + plain * (1 + EXPAND_COLUMNS / n_in) / case.gemm)
 
 
 def linear_in_block(producer: str, tokens: int, case: Case) -> float:
-    """The same of the GEMM, mix and what the producer does for it."""
+    """The same for the GEMM, the mix and what the producer does for it."""
     sizes, targets = sizes_of("full"), 3 if producer == "behind the modulation" else 1
     width, rows = sizes.width, _rows(tokens)
     plain, extra = case.gemm_seconds(width, targets * width, tokens), 0.0
@@ -110,7 +110,7 @@ def linear_in_block(producer: str, tokens: int, case: Case) -> float:
 
 
 def forwards(side: int, case: Case) -> tuple[float, float]:
-    """Seconds of the population's forward, and of the plain compiled one, of `MEMBERS` images."""
+    """Seconds of the population's forward and of the plain compiled one, for `MEMBERS` images."""
     sizes, ours = sizes_of("full"), 0.0
     for launch in suite.kernels.launches(sizes, side, FULL.text_tokens, partial_sums=True):
         spent = launch.times * case.seconds(launch.work(members=MEMBERS, itemsize=ITEMSIZE))
@@ -147,7 +147,7 @@ def stages(pixels: int, case: Case) -> dict[str, float]:
 
 
 def reference_loops(pixels: int, case: Case) -> dict[str, float]:
-    """Seconds of an image of either reference loop, over ours. Nothing for launches, noise, PIL and setting weights.
+    """Seconds of an image of each reference loop, over ours. Launches, noise, PIL and setting weights cost nothing.
 
     shared          300 tokens of text, the passes of an eager model, the scorer's weights read for 16 images; the same
                     decoder
@@ -163,7 +163,7 @@ def reference_loops(pixels: int, case: Case) -> dict[str, float]:
 
 
 def update_share(pixels: int, case: Case) -> float:
-    """Of a step at N = `update_members`, one image for each of `prompts`: the adapter's tensors at the ceilings."""
+    """Share of the update in a step at N = `update_members`, with one image for each of `prompts`."""
     sizes, members = sizes_of("full"), FULL.update_members
     w, t = sizes.width, sizes.text_width
     shapes = [(w, w)] * (8 * sizes.blocks) + [(t, w), (w, w), (w, 6 * w), (w, 32)] + [(256, w), (w, w)] * 2
@@ -178,7 +178,7 @@ def update_share(pixels: int, case: Case) -> float:
 
 
 def predictions(case: Case) -> dict[str, float]:
-    """By the names of the summary."""
+    """The predicted figures, by the names of the summary."""
     found = {}
     shapes = [(n_in, n_out, tokens) for n_in, n_out in FULL.shapes for tokens in FULL.tokens]
     found["`linear_vs_gemm`"] = min(linear_alone(*shape, case) for shape in shapes)

@@ -1,8 +1,8 @@
-"""The perturbed linear as it runs inside the fused block: what makes its x leaves what its low-rank columns need.
+"""The perturbed linear inside the fused block: the op that makes its x also prepares its low-rank columns.
 
-x, sums = linear_attention(q, k, v, next_lora=linear)     h = mix(sums)      before to_out
-x, sums = to_out(y, residual, gate, next_lora=linear)     h = mix(sums)      before the next attention's to_q
-x, h      = shrink(LayerNorm(z) (1 + scale) + shift)                             before q|k|v
+x, sums = linear_attention(q, k, v, next_lora=linear)   h = mix(sums)     before to_out
+x, sums = to_out(y, residual, gate, next_lora=linear)   h = mix(sums)     before the next attention's to_q
+x, h    = shrink(LayerNorm(z) (1 + scale) + shift)                        before q|k|v
 """
 
 from collections.abc import Callable
@@ -20,12 +20,12 @@ from suite.ops import FP32_BOUND, REFERENCE, K, Ops, R, Sizes, adapted, drawn, l
 
 
 class Producer(NamedTuple):
-    """An op that makes x, on operands of its own.
+    """An op that makes x, with its operands.
 
     Attributes:
-        without: x [B, T, K] for a plain linear.
+        without: makes x [B, T, K] for a plain linear.
         leaving: makes x, and for a perturbed linear its h or the partial sums of it.
-        partial_sums: whether `mix` makes h of them.
+        partial_sums: whether `mix` makes h from the partial sums.
     """
 
     without: Callable[[Ops], torch.Tensor]
@@ -71,7 +71,7 @@ PRODUCERS = {"behind linear_attention": attention, "behind to_out": to_out, "beh
 
 
 def of(context: Context, n_in: int, n_out: int) -> list[str]:
-    """Names of those that a block has before a linear of this shape; none where the linear has a pass of its own."""
+    """Names of the producers that a block has before a linear of this shape. None if the linear makes its own pass."""
     width = sizes_of(context.scale.name).width
     if (n_in, n_out) == (width, 3 * width):
         return ["behind the modulation"]
@@ -81,11 +81,11 @@ def of(context: Context, n_in: int, n_out: int) -> list[str]:
 
 
 def case(context: Context, producer: str, n_in: int, n_out: int, tokens: int) -> dict[str, Any]:
-    """One linear behind one producer; 3 K columns are the three stacked targets q|k|v.
+    """One linear behind one producer. 3 K columns are the three stacked targets q|k|v.
 
     Returns:
-        `check` of the whole chain; `seconds` of plain GEMM, linear, mix, producer with and without, and of `in_block`,
-        their sum round by round: linear + mix + with - without; `ratio` of its throughput over the plain GEMM.
+        `check` of the whole chain. `seconds` of plain GEMM, linear, mix, producer with and without, and of `in_block`:
+        their sum in each round, linear + mix + with - without. `ratio` of its throughput over the plain GEMM.
     """
     sizes, device, dtype = sizes_of(context.scale.name), context.device, context.dtype
     op, targets = ops(device), 3 if n_out == 3 * n_in else 1

@@ -1,9 +1,10 @@
-"""What each op must compute and move, what a device can, and so the share of the roofline that a time reaches.
+"""What each op must compute and move, what a device can do, and so the share of the roofline that a time reaches.
 
     seconds at the roofline = max(flops / matmul ceiling, operations / vector ceiling, bytes / memory ceiling)
 
 FLOPs are those of matrix products, an addition and a multiplication each. Operations are single instructions of the
-vector units: Philox and Box-Muller. Bytes count every operand and result once, as if a cache held all that is reused.
+vector units: Philox and Box-Muller. Bytes count every operand and result once, as if a cache kept everything that is
+reused.
 
 Legend: M rows in all, T rows a member, K in, N out, r LoRA rank, k noise rank (kp padded), P pairs, L x S a tensor,
 G targets that read the same x.
@@ -38,7 +39,7 @@ class Work(NamedTuple):
 
 
 class Ceilings(NamedTuple):
-    """What a device achieves at best, a second: FLOPs by dtype of the product, vector operations, bytes."""
+    """The most that a device reaches per second: FLOPs by dtype of the product, vector operations, bytes."""
 
     flops: dict[torch.dtype, float]
     operations: float
@@ -54,7 +55,7 @@ KNOWN = {
 
 
 class Chosen(NamedTuple):
-    """A device's ceilings, None where it is unknown, and where they come from, in a sentence."""
+    """A device's ceilings, None for an unknown device, and their source in a sentence."""
 
     ceilings: Ceilings | None
     source: str
@@ -70,12 +71,12 @@ class Chosen(NamedTuple):
 
 
 def choose(name: str, measured: Mapping[str, float] | None = None) -> Chosen:
-    """The ceilings of a GPU by its name, in which a part of `KNOWN` must stand as a word.
+    """The ceilings of a GPU by its name. One of the keys of `KNOWN` must be a word of it.
 
     Args:
         name: such as `NVIDIA H200`.
         measured: `ceilings` of a record of `device_smoke.py` on this device: `copy_gb_per_second` and
-            `matmul_tflop_per_second`, which go before the table's.
+            `matmul_tflop_per_second`. They replace those of the table.
     """
     part = next((part for part in KNOWN if re.search(rf"\b{part}\b", name)), None)
     known = None if part is None else KNOWN[part]
@@ -243,10 +244,10 @@ class _Products(TorchDispatchMode):
 
 
 def ceilings(device: torch.device | str = "cpu") -> Ceilings | None:
-    """The table's ceilings for a GPU, None for one that is not in it; for a CPU those that this process reaches now.
+    """The ceilings of a GPU from the table, None if it is not there. For a CPU those that this process reaches now.
 
-    A CPU's are the medians of a 1536^3 fp32 product and of a 256 MiB copy (read and written). One vector operation is
-    taken to last as long as one multiply-add, two FLOPs.
+    For a CPU they are the medians of a 1536^3 fp32 product and of a 256 MiB copy (read and written). One vector
+    operation is assumed to last as long as one multiply-add, two FLOPs.
     """
     if torch.device(device).type == "cuda":
         return choose(torch.cuda.get_device_name(device)).ceilings
@@ -270,7 +271,7 @@ def floor(work: Work, limits: Ceilings, dtype: torch.dtype = torch.float32) -> f
 
 
 def share(seconds: float, work: Work, limits: Ceilings, dtype: torch.dtype = torch.float32) -> float:
-    """The part of its time that an op would need at the device's ceilings: 1 is the roofline.
+    """The share of its time that an op would need at the device's ceilings. 1 is the roofline.
 
     Raises:
         ValueError: `seconds` is not positive, or the ceilings lack `dtype`.

@@ -1,15 +1,15 @@
-"""The GPU suite: every figure of the speed issue, correctness first, in one run.
+"""The GPU suite: every speed figure in one run. Each figure has a correctness check first.
 
     python bench/suite                           full size, on a CUDA device, within 8 minutes
-    python bench/suite --parts cold              the parts worth most, planned for 300 s
-    python bench/suite --plan                    what would be measured, and the time that is assumed
-    python bench/suite --predict H100            what the roofline lets the figures be
-    python bench/suite --scale tiny --device cpu the whole path at toy size; its figures mean nothing
+    python bench/suite --parts cold              the most important parts, planned for 300 s
+    python bench/suite --plan                    print the parts and the assumed time of each
+    python bench/suite --predict H100            print what the figures should be, by the roofline
+    python bench/suite --scale tiny --device cpu run everything at toy size; the figures mean nothing
 
-A part whose check fails is recorded as failed; its figures are stored beside the reason and do not count. One that
-raises is recorded as an error. The rest goes on, unless the device itself has failed. A part that would not be done
-within the budget is skipped, one that runs past it is stopped. The record is written before and after every part, so
-that it names the part in which a process died. Exit code 1 if a part failed or raised.
+If a part's check fails, the part is recorded as failed. Its figures are stored, but they do not count. If a part
+raises, it is recorded as an error. The other parts still run, unless the device itself failed. A part that would not
+end within the budget is skipped. A part that runs past the budget is stopped. The record is written before and after
+every part. So if the process dies, the record names the part. The exit code is 1 if a part failed or raised.
 """
 
 import argparse
@@ -46,18 +46,18 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 GRACE = 15
-"""Seconds past the budget before a part is stopped: one of many cases has then ended by itself, with those it has."""
+"""Seconds past the budget after which a part is stopped. A part of many cases ends before, with its results."""
 
 
 class TimeUp(BaseException):
-    """The budget ends inside a part. Not an Exception, so that nothing takes it for a failure of what it is in."""
+    """The budget ended inside a part. Not an Exception, so that no handler takes it for a failure of the part."""
 
 
 def parts(scale: Scale) -> dict[str, Callable[[Context], dict[str, Any]]]:
-    """By name, in the order in which they are measured: what the budget cuts off is the end.
+    """The parts by name, in the order in which they are measured. If the budget ends, the last ones are missing.
 
-    First come the parts of a cold run, which is what a GPU is lent for. They decode in the eager mode and in turn;
-    `--parts decode_512 overlap step_512` measures a step in what the first two find fastest.
+    The parts of a cold run come first. They decode in the eager mode and without overlap. `--parts decode_512 overlap
+    step_512` measures a step with what the first two find fastest.
     """
     small, large = scale.pixels
     return {
@@ -77,7 +77,7 @@ def parts(scale: Scale) -> dict[str, Callable[[Context], dict[str, Any]]]:
 
 
 def kind(scale: Scale, name: str) -> str:
-    """A part's name in `PART_SECONDS` and `COLD`, where sizes of images are small and large."""
+    """The name of a part in `PART_SECONDS` and `COLD`, where the sizes of images are small and large."""
     for pixels, size in zip(scale.pixels, ("small", "large"), strict=True):
         if name.endswith(f"_{pixels}"):
             return f"{name.removesuffix(str(pixels))}{size}"
@@ -85,18 +85,18 @@ def kind(scale: Scale, name: str) -> str:
 
 
 def needed(scale: Scale, name: str) -> float:
-    """Seconds that a part is assumed to take."""
+    """The seconds that a part is assumed to take."""
     return scale.part_seconds.get(kind(scale, name), 0.0)
 
 
 def selected(scale: Scale, chosen: Sequence[str] | None = None) -> list[str]:
-    """The names of the parts to measure, in order: all, or those chosen in the order given.
+    """The names of the parts to measure, in order: all, or the chosen ones in the given order.
 
     Args:
-        chosen: names of parts; `cold` stands for those of a cold run.
+        chosen: names of parts. `cold` stands for those of a cold run.
 
     Raises:
-        ValueError: no part of that name.
+        ValueError: there is no such part.
     """
     known = list(parts(scale))
     if not chosen:
@@ -110,7 +110,7 @@ def selected(scale: Scale, chosen: Sequence[str] | None = None) -> list[str]:
 
 
 def plan(scale: Scale, names: Iterable[str], budget: float) -> str:
-    """What each part is assumed to take, when it is assumed to end, and what would be skipped; a line each."""
+    """A line for each part: its assumed time, when it should end, and whether it would be skipped."""
     lines, end, names = [], 0.0, list(names)
     if not scale.part_seconds:
         return f"plan: {', '.join(names)}; at the {scale.name} scale nothing is assumed of their time"
@@ -126,7 +126,7 @@ def plan(scale: Scale, names: Iterable[str], budget: float) -> str:
 
 @contextmanager
 def stopped_after(seconds: float) -> Iterator[None]:
-    """Inside, `TimeUp` is raised when they have passed; in the main thread, where alone there are signals."""
+    """Inside, `TimeUp` is raised after so many seconds. Only in the main thread, which alone gets signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -144,15 +144,15 @@ def stopped_after(seconds: float) -> Iterator[None]:
 
 
 def run_part(part: Callable[[Context], dict[str, Any]], context: Context, *, least: float = 0.0) -> dict[str, Any]:
-    """`status` ok, failed, error, or skipped, with the result or the reason, and the wall time spent.
+    """`status` (ok, failed, error, skipped), with the result or the reason, and the wall time.
 
     Args:
         part: what to measure.
-        least: seconds that it needs; with less left it is not begun.
+        least: seconds that it needs. With less time left it does not start.
 
     Returns:
-        With `fatal` true if the device no longer answers: what follows could only fail. A part with a failed check has
-        a result too, whose figures do not count.
+        With `fatal` true if the device no longer answers: everything after that would fail. A part with a failed
+        check has a result too, whose figures do not count.
     """
     left = context.time_left()
     if left <= 0:
@@ -195,13 +195,13 @@ def run(
     json_path: Path | None = None,
     resume: bool = False,
 ) -> dict[str, Any]:
-    """Measures the chosen parts, or all, and writes the record before and after each.
+    """Measure the chosen parts, or all. Write the record before and after each.
 
     Args:
-        resume: parts that are ok in the record at `json_path` are kept and not measured again.
+        resume: keep the parts that are ok in the record at `json_path`, and do not measure them again.
 
     Raises:
-        ValueError: no part of that name, or a record to go on with that is of another device or of other versions.
+        ValueError: there is no such part, or the record to resume is of another device or other versions.
     """
     known, wanted = parts(context.scale), selected(context.scale, chosen)
     results: dict[str, Any] = {
@@ -251,7 +251,7 @@ def run(
 
 
 def smoke_ceilings(path: Path, device: torch.device) -> dict[str, float]:
-    """The ceilings in a record of `device_smoke.py`. Raises ValueError if it is none, or of another device."""
+    """The ceilings in a record of `device_smoke.py`. Raises ValueError for another file or another device."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         was, ceilings = found["environment"]["device"], found["ceilings"]
@@ -263,7 +263,7 @@ def smoke_ceilings(path: Path, device: torch.device) -> dict[str, float]:
 
 
 def _finished(path: Path, now: dict[str, Any]) -> dict[str, Any]:
-    """The parts of a record that are ok. Raises ValueError if it was made on something else than `now`."""
+    """The parts of a record that are ok. Raises ValueError if its environment differs from `now`."""
     before = json.loads(path.read_text(encoding="utf-8"))
     for name in ("device", "versions", "commit", "kernel_settings"):
         was, is_ = before["environment"].get(name), now["environment"].get(name)
@@ -287,18 +287,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", help="cuda, or cpu for the tiny scale")
     parser.add_argument("--json", type=Path, help="default at full scale: bench/results/gpu_suite_<device>.json")
     parser.add_argument(
-        "--budget", type=float, default=450, help=f"seconds (450); stopped is what runs {GRACE} s later"
+        "--budget", type=float, default=450, help=f"seconds (450); a part that runs {GRACE} s longer is stopped"
     )
     parser.add_argument(
         "--parts",
         nargs="+",
         metavar="PART",
-        help="only these, in this order; cold stands for linear, update, forward_512, step_512, memory, forward_1024 "
-        "and step_1024",
+        help="measure only these, in this order; cold stands for linear, update, forward_512, step_512, memory, "
+        "forward_1024 and step_1024",
     )
-    parser.add_argument("--plan", action="store_true", help="print what each part is assumed to take, and end")
+    parser.add_argument("--plan", action="store_true", help="print the assumed time of each part, and end")
     parser.add_argument("--resume", action="store_true", help="keep the parts that are ok in the file of --json")
-    parser.add_argument("--smoke", type=Path, help="a record of device_smoke.py; its ceilings go before the known ones")
+    parser.add_argument("--smoke", type=Path, help="a record of device_smoke.py; its ceilings replace the known ones")
     parser.add_argument("--peer", nargs="+", default=[], metavar="MODULE:FUNCTION", help="more multi-adapter linears")
     parser.add_argument("--chunk", type=int, help="images in one forward of a step")
     parser.add_argument("--decode-chunk", type=int, help="images in one call of the decoder")
@@ -306,24 +306,26 @@ def main(arguments: list[str] | None = None) -> int:
         "--decode",
         choices=("auto", *get_args(get_type_hints(RenderSettings)["decode"])),
         default="auto",
-        help="of a step; auto: the fastest in this run's decode part, eager without it",
+        help="how a step decodes; auto: the fastest in this run's decode part, eager without it",
     )
     parser.add_argument(
         "--overlap",
         choices=("auto", "always", "never"),
         default="auto",
-        help="a step decodes beside the next chunk; auto: where this run's overlap part finds it faster",
+        help="a step decodes one chunk while the next is denoised; auto: if this run's overlap part finds it faster",
     )
-    parser.add_argument("--compile-backend", help="of torch.compile; inductor, and eager at tiny scale")
+    parser.add_argument("--compile-backend", help="backend of torch.compile (inductor; eager at tiny scale)")
     parser.add_argument(
-        "--compile-modes", nargs="+", default=["default"], help="measured each; the fastest counts (default)"
+        "--compile-modes",
+        nargs="+",
+        default=["default"],
+        help="modes of torch.compile; each is measured, the fastest counts (default)",
     )
     parser.add_argument(
         "--compile-unit",
         choices=("blocks", "model"),
         default="blocks",
-        help="what torch.compile is given of the plain transformer: each block, or the whole, which takes minutes "
-        "(blocks)",
+        help="compile each block of the plain transformer, or the whole transformer, which takes minutes (blocks)",
     )
     parser.add_argument(
         "--compile-decoder", action="store_true", help="decode_512 and decode_1024 measure a compiled decoder too"

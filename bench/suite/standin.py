@@ -231,16 +231,16 @@ def sana_sprint(
 ) -> SanaSprint:
     """Transformer, decoder and SCM scheduler as `esengine.models.SanaSprint`, to render, decode and train with.
 
-    It has no text encoder: `SanaSprint.encode` fails, and `text_embeddings` takes its place.
+    It has no text encoder. So `SanaSprint.encode` fails, and `text_embeddings` replaces it.
 
     Args:
         scale: `full` or `tiny`.
-        device: where the weights are drawn.
-        dtype: of the weights.
-        seed: of the weights. The global generators are left untouched.
+        device: device on which the weights are drawn.
+        dtype: dtype of the weights.
+        seed: seed of the weights. The global generators do not change.
 
     Raises:
-        ValueError: no such scale.
+        ValueError: there is no such scale.
     """
     parts = dict(device=device, dtype=dtype)
     pipeline = SanaSprintPipeline(
@@ -257,9 +257,9 @@ def sana_sprint(
 def text_embeddings(
     scale: str = "full", *, prompts: int = 8, tokens: int = 40, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> TextEmbeddings:
-    """Made-up embeddings of `prompts` prompts: tokens, tokens - 1, ... of them, `LENGTHS` lengths in turn.
+    """Random embeddings of `prompts` prompts: tokens, tokens - 1, ... of them, `LENGTHS` lengths in turn.
 
-    40 is what a prompt fills of the 300 tokens that the pipeline pads to.
+    A prompt takes about 40 of the 300 tokens that the pipeline pads to.
     """
     if prompts < 1 or tokens < LENGTHS:
         raise ValueError(f"prompts, tokens: expected at least 1 and {LENGTHS}, got {prompts} and {tokens}")
@@ -275,14 +275,14 @@ def _config(scale: str) -> dict[str, dict[str, Any]]:
 
 
 def _build(make, config: dict[str, Any], device: torch.device | str, dtype: torch.dtype, seed: int):
-    """The module with its class's own initialisation, frozen; no copy on another device or in another dtype."""
+    """The module with the initialisation of its class, frozen. No copy on another device or of another dtype."""
     with _drawing(device, dtype, seed):
         return make(**config).eval().requires_grad_(False)
 
 
 @contextmanager
 def _drawing(device: torch.device | str, dtype: torch.dtype, seed: int) -> Iterator[None]:
-    """Inside, new tensors lie on `device` in `dtype` and follow `seed`; all is as before afterwards."""
+    """Inside, new tensors are on `device` in `dtype` and follow `seed`. Afterwards all is as before."""
     device, before = torch.device(device), torch.get_default_dtype()
     devices = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.device(device):
@@ -296,7 +296,7 @@ def _drawing(device: torch.device | str, dtype: torch.dtype, seed: int) -> Itera
 
 @torch.no_grad()
 def _set_contrast(vae: AutoencoderDC, seed: int) -> None:
-    """Centres each channel of the decoded images of random latents and gives it the standard deviation `CONTRAST`."""
+    """Shift and scale each channel of the decoded images of random latents to mean 0 and deviation `CONTRAST`."""
     last = vae.decoder.conv_out
     last = getattr(last, "conv", last)  # DC-AE-Lite's makes four pixels of each colour, one below the other
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""From the parts of a suite's record to the figures of the issue, each with its bar and what came of it."""
+"""The figures of a record, each with its bar and its verdict."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,11 +28,11 @@ UNCOUNTED = "does not count"
 
 
 def summarize(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The summary of a record, which may be of a run that was cut off.
+    """The summary of a record. The record may be of an interrupted run.
 
     Returns:
-        By figure: `value` (None where none counts), `bar`, `verdict` (pass, fail, no bar, failed check, error, does not
-        count or not measured), `reason` where there is no value, and the figures below it in `detail`. What was
+        By figure: `value` (None if none counts), `bar`, `verdict` (pass, fail, no bar, failed check, error, does not
+        count or not measured), `reason` if there is no value, and the figures that it is made of in `detail`. What was
         measured in spite of a failed check is in `uncounted`, with its own `value` and `detail`.
     """
     parts, pixels = record["parts"], [str(side) for side in record["settings"]["pixels"]]
@@ -110,7 +110,7 @@ def summarize(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """(figure, value, bar, verdict), the table of a summary."""
+    """(figure, value, bar, verdict): the table of a summary."""
     table = []
 
     def add(name: str, entry: dict[str, Any]) -> None:
@@ -169,7 +169,7 @@ def _gone(case: dict[str, Any]) -> str:
 
 
 def _linear(part: dict[str, Any]) -> tuple[float | None, dict[str, Any]]:
-    """The worst shape, if every shape has a figure; and each by itself, ours and the peers'."""
+    """The worst shape, if every shape has a figure. And each shape by itself, ours and the peers'."""
     detail: dict[str, Any] = {}
     ours = []
     for shape, case in part["shapes"].items():
@@ -189,7 +189,7 @@ def _linear(part: dict[str, Any]) -> tuple[float | None, dict[str, Any]]:
 
 
 def _in_block(part: dict[str, Any]) -> tuple[float | None, dict[str, Any]]:
-    """The worst of the shapes that a block runs behind a producer, if each has a figure."""
+    """The worst of the shapes behind a producer in a block, if each has a figure."""
     detail = {
         name: case["ratio"]["of_medians"] if "ratio" in case else _gone(case) for name, case in part["in_block"].items()
     }
@@ -198,7 +198,7 @@ def _in_block(part: dict[str, Any]) -> tuple[float | None, dict[str, Any]]:
 
 
 def _how(part: dict[str, Any]) -> dict[str, str]:
-    """How a step's figures were made."""
+    """How the figures of a step were measured."""
     return {
         "decoded": f"{part['decode']} ({part['decode_by']})",
         "overlapped": f"{part['overlap']} ({part['overlap_by']})",
@@ -230,12 +230,12 @@ def _step(parts: dict[str, Any]) -> tuple[float, dict[str, float]]:
 
 
 def _loops(part: dict[str, Any]) -> tuple[float, dict[str, float]]:
-    """Over the loop as published; beside it over the one that shares our dtype, decoder and scorer."""
+    """The ratio to the loop as published. In the detail, to the loop that uses our dtype, decoder and scorer."""
     return part["ratios"]["as_published"], {"over the loop that shares ours": part["ratios"]["shared"]}
 
 
 def _if_the_peer_counts(entry: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
-    """The figure, whose value is moved to `uncounted` unless the peer was found as slow as the published code."""
+    """The figure. Its value moves to `uncounted` unless the peer was found to be as slow as the published code."""
     if part.get("status") != "ok" or part["result"]["as_published_counts"]:
         return entry
     moved = {"value": None, "verdict": UNCOUNTED, "reason": part["result"]["as_published_counts_by"]}

@@ -256,19 +256,23 @@ def test_no_text_mask(transformer):
 
 @needs_triton
 @pytest.mark.parametrize("direct", [False, True])
-def test_bf16_leaves_shares_and_errs_no_more_than_diffusers(transformer, path, direct):
-    """Against fp32 of the same weights. In bf16 the attention and to_out leave shares instead of two shrinks."""
+def test_bf16_makes_partial_sums_and_errs_no_more_than_diffusers(transformer, path, direct):
+    """Against fp32 of the same weights. In bf16 partial sums of the attention and to_out replace two shrinks."""
     transformer.to(torch.bfloat16).float()
     noise = esengine.Noise(sigma=3e-3, rank=2, seed=1)
     population = esengine.attach(transformer, esengine.Direct(TARGETS), noise) if direct else attach(transformer)
     exact = both(transformer, population)[0]
     transformer.to(torch.bfloat16)
     caption, block = parts_of(transformer, population)
-    keys = esengine.kernels.MemberNoise(torch.zeros(0, dtype=torch.int64), 0, 0, 1e-2, 2)
-    assert block.out.after(keys, torch.bfloat16) is block.out.adapters is not None
-    assert block.q.after(keys, torch.bfloat16) is block.q.adapters is not None
-    assert caption.second.after(keys, torch.bfloat16) is caption.second.adapters is not None
-    assert block.out.after(keys, torch.float32) is block.qkv.after(keys, torch.bfloat16) is None
+    noise_of_batch = esengine.kernels.MemberNoise(torch.zeros(0, dtype=torch.int64), 0, 0, 1e-2, 2)
+    assert block.out.as_next_lora(noise_of_batch, torch.bfloat16) is block.out.adapters is not None
+    assert block.q.as_next_lora(noise_of_batch, torch.bfloat16) is block.q.adapters is not None
+    assert caption.second.as_next_lora(noise_of_batch, torch.bfloat16) is caption.second.adapters is not None
+    assert (
+        block.out.as_next_lora(noise_of_batch, torch.float32)
+        is block.qkv.as_next_lora(noise_of_batch, torch.bfloat16)
+        is None
+    )
     plain, got = both(transformer, population)
     assert relative(got.float(), exact) <= 1.2 * relative(plain.float(), exact)  # 1.2: roundings fall otherwise
 
