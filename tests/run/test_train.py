@@ -67,7 +67,9 @@ def test_the_resolved_configuration_is_saved(trained):
     config, result = trained
     saved = load(result.folder / "config.yaml")
     image = dataclasses.replace(config.image, num_steps=1, guidance_scale=4.5)  # SANA-Sprint's
-    chosen = dict(device="cpu", dtype="float32", heldout_reward="none", image=image)  # auto watches nothing beside a JPEG reward
+    chosen = dict(
+        device="cpu", dtype="float32", heldout_reward="none", image=image
+    )  # auto watches nothing beside a JPEG reward
     assert saved == dataclasses.replace(config, run_dir=None, **chosen)
 
 
