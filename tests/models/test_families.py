@@ -3,9 +3,11 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
+from esengine import models
 from esengine.base.errors import ConfigError
 from esengine.models import FAMILIES, SanaSprint, load, require_pipeline, tiny_pipeline
 from esengine.models.families import TINY, family_of
@@ -31,6 +33,12 @@ def test_every_row_is_whole():
         masked = [name for name in row.texts if name and "mask" in name]
         assert len(set(row.texts) - {None}) == len([name for name in row.texts if name])
         assert not (row.ragged and masked)
+
+
+def test_the_page_has_the_rows():
+    page = Path(models.__file__).with_name("README.md").read_text()
+    for row in FAMILIES.values():
+        assert f"| `{row.name}` | `{row.pipeline}` | {row.steps} | {row.guidance:g} | {row.licence} |" in page
 
 
 @pytest.mark.parametrize("name", ["z-image", "sdxl", "sana-sprint"])
