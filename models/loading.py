@@ -85,7 +85,9 @@ def require_pipeline(
     folder, _ = locate(model, revision, local_files_only)
     family = family_at(folder, model)
     if vae is not None and not family.fast:
-        raise ConfigError(f"vae: expected none for {family.pipeline}, got {vae}")
+        raise ConfigError(
+            f"vae: {vae} does not apply to {family.pipeline}, which renders by its own call; leave it out"
+        )
     if vae is not None:
         _locate_vae(vae, folder, local_files_only)
     return family

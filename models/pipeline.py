@@ -470,7 +470,7 @@ def _perturbed(population: Population, step: int, members: torch.Tensor, copies:
 @contextlib.contextmanager
 def _decoding(vae: torch.nn.Module, chunk: int) -> Iterator[list[torch.Tensor]]:
     """Inside, the VAE decodes `chunk` images at a time, channels-last. The list gets bool [b]: which are finite."""
-    decode, good = vae.decode, []
+    decode, before, good = vae.decode, vars(vae).get("decode"), []
 
     def chunked(z: torch.Tensor, *args, **kwargs):
         samples, result = [], None
@@ -489,6 +489,8 @@ def _decoding(vae: torch.nn.Module, chunk: int) -> Iterator[list[torch.Tensor]]:
         yield good
     finally:
         del vae.decode
+        if before is not None:
+            vae.decode = before
 
 
 def _channels_last(vae: torch.nn.Module) -> None:
