@@ -33,7 +33,8 @@ from esengine.evaluation.benchmarks import read_benchmark
 from esengine.evaluation.curves import read_held
 from esengine.models.defaults import defaults
 from esengine.models.nano import world
-from esengine.rewards.roles import reward_names
+from esengine.rewards.roles import judges
+from esengine.rewards.spec import read
 from esengine.run.pictures import draw_strip
 from esengine.run.settings import TrainConfig, differences, load, load_run, to_dict
 from esengine.run.train import train
@@ -98,8 +99,8 @@ def _compared(options: argparse.Namespace) -> dict[str, Any]:
     """Entries, and the rewards: what was optimised, and every judge."""
     optimised = load("nano").reward
     runs = (f"seed{seed}={options.work / f'seed{seed}'}@1" for seed in options.seeds)
-    reward = defaults("nano").scored(optimised, reward_names(optimised), False)
-    return {"entries": ("base@1", *runs, "base@2"), "reward": reward}
+    others = [f"{term.text()}=0" for term in judges(defaults("nano"), read(optimised), own_prompts=False)]
+    return {"entries": ("base@1", *runs, "base@2"), "reward": ",".join([optimised, *others])}
 
 
 def scores(evaluation: Path) -> dict[str, dict[str, list[float]]]:

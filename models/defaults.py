@@ -1,6 +1,5 @@
 """Default prompts and rewards of a model, for flags that are not given."""
 
-from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,8 @@ class Defaults:
         heldout: file of prompts that are never trained on.
         reward: the reward to optimise.
         judges: rewards of an evaluation, by name. The first has weight 1, the others weight 0.
-        watches: whether a run always uses the judges that it does not optimise as held-out rewards.
+        for_own_captions: names of the judges that can score only the model's own captions.
+        watches: whether a run watches, on held-out prompts, the judges that it does not optimise.
         settings: packaged YAML file of the model's own settings.
         benchmark_name: name of the packaged benchmark of the model's own captions.
         test: file of that benchmark.
@@ -26,38 +26,20 @@ class Defaults:
     heldout: Path
     reward: str
     judges: dict[str, str]
+    for_own_captions: tuple[str, ...] = ()
     watches: bool = False
     settings: Path | None = None
     benchmark_name: str | None = None
     test: Path | None = None
 
+    def judges_of(self, *, own_captions: bool) -> dict[str, str]:
+        """The judges, as for `esengine eval --reward`, that can score the model's own captions or any prompts."""
+        return {name: each for name, each in self.judges.items() if own_captions or name not in self.for_own_captions}
+
     def benchmark(self, name: str) -> str:
-        """The rewards of a benchmark, as for `esengine eval --reward`. `checker` reads only its own captions."""
-        judges = [judge for judge in self.judges.values() if judge != "checker" or name == self.benchmark_name]
+        """The rewards of a benchmark, as for `esengine eval --reward`."""
+        judges = self.judges_of(own_captions=name == self.benchmark_name).values()
         return ",".join(f"{judge}=0" if i else judge for i, judge in enumerate(judges))
-
-    def scored(self, reward: str, optimised: Set[str], prompts_given: bool) -> str:
-        """The rewards of an evaluation of a run: the run's reward, and its held-out rewards with weight 0.
-
-        Args:
-            reward: the run's reward, as for `--reward`.
-            optimised, prompts_given: see `watched`.
-        """
-        watched = self.watched(optimised, prompts_given)
-        others = [] if watched in ("auto", "none") else [f"{judge}=0" for judge in watched.split(",")]
-        return ",".join([reward, *others])
-
-    def watched(self, optimised: Set[str], prompts_given: bool) -> str:
-        """The rewards that `--heldout-reward auto` selects; `auto` if only the optimised rewards decide.
-
-        Args:
-            optimised: names of the optimised rewards.
-            prompts_given: whether the user gave the prompts, which `checker` may not be able to read.
-        """
-        if not self.watches:
-            return "auto"
-        left_out = optimised | ({"checker"} if prompts_given else set())
-        return ",".join(judge for name, judge in self.judges.items() if name not in left_out) or "none"
 
 
 _CLIP = ("pickscore", "clip_text", "aesthetic", "no_artifacts")
@@ -69,6 +51,7 @@ _BY_NAME = {
         DATA / "nano_validation.txt",
         "checker",
         {"checker": "checker"} | {name: f"{name}(model=nano)" for name in _CLIP},
+        for_own_captions=("checker",),
         watches=True,
         settings=DATA / "nano.yaml",
         benchmark_name="nano",

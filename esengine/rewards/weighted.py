@@ -13,7 +13,7 @@ import torch
 from esengine.base.errors import ConfigError, OutOfMemory, RewardError
 from esengine.base.memory import give_back, oom_guard
 from esengine.rewards.base import Encoder, FeatureReward, Reward, as_scores, describe, reason, settings_of
-from esengine.rewards.spec import COMBINED
+from esengine.rewards.spec import COMBINED, Term
 
 _log = logging.getLogger(__name__)
 
@@ -22,42 +22,46 @@ class Weighted:
     """Rewards and their weights. A reward of weight 0 is scored and reported but is not in the sum.
 
     Args:
-        terms: (name, reward, weight) for each reward.
+        terms: loaded terms. (name, reward, weight) is short for a term without options.
         note: called with a warning on out-of-memory. From then on batches are scored in smaller parts.
 
     Raises:
         ConfigError: no terms, a name used twice or reserved, a weight that is not finite, or only weights of 0.
     """
 
-    def __init__(self, terms: Sequence[tuple[str, Reward, float]], note: Callable[[str], None] = _log.warning):
-        self.terms, self.note = tuple(terms), note
+    def __init__(self, terms: Sequence[Term | tuple[str, Reward, float]], note: Callable[[str], None] = _log.warning):
+        self.terms = tuple(
+            term if isinstance(term, Term) else Term(term[0], reward=term[1], weight=term[2]) for term in terms
+        )
+        self.note = note
         self.limit: int | None = None
         self._deferred: list[tuple[dict[str, torch.Tensor], list[str], dict]] | None = None
-        self.check([(name, weight) for name, _, weight in self.terms])
+        self.check(self.terms)
 
     @staticmethod
-    def check(weights: Sequence[tuple[str, float]]) -> None:
+    def check(terms: Sequence[Term]) -> None:
         """Check names and weights before anything is loaded. Raises as the class does."""
-        names = [name for name, _ in weights]
-        for name, weight in weights:
-            if name == COMBINED:
-                raise ConfigError(f"reward {name}: that name is reserved for the weighted sum")
-            if names.count(name) > 1:
-                raise ConfigError(f"reward {name}: given {names.count(name)} times, expected once")
-            if not math.isfinite(weight):
-                raise ConfigError(f"reward {name}: expected a finite weight, got {weight}")
-        if not any(weight for _, weight in weights):
-            raise ConfigError(f"rewards: expected at least one with a weight other than 0, got {names}")
+        names = [term.name for term in terms]
+        for term in terms:
+            if term.name == COMBINED:
+                raise ConfigError("that name is reserved for the weighted sum", setting=f"reward {COMBINED}")
+            if names.count(term.name) > 1:
+                problem = f"given {names.count(term.name)} times, expected once"
+                raise ConfigError(problem, setting=f"reward {term.name}")
+            if not math.isfinite(term.weight):
+                raise ConfigError(f"expected a finite weight, got {term.weight}", setting=f"reward {term.name}")
+        if not any(term.weight for term in terms):
+            raise ConfigError(f"expected at least one with a weight other than 0, got {names}", setting="rewards")
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raises ConfigError for prompts that a reward cannot score: see `Reward`."""
-        for _, reward, _ in self.terms:
-            if callable(check := getattr(reward, "check_prompts", None)):
+        for term in self.terms:
+            if callable(check := getattr(term.reward, "check_prompts", None)):
                 check(prompts)
 
     @property
     def names(self) -> list[str]:
-        return [name for name, _, _ in self.terms]
+        return [term.name for term in self.terms]
 
     def score(
         self,
@@ -107,8 +111,11 @@ class Weighted:
         passes: dict[Encoder, torch.Tensor] = {}
         where, at_once = dict(step=step, members=members), not _waits(images.device)
         ask = checked if at_once else asked
-        scores = {name: ask(name, _shared(reward, passes), images, prompts, **where) for name, reward, _ in self.terms}
-        total = functools.reduce(operator.add, (w * scores[name].double() for name, _, w in self.terms)).float()
+        scores = {
+            term.name: ask(term.name, _shared(term.reward, passes), images, prompts, **where) for term in self.terms
+        }
+        weighted = (term.weight * scores[term.name].double() for term in self.terms)
+        total = functools.reduce(operator.add, weighted).float()
         scores[COMBINED] = total
         if at_once:
             _require_finite(COMBINED, total, prompts, **where)
@@ -144,7 +151,7 @@ class Weighted:
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """Each reward's weight and its `settings()`, for a result's record."""
-        return {name: {"weight": weight, **settings_of(reward)} for name, reward, weight in self.terms}
+        return {term.name: {"weight": term.weight, **settings_of(term.reward)} for term in self.terms}
 
 
 class _FromFeatures:

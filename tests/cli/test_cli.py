@@ -509,7 +509,7 @@ def test_a_setting_of_a_run_is_named_with_its_folder(args, beginning, capsys, tm
 def test_a_model_that_is_not_there_is_told_before_rewards_are_built(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("esengine.run.prepare.load_rewards", lambda *a, **k: pytest.fail("rewards were built"))
-    monkeypatch.setattr("esengine.cli.eval.parse", lambda *a, **k: pytest.fail("rewards were built"))
+    monkeypatch.setattr("esengine.cli.eval.load_terms", lambda *a, **k: pytest.fail("rewards were built"))
     (tmp_path / "empty").mkdir()
     (tmp_path / "c.json").write_text('["a cat"]')
     for command in (["train"], ["eval", "--entries", "base@1", "--prompts", "c.json"]):

@@ -134,8 +134,8 @@ def test_images_of_another_kind(clip_folder, batch):
 
 def test_one_image_pass_for_all_and_one_text_pass_for_each_new_prompt(clip_folder, images, monkeypatch):
     reward = rewards.parse(",".join(f"{name}(model={clip_folder})" for name in NAMES))
-    assert len({id(term.encoder) for _, term, _ in reward.terms}) == 1
-    counted = Counted(reward.terms[0][1].encoder, monkeypatch)
+    assert len({id(term.reward.encoder) for term in reward.terms}) == 1
+    counted = Counted(reward.terms[0].reward.encoder, monkeypatch)
     first = reward.score(images(6), ["a", "b", "a", "b", "a", "a"])
     assert counted.images == [6]
     assert counted.texts == [1, 1]  # the fixed texts were encoded when they were loaded
@@ -153,7 +153,7 @@ def test_shared_passes_give_what_each_reward_gives_alone(clip_folder, images):
 
 def test_other_settings_are_other_encoders(clip_folder):
     reward = rewards.parse(f"clip_text(model={clip_folder}),aesthetic(model={clip_folder},dtype=bfloat16)")
-    first, second = (term.encoder for _, term, _ in reward.terms)
+    first, second = (term.reward.encoder for term in reward.terms)
     assert (first.clip.dtype, second.clip.dtype) == (torch.float32, torch.bfloat16)
 
 
@@ -361,7 +361,7 @@ def test_hpsv2_names_no_model_of_its_own():
 
 def test_score_errors_name_the_reward(clip_folder, images):
     reward = rewards.parse(f"pickscore(model={clip_folder})")
-    reward.terms[0][1].encoder.clip.visual_projection.weight.data.fill_(float("nan"))
+    reward.terms[0].reward.encoder.clip.visual_projection.weight.data.fill_(float("nan"))
     with pytest.raises(RewardError, match=r"reward pickscore, step 4, members .*nan"):
         reward.score(images(), PROMPTS, step=4, members=range(5))
 
