@@ -217,7 +217,7 @@ def asked(
         raise
     except BaseException as e:  # external code may raise anything
         why = reason(e) if isinstance(e, RewardError) else f"raised {reason(e)}"
-        raise RewardError(f"{_where(name, range(len(images)), prompts, step, members)}: {why}") from e
+        raise _reward_error(why, name, range(len(images)), prompts, step, members) from e
     return score
 
 
@@ -244,12 +244,19 @@ def _require_finite(name, score, prompts, step=None, members=None) -> None:
     bad = torch.nonzero(~torch.isfinite(score)).flatten().tolist()
     if bad:
         values = ", ".join(dict.fromkeys(str(v) for v in score[bad].tolist()))
-        raise RewardError(
-            f"{_where(name, bad, prompts, step, members)}: returned {values}; expected a finite float32 score"
-        )
+        what = f"returned {values}; expected a finite float32 score"
+        raise _reward_error(what, name, bad, prompts, step, members)
 
 
-def _where(name: str, rows: Sequence[int], prompts: list[str], step: int | None, members: Sequence[int] | None) -> str:
+def _reward_error(
+    what: str,
+    name: str,
+    rows: Sequence[int],
+    prompts: Sequence[str],
+    step: int | None,
+    members: Sequence[int] | None,
+) -> RewardError:
+    """The error of a reward on some rows of a batch. Members identify the rows; without members, their places do."""
     noun = "image" if members is None else "member"
     ids = list(dict.fromkeys(row if members is None else int(members[row]) for row in rows))
     texts = list(dict.fromkeys(prompts[row] for row in rows))
@@ -261,4 +268,5 @@ def _where(name: str, rows: Sequence[int], prompts: list[str], step: int | None,
         first = texts[0] if len(texts[0]) <= 80 else texts[0][:77] + "..."
         others = f" and {len(texts) - 1} more" if len(texts) > 1 else ""
         parts.append(f"{noun}{'s' if len(ids) > 1 else ''} {some} (prompt {first!r}{others})")
-    return ", ".join(parts)
+    prompt = texts[0] if texts else None
+    return RewardError(f"{', '.join(parts)}: {what}", reward=name, step=step, images=ids, prompt=prompt)

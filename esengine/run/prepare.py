@@ -135,7 +135,7 @@ def read_inputs(config: TrainConfig, group: Group) -> Inputs:
         require_pipeline(config.model, config.revision, config.image.vae)
     require_installed(config.trackers)
     if config.resume and config.run_dir is None:
-        raise ConfigError("resume: which run? give its folder with --run-dir")
+        raise ConfigError("expected --run-dir with it, the folder of the run to resume", setting="resume")
     run_dir = config.run_dir or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     return Inputs(config, terms, prompts, eval_prompts, sampler, run_dir)
 

@@ -413,7 +413,7 @@ def test_the_module_is_the_console_script(workspace, cache):
         (["--image.vae", "./nope"], "--image.vae: ./nope is neither"),
         (["--reward", "a("], "--reward: rewards: expected"),
         (["--heldout-reward", "a("], "--heldout-reward: rewards: expected"),
-        (["--resume"], "--resume: which run?"),
+        (["--resume"], "--resume: expected --run-dir"),
         (["--prompts", "nope.txt"], "--prompts: prompts file nope.txt: No such file"),
         (["--eval_prompts=nope.txt"], "--eval_prompts: prompts file nope.txt: No such file"),
         (["--reward", "nope"], "--reward: unknown reward 'nope'"),

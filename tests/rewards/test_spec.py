@@ -95,9 +95,9 @@ def test_the_device_goes_to_rewards_that_name_it(module):
 def test_options_reach_the_built_in_rewards():
     reward = rewards.parse("jpeg_compressibility(quality=30)=2")
     assert reward.settings() == {"jpeg_compressibility": {"weight": 2.0, "quality": 30}}
-    with pytest.raises(ConfigError, match=r"unknown options size; expected some of quality$"):
+    with pytest.raises(ConfigError, match=r"size.*quality"):
         rewards.parse("jpeg_compressibility(size=30)")
-    with pytest.raises(ConfigError, match=r"reward jpeg_compressibility: cannot be built .* quality: expected an int"):
+    with pytest.raises(ConfigError, match="quality: expected an int"):
         rewards.parse("jpeg_compressibility(quality=high)")
 
 
@@ -132,12 +132,13 @@ def test_the_device_of_a_group_is_no_reward_and_reaches_those_that_take_one(modu
 
 @pytest.mark.parametrize("text", ["combined()", "combined(device=cpu)", "combined(a=1,device=3)", "combined(a=b)"])
 def test_a_group_without_rewards_or_with_other_options_is_refused(text):
-    with pytest.raises(ConfigError, match="reward combined: expected"):
+    with pytest.raises(ConfigError) as caught:
         read(text)
+    assert caught.value.setting == "reward combined"
 
 
 def test_names_and_weights_are_checked_before_anything_is_loaded():
-    with pytest.raises(ConfigError, match="given 2 times"):
+    with pytest.raises(ConfigError, match="2 times"):
         rewards.parse("pickscore(model=/no/such),pickscore(model=/no/such)")
 
 
