@@ -82,7 +82,7 @@ def read_terms(reward: str, held_out: str, of_model: Defaults, *, own_prompts: b
             watched = [] if held_out == NONE else read(held_out)
     if both := sorted(names & {term.name for term in watched}):
         problem = f"expected rewards that are not in reward, got {both[0]}; give it a weight of 0 there instead"
-        raise ConfigError(problem, setting="heldout_reward", others=("reward",))
+        raise ConfigError(problem, setting="heldout_reward")
     with of_setting("heldout_reward"):
         Weighted.check([replace(term, weight=1.0) for term in watched or optimised])
     return optimised + [replace(term, weight=0.0, role=WATCHED, optional=held_out == AUTO) for term in watched]
@@ -128,7 +128,7 @@ def load_rewards(terms: Sequence[Term], *, device: str, note: Callable[[str], No
             kept.append(term)
         elif not term.optional:
             problem = f"{term.name} is the same as {same.name} in reward; give it a weight of 0 there instead"
-            raise ConfigError(problem, setting="heldout_reward", others=("reward",))
+            raise ConfigError(problem, setting="heldout_reward")
     return Rewards(Weighted(optimised, note), Weighted([*optimised, *kept], note))
 
 
@@ -143,9 +143,7 @@ def _alike(one: Term, other: Term) -> bool:
 def _same(one: Reward, other: Reward) -> bool:
     """Whether two rewards are one object, share class and settings, or one is a weighted sum with the other in it."""
     if isinstance(one, Weighted) or isinstance(other, Weighted):
-        parts = [
-            [term.reward for term in each.terms] if isinstance(each, Weighted) else [each] for each in (one, other)
-        ]
+        parts = [[t.reward for t in each.terms] if isinstance(each, Weighted) else [each] for each in (one, other)]
         return any(_same(*pair) for pair in product(*parts))
     facts = settings_of(one)
     return one is other or (type(one) is type(other) and bool(facts) and facts == settings_of(other))

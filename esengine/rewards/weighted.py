@@ -44,14 +44,13 @@ class Weighted:
         names = [term.name for term in terms]
         for term in terms:
             if term.name == COMBINED:
-                raise ConfigError("that name is reserved for the weighted sum", setting=f"reward {COMBINED}")
+                raise ConfigError(f"reward {COMBINED}: that name is reserved for the weighted sum")
             if names.count(term.name) > 1:
-                problem = f"given {names.count(term.name)} times, expected once"
-                raise ConfigError(problem, setting=f"reward {term.name}")
+                raise ConfigError(f"reward {term.name}: given {names.count(term.name)} times, expected once")
             if not math.isfinite(term.weight):
-                raise ConfigError(f"expected a finite weight, got {term.weight}", setting=f"reward {term.name}")
+                raise ConfigError(f"reward {term.name}: expected a finite weight, got {term.weight}")
         if not any(term.weight for term in terms):
-            raise ConfigError(f"expected at least one with a weight other than 0, got {names}", setting="rewards")
+            raise ConfigError(f"rewards: expected at least one with a weight other than 0, got {names}")
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raises ConfigError for prompts that a reward cannot score: see `Reward`."""
@@ -111,9 +110,7 @@ class Weighted:
         passes: dict[Encoder, torch.Tensor] = {}
         where, at_once = dict(step=step, members=members), not _waits(images.device)
         ask = checked if at_once else asked
-        scores = {
-            term.name: ask(term.name, _shared(term.reward, passes), images, prompts, **where) for term in self.terms
-        }
+        scores = {t.name: ask(t.name, _shared(t.reward, passes), images, prompts, **where) for t in self.terms}
         weighted = (term.weight * scores[term.name].double() for term in self.terms)
         total = functools.reduce(operator.add, weighted).float()
         scores[COMBINED] = total
@@ -248,14 +245,7 @@ def _require_finite(name, score, prompts, step=None, members=None) -> None:
         raise _reward_error(what, name, bad, prompts, step, members)
 
 
-def _reward_error(
-    what: str,
-    name: str,
-    rows: Sequence[int],
-    prompts: Sequence[str],
-    step: int | None,
-    members: Sequence[int] | None,
-) -> RewardError:
+def _reward_error(what: str, name: str, rows: Sequence[int], prompts, step=None, members=None) -> RewardError:
     """The error of a reward on some rows of a batch. Members identify the rows; without members, their places do."""
     noun = "image" if members is None else "member"
     ids = list(dict.fromkeys(row if members is None else int(members[row]) for row in rows))
