@@ -1,6 +1,6 @@
 """Default prompts and rewards of a model, for flags that are not given."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,7 @@ class Defaults:
         heldout: file of prompts that are never trained on.
         reward: the reward to optimise.
         judges: rewards of an evaluation, by name. The first has weight 1, the others weight 0.
-        watches: whether a run always uses the judges that it does not optimise as held-out rewards.
+        watches: whether a run watches, on held-out prompts, the judges that it does not optimise.
         settings: packaged YAML file of the model's own settings.
         benchmark_name: name of the packaged benchmark of the model's own captions.
         test: file of that benchmark.
@@ -37,33 +37,14 @@ class Defaults:
     clip: Path | None = None
     rewards: Mapping[str, str] = field(default_factory=dict)
 
+    def judges_of(self, *, own_captions: bool) -> dict[str, str]:
+        """The judges, as for `esengine eval --reward`, that can score the model's own captions or any prompts."""
+        return {name: each for name, each in self.judges.items() if own_captions or name not in self.rewards}
+
     def benchmark(self, name: str) -> str:
         """The rewards of a benchmark, as for `esengine eval --reward`."""
-        judges = [judge for judge in self.judges.values() if judge not in self.rewards or name == self.benchmark_name]
+        judges = self.judges_of(own_captions=name == self.benchmark_name).values()
         return ",".join(f"{judge}=0" if i else judge for i, judge in enumerate(judges))
-
-    def scored(self, reward: str, optimised: Set[str], prompts_given: bool) -> str:
-        """The rewards of an evaluation of a run: the run's reward, and its held-out rewards with weight 0.
-
-        Args:
-            reward: the run's reward, as for `--reward`.
-            optimised, prompts_given: see `watched`.
-        """
-        watched = self.watched(optimised, prompts_given)
-        others = [] if watched in ("auto", "none") else [f"{judge}=0" for judge in watched.split(",")]
-        return ",".join([reward, *others])
-
-    def watched(self, optimised: Set[str], prompts_given: bool) -> str:
-        """The rewards that `--heldout-reward auto` selects; `auto` if only the optimised rewards decide.
-
-        Args:
-            optimised: names of the optimised rewards.
-            prompts_given: whether the user gave the prompts, which the model's own rewards may not be able to read.
-        """
-        if not self.watches:
-            return "auto"
-        left_out = optimised | (set(self.rewards) if prompts_given else set())
-        return ",".join(judge for name, judge in self.judges.items() if name not in left_out) or "none"
 
 
 _CLIP = ("pickscore", "clip_text", "aesthetic", "no_artifacts")

@@ -2,8 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo
+from pydantic import Field
 
+from esengine.base.errors import ConfigError
 from esengine.base.settings import Count, Int, Number, Switch, settings
 
 PIPELINE_MULTIPLE = 32
@@ -16,19 +17,7 @@ FIRST_ANGLE, SECOND_ANGLE = 1.57080, 1.3
 """Trigflow angles of the schedule: the first, and the second where there are two steps. The pipeline's own."""
 
 
-def _multiple(pixels: int) -> int:
-    if pixels <= 0 or pixels % PIPELINE_MULTIPLE:
-        raise ValueError(f"a positive multiple of {PIPELINE_MULTIPLE}")
-    return pixels
-
-
-def _in_one_step(angle: float | None, others: ValidationInfo) -> float | None:
-    if angle is not None and others.data.get("num_steps") not in (None, 1):
-        raise ValueError(f"None unless num_steps is 1 (it is {others.data['num_steps']})")
-    return angle
-
-
-Pixels = Annotated[Int, AfterValidator(_multiple), Field(le=1 << 14)]
+Pixels = Annotated[Int, Field(ge=1, le=1 << 14)]
 
 
 @settings()
@@ -43,7 +32,7 @@ class RenderSettings:
     """Denoising steps. By default the model family's number: 1 for SANA-Sprint."""
     guidance_scale: Annotated[Number, Field(ge=-MAX_GUIDANCE, le=MAX_GUIDANCE, allow_inf_nan=False)] | None = None
     """Guidance scale. By default the model family's: 4.5 for SANA-Sprint, which takes it as an input."""
-    x0_angle: Annotated[Annotated[Number, Field(gt=0, le=1.5708)] | None, AfterValidator(_in_one_step)] = None
+    x0_angle: Annotated[Number, Field(gt=0, le=1.5708)] | None = None
     """For one step only: the trigflow angle at which x0 is computed. The reference run used 1.3; the scheduler uses
     pi / 2."""
     decode_chunk: Count = 16
@@ -55,3 +44,11 @@ class RenderSettings:
     """How to run the decoder: as it is, through torch.compile, or from a CUDA graph."""
     overlap: Switch = False
     """On a GPU, decode a chunk while the next one is denoised. This needs memory for both."""
+
+    def __post_init__(self):
+        for name in ("height", "width"):
+            if (size := getattr(self, name)) is not None and size % PIPELINE_MULTIPLE:
+                raise ConfigError(f"{name}: expected a positive multiple of {PIPELINE_MULTIPLE}, got {size}")
+        if self.x0_angle is not None and self.num_steps != 1:
+            problem = f"expected None unless num_steps is 1, got {self.x0_angle} for {self.num_steps}"
+            raise ConfigError(problem, setting="x0_angle", others=("num_steps",))

@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="store the record there")
     options = parser.parse_args()
     judges, environment = parse(options.reward), record.environment()
-    ((name, judge, _),) = judges.terms
+    ((name, judge),) = [(term.name, term.reward) for term in judges.terms]
     rng = np.random.default_rng(options.seed)
     captions = world.captions(options.split, options.count, options.seed)
     scenes = [world.sample_scene(caption, rng) for caption in captions]

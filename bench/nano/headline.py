@@ -31,7 +31,8 @@ from esengine.cli.settings import EvalConfig
 from esengine.evaluation.benchmarks import read_benchmark
 from esengine.models.defaults import defaults
 from esengine.models.nano import world
-from esengine.rewards.roles import reward_names
+from esengine.rewards.roles import judges
+from esengine.rewards.spec import read
 from esengine.run import journal
 from esengine.run.curves import held_of
 from esengine.run.pictures import draw_strip
@@ -99,8 +100,8 @@ def _compared(options: argparse.Namespace) -> dict[str, Any]:
     """Entries, and the rewards: what was optimised, and every judge."""
     optimised = load("nano").reward
     runs = (f"seed{seed}={options.work / f'seed{seed}'}@1" for seed in options.seeds)
-    reward = defaults("nano").scored(optimised, reward_names(optimised), False)
-    return {"entries": ("base@1", *runs, "base@2"), "reward": reward}
+    others = [f"{term.text()}=0" for term in judges(defaults("nano"), read(optimised), own_prompts=False)]
+    return {"entries": ("base@1", *runs, "base@2"), "reward": ",".join([optimised, *others])}
 
 
 def scores(evaluation: Path) -> dict[str, dict[str, list[float]]]:

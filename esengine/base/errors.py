@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class EsengineError(Exception):
@@ -43,7 +44,26 @@ def of_setting(name: str, *others: str) -> Iterator[None]:
 
 
 class RewardError(EsengineError):
-    """A reward raised, or did not return one finite float32 score per image."""
+    """A reward raised, or did not return one finite float32 score per image.
+
+    Attributes:
+        reward: the reward's name; None if it is not known.
+        step: the step; None outside a run.
+        images: the members that drew the images at fault, each once; without members the images' places in the batch.
+        prompt: the prompt of the first of them; None if it is not known.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reward: str | None = None,
+        step: int | None = None,
+        images: Sequence[int] = (),
+        prompt: str | None = None,
+    ):
+        self.reward, self.step, self.images, self.prompt = reward, step, tuple(images), prompt
+        super().__init__(message)
 
 
 class RenderError(EsengineError):
@@ -71,7 +91,15 @@ class OutOfMemory(RenderError):
 
 
 class UpdateError(EsengineError):
-    """An update would make the adapter not finite. It was not applied."""
+    """An update would make the adapter not finite. It was not applied.
+
+    Attributes:
+        norms: the norms that were found, by name; one of them is not finite.
+    """
+
+    def __init__(self, message: str, norms: dict[str, float]):
+        self.norms = dict(norms)
+        super().__init__(message)
 
 
 class Stopped(EsengineError):
@@ -79,4 +107,13 @@ class Stopped(EsengineError):
 
 
 class RunError(EsengineError):
-    """A run folder or a checkpoint cannot be used."""
+    """A run folder or a checkpoint cannot be used.
+
+    Attributes:
+        path: the folder or file; None if the error is of no file.
+        step: the step; None if the error is of no step.
+    """
+
+    def __init__(self, message: str, *, path: Path | None = None, step: int | None = None):
+        self.path, self.step = path, step
+        super().__init__(message)

@@ -5,13 +5,14 @@ Nothing here imports torch, so that `--help` is fast.
 
 import dataclasses
 import functools
+import math
 import reprlib
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, Strict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, Strict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from esengine.base.errors import ConfigError
@@ -29,6 +30,12 @@ def _number(value: Any) -> Any:
         return value
 
 
+def _positive(value: float) -> float:
+    if not 0 < value < math.inf:
+        raise ValueError("a positive number")
+    return value
+
+
 def _not_empty(value: Any) -> Any:
     if value == "":
         raise ValueError("a path")  # Path("") is the current folder
@@ -38,7 +45,7 @@ def _not_empty(value: Any) -> Any:
 Int = Annotated[int, Strict()]
 Switch = Annotated[bool, Strict()]
 Number = Annotated[float, Strict(), BeforeValidator(_number)]
-Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
+Positive = Annotated[Number, AfterValidator(_positive)]
 Decay = Annotated[Number, Field(ge=0, lt=1)]
 Count = Annotated[Int, Field(ge=1, le=MAX_COUNT)]
 Rank = Annotated[Int, Field(ge=1, le=1 << 14)]

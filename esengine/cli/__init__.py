@@ -228,10 +228,10 @@ def _replay(config: Any) -> int:
     if found.agreed is not None:
         beyond = found.steps - found.agreed
         if beyond:
-            print(f"{adapter} is what the first {found.agreed} make bit for bit; the log is {beyond} ahead of it,")
-            print("as it is while a run goes on, and where one was killed since its last checkpoint")
+            print(f"{adapter} equals the result of the first {found.agreed} steps bit for bit")
+            print(f"the log has {beyond} more, because the run is still active or was killed after its last checkpoint")
         else:
-            print(f"it is {adapter} bit for bit")
+            print(f"it equals {adapter} bit for bit")
     elif found.parted is None:
         print(f"{config.run_dir} has no adapter to compare with")
     else:

@@ -17,8 +17,10 @@ from esengine.evaluation.statistics import Report, summarise
 from esengine.models import Generator, TextEmbeddings, require_pipeline
 from esengine.models.defaults import Defaults, defaults
 from esengine.report import write_evaluation_page
-from esengine.rewards import Weighted, parse
-from esengine.rewards.roles import reward_names
+from esengine.rewards import Weighted
+from esengine.rewards.registry import load_terms
+from esengine.rewards.roles import judges
+from esengine.rewards.spec import Term, read
 from esengine.run.curves import kept_curves
 from esengine.run.settings import TrainConfig, load_run
 from esengine.sampling.build import (
@@ -73,7 +75,7 @@ def evaluate(config: EvalConfig, progress: Progress) -> Evaluated:
     image = resolved(image, require_pipeline(name, revision, image.vae))
     entries = _entries(config, image.num_steps, adapter)
     with of_setting("reward"):
-        reward = parse(_scored(config, run, model_defaults), device=str(device))
+        reward = load_terms(_scored(config, run, model_defaults), device=str(device))
     with of_setting(_setting_of_prompts(config)):
         reward.check_prompts(benchmark.prompts)
 
@@ -100,20 +102,20 @@ def _setting_of_prompts(config: EvalConfig) -> str:
     return "prompts" if config.prompts else "benchmark" if config.benchmark else "eval_prompts"
 
 
-def _scored(config: EvalConfig, run: TrainConfig, model_defaults: Defaults) -> str:
+def _scored(config: EvalConfig, run: TrainConfig, model_defaults: Defaults) -> list[Term]:
     """The rewards of an evaluation: those of --reward, else the benchmark's, else the run's with its held-out rewards.
 
     The model's own benchmark on a run of that model uses the last of these: the run's rewards with their weights, and
     the model's other judges with weight 0.
     """
     if config.reward:
-        return config.reward
+        return read(config.reward)
     own_run = config.run_dir and model_defaults.watches and defaults(run.model).watches
     if config.benchmark and not (config.benchmark == model_defaults.benchmark_name and own_run):
-        return model_defaults.benchmark(config.benchmark)
-    reward = run.reward or model_defaults.reward
-    prompts_given = not config.benchmark and bool(config.prompts or run.eval_prompts)
-    return model_defaults.scored(reward, reward_names(reward), prompts_given)
+        return read(model_defaults.benchmark(config.benchmark))
+    optimised = read(run.reward or model_defaults.reward)
+    own_prompts = not config.benchmark and bool(config.prompts or run.eval_prompts)
+    return optimised + judges(model_defaults, optimised, own_prompts)
 
 
 @dataclass(frozen=True)

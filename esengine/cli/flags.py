@@ -24,22 +24,18 @@ from esengine.run.settings import ReplayConfig, TrainConfig, config_file, load, 
 from esengine.sampling.settings import ImageSettings
 
 COMMANDS = {
-    "train": TrainConfig,
     "eval": EvalConfig,
     "render": RenderConfig,
     "report": ReportConfig,
     "replay": ReplayConfig,
     "env": EnvConfig,
 }
-Layer = tuple[str, dict[str, Any]]
-"""A file's name for messages, and its settings as a nested mapping."""
 
 
 def settings_of(command: str, args: list[str]) -> contextlib.AbstractContextManager[Any]:
     """The settings of a command by its name: see `train_settings` and `command_settings`."""
-    return (
-        train_settings(args) if command == "train" else command_settings(COMMANDS[command], args, f"esengine {command}")
-    )
+    prog = f"esengine {command}"
+    return train_settings(args) if command == "train" else command_settings(COMMANDS[command], args, prog)
 
 
 @contextlib.contextmanager
@@ -59,11 +55,8 @@ def train_settings(args: list[str]) -> Iterator[TrainConfig]:
             files.append((f"run folder {given['run_dir']}" if run else f"config {source}", _data(source, run)))
         data = files[0][1] if files else {}
         if not run and data.get("config") is not None:
-            raise ConfigError(
-                f"expected no other file below this one, got {data['config']!r:.60}",
-                setting="config",
-                source=files[0][0],
-            )
+            problem = f"expected no other file below this one, got {data['config']!r:.60}"
+            raise ConfigError(problem, setting="config", source=files[0][0])
         packaged = defaults(str(given.get("model", data.get("model", DEMO)))).settings
         below = run or packaged is None or (source is not None and source.parent == DATA)
         layers = [{} if below else read_settings(packaged), data, given]
@@ -160,10 +153,11 @@ def _fitted(config: TrainConfig) -> TrainConfig:
 
 
 @contextlib.contextmanager
-def _naming(cls: type, args: list[str], given: dict[str, Any], files: list[Layer]) -> Iterator[None]:
+def _naming(cls: type, args: list[str], given: dict[str, Any], files: list[tuple[str, dict]]) -> Iterator[None]:
     """Replace the setting's name in a ConfigError by the flag as typed, or add the file that has the setting.
 
-    If neither a flag nor a file gives the setting, the error names its flag as --help spells it.
+    If neither a flag nor a file gives the setting, the error names its flag as --help spells it. `files` are names for
+    messages and nested mappings.
     """
     try:
         yield
@@ -183,12 +177,8 @@ def _naming(cls: type, args: list[str], given: dict[str, Any], files: list[Layer
 
 def _settings(cls: type) -> list[str]:
     """The dotted names of all settings of a command."""
-    fields = fields_of(cls).items()
-    return [
-        f"{name}.{each}" if each else name
-        for name, (_, below) in fields
-        for each in (_settings(below) if below else [""])
-    ]
+    sections = [(name, _settings(below) if below else [""]) for name, (_, below) in fields_of(cls).items()]
+    return [f"{name}.{each}" if each else name for name, inner in sections for each in inner]
 
 
 def _known(name: str, known: Sequence[str]) -> str | None:

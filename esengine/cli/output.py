@@ -1,4 +1,4 @@
-"""Standard output and error that outlive their readers: `| head` is no error, and a run goes on without a reader."""
+"""Standard output and error that survive a closed pipe, so that `| head` is no error and a run continues."""
 
 import os
 import sys

@@ -53,7 +53,8 @@ class Updater:
         """
         gradient_norm = _norm(gradient.values())
         if not math.isfinite(gradient_norm):
-            raise UpdateError(f"gradient: expected a finite norm, got {gradient_norm}")
+            norms = {"gradient": gradient_norm}
+            raise UpdateError(f"gradient: expected a finite norm, got {gradient_norm}", norms)
         for parameter, state in self.optimizer.state.items():  # follows a module moved to another device
             state |= {key: value.to(parameter.device) for key, value in state.items() if _moves(key, value)}
         theta = list(self.parameters.values())
@@ -66,7 +67,8 @@ class Updater:
                 found = ", ".join(f"{name} {norm:.3g}" for name, norm in norms.items())
                 raise UpdateError(
                     f"update: expected finite norms, got {found} from a gradient of {gradient_norm:.3g}: "
-                    "lower lr_scale or sigma"
+                    "lower lr_scale or sigma",
+                    {"gradient": gradient_norm, **norms},
                 )
         except BaseException:
             torch._foreach_copy_(theta, before)

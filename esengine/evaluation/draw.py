@@ -78,7 +78,7 @@ class Batch:
 
 def reported(reward: Weighted) -> list[str]:
     """Names of the scores that a report shows. `combined` is left out if it equals one of the others."""
-    weights = [weight for _, _, weight in reward.terms if weight]
+    weights = [term.weight for term in reward.terms if term.weight]
     return reward.names if weights == [1.0] else [*reward.names, "combined"]
 
 

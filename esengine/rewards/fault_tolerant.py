@@ -65,7 +65,9 @@ class FaultTolerant:
         self.bad, self.first = self.bad + len(images), self.first or error
         if self.bad > self.most:
             when = "" if step is None else f"step {step}: "
-            raise RewardError(f"{when}{too_many(self.bad, self.images)}; the first: {self.first}") from self.first
+            first = self.first
+            facts = {"reward": first.reward, "step": step, "images": first.images, "prompt": first.prompt}
+            raise RewardError(f"{when}{too_many(self.bad, self.images)}; the first: {first}", **facts) from first
         return dict.fromkeys([*self.names, COMBINED], torch.full((len(images),), torch.nan, device=images.device))
 
 

@@ -8,6 +8,7 @@ import os
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from esengine.base.errors import ConfigError
@@ -52,7 +53,7 @@ def load(name: str, **options) -> Reward:
         ConfigError: unknown name, failed import, no such attribute, not callable, or unsuitable options.
     """
     if name == COMBINED:
-        return Weighted(build(_checked(group(options))))
+        return load_terms(group(options))
     return _build(Term(name, options), {})
 
 
@@ -66,13 +67,17 @@ def parse(spec: str, *, device: str = "cpu") -> Weighted:
     Raises:
         ConfigError: as `spec.read`, `load` and `Weighted`.
     """
-    return Weighted(build(_checked(read(spec)), device=device))
+    return load_terms(read(spec), device=device)
 
 
-def build(
-    terms: Sequence[Term], *, device: str = "cpu", encoders: dict[Any, Any] | None = None
-) -> list[tuple[str, Reward, float]]:
-    """(name, reward, weight) of each term, in their order. A model that several rewards use is loaded once.
+def load_terms(terms: Sequence[Term], *, device: str = "cpu") -> Weighted:
+    """Load rewards that are read already. Arguments and errors as `parse`."""
+    Weighted.check(terms)
+    return Weighted(build(terms, device=device))
+
+
+def build(terms: Sequence[Term], *, device: str = "cpu", encoders: dict[Any, Any] | None = None) -> list[Term]:
+    """The same terms with their rewards loaded. A model that several rewards use is loaded once.
 
     Args:
         terms: from `spec.read`.
@@ -83,13 +88,7 @@ def build(
         ConfigError: as `load`.
     """
     shared = {"device": device, "encoders": {} if encoders is None else encoders}
-    return [(term.name, _build(term, shared), term.weight) for term in terms]
-
-
-def _checked(terms: list[Term]) -> list[Term]:
-    """The same terms, after a check of their names and weights: see `Weighted.check`."""
-    Weighted.check([(term.name, term.weight) for term in terms])
-    return terms
+    return [replace(term, reward=_build(term, shared)) for term in terms]
 
 
 def target(name: str) -> object:

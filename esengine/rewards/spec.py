@@ -10,9 +10,9 @@ A value is a number, true or false, or text. Text with a comma, a bracket or out
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from esengine.base.errors import ConfigError
 
@@ -21,22 +21,40 @@ COMBINED = "combined"
 
 _NAME = re.compile(r"[^\s(),='\"]+")
 _VALUE = re.compile(r"'[^']*'|\"[^\"]*\"|[^,()'\"]+")
+_PLAIN = re.compile(r"[^,()'\"\s](?:[^,()'\"]*[^,()'\"\s])?")
 _INT = re.compile(r"[+-]?\d+")
 _FLOAT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
+OPTIMISED, WATCHED = "optimised", "watched"
+
+
 @dataclass(frozen=True)
 class Term:
-    """One reward as it was written.
+    """One reward of a run or an evaluation.
 
     Attributes:
+        name: a built-in reward, or the user's own as module:attr.
+        options: keyword arguments of the reward.
+        weight: its weight in the sum. With 0 it is only measured.
         device: device of the group it was written in. Used if the reward takes a device and `options` has none.
+        role: `optimised` if it scores the population, `watched` if it scores held-out prompts only.
+        optional: whether it is left out if it cannot be loaded, or if an optimised reward is the same.
+        reward: the loaded reward; None before it is loaded.
     """
 
     name: str
     options: dict[str, int | float | bool | str] = field(default_factory=dict)
     weight: float = 1.0
     device: str | None = None
+    role: Literal["optimised", "watched"] = OPTIMISED
+    optional: bool = False
+    reward: Callable[..., Any] | None = None
+
+    def text(self) -> str:
+        """The name and the options in the grammar above, without weight and group."""
+        options = ",".join(f"{key}={_quoted(value)}" for key, value in self.options.items())
+        return f"{self.name}({options})" if options else self.name
 
 
 def read(spec: str) -> list[Term]:
@@ -154,3 +172,10 @@ def _value(text: str) -> int | float | bool | str:
     if _INT.fullmatch(text):
         return int(text)
     return float(text) if _FLOAT.fullmatch(text) else text
+
+
+def _quoted(value: int | float | bool | str) -> str:
+    """The text that `_value` reads as this value."""
+    if isinstance(value, str) and (_value(value or "''") != value or not _PLAIN.fullmatch(value)):
+        return f'"{value}"' if "'" in value else f"'{value}'"
+    return str(value)

@@ -13,7 +13,7 @@ import torch
 from esengine.base.errors import ConfigError, OutOfMemory, RewardError
 from esengine.base.memory import give_back, oom_guard
 from esengine.rewards.base import Encoder, FeatureReward, Reward, as_scores, describe, reason, settings_of
-from esengine.rewards.spec import COMBINED
+from esengine.rewards.spec import COMBINED, Term
 
 _log = logging.getLogger(__name__)
 
@@ -22,42 +22,45 @@ class Weighted:
     """Rewards and their weights. A reward of weight 0 is scored and reported but is not in the sum.
 
     Args:
-        terms: (name, reward, weight) for each reward.
+        terms: loaded terms. (name, reward, weight) is short for a term without options.
         note: called with a warning on out-of-memory. From then on batches are scored in smaller parts.
 
     Raises:
         ConfigError: no terms, a name used twice or reserved, a weight that is not finite, or only weights of 0.
     """
 
-    def __init__(self, terms: Sequence[tuple[str, Reward, float]], note: Callable[[str], None] = _log.warning):
-        self.terms, self.note = tuple(terms), note
+    def __init__(self, terms: Sequence[Term | tuple[str, Reward, float]], note: Callable[[str], None] = _log.warning):
+        self.terms = tuple(
+            term if isinstance(term, Term) else Term(term[0], reward=term[1], weight=term[2]) for term in terms
+        )
+        self.note = note
         self.limit: int | None = None
         self._deferred: list[tuple[dict[str, torch.Tensor], list[str], dict]] | None = None
-        self.check([(name, weight) for name, _, weight in self.terms])
+        self.check(self.terms)
 
     @staticmethod
-    def check(weights: Sequence[tuple[str, float]]) -> None:
+    def check(terms: Sequence[Term]) -> None:
         """Check names and weights before anything is loaded. Raises as the class does."""
-        names = [name for name, _ in weights]
-        for name, weight in weights:
-            if name == COMBINED:
-                raise ConfigError(f"reward {name}: that name is reserved for the weighted sum")
-            if names.count(name) > 1:
-                raise ConfigError(f"reward {name}: given {names.count(name)} times, expected once")
-            if not math.isfinite(weight):
-                raise ConfigError(f"reward {name}: expected a finite weight, got {weight}")
-        if not any(weight for _, weight in weights):
+        names = [term.name for term in terms]
+        for term in terms:
+            if term.name == COMBINED:
+                raise ConfigError(f"reward {COMBINED}: that name is reserved for the weighted sum")
+            if names.count(term.name) > 1:
+                raise ConfigError(f"reward {term.name}: given {names.count(term.name)} times, expected once")
+            if not math.isfinite(term.weight):
+                raise ConfigError(f"reward {term.name}: expected a finite weight, got {term.weight}")
+        if not any(term.weight for term in terms):
             raise ConfigError(f"rewards: expected at least one with a weight other than 0, got {names}")
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raises ConfigError for prompts that a reward cannot score: see `Reward`."""
-        for _, reward, _ in self.terms:
-            if callable(check := getattr(reward, "check_prompts", None)):
+        for term in self.terms:
+            if callable(check := getattr(term.reward, "check_prompts", None)):
                 check(prompts)
 
     @property
     def names(self) -> list[str]:
-        return [name for name, _, _ in self.terms]
+        return [term.name for term in self.terms]
 
     def score(
         self,
@@ -107,8 +110,9 @@ class Weighted:
         passes: dict[Encoder, torch.Tensor] = {}
         where, at_once = dict(step=step, members=members), not _waits(images.device)
         ask = checked if at_once else asked
-        scores = {name: ask(name, _shared(reward, passes), images, prompts, **where) for name, reward, _ in self.terms}
-        total = functools.reduce(operator.add, (w * scores[name].double() for name, _, w in self.terms)).float()
+        scores = {t.name: ask(t.name, _shared(t.reward, passes), images, prompts, **where) for t in self.terms}
+        weighted = (term.weight * scores[term.name].double() for term in self.terms)
+        total = functools.reduce(operator.add, weighted).float()
         scores[COMBINED] = total
         if at_once:
             _require_finite(COMBINED, total, prompts, **where)
@@ -144,7 +148,7 @@ class Weighted:
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """Each reward's weight and its `settings()`, for a result's record."""
-        return {name: {"weight": weight, **settings_of(reward)} for name, reward, weight in self.terms}
+        return {term.name: {"weight": term.weight, **settings_of(term.reward)} for term in self.terms}
 
 
 class _FromFeatures:
@@ -210,7 +214,7 @@ def asked(
         raise
     except BaseException as e:  # external code may raise anything
         why = reason(e) if isinstance(e, RewardError) else f"raised {reason(e)}"
-        raise RewardError(f"{_where(name, range(len(images)), prompts, step, members)}: {why}") from e
+        raise _reward_error(why, name, range(len(images)), prompts, step, members) from e
     return score
 
 
@@ -237,12 +241,12 @@ def _require_finite(name, score, prompts, step=None, members=None) -> None:
     bad = torch.nonzero(~torch.isfinite(score)).flatten().tolist()
     if bad:
         values = ", ".join(dict.fromkeys(str(v) for v in score[bad].tolist()))
-        raise RewardError(
-            f"{_where(name, bad, prompts, step, members)}: returned {values}; expected a finite float32 score"
-        )
+        what = f"returned {values}; expected a finite float32 score"
+        raise _reward_error(what, name, bad, prompts, step, members)
 
 
-def _where(name: str, rows: Sequence[int], prompts: list[str], step: int | None, members: Sequence[int] | None) -> str:
+def _reward_error(what: str, name: str, rows: Sequence[int], prompts, step=None, members=None) -> RewardError:
+    """The error of a reward on some rows of a batch. Members identify the rows; without members, their places do."""
     noun = "image" if members is None else "member"
     ids = list(dict.fromkeys(row if members is None else int(members[row]) for row in rows))
     texts = list(dict.fromkeys(prompts[row] for row in rows))
@@ -254,4 +258,5 @@ def _where(name: str, rows: Sequence[int], prompts: list[str], step: int | None,
         first = texts[0] if len(texts[0]) <= 80 else texts[0][:77] + "..."
         others = f" and {len(texts) - 1} more" if len(texts) > 1 else ""
         parts.append(f"{noun}{'s' if len(ids) > 1 else ''} {some} (prompt {first!r}{others})")
-    return ", ".join(parts)
+    prompt = texts[0] if texts else None
+    return RewardError(f"{', '.join(parts)}: {what}", reward=name, step=step, images=ids, prompt=prompt)

@@ -23,9 +23,9 @@ from esengine.es.population import Noise, Population, attach
 from esengine.es.prompts import PromptSampler
 from esengine.kernels import CONTRACT
 from esengine.models import Generator, RenderSettings, TextEmbeddings, require_pipeline
-from esengine.models.defaults import Defaults, defaults
-from esengine.rewards.roles import Rewards, load_rewards, reward_names
-from esengine.rewards.spec import read
+from esengine.models.defaults import defaults
+from esengine.rewards.roles import AUTO, NONE, Rewards, load_rewards, read_terms
+from esengine.rewards.spec import OPTIMISED, Term
 from esengine.run import journal
 from esengine.run import state as run_state
 from esengine.run.checkpoint import Checkpoint, set_aside
@@ -56,8 +56,8 @@ class Inputs:
     """Inputs that are read and checked before the run folder is made.
 
     Attributes:
-        config: the settings, with the optimised reward filled in.
-        defaults: the model's defaults, for settings that are not given.
+        config: the settings, with the optimised reward filled in. On resume, settings left open are those of the run.
+        terms: the rewards, not loaded. `heldout_reward auto` is resolved.
         prompts: prompts to train on.
         eval_prompts: prompts that are never trained on.
         sampler: draws the prompts of a step.
@@ -65,7 +65,7 @@ class Inputs:
     """
 
     config: TrainConfig
-    defaults: Defaults
+    terms: list[Term]
     prompts: list[str]
     eval_prompts: list[str]
     sampler: PromptSampler
@@ -117,11 +117,12 @@ def read_inputs(config: TrainConfig, group: Group) -> Inputs:
     config = dataclasses.replace(config, reward=config.reward or of_model.reward)
     sampler = PromptSampler(len(prompts), config.es.prompts_per_step, config.seed)
     render_settings(config.image)
-    with of_setting("reward"):
-        read(config.reward)
-    if config.heldout_reward not in ("auto", "none"):
-        with of_setting("heldout_reward"):
-            read(config.heldout_reward)
+    if config.resume and config.run_dir is not None and (config.run_dir / journal.NAME).is_file():
+        config = _as_before(config, started(journal.read(config.run_dir / journal.NAME, needed=0)))
+    own_prompts = bool(config.prompts or config.eval_prompts)
+    terms = read_terms(config.reward, config.heldout_reward, of_model, own_prompts=own_prompts)
+    if not (config.heldout_every or of_model.watches):
+        terms = [term for term in terms if term.role == OPTIMISED]
     pick_device(config.device)
     with group.first():
         family = require_pipeline(config.model, config.revision, config.image.vae)
@@ -131,9 +132,9 @@ def read_inputs(config: TrainConfig, group: Group) -> Inputs:
     if config.resume and config.dry_run:
         raise ConfigError("dry_run: expected a new run, got --resume beside it: what a resumed run needs is known")
     if config.resume and config.run_dir is None:
-        raise ConfigError("resume: which run? give its folder with --run-dir")
+        raise ConfigError("expected --run-dir with it, the folder of the run to resume", setting="resume")
     run_dir = config.run_dir or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    return Inputs(config, of_model, prompts, eval_prompts, sampler, run_dir)
+    return Inputs(config, terms, prompts, eval_prompts, sampler, run_dir)
 
 
 def prepare(inputs: Inputs, folder: RunFolder, progress: Progress, group: Group) -> Prepared:
@@ -146,10 +147,8 @@ def prepare(inputs: Inputs, folder: RunFolder, progress: Progress, group: Group)
     config = inputs.config
     saved, before = _saved(folder) if config.resume else (None, None)
     if before is not None:
-        was = started(before)
-        config = _as_before(config, was)
         with contextlib.suppress(OSError, ValueError):
-            if group.is_main and folder.config.read_text(encoding="utf-8") != to_yaml(was):
+            if group.is_main and folder.config.read_text(encoding="utf-8") != to_yaml(started(before)):
                 progress.note(f"warning: {folder.config} is a copy, changes in it have no effect: use flags")
     device = take_device(config.device)
     dtype = pick_dtype(config.dtype, device)
@@ -204,20 +203,15 @@ def _saved(folder: RunFolder) -> tuple[Checkpoint, Journal]:
 
 
 def _rewards(inputs: Inputs, config: TrainConfig, device: str, progress: Progress) -> tuple[Rewards, TrainConfig]:
-    """The run's rewards, and its settings with `heldout_reward auto` replaced by the rewards it selects."""
-    of_model = inputs.defaults
-    watched = config.heldout_reward if config.heldout_every or of_model.watches else "none"
-    if watched == "auto":
-        watched = of_model.watched(reward_names(config.reward), bool(config.prompts or config.eval_prompts))
-    auto = config.heldout_reward == "auto"
-    rewards = load_rewards(config.reward, watched, device=device, note=progress.note, auto=auto)
+    """The run's rewards, and its settings with `heldout_reward auto` replaced by the rewards that it selected."""
+    rewards = load_rewards(inputs.terms, device=device, note=progress.note)
     with of_setting("prompts"):
         rewards.everything.check_prompts(inputs.prompts)
     with of_setting("eval_prompts"):
         rewards.everything.check_prompts(inputs.eval_prompts)
-    if config.heldout_every and auto:
-        chosen = ",".join(rewards.watched) or "none" if watched == "auto" else watched
-        config = dataclasses.replace(config, heldout_reward=chosen)
+    if config.heldout_every and config.heldout_reward == AUTO:
+        watched = ",".join(term.text() for term in rewards.watched) or NONE
+        config = dataclasses.replace(config, heldout_reward=watched)
     return rewards, config
 
 
@@ -345,10 +339,10 @@ def _go_on(engine: Engine, saved: Checkpoint, config: TrainConfig, folder: RunFo
 def _as_before(config: TrainConfig, was: TrainConfig) -> TrainConfig:
     """Fill settings that the flags leave at `auto` or None from the run's last start."""
     chunk = was.image.chunk if config.image.chunk is None else config.image.chunk
-    watched = was.heldout_reward if config.reward == was.reward else "auto"
+    watched = was.heldout_reward if config.reward == was.reward else AUTO
     return dataclasses.replace(
         config,
-        heldout_reward=watched if config.heldout_reward == "auto" else config.heldout_reward,
+        heldout_reward=watched if config.heldout_reward == AUTO else config.heldout_reward,
         device=was.device if config.device == "auto" else config.device,
         dtype=was.dtype if config.dtype == "auto" else config.dtype,
         image=dataclasses.replace(config.image, chunk=chunk),

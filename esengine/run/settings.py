@@ -16,19 +16,7 @@ from pydantic import AfterValidator, Field
 
 from esengine.base.errors import ConfigError
 from esengine.base.files import DATA
-from esengine.base.settings import (
-    MAX_COUNT,
-    Count,
-    File,
-    Int,
-    Interval,
-    Positive,
-    Rank,
-    Seed,
-    Steps,
-    Switch,
-    settings,
-)
+from esengine.base.settings import MAX_COUNT, Count, File, Int, Interval, Positive, Rank, Seed, Steps, Switch, settings
 from esengine.base.settings_file import from_dict, read_yaml
 from esengine.es.rule import UpdateRule
 from esengine.models.defaults import DEMO, SETTINGS

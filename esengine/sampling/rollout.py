@@ -148,7 +148,7 @@ def _overlaps(reward: Weighted | FaultTolerant) -> bool:
 
     A reward sets `overlaps = True` if it waits for something other than this machine's processors.
     """
-    return any(getattr(each, "overlaps", False) for _, each, _ in reward.terms)
+    return any(getattr(term.reward, "overlaps", False) for term in reward.terms)
 
 
 def _gathered(

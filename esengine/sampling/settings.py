@@ -15,3 +15,6 @@ class ImageSettings(RenderSettings):
     """Another decoder of the same latents, such as DC-AE-Lite: a folder, or a hub id, optionally with @revision."""
     instruction: Switch = True
     """Put the pipeline's instruction to the text encoder before each prompt."""
+
+    def __post_init__(self):
+        """Checks nothing more. `render_settings` checks what must fit together, after flags have changed a file's."""

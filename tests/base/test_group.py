@@ -73,8 +73,9 @@ def test_the_place_of_a_process(monkeypatch, rank, size, expected):
     if expected:
         assert place() == expected
         return
-    with pytest.raises(ConfigError, match="RANK, WORLD_SIZE: expected both as torchrun sets them") as caught:
+    with pytest.raises(ConfigError) as caught:
         Group.join()
+    assert caught.value.setting == "RANK, WORLD_SIZE"
     assert "\n" not in str(caught.value)
 
 
@@ -140,7 +141,7 @@ def test_a_process_that_ends_is_an_error_of_one_line_for_the_others():
     def gather(group):
         if group.rank == 1:
             return "left"
-        with pytest.raises(RunError, match=r"process \d of 3: another process of the group has ended .*\)$") as caught:
+        with pytest.raises(RunError, match=r"process \d of 3") as caught:
             [group.gather(torch.ones(2)) for _ in range(9)]
         return "\n" in str(caught.value)
 

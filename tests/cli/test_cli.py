@@ -409,12 +409,12 @@ def test_the_module_is_the_console_script(workspace, cache):
     [
         (["--es.noise_rank", "0"], "--es.noise_rank: expected at least 1, got 0"),
         (["--es.noise-rank=0"], "--es.noise-rank: expected at least 1, got 0"),
-        (["--update.lr_scale", "0"], "--update.lr_scale: expected a number above 0"),
+        (["--update.lr_scale", "0"], "--update.lr_scale: expected a positive number"),
         (["--population", "3"], "--population: expected an even number"),
         (["--image.vae", "./nope"], "--image.vae: ./nope is neither"),
         (["--reward", "a("], "--reward: rewards: expected"),
         (["--heldout-reward", "a("], "--heldout-reward: rewards: expected"),
-        (["--resume"], "--resume: which run?"),
+        (["--resume"], "--resume: expected --run-dir"),
         (["--prompts", "nope.txt"], "--prompts: prompts file nope.txt: No such file"),
         (["--eval_prompts=nope.txt"], "--eval_prompts: prompts file nope.txt: No such file"),
         (["--reward", "nope"], "--reward: unknown reward 'nope'"),
@@ -430,14 +430,14 @@ def test_the_module_is_the_console_script(workspace, cache):
         (["--es.sigma", "1e8"], "--es.sigma: expected a learning rate"),
         (["--es.repeats", "1000000"], "--es.repeats: expected at most 2^24 images"),
         (["--es.repeats", "1000000", "--population", "64"], "--population: expected at most 2^24 images"),
-        (["--config", "h.yaml"], "config h.yaml: es.sigma: expected a number above 0, got -1"),
-        (["--config", "h.yaml", "--es.sigma", "-2"], "--es.sigma: expected a number above 0, got -2"),
+        (["--config", "h.yaml"], "config h.yaml: es.sigma: expected a positive number, got -1"),
+        (["--config", "h.yaml", "--es.sigma", "-2"], "--es.sigma: expected a positive number, got -2"),
         (["--config", "i.yaml"], "config i.yaml: es.sigmo: unknown setting; known: sigma"),
         (["--config", "i.yaml", "--es.sigma", "1"], "config i.yaml: es.sigmo: unknown setting; known: sigma"),
-        (["--lora.alpha-pattern", "to_q", "0"], "--lora.alpha-pattern: expected a number above 0"),
+        (["--lora.alpha-pattern", "to_q", "0"], "--lora.alpha-pattern: expected a positive number"),
         (["--trackers", "wandb", "wandb"], "--trackers: expected each tracker once"),
         (["--heldout_every", "-1"], "--heldout_every: expected at least 0, got -1"),
-        (["--es.sigma", "0", "--es.sigma=-1"], "--es.sigma: expected a number above 0, got -1"),
+        (["--es.sigma", "0", "--es.sigma=-1"], "--es.sigma: expected a positive number, got -1"),
         (["--update.lr-scale=1e10"], "--update.lr-scale: expected a learning rate"),
         (["--revision", "main"], "--revision: tiny is part of this package and has none, got main"),
         (["--reward", "checker", "--prompts", "p.txt"], "--prompts: expected captions of the nano world"),
@@ -509,7 +509,7 @@ def test_a_setting_of_a_run_is_named_with_its_folder(args, beginning, capsys, tm
 def test_a_model_that_is_not_there_is_told_before_rewards_are_built(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("esengine.run.prepare.load_rewards", lambda *a, **k: pytest.fail("rewards were built"))
-    monkeypatch.setattr("esengine.cli.eval.parse", lambda *a, **k: pytest.fail("rewards were built"))
+    monkeypatch.setattr("esengine.cli.eval.load_terms", lambda *a, **k: pytest.fail("rewards were built"))
     (tmp_path / "empty").mkdir()
     (tmp_path / "c.json").write_text('["a cat"]')
     for command in (["train"], ["eval", "--entries", "base@1", "--prompts", "c.json"]):

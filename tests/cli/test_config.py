@@ -170,8 +170,8 @@ def test_a_number_is_a_number_however_it_is_written(yaml_file, text, value):
         ("lora: {alpha_pattern: {1: 2}}", "lora.alpha_pattern", ("text", "1")),
         ("lora: {alpha_pattern: 3}", "lora.alpha_pattern", ("a mapping", "3")),
         ("population: 5", "population", ("even", "5")),
-        ("image: {height: 48}", "image.height", ("multiple of 32", "48")),
-        ("image: {num_steps: 2, x0_angle: 1.3}", "image.x0_angle", ("num_steps", "1.3", "2")),
+        ("image: {height: 0}", "image.height", ("at least 1", "0")),
+        ("image: {x0_angle: 2}", "image.x0_angle", ("at most 1.5708", "2")),
         ("update: {lr_scale: 1e9}\nes: {sigma: 1}", "update.lr_scale", ("1e+06", "1e+09", "es.sigma")),
     ],
 )

@@ -15,6 +15,7 @@ from esengine.models.defaults import BENCHMARKS, REWARDS, defaults
 from esengine.models.nano import world
 from esengine.rewards import load, parse
 from esengine.rewards.loading import locate
+from esengine.rewards.roles import judges, read_terms
 from esengine.rewards.spec import read
 
 
@@ -57,15 +58,23 @@ def test_a_benchmark_has_one_reward_of_weight_one(model, of, names):
     )
 
 
-def test_on_nano_every_judge_that_is_not_optimised_is_watched():
-    watched = defaults("nano").watched
-    names = lambda spec: [term.name for term in read(spec)]  # noqa: E731
-    assert names(watched({"pickscore"}, False)) == ["checker", "clip_text", "aesthetic", "no_artifacts"]
-    assert names(watched({"pickscore"}, True)) == ["clip_text", "aesthetic", "no_artifacts"]
-    assert names(watched({"jpeg_compressibility"}, True)) == ["pickscore", "clip_text", "aesthetic", "no_artifacts"]
-    everything = {"pickscore", "clip_text", "aesthetic", "no_artifacts", "checker"}
-    assert watched(everything, False) == "none"
-    assert defaults("tiny").watched({"pickscore"}, False) == "auto"
+@pytest.mark.parametrize(
+    ("optimised", "own_prompts", "expected"),
+    [
+        ("pickscore", False, ["checker", "clip_text", "aesthetic", "no_artifacts"]),
+        ("pickscore", True, ["clip_text", "aesthetic", "no_artifacts"]),
+        ("jpeg_compressibility", True, ["pickscore", "clip_text", "aesthetic", "no_artifacts"]),
+        ("checker=1,pickscore(model=nano)=0.02", False, ["clip_text", "aesthetic", "no_artifacts"]),
+        ("combined(pickscore=1,clip_text=1,aesthetic=1,no_artifacts=1,checker=1)", False, []),
+    ],
+)
+def test_on_nano_every_judge_that_is_not_optimised_is_watched(optimised, own_prompts, expected):
+    terms = read_terms(optimised, "auto", defaults("nano"), own_prompts=own_prompts)
+    watched = [term for term in terms if term.role == "watched"]
+    assert [term.name for term in watched] == expected
+    assert all(term.weight == 0 and term.optional for term in watched)
+    assert {term.options.get("model") for term in watched if term.name != "checker"} <= {"nano"}
+    assert [term.text() for term in watched if term.name == "clip_text"] in ([], ["clip_text(model=nano)"])
 
 
 def test_the_judges_of_nano_load_from_the_package():
@@ -110,3 +119,10 @@ def test_the_clip_of_a_model_is_found_by_the_models_name():
     assert locate("nano", None) == str(defaults("nano").clip)
     with pytest.raises(ConfigError, match="neither a folder nor a hub id"):
         locate("tiny", None)
+
+
+def test_the_judges_beside_a_reward_have_no_weight():
+    found = judges(defaults("nano"), read("checker"), own_prompts=True)
+    assert [term.name for term in found] == ["pickscore", "clip_text", "aesthetic", "no_artifacts"]
+    assert {term.weight for term in found} == {0.0}
+    assert judges(defaults("tiny"), read("pickscore"), own_prompts=False) == []

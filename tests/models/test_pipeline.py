@@ -11,15 +11,24 @@ import weakref
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from peft import LoraConfig
+from safetensors.torch import load_file
 from torch import nn
+from transformers import PreTrainedModel
 
 import esengine
+from esengine.base.errors import ConfigError, OutOfMemory, RenderError
 from esengine.models import (
     FAMILIES,
     DiffusersPipeline,
+    Family,
     RenderSettings,
     Rows,
+    SanaSprint,
+    load,
+    tiny_pipeline,
+    write_diffusers_lora,
 )
 from esengine.models.families import TINY
 from esengine.models.pipeline import row_generators

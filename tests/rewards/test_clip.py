@@ -134,8 +134,8 @@ def test_images_of_another_kind(clip_folder, batch):
 
 def test_one_image_pass_for_all_and_one_text_pass_for_each_new_prompt(clip_folder, images, monkeypatch):
     reward = rewards.parse(",".join(f"{name}(model={clip_folder})" for name in NAMES))
-    assert len({id(term.encoder) for _, term, _ in reward.terms}) == 1
-    counted = Counted(reward.terms[0][1].encoder, monkeypatch)
+    assert len({id(term.reward.encoder) for term in reward.terms}) == 1
+    counted = Counted(reward.terms[0].reward.encoder, monkeypatch)
     first = reward.score(images(6), ["a", "b", "a", "b", "a", "a"])
     assert counted.images == [6]
     assert counted.texts == [1, 1]  # the fixed texts were encoded when they were loaded
@@ -153,7 +153,7 @@ def test_shared_passes_give_what_each_reward_gives_alone(clip_folder, images):
 
 def test_other_settings_are_other_encoders(clip_folder):
     reward = rewards.parse(f"clip_text(model={clip_folder}),aesthetic(model={clip_folder},dtype=bfloat16)")
-    first, second = (term.encoder for _, term, _ in reward.terms)
+    first, second = (term.reward.encoder for term in reward.terms)
     assert (first.clip.dtype, second.clip.dtype) == (torch.float32, torch.bfloat16)
 
 
@@ -258,7 +258,7 @@ def copy(folder, to, *without):
 def test_a_pickle_is_refused(write_clip, clip_folder, tmp_path):
     folder = copy(clip_folder, tmp_path / "pickle", "model.safetensors")
     torch.save(CLIPModel.from_pretrained(clip_folder).state_dict(), folder / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match=r"pickle has no \*\.safetensors; weights in another format are not read"):
+    with pytest.raises(ConfigError, match="safetensors"):
         rewards.load("pickscore", model=str(folder))
 
 
@@ -334,8 +334,9 @@ def test_a_damaged_folder_gives_one_line(clip_folder, tmp_path, damage, message)
     ],
 )
 def test_options_that_do_not_fit(clip_folder, options, message):
-    with pytest.raises(ConfigError, match=f"reward pickscore: .*{message}"):
+    with pytest.raises(ConfigError, match=message) as caught:
         rewards.load("pickscore", **{"model": str(clip_folder), **options})
+    assert caught.value.setting == "reward pickscore"
 
 
 def test_a_folder_as_a_path(clip_folder):
@@ -344,7 +345,7 @@ def test_a_folder_as_a_path(clip_folder):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_as_many_prompts_as_images(clip_folder, images, name):
-    with pytest.raises(ValueError, match="prompts: expected 7, one for each image, got 1"):
+    with pytest.raises(ValueError, match="prompts: expected 7"):
         rewards.load(name, model=str(clip_folder))(images(7), ["a cat"])
 
 
@@ -355,15 +356,17 @@ def test_a_device_that_is_not_there(clip_folder):
 
 
 def test_hpsv2_names_no_model_of_its_own():
-    with pytest.raises(ConfigError, match=r"reward hpsv2: .*expected a folder or hub id of a CLIPModel"):
+    with pytest.raises(ConfigError, match="CLIPModel") as caught:
         rewards.load("hpsv2")
+    assert caught.value.setting == "reward hpsv2"
 
 
 def test_score_errors_name_the_reward(clip_folder, images):
     reward = rewards.parse(f"pickscore(model={clip_folder})")
-    reward.terms[0][1].encoder.clip.visual_projection.weight.data.fill_(float("nan"))
-    with pytest.raises(RewardError, match=r"reward pickscore, step 4, members .*nan"):
+    reward.terms[0].reward.encoder.clip.visual_projection.weight.data.fill_(float("nan"))
+    with pytest.raises(RewardError, match="nan") as caught:
         reward.score(images(), PROMPTS, step=4, members=range(5))
+    assert (caught.value.reward, caught.value.step) == ("pickscore", 4)
 
 
 # ---- the hub, from a cache that looks like one

@@ -168,18 +168,18 @@ def test_another_file(clip_folder, tmp_path, capsys, content, message):
 
 def test_a_weight_too_few(weights, clip_folder, tmp_path):
     torch.save({name: value for name, value in weights.items() if name != "ln_final.bias"}, tmp_path / "HPS.pt")
-    with pytest.raises(ConfigError, match=r"1 of its weights are missing .*text_model.final_layer_norm.bias"):
+    with pytest.raises(ConfigError, match=r"text_model.final_layer_norm.bias"):
         convert(tmp_path / "HPS.pt", tmp_path / "out", processor=str(clip_folder))
 
 
 def test_a_processor_that_is_not_there(published, write_clip, tmp_path):
     bare = write_clip(tmp_path / "bare", processor=False)
-    with pytest.raises(ConfigError, match=r"processor: no tokenizer with a preprocessor_config\.json was found"):
+    with pytest.raises(ConfigError, match=r"preprocessor_config.json"):
         convert(published, tmp_path / "out", processor=str(bare))
 
 
 def test_the_error_of_the_reward_names_the_command():
-    with pytest.raises(ConfigError, match=r"reward hpsv2: .*python -m esengine\.rewards\.convert_hpsv2"):
+    with pytest.raises(ConfigError, match=r"esengine.rewards.convert_hpsv2"):
         rewards.load("hpsv2")
 
 

@@ -127,7 +127,7 @@ def test_a_server_that_recovers_is_asked_again(serve, images):
 @pytest.mark.parametrize(("retries", "tries"), [(0, 1), (2, 3)])
 def test_a_server_that_does_not(serve, images, retries, tries):
     url, bodies = serve(reply(b"no", 502))
-    with pytest.raises(RewardError, match=rf"/score: no answer after {tries} tries; the last one: answered 502"):
+    with pytest.raises(RewardError, match=rf"{tries} tries.*502"):
         rewards.load("remote", url=url, retries=retries)(images(1), ["a"])
     assert len(bodies) == tries
 
@@ -135,7 +135,7 @@ def test_a_server_that_does_not(serve, images, retries, tries):
 @pytest.mark.parametrize("status", [400, 404, 413, 422])
 def test_a_refusal_is_final(serve, images, status):
     url, bodies = serve(reply({"error": "x"}, status))
-    with pytest.raises(RewardError, match=f"answered {status}"):
+    with pytest.raises(RewardError, match=str(status)):
         rewards.load("remote", url=url)(images(1), ["a"])
     assert len(bodies) == 1
 
@@ -145,7 +145,7 @@ def test_redirects_are_not_followed(serve, images, status):
     target, reached = serve(means)
     for location in (target, "file:///etc/passwd"):
         url, bodies = serve(reply(b"", status, Location=location))
-        with pytest.raises(RewardError, match=f"answered {status}"):
+        with pytest.raises(RewardError, match=str(status)):
             rewards.load("remote", url=url)(images(1), ["a"])
         assert len(bodies) == 1
     assert reached == []
@@ -184,8 +184,10 @@ def test_an_answer_that_is_none(serve, images, answer, message):
 
 def test_a_score_beyond_float32_is_caught_by_the_check(serve, images):
     url, _ = serve(reply({"scores": [1, 1e300]}))
-    with pytest.raises(RewardError, match=r"reward remote, step 2, member 7 .*returned inf"):
+    with pytest.raises(RewardError, match="inf") as caught:
         rewards.parse(f"remote(url={url})").score(images(2), ["a", "b"], step=2, members=[5, 7])
+    error = caught.value
+    assert (error.reward, error.step, error.images, error.prompt) == ("remote", 2, (7,), "b")
 
 
 def test_an_endless_answer_is_cut(serve, images):
@@ -196,7 +198,7 @@ def test_an_endless_answer_is_cut(serve, images):
             handler.wfile.write(b" " * 65536)
 
     url, bodies = serve(endless)
-    with pytest.raises(RewardError, match="longer than limit=1000 bytes"):
+    with pytest.raises(RewardError, match="limit=1000"):
         rewards.load("remote", url=url, limit=1000)(images(1), ["a"])
     assert len(bodies) == 1
 
@@ -211,7 +213,7 @@ def test_an_answer_that_trickles_or_never_comes(serve, images):
 
     for answer in (trickles, lambda handler, body: time.sleep(1)):
         url, _ = serve(answer)
-        with pytest.raises(RewardError, match=r"no answer after 1 tries; the last one: .*(timed out|longer)"):
+        with pytest.raises(RewardError, match=r"1 tries.*(timed out|longer)"):
             rewards.load("remote", url=url, timeout=0.2, retries=0)(images(1), ["a"])
 
 
@@ -246,7 +248,7 @@ def test_an_answer_that_drips_ends_at_the_deadline(images, answer):
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         reward = rewards.load("remote", url=f"http://127.0.0.1:{server.server_address[1]}", timeout=0.3, retries=0)
-        with pytest.raises(RewardError, match=r"the last one: its answer took longer than timeout=0.3 s"):
+        with pytest.raises(RewardError, match=r"timeout=0.3"):
             reward(images(1), ["a"])
         server.shutdown()
 
@@ -261,7 +263,7 @@ def test_what_a_server_says_does_not_steer_the_terminal(images, status):
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Shouts) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         reward = rewards.load("remote", url=f"http://127.0.0.1:{server.server_address[1]}", retries=0)
-        with pytest.raises(RewardError, match=f"answered {status} .*red") as caught:
+        with pytest.raises(RewardError, match=f"{status} .*red") as caught:
             reward(images(1), ["a"])
         server.shutdown()
     assert str(caught.value).isprintable()
@@ -282,15 +284,16 @@ def test_an_answer_that_breaks_off_is_asked_for_again(serve, images):
 
 def test_the_error_of_a_run_names_the_images_and_the_service(serve, images):
     url, _ = serve(reply(b"", 404))
-    with pytest.raises(RewardError, match=r"^reward remote, step 3, members 0, 1 \(.*\): http://127.*answered 404"):
+    with pytest.raises(RewardError, match=r"http://127.*404") as caught:
         rewards.parse(f"remote(url={url})").score(images(2), ["a", "b"], step=3, members=[0, 1])
+    assert (caught.value.reward, caught.value.step, caught.value.images) == ("remote", 3, (0, 1))
 
 
 def test_nobody_there(images):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(RewardError, match=r"no answer after 2 tries; the last one: .*refused"):
+        with pytest.raises(RewardError, match=r"2 tries.*refused"):
             rewards.load("remote", url=url, retries=1)(images(1), ["a"])
 
 
@@ -301,7 +304,7 @@ def test_not_http(images):
 
     with socketserver.TCPServer(("127.0.0.1", 0), Babble) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        with pytest.raises(RewardError, match="no answer after 1 tries"):
+        with pytest.raises(RewardError, match="1 tries"):
             rewards.load("remote", url=f"http://127.0.0.1:{server.server_address[1]}", retries=0)(images(1), ["a"])
         server.shutdown()
 
@@ -321,13 +324,15 @@ def test_not_http(images):
     ],
 )
 def test_urls_that_are_none(url):
-    with pytest.raises(ConfigError, match=r"reward remote: .*url: expected http://host:port/path"):
+    with pytest.raises(ConfigError, match="url") as caught:
         rewards.load("remote", url=url)
+    assert caught.value.setting == "reward remote"
 
 
 def test_a_password_is_refused_and_not_repeated():
-    with pytest.raises(ConfigError, match="without a password") as caught:
+    with pytest.raises(ConfigError, match="password") as caught:
         remote.Remote("http://me:secret@host/")
+    assert caught.value.setting == "url"
     assert "secret" not in str(caught.value)
 
 

@@ -71,13 +71,14 @@ def test_jpeg_does_not_depend_on_batch_mates_or_layout():
 
 @pytest.mark.parametrize("options", [{"quality": 0}, {"quality": 101}, {"quality": "high"}, {"size": 3}])
 def test_jpeg_options_that_do_not_fit(options):
-    with pytest.raises(ConfigError, match=r"jpeg_compressibility.*options"):
+    with pytest.raises(ConfigError, match="options") as caught:
         rewards.load("jpeg_compressibility", **options)
+    assert caught.value.setting == "reward jpeg_compressibility"
 
 
 @pytest.mark.parametrize("name", ["nope", "", "a:", ":b", "jpeg"])
 def test_unknown_name_lists_the_known_ones(name):
-    with pytest.raises(ConfigError, match=r"jpeg_compressibility, jpeg_incompressibility.*module:attr"):
+    with pytest.raises(ConfigError, match=r"jpeg_incompressibility.*module:attr"):
         rewards.load(name)
 
 
@@ -86,8 +87,9 @@ def test_module_attr_from_the_current_folder(user_module):
     before = list(sys.path)
     assert rewards.load(f"{name}:score")(noise_images(), PROMPTS).tolist() == [1.0] * 4
     assert sys.path == before
-    with pytest.raises(ConfigError, match=r"mine_a:score: takes no options.*scale"):
+    with pytest.raises(ConfigError, match="scale") as caught:
         rewards.load(f"{name}:score", scale=2)
+    assert caught.value.setting == "reward mine_a:score"
 
 
 def test_an_installed_package_is_not_hidden_by_the_current_folder(user_module):
@@ -119,7 +121,7 @@ def test_a_class_is_built_and_a_factory_is_not(user_module):
     ]:
         with pytest.raises(ConfigError, match=message):
             rewards.load(f"{name}:{attribute}")
-    with pytest.raises(ConfigError, match=r"cannot be built with options.*TypeError"):
+    with pytest.raises(ConfigError, match="TypeError"):
         rewards.load(f"{name}:Scaled", size=2)
 
 
@@ -130,7 +132,7 @@ def test_a_class_is_built_and_a_factory_is_not(user_module):
 def test_failing_import_gives_the_cause_and_cleans_up(user_module, text, message):
     name = user_module("mine_c", text)
     before = list(sys.path)
-    with pytest.raises(ConfigError, match=f"cannot import mine_c: .*{message}") as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         rewards.load(f"{name}:score")
     assert caught.value.__cause__ is not None
     assert "\n" not in str(caught.value)
@@ -138,7 +140,7 @@ def test_failing_import_gives_the_cause_and_cleans_up(user_module, text, message
 
 
 def test_no_such_module():
-    with pytest.raises(ConfigError, match="cannot import no_such_module_y"):
+    with pytest.raises(ConfigError, match="no_such_module_y"):
         rewards.load("no_such_module_y:score")
 
 
@@ -218,10 +220,13 @@ def test_where_a_look_waits_for_the_device_it_is_put_off_to_the_end_of_a_step(mo
             for first in (0, 4, 8):
                 asked.append(reward.score(images, PROMPTS, step=3, members=range(first, first + 4)))
 
-    with pytest.raises(RewardError, match=r"my_mod:score, step 3, members? 4.*a cat.*: returned nan"):
+    with pytest.raises(RewardError, match="nan") as caught:
         step()
+    error = caught.value
+    assert (error.reward, error.step, error.images) == ("my_mod:score", 3, (4, 5, 6, 7))
+    assert error.prompt == PROMPTS[0]
     assert len(asked) == 3
-    with pytest.raises(RewardError, match="returned inf"):  # outside, at once
+    with pytest.raises(RewardError, match="inf"):  # outside, at once
         reward.score(images, PROMPTS)
 
 
@@ -241,15 +246,19 @@ def test_an_error_inside_a_step_is_not_hidden_by_those_put_off(monkeypatch):
 def test_several_offending_images():
     scores = torch.tensor([float("nan"), 0.0, float("inf"), float("nan")])
     reward = weighted(lambda images, prompts: scores)
-    with pytest.raises(RewardError, match=r"step 0, members 8, 3 \(prompt 'a cat' and 2 more\): returned nan, inf;"):
+    with pytest.raises(RewardError, match="nan, inf") as caught:
         reward.score(noise_images(), PROMPTS, step=0, members=torch.tensor([8, 8, 3, 8]))
-    with pytest.raises(RewardError, match=r"score, images 0, 2, 3 \("):
+    assert (caught.value.step, caught.value.images, caught.value.prompt) == (0, (8, 3), "a cat")
+    assert "'a cat' and 2 more" in str(caught.value)
+    with pytest.raises(RewardError) as caught:
         reward.score(noise_images(), PROMPTS)
+    assert (caught.value.step, caught.value.images) == (None, (0, 2, 3))
 
 
 def test_many_members_and_long_prompts_are_cut_short():
-    with pytest.raises(RewardError, match=r"members 0, .*7, \.\.\. \(50 in all\)") as caught:
+    with pytest.raises(RewardError, match="50 in all") as caught:
         weighted(constant(float("nan"))).score(noise_images(50, 2, 2), ["x" * 999] * 50, step=1, members=range(50))
+    assert (caught.value.images, caught.value.prompt) == (tuple(range(50)), "x" * 999)
     assert len(str(caught.value)) < 300
 
 
@@ -277,8 +286,9 @@ def test_many_members_and_long_prompts_are_cut_short():
     ],
 )
 def test_wrong_type_shape_or_dtype(result, got):
-    with pytest.raises(RewardError, match=rf"my_mod:score, step 3, members 0, .*returned {got}"):
+    with pytest.raises(RewardError, match=got) as caught:
         weighted(lambda images, prompts: result).score(noise_images(), PROMPTS, step=3, members=range(4))
+    assert (caught.value.reward, caught.value.step, caught.value.images) == ("my_mod:score", 3, (0, 1, 2, 3))
 
 
 @pytest.mark.parametrize(
@@ -339,7 +349,7 @@ def test_other_number_types_will_do(dtype):
     ],
 )
 def test_an_integer_that_would_be_rounded_is_refused_in_every_form(result):
-    with pytest.raises(RewardError, match="integers that float32 cannot hold exactly"):
+    with pytest.raises(RewardError, match="exactly"):
         weighted(lambda images, prompts: result).score(noise_images(), PROMPTS)
 
 
@@ -363,8 +373,9 @@ def test_a_reward_that_raises_is_chained_and_one_line(error):
     def reward(images, prompts):
         raise error
 
-    with pytest.raises(RewardError, match=rf"reward my_mod:score, step 5, .*raised {type(error).__name__}") as caught:
+    with pytest.raises(RewardError, match=type(error).__name__) as caught:
         weighted(reward).score(noise_images(), PROMPTS, step=5, members=range(4))
+    assert (caught.value.reward, caught.value.step) == ("my_mod:score", 5)
     assert caught.value.__cause__ is error
     assert "\n" not in str(caught.value)
 
@@ -379,8 +390,9 @@ def test_ctrl_c_is_not_a_reward_error():
 
 def test_a_sum_that_overflows_is_an_error_too():
     reward = rewards.Weighted([("a", constant(3e38), 1.0), ("b", constant(3e38), 1.0)])
-    with pytest.raises(RewardError, match=r"reward combined, step 1, .*inf"):
+    with pytest.raises(RewardError, match="inf") as caught:
         reward.score(noise_images(), PROMPTS, step=1, members=range(4))
+    assert (caught.value.reward, caught.value.step) == ("combined", 1)
 
 
 def test_a_reward_cannot_damage_the_next_ones_input():
@@ -480,11 +492,13 @@ def test_where_memory_runs_out_smaller_parts_are_scored_and_it_stays_so():
 
 
 def test_where_not_one_image_fits_the_error_has_the_bytes():
-    with pytest.raises(OutOfMemory, match=r"1 images and reward own .* \(asked for 2.00 GiB, free 1.50 GiB\)"):
+    with pytest.raises(OutOfMemory, match=r"2.00 GiB.*1.50 GiB"):
         weighted(narrow(0, []), name="own").score(noise_images(), ["p"] * 4)
 
 
 def test_members_stay_with_their_images_in_smaller_parts():
     reward = weighted(lambda images, prompts: narrow(1, [])(images, prompts) / (prompts[0] != "p2"), name="own")
-    with pytest.raises(RewardError, match=r"reward own, step 3, member 12 \(prompt 'p2'\): returned inf"):
+    with pytest.raises(RewardError, match="inf") as caught:
         reward.score(noise_images(), [f"p{i}" for i in range(4)], step=3, members=[10, 11, 12, 13])
+    error = caught.value
+    assert (error.reward, error.step, error.images, error.prompt) == ("own", 3, (12,), "p2")

@@ -87,17 +87,17 @@ def test_the_device_goes_to_rewards_that_name_it(module):
     reward = rewards.parse(
         f"{module}:Takes(scale=2),{module}:TakesNone,{module}:plain,jpeg_compressibility", device="xpu"
     )
-    assert (reward.terms[0][1].device, reward.terms[0][1].scale) == ("xpu", 2)
-    assert rewards.parse(f"{module}:Takes(device=cpu)", device="xpu").terms[0][1].device == "cpu"
+    assert (reward.terms[0].reward.device, reward.terms[0].reward.scale) == ("xpu", 2)
+    assert rewards.parse(f"{module}:Takes(device=cpu)", device="xpu").terms[0].reward.device == "cpu"
     assert rewards.load(f"{module}:Takes").device == "unset"
 
 
 def test_options_reach_the_built_in_rewards():
     reward = rewards.parse("jpeg_compressibility(quality=30)=2")
     assert reward.settings() == {"jpeg_compressibility": {"weight": 2.0, "quality": 30}}
-    with pytest.raises(ConfigError, match=r"unknown options size; expected some of quality$"):
+    with pytest.raises(ConfigError, match=r"size.*quality"):
         rewards.parse("jpeg_compressibility(size=30)")
-    with pytest.raises(ConfigError, match=r"reward jpeg_compressibility: cannot be built .* quality: expected an int"):
+    with pytest.raises(ConfigError, match="quality: expected an int"):
         rewards.parse("jpeg_compressibility(quality=high)")
 
 
@@ -127,17 +127,18 @@ def test_the_device_of_a_group_is_no_reward_and_reaches_those_that_take_one(modu
     assert (other.name, other.weight, other.device) == ("b", 1.0, device)
     reward = rewards.parse(f"combined(jpeg_compressibility=1,{module}:Takes=2,device={device})", device="cuda:7")
     assert reward.names == ["jpeg_compressibility", f"{module}:Takes"]
-    assert reward.terms[1][1].device == device
+    assert reward.terms[1].reward.device == device
 
 
 @pytest.mark.parametrize("text", ["combined()", "combined(device=cpu)", "combined(a=1,device=3)", "combined(a=b)"])
 def test_a_group_without_rewards_or_with_other_options_is_refused(text):
-    with pytest.raises(ConfigError, match="reward combined: expected"):
+    with pytest.raises(ConfigError) as caught:
         read(text)
+    assert caught.value.setting == "reward combined"
 
 
 def test_names_and_weights_are_checked_before_anything_is_loaded():
-    with pytest.raises(ConfigError, match="given 2 times"):
+    with pytest.raises(ConfigError, match="2 times"):
         rewards.parse("pickscore(model=/no/such),pickscore(model=/no/such)")
 
 
@@ -188,3 +189,13 @@ def test_features_are_shared_by_encoder_and_not_by_mistake():
     assert torch.equal(torch.stack([scores[name] for name in "rgb"], 1), expected)
     reward.score(255 - images, ["a", "b"])
     assert Mean.calls == 4  # nothing outlives a batch
+
+
+@pytest.mark.parametrize(
+    "value", [3, -1.5, True, False, "nano", "a,b", " a ", "it's", 'say "x"', "(x)", "3", "1e-2", "true", "", "a b", "ü"]
+)
+def test_the_text_of_a_term_is_read_back_equal(value):
+    term = Term("own:Score", {"option": value, "k": 1})
+    (again,) = read(term.text())
+    assert again == term
+    assert type(again.options["option"]) is type(value)

@@ -18,7 +18,7 @@ from esengine.evaluation.draw import EVAL_STEP
 from esengine.models import SanaSprint, tiny_model
 from esengine.models.defaults import defaults
 from esengine.rewards import BUILTIN, Weighted, load
-from esengine.rewards.roles import CLIP_FAMILY, Rewards, load_rewards
+from esengine.rewards.roles import CLIP_FAMILY, Rewards, load_rewards, read_terms
 from esengine.run import journal
 from esengine.run.folder import RunFolder
 from esengine.run.held_out import HeldOut, part_ways
@@ -310,10 +310,10 @@ def family(monkeypatch):
 
 
 def chosen(reward, held_out, notes=None):
-    rewards = load_rewards(reward, held_out, device="cpu", note=notes.said.append if notes else pytest.fail)
-    own = [(name, weight) for name, _, weight in rewards.optimised.terms]
-    assert [(name, weight) for name, _, weight in rewards.everything.terms][: len(own)] == own
-    return own, [name for name, _, _ in rewards.everything.terms[len(own) :]], rewards
+    terms = read_terms(reward, held_out, defaults("tiny"))
+    rewards = load_rewards(terms, device="cpu", note=notes.said.append if notes else pytest.fail)
+    assert list(rewards.everything.terms) == [*rewards.optimised.terms, *rewards.watched]
+    return rewards
 
 
 @pytest.mark.parametrize(
@@ -330,61 +330,73 @@ def chosen(reward, held_out, notes=None):
     ],
 )
 def test_which_rewards_are_held_out(family, reward, held_out, expected):
-    own, others, rewards = chosen(reward, held_out)
-    assert others == expected
-    assert [weight for _, _, weight in rewards.everything.terms[len(own) :]] == [0.0] * len(expected)
-    assert set(rewards.held_out) == {*expected, *(name for name, weight in own if not weight)}
+    rewards = chosen(reward, held_out)
+    assert [(term.name, term.weight, term.role) for term in rewards.watched] == [
+        (name, 0.0, "watched") for name in expected
+    ]
+    assert {term.role for term in rewards.optimised.terms} == {"optimised"}
+    assert set(rewards.held_out) == {*expected, *(term.name for term in rewards.optimised.terms if not term.weight)}
 
 
 def test_what_auto_cannot_load_is_left_out_and_said(family, notes):
     family("clip_text")
     family("no_artifacts")
-    assert chosen("pickscore", "auto", notes)[1] == ["aesthetic"]
+    assert [term.name for term in chosen("pickscore", "auto", notes).watched] == ["aesthetic"]
     assert len(notes.said) == 2
     assert all("left out" in line and "no such model" in line for line in notes.said)
     assert "clip_text" in notes.said[0]
 
 
-def test_what_stands_for_auto_leaves_out_what_is_optimised_under_another_name(family):
-    reward, watched = "esengine.rewards.jpeg:JpegCompressibility", "jpeg_compressibility,clip_text"
-    rewards = load_rewards(reward, watched, device="cpu", note=pytest.fail, auto=True)
+def test_auto_leaves_out_what_is_optimised_under_another_name(family):
+    reward = "esengine.rewards.jpeg:JpegCompressibility"
+    judged = dataclasses.replace(
+        defaults("nano"), judges={name: name for name in ("jpeg_compressibility", "clip_text")}
+    )
+    rewards = load_rewards(read_terms(reward, "auto", judged), device="cpu", note=pytest.fail)
     assert rewards.everything.names == [reward, "clip_text"]
 
 
 def test_rewards_of_one_kind_and_other_options_are_two(family):
-    rewards = load_rewards("pickscore", "esengine.rewards.jpeg:JpegCompressibility", device="cpu", note=pytest.fail)
-    assert rewards.watched == ["esengine.rewards.jpeg:JpegCompressibility"]
+    rewards = chosen("pickscore", "esengine.rewards.jpeg:JpegCompressibility")
+    assert [term.name for term in rewards.watched] == ["esengine.rewards.jpeg:JpegCompressibility"]
     both = "jpeg_compressibility(quality=50)", "esengine.rewards.jpeg:JpegCompressibility"
-    assert len(load_rewards(*both, device="cpu", note=pytest.fail).everything.names) == 2
+    assert len(chosen(*both).everything.names) == 2
 
 
 @pytest.mark.parametrize(
-    ("reward", "held_out", "words"),
+    ("reward", "held_out", "setting", "word"),
     [
-        ("hpsv2", "auto", "reward hpsv2.*no such model"),
-        ("pickscore", "hpsv2", "reward hpsv2.*no such model"),
-        ("pickscore", "nosuch", "unknown reward 'nosuch'"),
-        ("pickscore", "pickscore", "heldout_reward: pickscore is named in reward too"),
-        ("pickscore=1,aesthetic=0", "clip_text,aesthetic", "heldout_reward: aesthetic is named in reward too"),
-        ("pickscore", "", "expected a reward"),
-        ("pickscore", "clip_text,clip_text", "reward clip_text: given 2 times"),
-        ("pickscore=0", "clip_text", "at least one with a weight"),
-        ("esengine.rewards.jpeg:JpegIncompressibility", "jpeg_incompressibility", "which reward names too"),
-        ("my_scores:Scorer", "my_scores:Same", "which reward names too"),
-        ("my_scores:one.score", "my_scores:other.score", "which reward names too"),
-        ("my_scores:total", "jpeg_compressibility", "which reward names too"),
-        ("combined(jpeg_compressibility=1)", "esengine.rewards:jpeg.JpegCompressibility", "which reward names too"),
+        ("hpsv2", "auto", "reward", "no such model"),
+        ("pickscore", "hpsv2", "heldout_reward", "no such model"),
+        ("pickscore", "nosuch", "heldout_reward", "'nosuch'"),
+        ("pickscore", "pickscore", "heldout_reward", "pickscore"),
+        ("pickscore=1,aesthetic=0", "clip_text,aesthetic", "heldout_reward", "aesthetic"),
+        ("pickscore", "", "heldout_reward", "a reward"),
+        ("pickscore", "clip_text,clip_text", "heldout_reward", "2 times"),
+        ("pickscore=0", "clip_text", "reward", "at least one with a weight"),
+        ("esengine.rewards.jpeg:JpegIncompressibility", "jpeg_incompressibility", "heldout_reward", "the same as"),
+        ("my_scores:Scorer", "my_scores:Same", "heldout_reward", "the same as my_scores:Scorer"),
+        ("my_scores:one.score", "my_scores:other.score", "heldout_reward", "the same as my_scores:one.score"),
+        ("my_scores:total", "jpeg_compressibility", "heldout_reward", "the same as my_scores:total"),
+        (
+            "combined(jpeg_compressibility=1)",
+            "esengine.rewards:jpeg.JpegCompressibility",
+            "heldout_reward",
+            "the same as jpeg_compressibility",
+        ),
     ],
 )
-def test_rewards_that_cannot_be_used(family, reward, held_out, words, monkeypatch):
+def test_rewards_that_cannot_be_used(family, reward, held_out, setting, word, monkeypatch):
     family("hpsv2")
     module = types.ModuleType("my_scores")
     module.Scorer = module.Same = type("Scorer", (), {"__call__": lambda self, images, prompts: [0.0] * len(images)})
     module.one = module.other = type("Has", (), {"score": lambda self, images, prompts: [0.0] * len(images)})()
     module.total = load("combined", jpeg_compressibility=1)
     monkeypatch.setitem(sys.modules, "my_scores", module)
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError) as caught:
         chosen(reward, held_out)
+    assert caught.value.setting == setting
+    assert word in caught.value.problem
 
 
 # ---- in a run
@@ -545,9 +557,9 @@ def test_a_run_that_was_not_watched_can_be_from_where_it_is(small, tmp_path):
 
 @pytest.mark.parametrize("reward", ["combined(jpeg_compressibility=1,device=cpu)", "combined(jpeg_compressibility=1)"])
 def test_an_option_of_a_group_is_not_counted_as_a_reward(reward):
-    own, others, rewards = chosen(reward, "jpeg_incompressibility")
-    assert own == [("jpeg_compressibility", 1.0)]
-    assert others == ["jpeg_incompressibility"]
+    rewards = chosen(reward, "jpeg_incompressibility")
+    assert [(term.name, term.weight) for term in rewards.optimised.terms] == [("jpeg_compressibility", 1.0)]
+    assert [term.name for term in rewards.watched] == ["jpeg_incompressibility"]
     assert rewards.objective == "jpeg_compressibility"
     images = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
     scores = rewards.everything.score(images, ["a", "b"])

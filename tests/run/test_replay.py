@@ -108,7 +108,7 @@ def test_a_changed_log_is_another_adapter(trained, esengine, workspace):
     assert esengine("replay", "run")[:2] == (0, esengine("replay", "run")[1])
     code, out, err = esengine("replay", "run")
     assert "4 steps made again" in out
-    assert "it is run/adapter bit for bit" in out
+    assert "equals run/adapter bit for bit" in out
     journals.rewrite(workspace / "run", swapped)
     code, out, err = esengine("replay", "run")
     assert code == 1
@@ -164,7 +164,8 @@ def test_a_run_killed_between_checkpoints_has_its_log_ahead(small, tmp_path, mon
     assert (found.steps, found.agreed, found.parted) == (5, agreed, [])
     code, out, _ = esengine("replay", tmp_path / "run")
     assert code == 0
-    assert f"is what the first {agreed} make bit for bit; the log is {5 - agreed} ahead of it" in out
+    assert f"equals the result of the first {agreed} steps bit for bit" in out
+    assert f"the log has {5 - agreed} more" in out
 
 
 def test_settings_that_changed_on_the_way_are_replayed(small, tmp_path):

@@ -183,8 +183,9 @@ def test_any_picture_has_a_finite_degree(checker):
 def test_a_prompt_outside_the_world_is_one_line(prompt):
     images = tensor(ONE)
     reward = rewards.parse("checker")
-    with pytest.raises(RewardError, match=r"^reward checker.*expected a caption of the nano world: .*got ") as raised:
+    with pytest.raises(RewardError, match="nano") as raised:
         reward(images, [prompt])
+    assert (raised.value.reward, raised.value.prompt) == ("checker", prompt)
     assert "\n" not in str(raised.value)
     with pytest.raises(RewardError, match="'cat' as word 2"):
         Checker()(images, ["a cat"])
@@ -193,5 +194,6 @@ def test_a_prompt_outside_the_world_is_one_line(prompt):
 def test_it_is_built_in_and_names_its_version():
     weighted = rewards.parse("checker=0.5,jpeg_compressibility=0")
     assert weighted.settings()["checker"] == {"weight": 0.5, "version": 1}
-    with pytest.raises(ConfigError, match="reward checker: unknown options device"):
+    with pytest.raises(ConfigError, match="device") as caught:
         rewards.load("checker", device="cpu")
+    assert caught.value.setting == "reward checker"
