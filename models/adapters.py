@@ -1,6 +1,7 @@
 """Loads a saved LoRA into a diffusers pipeline, by the pipeline's own loader where it has one."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 
 from esengine.base.errors import ConfigError
+from esengine.es.lora_folder import PEFT_PREFIX, PEFT_WEIGHTS, read_lora
 from esengine.models.loading import READ_ERRORS, first_line
-from esengine.models.lora_file import WEIGHT_NAME, check_diffusers_lora
+from esengine.models.lora_file import WEIGHT_NAME, check_diffusers_lora, weight_files, write_diffusers_lora
 
 _SELECTED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 """Metadata of a LoRA file that sets ranks and scales."""
@@ -25,15 +27,21 @@ def load_adapter(pipe: DiffusionPipeline, denoiser: str, path: str | Path) -> No
     Args:
         pipe: the pipeline.
         denoiser: its attribute that the LoRA is for.
-        path: folder with `pytorch_lora_weights.safetensors`.
+        path: folder with `pytorch_lora_weights.safetensors`; without it, a folder that PEFT saved.
 
     Raises:
         ConfigError: the file is missing, unreadable or incomplete, or the loader loaded only some of its layers.
     """
-    file = Path(path) / WEIGHT_NAME
-    if not file.is_file():
-        raise ConfigError(f"adapter: {file} does not exist")
+    path = Path(path)
+    if not weight_files(path):
+        raise ConfigError(f"adapter: {path / WEIGHT_NAME} does not exist")
     unload_adapter(pipe, denoiser)
+    if not (path / WEIGHT_NAME).is_file():
+        with tempfile.TemporaryDirectory() as folder:
+            _convert(path, Path(folder), getattr(pipe, denoiser), denoiser)
+            load_adapter(pipe, denoiser, folder)
+        return
+    file = path / WEIGHT_NAME
     module, kinds = getattr(pipe, denoiser), (torch.nn.Linear, torch.nn.Conv2d)
     shapes = {name: m.weight.shape for name, m in module.named_modules() if isinstance(m, kinds)}
     try:
@@ -49,6 +57,22 @@ def load_adapter(pipe: DiffusionPipeline, denoiser: str, path: str | Path) -> No
         unload_adapter(pipe, denoiser)
         raise ConfigError(f"adapter: {file}: the pipeline took {len(taken)} of its {len(layers)} LoRA layers")
     module.eval().requires_grad_(False)  # PEFT adds its layers in training mode, with dropout on
+
+
+def _convert(path: Path, folder: Path, module: torch.nn.Module, denoiser: str) -> None:
+    """Write a PEFT folder's LoRA as the file that diffusers' pipelines load, at the same strength."""
+    try:
+        with safe_open(path / PEFT_WEIGHTS, framework="pt") as opened:
+            keys = list(opened.keys())
+        names = {key.removeprefix(PEFT_PREFIX).rsplit(".lora_", 1)[0] for key in keys}
+        weights = {name: m.weight.shape for name, m in module.named_modules() if name in names and hasattr(m, "weight")}
+        targets = {name: ((1, *shape[1:]), (shape[0], 1, *shape[2:])) for name, shape in weights.items()}
+        found = read_lora(path, targets)
+    except READ_ERRORS as error:
+        raise ConfigError(f"adapter: cannot load {path}: {first_line(error)}") from error
+    state = {f"{name}.lora_A.weight": each.a.float().flatten(1) for name, each in found.items()}
+    state |= {f"{name}.lora_B.weight": each.b.float().flatten(1) for name, each in found.items()}
+    write_diffusers_lora(folder, state, {name: each.scale for name, each in found.items()}, denoiser)
 
 
 def unload_adapter(pipe: DiffusionPipeline, denoiser: str) -> None:

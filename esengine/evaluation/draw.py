@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from esengine.evaluation.entries import Entry
 from esengine.evaluation.statistics import Report, summarise
 from esengine.kernels import CONTRACT
 from esengine.models import Generator, RenderSettings, TextEmbeddings
-from esengine.models.lora_file import WEIGHT_NAME
+from esengine.models.lora_file import weight_files
 from esengine.rewards import Weighted
 from esengine.rewards.fault_tolerant import FaultTolerant
 from esengine.sampling.environment import PACKAGES, describe
@@ -187,7 +188,8 @@ def provenance(model: Generator, plan: Plan, reward: Weighted) -> dict[str, Any]
     return {
         "weights": model.identity(),
         "adapters": {
-            entry.label: "sha256:" + hashlib.sha256((entry.adapter / WEIGHT_NAME).read_bytes()).hexdigest()
+            entry.label: "sha256:"
+            + hashlib.sha256(b"".join(map(Path.read_bytes, weight_files(entry.adapter)))).hexdigest()
             for entry in plan.entries
             if entry.adapter is not None
         },

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from esengine.base.errors import ConfigError
-from esengine.models.lora_file import WEIGHT_NAME
+from esengine.models.lora_file import WEIGHT_NAME, weight_files
 
 BASE, ADAPTER = "base", "adapter"
 ACCEPTED = (
@@ -24,7 +24,7 @@ class Entry:
     Attributes:
         name: `base`, or the name of an adapter.
         steps: denoising steps.
-        adapter: folder that holds `pytorch_lora_weights.safetensors`; None: the base model.
+        adapter: folder of a diffusers or a PEFT adapter; None: the base model.
     """
 
     name: str
@@ -95,7 +95,7 @@ def _parse(spec: str, adapter: Path | None) -> Entry:
 def adapter_of(run_dir: Path) -> Path:
     """The folder of a run's adapter. Raises ConfigError if the run has none."""
     folder = run_dir / ADAPTER
-    if not (folder / WEIGHT_NAME).is_file():
+    if not weight_files(folder):
         raise ConfigError(
             f"run folder {run_dir}: it has no adapter: {folder / WEIGHT_NAME} does not exist; a run writes one with "
             "its first checkpoint"
@@ -106,6 +106,6 @@ def adapter_of(run_dir: Path) -> Path:
 def _holder(folder: Path, where: str) -> Path:
     """The folder that holds the weights: the given one, or `adapter/` of a run."""
     for place in (folder, folder / ADAPTER):
-        if (place / WEIGHT_NAME).is_file():
+        if weight_files(place):
             return place
     raise ConfigError(f"{where}: {folder / WEIGHT_NAME} does not exist; {ACCEPTED}")

@@ -117,6 +117,8 @@ def read_inputs(config: TrainConfig, group: Group) -> Inputs:
     config = dataclasses.replace(config, reward=config.reward or of_model.reward)
     sampler = PromptSampler(len(prompts), config.es.prompts_per_step, config.seed)
     render_settings(config.image)
+    if config.init_adapter is not None and not config.resume and not config.init_adapter.exists():
+        raise ConfigError(f"expected a folder, {config.init_adapter} does not exist", setting="init_adapter")
     if config.resume and config.run_dir is not None and (config.run_dir / journal.NAME).is_file():
         config = _as_before(config, started(journal.read(config.run_dir / journal.NAME, needed=0)))
     own_prompts = bool(config.prompts or config.eval_prompts)
@@ -173,7 +175,8 @@ def prepare(inputs: Inputs, folder: RunFolder, progress: Progress, group: Group)
     _require_alike(group, start)
     if before is not None and group.is_main:
         _check_same_run(folder, before.start, start, allowed, progress)
-    engine = _engine(inputs.sampler, model, config, settings, progress, group)
+    population = start_population(model, config) if saved is None else attach_population(model, config)
+    engine = _engine(inputs.sampler, population, model, config, settings, progress, group)
     limits = (None, None)
     if saved is not None:
         _go_on(engine, saved, config, folder, progress)
@@ -217,13 +220,13 @@ def _rewards(inputs: Inputs, config: TrainConfig, device: str, progress: Progres
 
 def _engine(
     sampler: PromptSampler,
+    population: Population,
     model: Generator,
     config: TrainConfig,
     settings: RenderSettings,
     progress: Progress,
     group: Group,
 ) -> Engine:
-    population = attach_population(model, config)
     for name in config.lora.alpha_pattern:
         if not any(f".{layer}".endswith(f".{name}") for layer in population.layers):
             progress.note(f"lora.alpha_pattern: {name} matches no target; ignored")
@@ -254,6 +257,21 @@ def _encoded(
         progress.note(f"warning: {len(shared)} of the held-out prompts are trained on too")
     with group.first():
         return encode(model, (inputs.prompts, inputs.eval_prompts), config.image, progress)
+
+
+def start_population(model: Generator, config: TrainConfig) -> Population:
+    """Attach the run's population to the model, with the adapter that its first step starts from.
+
+    Raises:
+        ConfigError: as `attach_population`; or `init_adapter` cannot be continued exactly.
+    """
+    population = attach_population(model, config)
+    if config.init_adapter is not None:
+        try:
+            population.load_lora(config.init_adapter)
+        except ValueError as error:
+            raise ConfigError(str(error), setting="init_adapter") from error
+    return population
 
 
 def attach_population(model: Generator, config: TrainConfig) -> Population:
@@ -310,6 +328,7 @@ def _resolved(config: TrainConfig, model: Generator) -> TrainConfig:
         model=str(Path(config.model).resolve()) if is_folder(config.model) else config.model,
         prompts=config.prompts and config.prompts.resolve(),
         eval_prompts=config.eval_prompts and config.eval_prompts.resolve(),
+        init_adapter=config.init_adapter and config.init_adapter.resolve(),
         device=model.device.type,  # without its number, which may change on resume
         dtype=str(model.dtype).removeprefix("torch."),
         image=dataclasses.replace(image, chunk=1, decode_chunk=1) if config.deterministic else image,

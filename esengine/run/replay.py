@@ -15,8 +15,8 @@ from esengine.es.population import PEFT_PREFIX, Population
 from esengine.models import Generator
 from esengine.run import journal
 from esengine.run.folder import checkpoint_folders, path_step
-from esengine.run.journal import Journal, Start, Step
-from esengine.run.prepare import attach_population
+from esengine.run.journal import Journal, Saved, Start, Step
+from esengine.run.prepare import attach_population, start_population
 from esengine.run.saving import adapter_sha256, save_adapter
 from esengine.run.settings import ReplayConfig, TrainConfig, load_run
 from esengine.sampling.build import load_model, pick_dtype, take_device
@@ -65,7 +65,11 @@ def replay(config: ReplayConfig, progress: Progress) -> Replayed:
     model = load_model(
         config.model or run.model, None if config.model else run.revision, device, pick_dtype(now.dtype, device)
     )
-    population, agreed = attach_population(model, now), None
+    population, agreed = start_population(model, now), None
+    for saved in found.of(Saved):
+        if saved.step == 0 and saved.adapter_sha256 != adapter_sha256(population):
+            what = f"{now.init_adapter} has changed since" if now.init_adapter else "the first adapter is another one"
+            raise RunError(f"{found.path}: expected the adapter {saved.adapter_sha256} before the first step: {what}")
     for step, then in steps:
         if stored is not None and next(_parted(population, stored), None) is None:
             agreed = step.step

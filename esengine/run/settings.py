@@ -139,6 +139,9 @@ class TrainConfig:
     """ES steps."""
     population: Annotated[Int, AfterValidator(_even), Field(le=MAX_COUNT)] = 32
     """Number of members N. It is even, because members come in antithetic pairs."""
+    init_adapter: File | None = None
+    """Start from this LoRA: a folder that PEFT or a diffusers pipeline saved. Its layers must be --lora.targets.
+    Its rank must be at most --lora.rank. By default the run starts from a LoRA that changes nothing."""
     seed: Seed = 0
     """Seed of the noise, the latents, the order of prompts, and the adapter's initial weights."""
     resume: Switch = False
