@@ -135,5 +135,5 @@ def test_the_published_recipe_is_the_one_in_the_readme():
     images = chosen.population * chosen.es.prompts_per_step * chosen.es.repeats
     assert (chosen.update.lr_scale, chosen.image.height, chosen.image.x0_angle) == (0.1, 512, 1.3)
     assert f"{chosen.population} members x {chosen.es.prompts_per_step} prompts x" in read(README)
-    assert f"= {images} |" in read(README)
+    assert f"= {images} a step;" in read(README)
     assert f"{chosen.steps} steps: {chosen.steps * images:,} |" in read(README)
