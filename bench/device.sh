@@ -15,7 +15,7 @@ usage: bench/device.sh smoke|suite|tune|cache OUT
 All results, logs and caches go to the folder OUT. What the environment may set:
 
   PYTHON           the interpreter (python3)
-  WHEELS           folder of wheels for packages that this Python lacks, such as diffusers (wheels)
+  WHEELS           folder of wheels for packages that this Python lacks, such as diffusers or pydantic (wheels)
   ESENGINE_COMMIT  the commit, for the records, where there is no .git
   DEVICE           cuda, or cpu for a rehearsal at toy size (cuda)
   BUDGET           seconds (smoke 150, suite 450, tune 480)
