@@ -36,6 +36,12 @@ def _positive(value: float) -> float:
     return value
 
 
+def _decay(value: float) -> float:
+    if not 0 <= value < 1:
+        raise ValueError("a number in [0, 1)")
+    return value
+
+
 def _not_empty(value: Any) -> Any:
     if value == "":
         raise ValueError("a path")  # Path("") is the current folder
@@ -46,7 +52,7 @@ Int = Annotated[int, Strict()]
 Switch = Annotated[bool, Strict()]
 Number = Annotated[float, Strict(), BeforeValidator(_number)]
 Positive = Annotated[Number, AfterValidator(_positive)]
-Decay = Annotated[Number, Field(ge=0, lt=1)]
+Decay = Annotated[Number, AfterValidator(_decay)]
 Count = Annotated[Int, Field(ge=1, le=MAX_COUNT)]
 Rank = Annotated[Int, Field(ge=1, le=1 << 14)]
 Steps = Annotated[Int, Field(ge=1, le=MAX_STEPS)]
@@ -151,7 +157,9 @@ def _config_error(error: ValidationError, cls: type, section: str = "", source: 
     elif kind == "dataclass_type":
         problem = f"expected {_EXPECTED[kind]}, got {type(found['input']).__name__}"
     elif kind in _EXPECTED:
-        facts = {name: f"{fact:g}" if isinstance(fact, float) else str(fact) for name, fact in facts.items()}
+        facts = {
+            name: f"{fact:g}" if isinstance(fact, float) else str(fact).replace("'", "") for name, fact in facts.items()
+        }
         problem = f"expected {_EXPECTED[kind].format(**facts)}, got {got}"
     else:
         problem = f"{found['msg']}, got {got}"

@@ -63,9 +63,6 @@ def _main(args: list[str]) -> int:
         "".join(args).encode()
     except UnicodeEncodeError:
         return _fail("expected arguments in UTF-8, got bytes that are not", 2)
-    for flag, value in zip(args, [*args[1:], None], strict=True):
-        if flag.startswith("--") and (value == "" or flag.endswith("=")):
-            return _fail(f"{flag.rstrip('=')}: expected a value, got an empty one", 2)
     from esengine.cli.flags import settings_of
 
     try:

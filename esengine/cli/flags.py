@@ -6,6 +6,8 @@ This module does not import torch, so `--help` is fast.
 import contextlib
 import dataclasses
 import io
+import types
+import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,32 @@ COMMANDS = {
     "replay": ReplayConfig,
     "env": EnvConfig,
 }
+
+
+_REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _one_value(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """Reads text, a path or a number that may be None. An error then shows no annotations, and no value is empty."""
+    union = typing.get_args(info.type) if typing.get_origin(info.type) in (typing.Union, types.UnionType) else ()
+    kinds = [each.__origin__ if typing.get_origin(each) is typing.Annotated else each for each in union or (info.type,)]
+    (kind, *more) = [each for each in kinds if each is not types.NoneType] or [None]
+    if kind not in (str, Path, int, float) or more:
+        return None
+
+    def read(words: list[str]) -> Any:
+        if not words[0]:
+            raise ValueError("expected a value, got an empty one")
+        return None if union and words[0] == "None" else kind(words[0])
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{'{None}|' if union else ''}{kind.__name__.upper()}",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, kind) or (bool(union) and value is None),
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 def settings_of(command: str, args: list[str]) -> contextlib.AbstractContextManager[Any]:
@@ -73,7 +101,7 @@ def command_settings(cls: type, args: list[str], prog: str) -> Iterator[Any]:
         ConfigError: as `train_settings`.
     """
     if "image" not in fields_of(cls):  # no file has settings of these commands
-        yield tyro.cli(cls, args=args, prog=prog)
+        yield tyro.cli(cls, args=args, registry=_REGISTRY, prog=prog)
         return
     given, files = _given(cls, args, prog), []
     with _naming(cls, args, given, files):
@@ -105,9 +133,9 @@ def _given(cls: type, args: list[str], prog: str) -> dict[str, Any]:
     """The settings that flags give, as a nested mapping. Ends the process after --help and after a wrong flag."""
     given: dict[str, Any] = {}
     with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):  # the parser below says why
-        given, _ = tyro.cli(_partial(cls), args=args, add_help=False, return_unknown_args=True)
+        given, _ = tyro.cli(_partial(cls), args=args, registry=_REGISTRY, add_help=False, return_unknown_args=True)
     with contextlib.suppress(ConfigError):  # files may complete these settings, so they are checked together later
-        tyro.cli(cls, args=args, default=_shown(cls, given), prog=prog)
+        tyro.cli(cls, args=args, registry=_REGISTRY, default=_shown(cls, given), prog=prog)
     return given
 
 

@@ -107,6 +107,8 @@ def test_what_is_wrong_is_one_line_and_nothing_is_left(files, esengine, workspac
         (["--population", "many"], "--population"),
         (["--trackers", "aim"], "--trackers"),
         (["--stepz", "3"], "--stepz"),
+        (["--image.height", "tall"], "'tall'"),
+        (["--update.max-norm", "high"], "'high'"),
         (["extra"], "extra"),
         (["--run-dir", ""], "--run-dir: expected a value"),
         (["--run-dir="], "--run-dir: expected a value"),
@@ -118,6 +120,7 @@ def test_a_flag_that_is_not_one_is_explained(files, esengine, workspace, more, w
     assert code == 2
     assert word in out + err
     assert "Traceback" not in err
+    assert "Annotated" not in err
     assert {path.name for path in workspace.iterdir()} == files
 
 

@@ -109,6 +109,8 @@ def test_flags_of_every_kind():
         ("--lora.alpha 40", {}),
         ("--lora.alpha=40", {}),
         ("--lora.alpha 40 --lora.alpha-pattern proj_out 2", {"proj_out": 2.0}),
+        ("--lora.alpha=40 --lora.alpha_pattern proj_out 2", {"proj_out": 2.0}),
+        ("--lora.alpha 480", {}),
         ("--lora.alpha-pattern", {}),
     ],
 )
@@ -411,3 +413,23 @@ def test_a_chosen_number_of_prompts_a_step_is_kept(tmp_path, model):
 def test_a_flag_may_mend_a_pair_of_settings_of_a_file(yaml_file):
     file = yaml_file("image:\n  num_steps: 2\n  x0_angle: 1.3\n")
     assert parse_train(["--config", file, "--image.num-steps", "1"]).image.x0_angle == 1.3
+
+
+def test_a_value_of_a_file_may_be_replaced_by_a_flag_before_it_is_checked(yaml_file):
+    file = yaml_file("population: 5\nes: {prompts_per_step: 1048576}\n")
+    config = parse_train(["--config", file, "--population", "6", "--es.prompts-per-step", "2"])
+    assert (config.population, config.es.prompts_per_step) == (6, 2)
+
+
+def test_a_setting_of_a_files_section_stays_beside_a_flag_of_that_section(yaml_file):
+    file = yaml_file("lora: {alpha: 3, alpha_pattern: {proj_out: 5}}\nupdate: {max_norm: null}\n")
+    config = parse_train(["--config", file, "--lora.rank", "7", "--update.optimizer=adam"])
+    assert (config.lora.rank, config.lora.alpha, config.lora.alpha_pattern) == (7, 3.0, {"proj_out": 5.0})
+    assert (config.update.max_norm, config.update.optimizer) == (None, "adam")
+
+
+def test_a_prompt_may_look_like_a_flag():
+    assert parse(RenderConfig, ["--out", "o", "--", "--run-dir", "nosuch"], "esengine render").prompts == (
+        "--run-dir",
+        "nosuch",
+    )

@@ -201,24 +201,24 @@ def test_an_error_in_the_middle_of_a_step_changes_nothing():
 
 
 @pytest.mark.parametrize(
-    ("setting", "value", "expected"),
+    ("setting", "value", "words"),
     [
-        ("optimizer", "lion", "'sgd', 'momentum' or 'adam'"),
-        *[("lr_scale", value, "a number above 0") for value in (0.0, float("nan"))],
-        ("lr_scale", float("inf"), "a finite number"),
-        ("max_norm", -1.0, "a number above 0"),
-        ("max_step_norm", 0.0, "a number above 0"),
-        ("momentum", 1.0, "a number below 1"),
-        ("beta2", -0.1, "at least 0"),
-        ("beta2", float("nan"), "at least 0"),
+        ("optimizer", "lion", ("sgd, momentum or adam", "lion")),
+        ("lr_scale", 0.0, ("positive", "0.0")),
+        ("lr_scale", float("nan"), ("positive", "nan")),
+        ("lr_scale", float("inf"), ("positive", "inf")),
+        ("max_norm", -1.0, ("positive", "-1.0")),
+        ("max_step_norm", 0.0, ("positive", "0.0")),
+        ("momentum", 1.0, ("[0, 1)", "1.0")),
+        ("beta2", -0.1, ("[0, 1)", "-0.1")),
+        ("beta2", float("nan"), ("[0, 1)", "nan")),
     ],
 )
-def test_wrong_rules(setting, value, expected):
+def test_wrong_rules(setting, value, words):
     with pytest.raises(ConfigError) as caught:
         UpdateRule(**{setting: value})
     assert caught.value.setting == setting
-    assert expected in caught.value.problem
-    assert caught.value.problem.endswith(f"got {value!r}")
+    assert all(word in caught.value.problem for word in words)
 
 
 class Count(TorchDispatchMode):

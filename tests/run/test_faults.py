@@ -221,7 +221,7 @@ RATES = {
 
 @pytest.mark.parametrize("rate", RATES)
 def test_the_adapter_is_never_not_finite(small, tmp_path, monkeypatch, rate):
-    with pytest.raises(ConfigError, match=r"update.lr_scale times es.sigma: expected at most 1e\+06, got 3e\+37"):
+    with pytest.raises(ConfigError, match=r"update.lr_scale: .* 1e\+06, got 3e\+37"):
         small(tmp_path / "run", update=RATES[rate])
     monkeypatch.setattr("esengine.run.settings.MAX_RATE", 1e40)
     patched = dataclasses.replace(RATES[rate], lr_scale=1e39 * 30)
