@@ -61,11 +61,10 @@ class DiffusersPipeline:
             family = FAMILIES[family]
         if type(pipe).__name__ != family.pipeline:
             raise ConfigError(f"family: expected a row for {type(pipe).__name__}, got one for {family.pipeline}")
-        module = getattr(pipe, family.denoiser, None)
-        if not isinstance(module, torch.nn.Module):
-            raise ConfigError(
-                f"family: expected a module at {family.denoiser} of {family.pipeline}, got {module!r:.60}"
-            )
+        for name in (family.denoiser, "vae"):
+            if not isinstance(part := getattr(pipe, name, None), torch.nn.Module):
+                what = f"expected a module at {name} of {family.pipeline}, got {type(part).__name__}"
+                raise ConfigError(f"family: {what}")
         self.pipeline, self.family, self._source = pipe, family, source
         self._module = getattr(pipe, family.denoiser)
         for part in pipe.components.values():
