@@ -5,39 +5,26 @@ and its VAE decodes in chunks. Everything else is the pipeline's own: schedule, 
 """
 
 import contextlib
-import gc
 import hashlib
-import inspect
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
-from transformers import PreTrainedModel
 
 from esengine.base.errors import ConfigError
-from esengine.base.memory import give_back, oom_guard
+from esengine.base.memory import oom_guard
 from esengine.es.population import Population
 from esengine.es.rows import Rows
 from esengine.models import adapters
-from esengine.models.conditioning import NEGATIVE, Conditioning, Parts, cached_parts, trimmed
-from esengine.models.families import FAMILIES, UNUSED, Family
-from esengine.models.loading import download, family_at, load_pipeline, locate
-from esengine.models.quiet import no_progress_bars
+from esengine.models.conditioning import Conditioning
+from esengine.models.encoding import PromptEncoder, Source
+from esengine.models.families import FAMILIES, Family
+from esengine.models.loading import family_at, load_pipeline, locate
 from esengine.models.sana.checks import Describe, FiniteChecks
 from esengine.models.settings import RenderSettings
 from esengine.models.text_cache import Progress, fingerprint
-
-
-class Source(NamedTuple):
-    """Where a pipeline was loaded from: a local folder, and a hub id with its commit or nothing."""
-
-    folder: Path
-    identity: dict[str, str]
-    local_files_only: bool
 
 
 class DiffusersPipeline:
@@ -74,21 +61,19 @@ class DiffusersPipeline:
             family = FAMILIES[family]
         if type(pipe).__name__ != family.pipeline:
             raise ConfigError(f"family: expected a row for {type(pipe).__name__}, got one for {family.pipeline}")
-        module = getattr(pipe, family.denoiser, None)
-        if not isinstance(module, torch.nn.Module):
-            raise ConfigError(
-                f"family: expected a module at {family.denoiser} of {family.pipeline}, got {module!r:.60}"
-            )
+        for name in (family.denoiser, "vae"):
+            if not isinstance(part := getattr(pipe, name, None), torch.nn.Module):
+                what = f"expected a module at {name} of {family.pipeline}, got {type(part).__name__}"
+                raise ConfigError(f"family: {what}")
         self.pipeline, self.family, self._source = pipe, family, source
-        self._module = module
+        self._module = getattr(pipe, family.denoiser)
         for part in pipe.components.values():
             if isinstance(part, torch.nn.Module):
                 part.eval().requires_grad_(False)
         _channels_last(pipe.vae)
         pipe.set_progress_bar_config(disable=True)
-        self._memo: dict[tuple[str, str, str], Parts] = {}
+        self._text = PromptEncoder(pipe, family, source)
         self._checks = FiniteChecks()
-        self._dropped = False
 
     @classmethod
     def from_pretrained(
@@ -153,15 +138,11 @@ class DiffusersPipeline:
             return self._tensors_sha256
         if "commit" in self._source.identity:
             return f"{self._source.identity['model']}@{self._source.identity['commit']}"
-        return f"{self._fingerprint} text {self._text_fingerprint}"
+        return f"{self._fingerprint} text {self._text.fingerprint}"
 
     @cached_property
     def _fingerprint(self) -> str:
         return fingerprint(self._source.folder, (self.denoiser, "vae", "scheduler"))
-
-    @cached_property
-    def _text_fingerprint(self) -> str:
-        return fingerprint(self._source.folder, self.family.encoders)
 
     @cached_property
     def _tensors_sha256(self) -> str:
@@ -221,91 +202,7 @@ class DiffusersPipeline:
             ConfigError: a cache file is damaged, the model has no readable text encoder, or the text encoders were
                 dropped and cannot be loaded again.
         """
-        names = [name for name in self.family.texts if name is not None and not name.startswith(NEGATIVE)]
-        arguments = self._encode_arguments(instruction)
-        rest = json.dumps(arguments, sort_keys=True)
-        key = {"family": self.family.name, "arguments": json.loads(rest), "dtype": str(self.dtype)}
-        if self._source is not None:
-            key |= self._source.identity or {"fingerprint": self._text_fingerprint}
-        roles = [("", prompt) for prompt in prompts]
-        if self.family.guided_above is not None:
-            roles.append((NEGATIVE, self.family.negative))
-        wanted = [role for role in dict.fromkeys(roles) if (*role, rest) not in self._memo]
-        if wanted or not prompts:
-            found = cached_parts(
-                wanted if prompts else (),
-                names,
-                lambda missing: self._encode(missing, arguments),
-                key=key,
-                cache_dir=cache_dir if self._source is not None else None,
-                progress=progress,
-            )
-            self._memo |= {(*role, rest): parts for role, parts in zip(wanted, found, strict=True)}
-        parts = [self._memo[(*role, rest)] for role in roles]
-        negative = parts.pop() if self.family.guided_above is not None else None
-        return Conditioning(prompts, parts, self.family, negative)
-
-    def _encode_arguments(self, instruction: bool) -> dict[str, Any]:
-        """Arguments of `encode_prompt` besides the prompt: those that the pipeline's call passes on by default."""
-        takes = inspect.signature(type(self.pipeline).encode_prompt).parameters
-        gives = inspect.signature(type(self.pipeline).__call__).parameters
-        found = {}
-        for name in takes:
-            text = name in ("self", "prompt") or name.startswith(NEGATIVE) or "embeds" in name or "mask" in name
-            if text or name not in gives or gives[name].default is inspect.Parameter.empty:
-                continue
-            found[name] = self.family.call.get(name, gives[name].default)
-        if "complex_human_instruction" in found and not instruction:
-            found["complex_human_instruction"] = None
-        return found
-
-    def _encode(self, entries: list[tuple[str, str]], arguments: dict[str, Any]) -> Iterator[Parts]:
-        """Yield the tensors of each (role, prompt), with the text encoders in memory."""
-        with self._encoders() as pipe:
-            takes = inspect.signature(type(pipe).encode_prompt).parameters
-            for role, prompt in entries:
-                given, from_guidance = dict(arguments, device=self.device), False
-                if "do_classifier_free_guidance" in takes:
-                    given["do_classifier_free_guidance"] = from_guidance = bool(role)
-                with torch.no_grad(), oom_guard("a prompt's tokens", "take a smaller model or --dtype bfloat16"):
-                    yield trimmed(pipe.encode_prompt(prompt=prompt, **given), self.family, from_guidance)
-
-    @contextlib.contextmanager
-    def _encoders(self) -> Iterator[DiffusionPipeline]:
-        """The pipeline with its text encoders, which are loaded and freed if it was loaded without them."""
-        if self._source is None:
-            if self._dropped:
-                what = "the text encoders were dropped before the first image; encode all prompts before it"
-                raise ConfigError(f"prompts: {what}")
-            yield self.pipeline
-            return
-        folder, identity, local_files_only = self._source
-        kept = {name: part for name, part in self.pipeline.components.items() if name not in self.family.encoders}
-        if "commit" in identity:
-            without = dict.fromkeys((self.denoiser, "vae", *UNUSED))
-            folder = download(identity["model"], identity["commit"], local_files_only, self.family, **without)
-        pipe = load_pipeline(folder, self.dtype, self.device, self.family, **kept)
-        try:
-            for name in self.family.encoders:
-                if isinstance(part := getattr(pipe, name), torch.nn.Module):
-                    part.eval().requires_grad_(False)
-            yield pipe
-        finally:
-            del pipe
-            gc.collect()
-            give_back(self.device)
-
-    def _drop_encoders(self) -> None:
-        """Free the text encoders before the first image. Raises RuntimeError if one is still there."""
-        if self._dropped:
-            return
-        pipe = self.pipeline
-        names = [name for name in pipe.components if name.startswith(("text_encoder", "tokenizer")) or name in UNUSED]
-        pipe.register_modules(**dict.fromkeys(name for name in names if getattr(pipe, name) is not None))
-        if left := [name for name, part in pipe.components.items() if isinstance(part, PreTrainedModel)]:
-            raise RuntimeError(f"text encoders: expected none in memory while images are rendered, got {left}")
-        self._dropped = True
-        give_back(self.device)
+        return self._text.encode(prompts, cache_dir=cache_dir, instruction=instruction, progress=progress)
 
     def render(
         self,
@@ -368,7 +265,7 @@ class DiffusersPipeline:
             raise ValueError("members, population: expected both or neither")
         settings = self.resolve(settings or RenderSettings())
         guided = self._guided(settings)
-        self._drop_encoders()
+        self._text.drop()
         words = dict(length=text_length, guided=guided, device=self.device, dtype=self.dtype)
         given = dict(self.family.call) | dict(self.family.call_at.get(settings.num_steps, {}))
         given |= {self.family.guidance_argument: settings.guidance_scale, **texts.batch(rows.prompts, **words)}
@@ -378,7 +275,6 @@ class DiffusersPipeline:
         with (
             inside,
             _decoding(self.pipeline.vae, settings.decode_chunk) as good,
-            no_progress_bars(),
             oom_guard(f"{batch} images in one transformer forward", "give a smaller chunk"),
         ):
             images = self.pipeline(

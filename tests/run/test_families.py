@@ -1,6 +1,11 @@
 """Runs of several families' tiny pipelines: train, resume, replay, eval and render."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from esengine.base.errors import ConfigError
+from esengine.es.rule import UpdateRule
 from esengine.models.families import FAMILIES
-from esengine.run.settings import ESSettings, LoraSettings, load
+from esengine.run.settings import ESSettings, LoraSettings, TrainConfig, load, to_yaml
 from esengine.run.train import train
 from esengine.sampling.settings import ImageSettings
 
@@ -84,3 +90,56 @@ def test_guidance_doubles_the_batch_for_all_members(small, tmp_path):
     image = ImageSettings(chunk=3, num_steps=1, guidance_scale=3.0)
     result = train(small(tmp_path / "run", model="tiny:sd3", image=image, **FEW, es=ESSettings(prompts_per_step=1)))
     assert torch.tensor(result.comparison.overall[1]["mean"]["jpeg_compressibility"]).isfinite()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["z-image", "flux2-klein", "sdxl", "sd3"])
+def test_a_killed_run_of_a_family_ends_with_the_same_bytes(name, small, tmp_path, outcome):
+    many = FEW | {"steps": 5}
+    straight = small(tmp_path / "straight", model=f"tiny:{name}", image=QUICK, **many)
+    train(straight)
+    killed = small(tmp_path / "killed", model=f"tiny:{name}", image=QUICK, **many)
+    (tmp_path / "given.yaml").write_text(to_yaml(replace(killed, run_dir=None)))
+    command = [sys.executable, "-m", "esengine", "train", "--config", tmp_path / "given.yaml"]
+    process = subprocess.Popen([*command, "--run-dir", killed.run_dir], stdout=subprocess.DEVNULL)
+    while process.poll() is None and not (killed.run_dir / "checkpoints" / "step_00000002").is_dir():
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    train(replace(killed, resume=True))
+    first, second = outcome(straight.run_dir), outcome(killed.run_dir)
+    for part in ("adapter", "lora", "checkpoint", "metrics", "heldout", "eval"):
+        assert first[part] == second[part]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["z-image", "flux2-klein", "sdxl", "sd3"])
+def test_two_processes_make_the_run_of_one(name, small, tmp_path):
+    config = small(tmp_path / "one", model=f"tiny:{name}", image=QUICK, **FEW)
+    train(config)
+    (tmp_path / "given.yaml").write_text(to_yaml(replace(config, run_dir=None)))
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "esengine",
+    ]
+    command = [*torchrun, "train", "--config", tmp_path / "given.yaml", "--run-dir", tmp_path / "two"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    for file in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
+        assert (tmp_path / "one" / "adapter" / file).read_bytes() == (tmp_path / "two" / "adapter" / file).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sana", "sdxl", "pixart"])
+def test_es_improves_a_reward_on_held_out_prompts(name, cache, tmp_path):
+    settings = dict(steps=30, population=16, strip_every=0, heldout_every=0, checkpoint_every=30)
+    es, image = ESSettings(sigma=0.03, prompts_per_step=4, repeats=1), ImageSettings(num_steps=2)
+    config = TrainConfig(model=f"tiny:{name}", es=es, image=image, update=UpdateRule(lr_scale=3.0), **settings)
+    result = train(replace(config, run_dir=tmp_path / "run"))
+    gained = result.comparison.overall[1]["against_first"]["jpeg_compressibility"]
+    assert gained["difference"] > 3 * gained["standard_error"]
