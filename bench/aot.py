@@ -273,8 +273,10 @@ def forward_cases(paths: Sequence[str] = configs.PATHS["sana_block"].names) -> I
     model.transformer_blocks = model.transformer_blocks[:2]
     members, text = torch.arange(64), empty(64, 40, model.config.caption_channels, dtype=torch.bfloat16)
     inputs = dict(encoder_attention_mask=empty(64, 40, dtype=torch.int64), timestep=empty(64), guidance=empty(64))
+    model.to_empty(device="cpu")  # attach wants weights in memory
     with recorded_launches():
         population = attach(model, LoraConfig(r=2, lora_alpha=8, target_modules=list(REFERENCE_TARGETS)))
+        model.to("meta")
     chosen = configs.path
     for path, side in product(paths, (16, 32)):
         x = empty(64, model.config.in_channels, side, side, dtype=torch.bfloat16)

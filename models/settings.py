@@ -49,6 +49,6 @@ class RenderSettings:
         for name in ("height", "width"):
             if (size := getattr(self, name)) is not None and size % PIPELINE_MULTIPLE:
                 raise ConfigError(f"{name}: expected a positive multiple of {PIPELINE_MULTIPLE}, got {size}")
-        if self.x0_angle is not None and self.num_steps != 1:
+        if self.x0_angle is not None and self.num_steps not in (None, 1):
             problem = f"expected None unless num_steps is 1, got {self.x0_angle} for {self.num_steps}"
             raise ConfigError(problem, setting="x0_angle", others=("num_steps",))

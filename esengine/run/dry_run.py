@@ -72,7 +72,9 @@ def dry_run(config: TrainConfig, progress: Progress | None = None) -> Estimate:
 
 def check_members(ready: Prepared) -> Preflight:
     """Render members together and alone. Raises ConfigError if they differ, see `preflight`."""
-    return preflight(ready.model, ready.texts, ready.settings, ready.engine.population, seed=ready.config.seed)
+    most = min(ready.config.image.chunk, ready.limits[0] or ready.config.image.chunk)
+    keys = dict(seed=ready.config.seed, most=most)
+    return preflight(ready.model, ready.texts, ready.settings, ready.engine.population, **keys)
 
 
 def _times(ready: Prepared, found: Preflight) -> tuple[float, float]:

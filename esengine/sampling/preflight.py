@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from esengine.base.errors import ConfigError
+from esengine.base.errors import ConfigError, OutOfMemory
+from esengine.base.memory import give_back, oom_guard
 from esengine.es.population import Population
 from esengine.es.rows import Rows
 from esengine.models import Generator, RenderSettings, TextEmbeddings
@@ -53,14 +54,42 @@ def preflight(
     population: Population,
     *,
     seed: int,
+    most: int,
 ) -> Preflight:
     """Render a few images of two members, together and alone.
 
+    Args:
+        model: the generator, with `population` attached.
+        texts: embeddings of at least one prompt.
+        settings: how an image is sampled.
+        population: the population.
+        seed: seed of the latents.
+        most: most images in one forward. With one, members never share a batch, and nothing is compared. It is halved
+            when memory runs out.
+
     Raises:
         ConfigError: a row of a mixed batch differs from its member alone. The message names the first such layer.
+        OutOfMemory: not even one image fits.
         RenderError: an image cannot be rendered.
     """
-    prompts = PROMPTS % len(texts)
+    count = min(most, len(MEMBERS))
+    while True:
+        try:
+            with oom_guard(f"{count} images in one forward", "give a smaller chunk"):
+                return _compared(model, texts, settings, population, seed, count)
+        except OutOfMemory:
+            if count == 1:
+                raise
+            count //= 2
+        model.release_graphs()
+        give_back(model.device)
+
+
+def _compared(
+    model: Generator, texts: TextEmbeddings, settings: RenderSettings, population: Population, seed: int, count: int
+) -> Preflight:
+    """`preflight` with `count` rows."""
+    members, prompts = MEMBERS[:count], PROMPTS[:count] % len(texts)
     settings = dataclasses.replace(settings, graphs="never")  # a graph would be captured with the hooks in it
     keys = dict(seed=seed, step=0, population=population, settings=settings)
 
@@ -71,19 +100,21 @@ def preflight(
             images = images.cpu()
         return found, images, (time.perf_counter() - start) / len(members)
 
-    mixed, images, _ = render(MEMBERS)
-    zero, _, _ = render(torch.zeros_like(MEMBERS))
-    one, _, seconds = render(torch.ones_like(MEMBERS))
-    errors = {}
+    mixed, images, seconds = render(members)
+    words, errors = [texts.prompts[index] for index in prompts.tolist()], {}
+    if count == 1:
+        return Preflight(errors, seconds, images, words)
+    zero, _, _ = render(torch.zeros_like(members))
+    one, _, seconds = render(torch.ones_like(members))
     for name in mixed:
         if name in zero and name in one and mixed[name].shape == zero[name].shape == one[name].shape:
-            first = MEMBERS.repeat(len(mixed[name]) // len(MEMBERS)).eq(0)[:, None]
+            first = members.repeat(len(mixed[name]) // count).eq(0)[:, None]
             own = torch.where(first, zero[name], one[name])
             between = (zero[name] - one[name]).abs().max()
             if between > 0:
                 errors[name] = float((mixed[name] - own).abs().max() / between)
     _require_apart(errors, LARGEST.get(model.dtype, 0.5))
-    return Preflight(errors, seconds, images, [texts.prompts[index] for index in prompts.tolist()])
+    return Preflight(errors, seconds, images, words)
 
 
 def _require_apart(errors: dict[str, float], largest: float) -> None:

@@ -25,7 +25,7 @@ def make(cache):
 
 @pytest.mark.parametrize("name", ["tiny", "tiny:z-image", "tiny:sd3", "tiny:sdxl"])
 def test_rows_of_a_batch_are_their_own_members(make, name):
-    found = preflight(*make(name), seed=0)
+    found = preflight(*make(name), seed=0, most=8)
     assert found.layers
     assert max(found.layers.values()) <= 1e-3
     assert found.images.shape[:2] == (5, 3)
@@ -45,14 +45,39 @@ def test_a_module_that_mixes_rows_is_refused_by_the_first_layer_behind_it(make, 
     model, texts, settings, population = make("tiny:sd3", ("to_q", "to_k", "to_v"))
     model.module.transformer_blocks[0].register_forward_hook(lambda module, inputs, output: tuple(map(mix, output)))
     with pytest.raises(ConfigError) as caught:
-        preflight(model, texts, settings, population, seed=0)
+        preflight(model, texts, settings, population, seed=0, most=8)
     assert caught.value.setting == "lora.targets"
     assert "transformer_blocks.1." in caught.value.problem
+
+
+@pytest.mark.parametrize(("most", "images", "compared"), [(1, 1, False), (2, 2, True), (3, 3, True)])
+def test_no_batch_is_larger_than_the_chunk(make, most, images, compared):
+    found = preflight(*make("tiny"), seed=0, most=most)
+    assert len(found.images) == images
+    assert bool(found.layers) is compared
+
+
+def test_where_memory_runs_out_fewer_rows_are_compared(make, monkeypatch):
+    model, *others = make("tiny")
+    render, sizes = model.render, []
+
+    def full(texts, *, rows, **keys):
+        sizes.append(rows.count)
+        if rows.count > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return render(texts, rows=rows, **keys)
+
+    monkeypatch.setattr(
+        model, "render_chunks", lambda texts, chunks, **keys: (full(texts, rows=r, **keys) for r in chunks)
+    )
+    found = preflight(model, *others, seed=0, most=8)
+    assert sizes == [5, 2, 2, 2]
+    assert found.layers
 
 
 def test_nothing_stays_behind(make):
     model, texts, settings, population = make("tiny:sd3")
     before = {name: tensor.clone() for name, tensor in population.parameters().items()}
-    preflight(model, texts, settings, population, seed=0)
+    preflight(model, texts, settings, population, seed=0, most=8)
     assert all(torch.equal(tensor, before[name]) for name, tensor in population.parameters().items())
     assert not any(layer._forward_hooks for layer in population.layers.values())
