@@ -26,16 +26,21 @@ class Kind(NamedTuple):
     """How a kind of layer stores the matrix M [out, in], x and y.
 
     Attributes:
+        name: of the constant below. Copies and pickles of a layer refer to that.
         native: M to the shape of the layer's weight, a view. A matrix A or B of a LoRA likewise.
         rows: x to [B, T, in], T rows a batch row.
         spread: [B, T, out] to the shape of y, a view.
         product: x, weight and bias to y, as the layer's own forward.
     """
 
+    name: str
     native: Callable[[torch.Tensor], torch.Tensor]
     rows: Callable[[torch.Tensor], torch.Tensor]
     spread: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     product: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+    def __reduce__(self) -> str:
+        return self.name
 
 
 def _flat_rows(x: torch.Tensor) -> torch.Tensor:
@@ -46,10 +51,14 @@ def _conv1d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.
     return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
 
 
-LINEAR = Kind(lambda m: m, _flat_rows, lambda low, y: low.view(y.shape), F.linear)
-CONV1D = Kind(lambda m: m.T, _flat_rows, lambda low, y: low.view(y.shape), _conv1d)
+LINEAR = Kind("LINEAR", lambda m: m, _flat_rows, lambda low, y: low.view(y.shape), F.linear)
+CONV1D = Kind("CONV1D", lambda m: m.T, _flat_rows, lambda low, y: low.view(y.shape), _conv1d)
 CONV2D = Kind(
-    lambda m: m[..., None, None], lambda x: x.flatten(2).mT, lambda low, y: low.mT.unflatten(2, y.shape[2:]), F.conv2d
+    "CONV2D",
+    lambda m: m[..., None, None],
+    lambda x: x.flatten(2).mT,
+    lambda low, y: low.mT.unflatten(2, y.shape[2:]),
+    F.conv2d,
 )
 _FORWARDS = {nn.Linear: LINEAR, Conv1D: CONV1D, nn.Conv2d: CONV2D}
 

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import pickle
 
 import pytest
 import torch
@@ -211,6 +212,17 @@ def test_gradients_of_the_input_flow():
     eps, direction = 1e-3, rows(8, 6).flip(0)
     up, down = (perturbed(population, x.detach() + s * eps * direction).double().square().sum() for s in (1, -1))
     assert float((x.grad * direction).sum()) == pytest.approx(float(up - down) / (2 * eps), rel=2e-2)
+
+
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["copy", "pickle"]
+)
+@pytest.mark.parametrize("config", [LORAS["all"], Direct(TARGETS)], ids=["lora", "direct"])
+def test_a_copy_of_a_layer_knows_its_kind(config, again):
+    population = trained(seeded(Mixed), config)
+    for layer in population.layers.values():
+        assert again(layer).kind is layer.kind
+    assert [layer.dense for layer in population.layers.values()] == [False, False, True]
 
 
 def test_no_rows():
