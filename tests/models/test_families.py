@@ -9,7 +9,7 @@ import pytest
 
 from esengine import models
 from esengine.base.errors import ConfigError
-from esengine.models import FAMILIES, SanaSprint, load, require_pipeline, tiny_pipeline
+from esengine.models import FAMILIES, DiffusersPipeline, SanaSprint, load, require_pipeline, tiny_pipeline
 from esengine.models.families import TINY, family_of
 
 SPY = "open({mark!r}, 'w').close()\nclass X:\n    pass\n"
@@ -122,3 +122,22 @@ def test_an_encoder_with_a_missing_weight_is_refused(tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ConfigError, match="text_encoder lacks 1 of its weights"):
         load(str(folder)).encode(["a cat"])
+
+
+@pytest.mark.parametrize("name", ["z-image", "sana-sprint"])
+def test_a_hub_model_is_checked_by_its_index_alone(name, tmp_path, monkeypatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "models--nobody--model"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    shutil.copytree(tiny_pipeline(name), cached / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    kind = SanaSprint if name == "sana-sprint" else DiffusersPipeline
+    model = kind.from_pretrained("nobody/model", local_files_only=True)
+    assert model.identity() == f"nobody/model@{commit}"
+    assert len(model.encode(["a cat"])) == 1
+    index = cached / "snapshots" / commit / "model_index.json"
+    index.write_text(json.dumps(index_of(name) | {"scheduler": ["some_module", "X"]}))
+    monkeypatch.setattr("esengine.models.loading.download", lambda *a, **k: pytest.fail("more was downloaded"))
+    with pytest.raises(ConfigError, match="component scheduler"):
+        kind.from_pretrained("nobody/model", local_files_only=True)
