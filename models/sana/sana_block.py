@@ -116,7 +116,8 @@ class Stack:
         All must be plain linears, all or none of them targets, with equal ranks, scales and shapes.
         """
         for layer in layers:
-            if not isinstance(layer, (nn.Linear, Target)) or changed(layer):
+            plain = isinstance(layer, nn.Linear) or (isinstance(layer, Target) and layer.dense)
+            if not plain or changed(layer):
                 raise CannotFuse(f"{type(layer).__name__} stands where a plain linear is expected")
         targets = [t for t in layers if isinstance(t, Target) and not t.disable_adapters]
         unlike = len({(t.lengths(), t.scale) for t in targets}) > 1 or len({w.shape for w in _weights(layers)}) > 1

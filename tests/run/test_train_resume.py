@@ -62,7 +62,7 @@ def stop_at(function, call, after=False):
         (Progress, "step", 2, False),
         (Progress, "step", 3, False),
         (Progress, "stop", 0, False),
-        (SanaSprint, "render", 2, False),
+        (SanaSprint, "render", 5, False),
         (checkpoint, "save", 1, False),
         (checkpoint, "save", 1, True),
         (Updater, "step", 1, False),
