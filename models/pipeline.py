@@ -271,7 +271,7 @@ class DiffusersPipeline:
         given |= {self.family.guidance_argument: settings.guidance_scale, **texts.batch(rows.prompts, **words)}
         inside = contextlib.nullcontext()
         if population is not None:
-            inside = _perturbed(population, step, rows.members, self.family.copies if guided else 1)
+            inside = population.perturbed(step=step, members=rows.members, copies=self.family.copies if guided else 1)
         with (
             inside,
             _decoding(self.pipeline.vae, settings.decode_chunk) as good,
@@ -356,11 +356,6 @@ def row_generators(seed: int, step: int, rows: Rows) -> list[torch.Generator]:
         digest = hashlib.sha256(f"esengine row 1 {seed} {step} {prompt} {repeat}".encode()).digest()
         found.append(torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1))
     return found
-
-
-def _perturbed(population: Population, step: int, members: torch.Tensor, copies: int):
-    """`population.perturbed` for a denoiser whose batch is `copies` times the rows: its row i is of row i % B."""
-    return population.perturbed(step=step, members=members.repeat(copies))
 
 
 @contextlib.contextmanager

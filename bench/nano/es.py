@@ -57,6 +57,7 @@ CENTRE: dict[str, Any] = to_dict(
             "lora": {"rank": 2, "alpha": 80.0, "targets": list(FOUR)},
             "es": {"sigma": 0.004, "prompts_per_step": 8, "repeats": 1},
             "update": {"lr_scale": 0.4},
+            "image": {"num_steps": 1, "guidance_scale": 4.5},
         },
         "centre",
     )
@@ -308,7 +309,12 @@ def made_from(stored: dict[str, Any]) -> dict[str, Any]:
     """A record whose centre has the settings that are newer than it, at their defaults; without a centre, as it is."""
     if "centre" not in stored:
         return stored
-    return stored | {"centre": to_dict(from_dict(TrainConfig(), stored["centre"], "centre"))}
+    return stored | {"centre": completed(stored["centre"])}
+
+
+def completed(stored: dict[str, Any]) -> dict[str, Any]:
+    """Stored settings, with those that are newer than they at their defaults."""
+    return to_dict(from_dict(TrainConfig(), stored, "stored settings"))
 
 
 def table(trials: dict[str, Any]) -> list[str]:
