@@ -133,6 +133,8 @@ def _dry_run(config: Any) -> int:
     from esengine.run.dry_run import dry_run
 
     found = dry_run(config, Bar())
+    if os.environ.get("RANK", "0") != "0":  # of several processes one reports
+        return 0
     worst = max(found.layers, key=found.layers.get, default=None)
     print(f"images   {found.images_per_step} a step, {found.images} in all with held-out prompts and the comparison")
     print(
