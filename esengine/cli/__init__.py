@@ -18,7 +18,7 @@ Post-train a frozen text-to-image model from black-box rewards by Evolution Stra
   eval     compare base and adapters on prompts or a benchmark: same latents, paired differences, a report
   render   draw prompts with the base model and the adapter, side by side
   report   the page of a run or of an evaluation: one HTML file with curves, tables and images
-  replay   make a run's adapter again from its fitness log, and compare: every bit the same
+  replay   make a run's adapter again from its journal, and compare: every bit the same
   env      versions, devices, and which kernels are in use and why
 
 `esengine COMMAND --help` explains each flag.
