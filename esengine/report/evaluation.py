@@ -82,7 +82,7 @@ def write_evaluation_page(folder: Path) -> Path:
     """
     evaluation = read_json(folder / "evaluation.json")
     if not (folder / "report.json").is_file():
-        raise RunError(f"{folder}: the evaluation is not finished; the same esengine eval command goes on with it")
+        raise RunError(f"{folder}: the evaluation is not finished; the same esengine eval command continues it")
     report = read_json(folder / "report.json")
     with as_written(folder / "evaluation.json"):
         entries, scores = texts(evaluation["entries"]), texts(evaluation["scores"])

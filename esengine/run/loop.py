@@ -118,7 +118,7 @@ def _score(run: Run, engine: Engine, task: Task, stop: Stop) -> tuple[dict[str, 
         which = _some(members.nonzero().flatten().tolist())
         run.progress.note(
             f"warning: step {task.step}: {count} of {task.images} images have no score (members {which}); "
-            "they and their antithetic halves have no part in the update"
+            "they and their antithetic halves are left out of the update"
         )
     return scores, seconds
 

@@ -345,13 +345,11 @@ def _go_on(engine: Engine, saved: Checkpoint, config: TrainConfig, folder: RunFo
         engine.load_state_dict(run_state.engine_state(saved, config))
     except ValueError as error:
         stays = "lora.rank, lora.targets and an optimizer with moments stay what they were, --allow-change or not"
-        raise RunError(f"run folder {folder.path} cannot be gone on with: {error}; {stays}") from error
+        raise RunError(f"run folder {folder.path} cannot be resumed: {error}; {stays}") from error
     for path, why in saved.skipped:
         progress.note(f"skipped {path}: {why}")
     if engine.step > config.steps:
-        raise RunError(
-            f"run folder {folder.path}: {engine.step} steps are done, --steps {config.steps} lies behind them"
-        )
+        raise RunError(f"run folder {folder.path}: {engine.step} steps are done, --steps {config.steps} is less")
     progress.note(f"resuming {folder.path} after step {engine.step} of {config.steps}")
 
 

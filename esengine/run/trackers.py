@@ -186,7 +186,7 @@ class Trackers:
         except (Exception, SystemExit) as error:
             self._trackers.pop(name, None)
             self._record.failed(name, f"{method}: {reason(error)}")
-            self._note(f"warning: {name} is dropped, the run goes on without: {method} raised {reason(error)}")
+            self._note(f"warning: {name} is dropped, the run continues without it: {method} raised {reason(error)}")
 
 
 class Record:

@@ -185,8 +185,8 @@ def _told(run_dir: Path, steps: int, stop: Stop) -> Iterator[None]:
             raise
         kept = checkpoint_folders(run_dir / "checkpoints")
         if not kept:
-            raise Stopped("stopped before the first step: there is nothing to go on with") from error
-        again = f"it goes on with: esengine train --run-dir {run_dir} --resume"
+            raise Stopped("stopped before the first step: there is nothing to resume") from error
+        again = f"to continue: esengine train --run-dir {run_dir} --resume"
         raise Stopped(f"stopped after step {path_step(kept[0])} of {steps}; {again}") from error
 
 

@@ -42,7 +42,7 @@ def test_defaults_then_yaml_then_flags(yaml_file):
     config = parse_train(["--population", "16", "--config", path, "--es.repeats", "2"])
     assert (config.steps, config.population, config.seed) == (7, 16, TrainConfig().seed)
     assert (config.es.sigma, config.es.repeats, config.es.noise_rank) == (0.5, 2, ESSettings().noise_rank)
-    assert config.image == dataclasses.replace(TrainConfig().image, chunk=5)
+    assert config.image == dataclasses.replace(load("nano").image, chunk=5)
     assert parse_train([f"--config={path}"]).steps == 7
     assert parse_train([]) == parse_train(["--model", "nano"]) == load("nano")
     assert parse_train(["--model", "tiny"]) == TrainConfig(model="tiny")

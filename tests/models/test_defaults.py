@@ -83,14 +83,6 @@ def test_the_judges_of_nano_load_from_the_package():
     assert judges.settings()["pickscore"]["fingerprint"].startswith("sha256:")
 
 
-def test_an_evaluation_of_a_nano_run_has_the_judges_that_were_watched():
-    scored = defaults("nano").scored("checker", {"checker"}, True)
-    terms = read(scored)
-    assert [term.name for term in terms] == ["checker", "pickscore", "clip_text", "aesthetic", "no_artifacts"]
-    assert [term.weight for term in terms] == [1.0, 0.0, 0.0, 0.0, 0.0]
-    assert defaults("tiny").scored("pickscore", {"pickscore"}, False) == "pickscore"
-
-
 def test_the_engine_names_no_packaged_world():
     """Help texts may name it. Code and data of the engine find it by the defaults of a model."""
     files = list(Path(esengine.__file__).parent.rglob("*.py"))

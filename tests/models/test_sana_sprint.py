@@ -197,13 +197,13 @@ def test_loading_leaves_nothing_trainable_and_no_text_encoder(model):
     ("kwargs", "message"),
     [
         ({"height": 48}, "height: expected a positive multiple of 32, got 48"),
-        ({"width": 0}, "width: expected a positive multiple of 32, got 0"),
+        ({"width": 0}, "width: expected at least 1, got 0"),
         ({"num_steps": 0}, "num_steps: expected at least 1, got 0"),
         ({"decode_chunk": 0}, "decode_chunk: expected at least 1, got 0"),
-        ({"guidance_scale": math.nan}, r"guidance_scale: expected at most ±10000, got nan"),
-        ({"guidance_scale": -1e39}, r"guidance_scale: expected at most ±10000, got -1e\+39"),
+        ({"guidance_scale": math.nan}, "guidance_scale: expected at least -10000, got nan"),
+        ({"guidance_scale": -1e39}, r"guidance_scale: expected at least -10000, got -1e\+39"),
         ({"num_steps": 2, "x0_angle": 1.3}, "x0_angle: expected None unless num_steps is 1, got 1.3 for 2"),
-        ({"x0_angle": 2.0}, "x0_angle: expected an angle"),
+        ({"x0_angle": 2.0}, r"x0_angle: expected at most 1\.5708, got 2\.0"),
     ],
 )
 def test_settings_say_what_is_wrong(kwargs, message):

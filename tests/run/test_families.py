@@ -66,7 +66,7 @@ def test_settings_of_another_pipeline_are_refused_by_their_flag(esengine, prompt
         (["--image.decode", "compiled"], "--image.decode: compiled does not apply"),
         (["--image.overlap"], "--image.overlap: True does not apply"),
         (["--image.vae", "someone/lite"], "--image.vae: someone/lite does not apply"),
-        (["--image.no-instruction"], "--image.instruction: False does not apply"),
+        (["--image.no-instruction"], "--image.no-instruction: False does not apply"),
     ):
         code, _, err = esengine("train", "--model", "tiny:z-image", "--run-dir", "run", *flags)
         assert code == 1

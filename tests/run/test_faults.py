@@ -289,7 +289,7 @@ def test_bad_pairs_are_dropped(small, tmp_path, notes, reward, fail):
         zeros = [member for member, value in enumerate(each) if value == 0]
         assert len(zeros) == 2 * pairs
         assert all(member ^ 1 in zeros for member in zeros)
-    assert [line for line in notes.said if "have no part in the update" in line]
+    assert [line for line in notes.said if "are left out of the update" in line]
     saved = checkpoint.load_latest(tmp_path / "run" / "checkpoints")
     assert all(tensor.isfinite().all() for tensor in saved.tensors.values() if tensor.is_floating_point())
 

@@ -138,10 +138,10 @@ def test_a_signal_at_any_stage_ends_the_run_and_it_goes_on(small, tmp_path, monk
         with pytest.raises(Stopped) as caught:
             train(config)
     if step is None:
-        assert str(caught.value) == "stopped before the first step: there is nothing to go on with"
+        assert str(caught.value) == "stopped before the first step: there is nothing to resume"
         train(config)
     else:
-        again = f"it goes on with: esengine train --run-dir {config.run_dir} --resume"
+        again = f"to continue: esengine train --run-dir {config.run_dir} --resume"
         assert str(caught.value) == f"stopped after step {step} of 2; {again}"
         train(dataclasses.replace(config, resume=True))
     assert [each["step"] for each in journals.steps(config.run_dir)] == [0, 1]
@@ -167,7 +167,7 @@ def test_a_held_out_measure_breaks_off_between_chunks(small, outcome, tmp_path, 
         return brightness(images, prompts)
 
     config = small(tmp_path / "run", reward=reward(signalling), **settings)
-    with pytest.raises(Stopped, match=f"stopped after step {step} of 2; it goes on with"):
+    with pytest.raises(Stopped, match=f"stopped after step {step} of 2; to continue"):
         train(config)
     assert calls == at
     assert [each["step"] for each in journals.measured(tmp_path / "run")] == list(range(step))
@@ -195,7 +195,7 @@ def test_a_signal_in_a_strip_ends_the_run_once_the_step_is_recorded(small, outco
 
     with monkeypatch.context() as patch:
         patch.setattr(Renderer, "chunks", counted)
-        with pytest.raises(Stopped, match="stopped after step 1 of 2; it goes on with"):
+        with pytest.raises(Stopped, match="stopped after step 1 of 2; to continue"):
             train(config)
     assert drawn == 6
     assert [path.name for path in (tmp_path / "run" / "strips").iterdir()] == ["step_00000000.png"]
@@ -234,9 +234,7 @@ def test_the_chunk_is_finished_and_a_checkpoint_written(small, outcome, tmp_path
 
     train(small(tmp_path / "whole", reward=reward(brightness), heldout_every=0))
     config = small(tmp_path / "run", reward=reward(signalling), heldout_every=0, checkpoint_every=100)
-    with pytest.raises(
-        Stopped, match=r"stopped after step 2 of 4; it goes on with: esengine train --run-dir .*run --res"
-    ):
+    with pytest.raises(Stopped, match=r"stopped after step 2 of 4; to continue: esengine train --run-dir .*run --res"):
         train(config)
     assert calls == 8
     assert checkpoint.load_latest(tmp_path / "run" / "checkpoints").step == 2
@@ -260,7 +258,7 @@ def test_the_command_line_leaves_with_a_line(workspace, prompt_files, name, at, 
     assert done.returncode == code, done.stderr
     line = done.stderr.strip().splitlines()[-1]
     assert line.startswith("esengine: stopped after step ")
-    assert line.endswith("; it goes on with: esengine train --run-dir run --resume")
+    assert line.endswith("; to continue: esengine train --run-dir run --resume")
 
 
 def test_a_second_signal_leaves_at_once(workspace, prompt_files):

@@ -137,7 +137,7 @@ def test_a_signal_in_a_measure_which_the_first_process_makes_alone_stops_all(sma
 
     settings = dict(steps=2, checkpoint_every=1, heldout_every=1, image=ImageSettings(chunk=1), strip_every=0)
     found = world(2, lambda rank: small(tmp_path / "run", reward=reward(signalling), **settings))
-    assert found[0][1].startswith(f"Stopped: stopped after step {step} of 2; it goes on with")
+    assert found[0][1].startswith(f"Stopped: stopped after step {step} of 2; to continue")
     assert found[1][1] == ""
     assert len(journals.measured(tmp_path / "run")) == step
     assert steps(tmp_path / "run")[-1] == step

@@ -61,7 +61,9 @@ def forward(side, text):
     model = standin.transformer(device="meta", dtype=torch.bfloat16)
     model.transformer_blocks = model.transformer_blocks[:2]
     inputs = dict(encoder_attention_mask=empty(64, text, dtype=torch.int64), timestep=empty(64), guidance=empty(64))
+    model.to_empty(device="cpu")  # attach wants weights in memory
     population = esengine.attach(model, LoraConfig(r=2, lora_alpha=8, target_modules=list(TARGETS)))
+    model.to("meta")
     with population.perturbed(step=1, members=torch.arange(64)), aot.recorded_launches() as noted:
         parts = fused_parts(model, True)
         assert parts
