@@ -1,4 +1,4 @@
-"""A run is not gone on with from a checkpoint or logs that no run leaves, and nothing in a checkpoint is run."""
+"""A run is not resumed from a checkpoint or a journal that no run leaves, and nothing in a checkpoint is run."""
 
 import dataclasses
 import hashlib

@@ -112,7 +112,7 @@ def test_fewer_steps_than_are_done_are_refused_and_nothing_is_lost(small, outcom
     config = small(tmp_path / "run", steps=2, strip_every=0)
     train(config)
     before = outcome(tmp_path / "run")
-    with pytest.raises(RunError, match="2 steps are done, --steps 1 lies behind"):
+    with pytest.raises(RunError, match="2 steps are done, --steps 1 is less"):
         train(dataclasses.replace(config, resume=True, steps=1))
     assert outcome(tmp_path / "run") == before
 
