@@ -70,8 +70,8 @@ def _convert(path: Path, folder: Path, module: torch.nn.Module, denoiser: str) -
         found = read_lora(path, targets)
     except READ_ERRORS as error:
         raise ConfigError(f"adapter: cannot load {path}: {first_line(error)}") from error
-    state = {f"{name}.lora_A.weight": each.a.float().flatten(1) for name, each in found.items()}
-    state |= {f"{name}.lora_B.weight": each.b.float().flatten(1) for name, each in found.items()}
+    state = {f"{name}.lora_A.weight": each.a.float() for name, each in found.items()}
+    state |= {f"{name}.lora_B.weight": each.b.float() for name, each in found.items()}
     write_diffusers_lora(folder, state, {name: each.scale for name, each in found.items()}, denoiser)
 
 

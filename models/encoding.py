@@ -32,6 +32,12 @@ class Source(NamedTuple):
     local_files_only: bool
 
 
+def options_of(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """The pipeline's own settings besides its components, as JSON values. Some change what it makes of a prompt."""
+    plain = (str, int, float, bool, type(None))
+    return {k: v for k, v in sorted(pipe.config.items()) if not k.startswith("_") and isinstance(v, plain)}
+
+
 class PromptEncoder:
     """The text side of a pipeline.
 
@@ -72,6 +78,7 @@ class PromptEncoder:
         arguments = self._encode_arguments(instruction)
         rest = json.dumps(arguments, sort_keys=True)
         key = {"family": self.family.name, "arguments": json.loads(rest), "dtype": str(self.dtype)}
+        key["options"] = options_of(self.pipeline)
         if self._source is not None:
             key |= self._source.identity or {"fingerprint": self.fingerprint}
         roles = [("", prompt) for prompt in prompts]

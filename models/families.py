@@ -34,6 +34,8 @@ class Family:
         trims: whether tokens that a mask leaves out have no effect, so that they can be cut off.
         steps: default number of denoising steps.
         guidance: default guidance scale.
+        embedded_guidance: whether `guidance` is for a denoiser that takes it as an input. Without that input, which a
+            folder's denoiser may lack, the default is 0.
         guidance_argument: the argument of the pipeline's call that takes it.
         guided_above: guidance scales above this use classifier-free guidance; None: the family never does.
         copies: rows of the denoiser's batch for each image while classifier-free guidance is on. Row i of the batch
@@ -56,6 +58,7 @@ class Family:
     trims: bool = True
     steps: int = 4
     guidance: float = 0.0
+    embedded_guidance: bool = False
     guidance_argument: str = "guidance_scale"
     guided_above: float | None = 1.0
     copies: int = 1
@@ -99,7 +102,9 @@ class Family:
                 what = f"{problem} does not apply to {self.pipeline}, which renders by its own call"
                 raise ConfigError(f"{name}: {what}; leave it out")
         steps = self.steps if settings.num_steps is None else settings.num_steps
-        scale = self.guidance if settings.guidance_scale is None else settings.guidance_scale
+        scale = settings.guidance_scale
+        if scale is None and not self.embedded_guidance:  # else the loaded pipeline knows
+            scale = self.guidance
         return dataclasses.replace(settings, num_steps=steps, guidance_scale=scale)
 
     def _not_applicable(self, settings: RenderSettings) -> Iterable[tuple[str, str]]:
@@ -419,9 +424,10 @@ FAMILIES: dict[str, Family] = {
     row.name: row
     for row in (
         *_ROWS,
-        _variant("sdxl-lcm", "sdxl", scheduler=_LCM, guidance=8.0),
+        _variant("sdxl-lcm", "sdxl", scheduler=_LCM, guidance=8.0, embedded_guidance=True,
+                 licence="that of the SDXL weights"),
         _variant("sd-lcm", "sd", pipeline="LatentConsistencyModelPipeline", scheduler=_LCM, steps=4, guidance=8.5,
-                 texts=("prompt_embeds", None), guided_above=None, copies=1),
+                 texts=("prompt_embeds", None), guided_above=None, copies=1, licence="that of the weights"),
         _variant("pixart-sigma", "pixart", pipeline="PixArtSigmaPipeline"),
     )
 }  # fmt: skip

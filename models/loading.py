@@ -207,6 +207,9 @@ def load_pipeline(
 
 def _component(library: str, name: str, folder: Path, dtype: torch.dtype) -> Any:
     """Load a component of a class that its family's row allows."""
+    for file in folder.glob("*config.json"):
+        if not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
+            raise ValueError(f"{folder.name}/{file.name}: expected a mapping")
     kind = getattr({"diffusers": diffusers, "transformers": transformers}[library], name)
     if issubclass(kind, (ModelMixin, PreTrainedModel)):
         return _whole(kind, folder, dtype)

@@ -45,7 +45,8 @@ def write_diffusers_lora(
     Args:
         path: Folder, created if missing.
         state: `<module>.lora_A.weight` float32 [r, in] and `<module>.lora_B.weight` float32 [out, r] for each module,
-            named relative to the denoiser. The rank may differ by module.
+            with two more dimensions of 1 for a convolution. Names are relative to the denoiser. The rank may differ by
+            module.
         scaling: s by module.
         denoiser: The pipeline's name of the module: `transformer` or `unet`. Keys begin with it.
 
@@ -66,7 +67,7 @@ def write_diffusers_lora(
     weights, ranks = {}, {}
     for module in modules:
         a, b = state[f"{module}.lora_A.weight"], state[f"{module}.lora_B.weight"]
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+        if a.ndim not in (2, 4) or a.ndim != b.ndim or a.shape[0] != b.shape[1]:
             raise ValueError(f"state: {module} expected A [r, in] and B [out, r], got {[*a.shape]} and {[*b.shape]}")
         ranks[module] = a.shape[0]
         weights[f"{module}.lora_A.weight"] = a.detach().cpu().contiguous()

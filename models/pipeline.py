@@ -5,7 +5,9 @@ and its VAE decodes in chunks. Everything else is the pipeline's own: schedule, 
 """
 
 import contextlib
+import dataclasses
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +21,7 @@ from esengine.es.population import Population
 from esengine.es.rows import Rows
 from esengine.models import adapters
 from esengine.models.conditioning import Conditioning
-from esengine.models.encoding import PromptEncoder, Source
+from esengine.models.encoding import PromptEncoder, Source, options_of
 from esengine.models.families import FAMILIES, Family
 from esengine.models.loading import family_at, load_pipeline, locate
 from esengine.models.sana.checks import Describe, FiniteChecks
@@ -138,7 +140,8 @@ class DiffusersPipeline:
             return self._tensors_sha256
         if "commit" in self._source.identity:
             return f"{self._source.identity['model']}@{self._source.identity['commit']}"
-        return f"{self._fingerprint} text {self._text.fingerprint}"
+        options = json.dumps(options_of(self.pipeline), sort_keys=True)
+        return f"{self._fingerprint} text {self._text.fingerprint} options {options}"
 
     @cached_property
     def _fingerprint(self) -> str:
@@ -162,6 +165,9 @@ class DiffusersPipeline:
             ConfigError: a setting does not apply to this pipeline. The message begins with its name.
         """
         settings = self.family.resolve(settings, own_call=True)
+        if settings.guidance_scale is None:
+            embedded = self.module.config.get("time_cond_proj_dim")
+            settings = dataclasses.replace(settings, guidance_scale=self.family.guidance if embedded else 0.0)
         if not self._takes_guidance and settings.guidance_scale != self.family.guidance:
             what = f"{settings.guidance_scale} does not apply to this {self.family.pipeline}, which takes no guidance"
             raise ConfigError(f"guidance_scale: {what}; leave it out")
@@ -323,7 +329,8 @@ class DiffusersPipeline:
         patch = self.pipeline.vae_scale_factor * 2
         linears = [m.out_features for m in self.module.modules() if isinstance(m, torch.nn.Linear)]
         tokens = max(1, sizes[0] // patch) * max(1, sizes[1] // patch)
-        return self.family.copies * tokens * max(linears, default=1) * self.dtype.itemsize * 16
+        copies = self.family.copies if self._guided(self.resolve(settings)) else 1
+        return copies * tokens * max(linears, default=1) * self.dtype.itemsize * 16
 
     def release_graphs(self) -> None:
         """Nothing is kept between forwards."""

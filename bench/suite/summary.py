@@ -183,7 +183,7 @@ def _linear(part: dict[str, Any]) -> tuple[float | None, dict[str, Any]]:
         missing = next((variants[name] for name in ("population", "plain") if "seconds" not in variants[name]), {})
         detail[shape] = ratios.get("population", _gone(missing))
         for name, variant in variants.items():
-            if name not in ("plain", "population"):  # what is not ours has no say in the verdict
+            if name not in ("plain", "population"):  # the verdict is about ours alone
                 detail[f"{shape} {name}"] = ratios.get(name, f"peer: {_gone(variant)}")
     return (None if None in ours or not ours else min(ours)), detail
 

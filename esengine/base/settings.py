@@ -126,8 +126,11 @@ def merged(base: Any, *layers: dict[str, Any]) -> dict[str, Any]:
     values = {each.name: getattr(base, each.name) for each in dataclasses.fields(base)}
     for name in dict.fromkeys(name for layer in layers for name in layer):
         given = [layer[name] for layer in layers if name in layer]
-        section = dataclasses.is_dataclass(values.get(name)) and all(isinstance(each, dict) for each in given)
-        values[name] = merged(values[name], *given) if section else given[-1]
+        wrong = [each for each in given if not isinstance(each, dict)]
+        if dataclasses.is_dataclass(values.get(name)):  # `check` names a section that is no mapping
+            values[name] = wrong[0] if wrong else merged(values[name], *given)
+        else:
+            values[name] = given[-1]
     return values
 
 

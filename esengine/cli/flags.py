@@ -120,7 +120,7 @@ def parse_train(args: list[str]) -> TrainConfig:
 
 def _data(source: Path, run: bool) -> dict[str, Any]:
     """The settings of a YAML file, or those that a run last started with."""
-    return journal.read(source).start.settings if run else read_settings(source)
+    return journal.read(source, needed=0).start.settings if run else read_settings(source)
 
 
 def parse(cls: type, args: list[str], prog: str) -> Any:
@@ -221,7 +221,9 @@ def _holds(data: dict[str, Any], name: str) -> bool:
     head, _, rest = name.partition(".")
     if head not in data:
         return False
-    return not rest or not isinstance(data[head], dict) or _holds(data[head], rest)
+    if not rest:
+        return data[head] != {}  # a section without a flag
+    return not isinstance(data[head], dict) or _holds(data[head], rest)
 
 
 def _spelt(name: str, args: list[str]) -> str:

@@ -26,6 +26,8 @@ DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 DIFFUSERS_METADATA = "lora_adapter_metadata"
 PEFT_PREFIX = "base_model.model."
 
+LARGEST = torch.finfo(torch.float32).max
+
 _KEY = re.compile(r"(.+)\.(?:(lora_A|lora\.down|lora_down)|lora_B|lora\.up|lora_up)\.weight")
 _NO_EFFECT = ("lora_dropout", "fan_in_fan_out", "eva_config")
 _INITS = (None, True, False, "gaussian", "eva", "orthogonal")
@@ -229,7 +231,7 @@ def _by_pattern(name: str, patterns: Any, otherwise: Any, what: str) -> Any:
 
 
 def _number(what: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:  # nor NaN
         raise ValueError(f"{what}: expected a finite number, got {value!r}")
     return float(value)
 

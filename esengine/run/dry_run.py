@@ -9,6 +9,7 @@ from esengine.base.progress import Progress
 from esengine.run import journal
 from esengine.run import state as run_state
 from esengine.run.folder import RunFolder
+from esengine.run.hooks import STRIP_PROMPTS
 from esengine.run.prepare import Prepared, prepare, read_inputs
 from esengine.run.settings import TrainConfig
 from esengine.sampling.preflight import Preflight, preflight
@@ -24,7 +25,7 @@ class Estimate:
     Attributes:
         run_dir: its folder.
         images_per_step: images of one step.
-        images: all images: of the steps, of held-out measurements and of the comparison at the end.
+        images: all images: of the steps, strips, held-out measurements, and of the comparison at the end.
         seconds_render, seconds_score: time of one image in a chunk, without the time to warm up.
         chunk: images in one forward.
         weight_bytes: memory of the denoiser's weights.
@@ -114,7 +115,10 @@ def _estimate(
     return Estimate(
         run_dir=run_dir,
         images_per_step=per_step,
-        images=per_step * config.steps + measurements * held + 2 * eval_prompts * config.es.repeats,
+        images=per_step * config.steps
+        + 3 * strips * min(STRIP_PROMPTS, config.es.prompts_per_step)
+        + measurements * held
+        + 2 * eval_prompts * config.es.repeats,
         seconds_render=seconds_render,
         seconds_score=seconds_score,
         chunk=config.image.chunk,

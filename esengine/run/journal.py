@@ -12,6 +12,7 @@ This module does not import torch.
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import math
@@ -103,9 +104,12 @@ class Measured:
     def __post_init__(self):
         text(self.optimised)
         texts(self.parted)
+        _require(self.of is None or isinstance(self.of, dict), "of: expected a mapping")
         for score in self.scores.values():
-            number(score["change"])
-            number(score["standard_error"])
+            each = score.get("each", [])
+            _require(isinstance(each, list), "each: expected a list")
+            for value in (score["mean"], score["change"], score["standard_error"], *each):
+                number(value)
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,15 @@ class Journal:
         """The last series of held-out scores: the last record with `of`, and those after it."""
         found = self.of(Measured)
         return found[max((i for i, each in enumerate(found) if each.of is not None), default=0) :]
+
+    def digest(self, step: int) -> str:
+        """SHA-256 of the first start's seed, model and prompts, and of the fitness of the steps before `step`."""
+        first = self.of(Start)[0]
+        facts = [first.settings.get("seed"), first.identity["model"], first.identity["prompts_sha256"]]
+        found = hashlib.sha256(json.dumps(facts).encode())
+        for each in self.of(Step)[:step]:
+            found.update(json.dumps(each.fitness).encode())
+        return found.hexdigest()
 
     def cut(self, step: int) -> "Journal":
         """The journal as it was when the checkpoint of `step` steps was complete.

@@ -17,6 +17,7 @@ from esengine.base.errors import ConfigError, RunError, of_setting
 from esengine.base.group import Group
 from esengine.base.progress import Progress
 from esengine.base.prompt_files import read_prompts
+from esengine.es.base_layers import kind_of
 from esengine.es.direct import Direct
 from esengine.es.engine import Engine
 from esengine.es.population import Noise, Population, attach
@@ -30,7 +31,7 @@ from esengine.run import journal
 from esengine.run import state as run_state
 from esengine.run.checkpoint import Checkpoint, set_aside
 from esengine.run.folder import RunFolder
-from esengine.run.journal import Journal, Saved, Start
+from esengine.run.journal import Journal, Start
 from esengine.run.settings import MAY_CHANGE, TrainConfig, differences, started, to_dict, to_yaml
 from esengine.run.trackers import require_installed
 from esengine.sampling.build import (
@@ -199,9 +200,11 @@ def _saved(folder: RunFolder) -> tuple[Checkpoint, Journal]:
     """
     saved = run_state.latest(folder.checkpoints)
     found = journal.read(folder.journal, needed=saved.step)
-    for record in found.cut(saved.step).of(Saved):
-        if record.step == saved.step and record.adapter_sha256 != saved.meta["adapter_sha256"]:
-            raise RunError(f"checkpoint {saved.path}: expected the adapter {record.adapter_sha256} of {found.path}")
+    if found.cut(saved.step).digest(saved.step) != saved.meta["steps_sha256"]:
+        raise RunError(
+            f"checkpoint {saved.path}: expected one of this run, the steps in {found.path} are others: restore the "
+            "file or the folder, or choose another --run-dir"
+        )
     return saved, found
 
 
@@ -284,12 +287,12 @@ def attach_population(model: Generator, config: TrainConfig) -> Population:
     containers = _containers(model.module, targets)
     form = Direct(targets, containers or None)
     if lora.rank:
-        linear = [f".{name}" for name, each in model.module.named_modules() if isinstance(each, torch.nn.Linear)]
+        linear = [f".{name}" for name, each in model.module.named_modules() if kind_of(each) is not None]
         pattern = {}
         for name, alpha in lora.alpha_pattern.items():
             named = [layer for layer in linear if layer.endswith(f".{name}")]
             if not named:
-                what = f"expected the end of a linear layer's name, the model has no '{name}'"
+                what = f"expected the end of a layer's name, the model has no '{name}'"
                 raise ConfigError(f"lora.alpha_pattern: {what}")
             if any(layer.endswith(f".{target}") for layer in named for target in targets):
                 pattern[re.escape(name)] = alpha
@@ -299,7 +302,8 @@ def attach_population(model: Generator, config: TrainConfig) -> Population:
     try:
         return attach(model.module, form, noise, rule=config.update)
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"lora.targets: {str(error).splitlines()[0].removeprefix('target_modules: ')}") from error
+        problem = str(error).splitlines()[0].removeprefix("target_modules: ")
+        raise ConfigError(problem.replace(" by exclude_modules", ""), setting="lora.targets") from error
 
 
 def _containers(module: torch.nn.Module, targets: Collection[str]) -> tuple[str, ...]:
@@ -379,6 +383,9 @@ def _check_same_run(folder: RunFolder, before: Start, now: Start, allowed: bool,
     old, new = before.identity["contract"], now.identity["contract"]
     if old != new:
         raise RunError(f"run folder {folder.path}: noise contract: {old} -> {new}")
+    old, new = before.settings.get("init_adapter"), now.settings["init_adapter"]
+    if old != new:  # the run has started from it already
+        raise RunError(f"run folder {folder.path}: init_adapter: {old} -> {new}: a run keeps its own")
     changed = run_state.changes(before, now)
     if changed and allowed:
         progress.note(f"warning: the run continues with other settings ({'; '.join(changed)})")

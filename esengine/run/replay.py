@@ -61,10 +61,12 @@ def replay(config: ReplayConfig, progress: Progress) -> Replayed:
     stored = _read_adapter(config.run_dir / "adapter" / "adapter_model.safetensors")
     device = take_device(run.device if config.device == "auto" else config.device)
     progress.note(f"model {run.model} on {device}, for the shapes of its layers")
-    (_, now), *_ = steps = list(_steps(found))
+    now, steps = _settings(found.of(Start)[0], found), list(_steps(found))
     model = load_model(
         config.model or run.model, None if config.model else run.revision, device, pick_dtype(now.dtype, device)
     )
+    if now.init_adapter is not None and not now.init_adapter.exists():
+        raise RunError(f"{found.path}: the run started from {now.init_adapter}, which does not exist: restore it")
     population, agreed = start_population(model, now), None
     for saved in found.of(Saved):
         if saved.step == 0 and saved.adapter_sha256 != adapter_sha256(population):
@@ -92,11 +94,15 @@ def replay(config: ReplayConfig, progress: Progress) -> Replayed:
     return Replayed(found.done, adapter_sha256(population), agreed, parted if agreed is None else [])
 
 
+def _settings(start: Start, run: Journal) -> TrainConfig:
+    return from_dict(TrainConfig(), start.settings, f"{run.path}: settings")
+
+
 def _steps(run: Journal) -> Iterator[tuple[Step, TrainConfig]]:
     """Each step with the settings that it was made with."""
     for record in run.records:
         if isinstance(record, Start):
-            config = from_dict(TrainConfig(), record.settings, f"{run.path}: settings")
+            config = _settings(record, run)
         elif isinstance(record, Step):
             yield record, config
 

@@ -121,7 +121,7 @@ class TrainConfig:
     """
 
     run_dir: File | None = None
-    """Folder of the run: config, metrics, checkpoints, adapter, strips. By default runs/<date and time>."""
+    """Folder of the run: journal, checkpoints, adapter, pictures. By default runs/<date and time>."""
     model: str = DEMO
     """A pipeline's folder or a hub id, of a family in models/README.md. Or `nano`, the small trained model of this
     package; or `tiny:FAMILY`, an untrained model for tests. `tiny` is a SANA-Sprint."""

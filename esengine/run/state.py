@@ -12,7 +12,7 @@ from esengine.run.journal import Start
 from esengine.run.settings import MAY_CHANGE, TrainConfig, differences, to_dict
 
 _PARTS = ("adapter", "optimizer")
-_META = {"contract": int, "adapter_sha256": str}
+_META = {"contract": int, "adapter_sha256": str, "steps_sha256": str}
 LIMITS = ("limit", "scoring_limit")
 """Names of the two batch limits: images in one forward, images scored together. None before any out-of-memory."""
 

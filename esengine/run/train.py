@@ -27,6 +27,7 @@ from esengine.run.pictures import draw_strip
 from esengine.run.prepare import Prepared, prepare, read_inputs
 from esengine.run.saving import Checkpoints
 from esengine.run.settings import TrainConfig, to_yaml
+from esengine.run.state import changes
 from esengine.run.stop import Stop
 from esengine.run.trackers import Trackers, open_trackers
 
@@ -57,7 +58,7 @@ def train(config: TrainConfig, progress: Progress | None = None, stop: Stop | No
     run gracefully on SIGTERM or SIGINT.
 
     Raises:
-        ConfigError: a setting, file or reward cannot be used. The run folder is unchanged.
+        ConfigError: a setting, file or reward cannot be used. No step is made.
         RunError: the run folder is in use, holds another run, or has nothing to resume.
         RewardError, RenderError: a step failed. The adapter is as before that step, and a checkpoint of it is written.
         Stopped: a signal came, and `stop` was given. The message says how to resume. A signal during the steps leaves a
@@ -81,9 +82,9 @@ def train(config: TrainConfig, progress: Progress | None = None, stop: Stop | No
 def _train(config: TrainConfig, progress: Progress, group: Group, stop: Stop) -> Result | None:
     inputs = read_inputs(config, group)
     config = inputs.config
-    with _told(inputs.run_dir, config.steps, stop), _folder(inputs.run_dir, config.resume, group) as folder:
+    with _resumable(inputs.run_dir, config.steps, stop), _folder(inputs.run_dir, config.resume, group) as folder:
         ready = prepare(inputs, folder, progress, group)
-        if ready.before is None:
+        if ready.before is None or changes(ready.before.start, ready.start):
             check_members(ready)
         render = ready.renderer(ready.texts, progress)
         run = Run(ready.config, ready.rewards.optimised, render, progress, group)
@@ -176,7 +177,7 @@ def _compare(
 
 
 @contextmanager
-def _told(run_dir: Path, steps: int, stop: Stop) -> Iterator[None]:
+def _resumable(run_dir: Path, steps: int, stop: Stop) -> Iterator[None]:
     """Replace an exception that a signal caused by a `Stopped` whose message says how to resume."""
     try:
         yield

@@ -402,6 +402,21 @@ def test_a_run_resumes_with_its_own_settings_and_none_of_nanos(tmp_path):
     assert (config.update, config.lora) == (TrainConfig().update, TrainConfig().lora)
 
 
+@pytest.mark.parametrize("section", ["lora: hello", "lora:", "image: 5", "update: [1]", "es: 5"])
+def test_a_section_that_is_no_mapping_is_named(yaml_file, section):
+    with pytest.raises(ConfigError) as caught:
+        parse_train(["--config", yaml_file(f"{section}\n")])
+    assert caught.value.setting == section.partition(":")[0]
+    assert "expected a mapping" in caught.value.problem
+
+
+def test_a_damaged_end_of_a_journal_does_not_keep_the_settings_from_the_command_line(tmp_path):
+    journals.begin(tmp_path, model="tiny", steps=7)
+    with open(tmp_path / "journal.jsonl", "a") as journal:
+        journal.write("garbage\n")
+    assert parse_train(["--run-dir", str(tmp_path), "--resume"]).steps == 7
+
+
 @pytest.mark.parametrize("model", ["nano", "tiny"])
 def test_a_chosen_number_of_prompts_a_step_is_kept(tmp_path, model):
     (tmp_path / "p.txt").write_text("a\nb\nc\nd\n")

@@ -6,10 +6,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from esengine import models
 from esengine.base.errors import ConfigError
-from esengine.models import FAMILIES, DiffusersPipeline, SanaSprint, load, require_pipeline, tiny_pipeline
+from esengine.models import (
+    FAMILIES,
+    DiffusersPipeline,
+    RenderSettings,
+    SanaSprint,
+    load,
+    require_pipeline,
+    tiny_pipeline,
+)
 from esengine.models.families import TINY, family_of
 
 SPY = "open({mark!r}, 'w').close()\nclass X:\n    pass\n"
@@ -141,3 +150,31 @@ def test_a_hub_model_is_checked_by_its_index_alone(name, tmp_path, monkeypatch):
     monkeypatch.setattr("esengine.models.loading.download", lambda *a, **k: pytest.fail("more was downloaded"))
     with pytest.raises(ConfigError, match="component scheduler"):
         kind.from_pretrained("nobody/model", local_files_only=True)
+
+
+def changed(tmp_path, name, **changes):
+    """A copy of a family's tiny folder with other entries in its index."""
+    folder = shutil.copytree(tiny_pipeline(name), tmp_path / name)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | changes))
+    return str(folder)
+
+
+def test_options_in_the_index_are_in_the_identity_and_in_the_key_of_the_text_cache(tmp_path):
+    first, other = load("tiny:sdxl"), load(changed(tmp_path, "sdxl", force_zeros_for_empty_prompt=False))
+    assert first.identity() != other.identity()
+    first.encode(["a cat"], cache_dir=tmp_path / "cache")
+    cached = other.encode(["a cat"], cache_dir=tmp_path / "cache")
+    fresh = load(changed(tmp_path / "again", "sdxl", force_zeros_for_empty_prompt=False)).encode(["a cat"])
+    one, two = (each.batch(torch.tensor([0]), guided=True) for each in (cached, fresh))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert one["negative_prompt_embeds"].abs().sum() > 0
+
+
+def test_the_guidance_of_an_lcm_is_for_a_denoiser_that_takes_it(tmp_path):
+    lcm = ["diffusers", "LCMScheduler"]
+    plain = load(changed(tmp_path, "sdxl", scheduler=lcm))
+    assert plain.family.name == "sdxl-lcm"
+    assert plain.resolve(RenderSettings()).guidance_scale == 0
+    assert load("tiny:sdxl-lcm").resolve(RenderSettings()).guidance_scale == 8

@@ -21,7 +21,7 @@ def test_it_counts_what_a_run_makes(small, tmp_path, reward):
     assert not (tmp_path / "run").exists()
     scored.clear()
     train(config)
-    assert found.images == sum(scored)
+    assert found.images == sum(scored) + 2 * 3 * 2  # two strips of three members, which are not scored
     assert found.images_per_step == config.population * 2
     assert found.run_dir == tmp_path / "run"
     files = " ".join(found.files)

@@ -64,6 +64,48 @@ def test_a_first_adapter_that_has_changed_cannot_be_replayed(config, tmp_path, l
     assert len(journals.steps(run)) == 2
 
 
+def test_another_first_adapter_on_resume_is_refused(config, tmp_path, lora):
+    train(dataclasses.replace(config, steps=1))
+    other = shutil.copytree(lora, tmp_path / "other")
+    with pytest.raises(RunError, match=r"init_adapter: .* a run keeps its own"):
+        train(dataclasses.replace(config, resume=True, allow_change=True, init_adapter=other))
+
+
+def test_an_alpha_beyond_every_number_is_refused(config, tmp_path, lora):
+    copy = shutil.copytree(lora, tmp_path / "lora")
+    settings = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 10**400}))
+    with pytest.raises(ConfigError) as caught:
+        train(dataclasses.replace(config, init_adapter=copy))
+    assert caught.value.setting == "init_adapter"
+
+
+def test_a_run_on_convolutions_is_saved_drawn_and_continued(small, tmp_path, esengine, prompt_files):
+    flags = ["--model", "tiny:sd", "--population", "2", "--es.prompts-per-step", "1", "--heldout-every", "0"]
+    flags += [
+        "--strip-every",
+        "0",
+        "--steps",
+        "1",
+        "--reward",
+        "jpeg_compressibility",
+        "--eval-prompts",
+        prompt_files[1],
+    ]
+    flags += ["--lora.targets", "conv_shortcut", "to_q", "--lora.alpha-pattern", "conv_shortcut", "4"]
+    code, _, err = esengine("train", *flags, "--run-dir", tmp_path / "run")
+    assert code == 0, err
+    peft = shutil.copytree(tmp_path / "run" / "adapter", tmp_path / "peft")
+    (peft / "pytorch_lora_weights.safetensors").unlink()
+    for adapter in (tmp_path / "run" / "adapter", peft):
+        code, _, err = esengine(
+            "render", "a cat", "--model", "tiny:sd", "--adapter", adapter, "--out", f"{adapter}.out"
+        )
+        assert code == 0, err
+    code, _, err = esengine("train", *flags, "--run-dir", tmp_path / "again", "--init-adapter", peft)
+    assert code == 0, err
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

@@ -150,6 +150,12 @@ DAMAGED = {
     "a score without its change": json.dumps(
         {"kind": "held_out", "step": 4, "scores": {"a": {"mean": 1}}, "optimised": "a", "parted": []}
     ),
+    "each of a number": json.dumps(
+        {"kind": "held_out", "step": 4, "scores": {"a": {**SCORES["a"], "each": 5}}, "optimised": "a", "parted": []}
+    ),
+    "of a number": json.dumps(
+        {"kind": "held_out", "step": 4, "scores": SCORES, "optimised": "a", "parted": [], "of": 5}
+    ),
     "parted of a text": json.dumps({"kind": "held_out", "step": 4, "scores": {}, "optimised": "a", "parted": "b"}),
 }
 

@@ -203,6 +203,23 @@ def test_a_journal_without_a_step_is_one_line(trained, tmp_path):
         replay(ReplayConfig(run_dir=tmp_path / "run"), Progress())
 
 
+def test_settings_that_changed_before_the_first_step_are_replayed(small, tmp_path):
+    config = small(tmp_path / "run", steps=2, heldout_every=0, strip_every=0)
+
+    class Killed(Exception):
+        pass
+
+    def killed(*_):
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("esengine.run.loop._score", killed)
+        with pytest.raises(Killed):
+            train(config)
+    train(dataclasses.replace(config, resume=True, allow_change=True, seed=5))
+    assert replay(ReplayConfig(run_dir=tmp_path / "run"), Progress()).agreed == 2
+
+
 def test_another_precision_on_the_way_is_replayed_from_the_first(small, tmp_path):
     """Where an adapter begins depends on the model's precision."""
     config = small(tmp_path / "run", steps=1, heldout_every=0, strip_every=0)

@@ -49,6 +49,7 @@ RECORDS = {
     "step in words": (lambda r: r.update(step="4"), "got '4'"),
     "list of meta": (lambda r: r.update(meta=[]), "corrupt"),
     "no contract": (lambda r: r["meta"].pop("contract"), "contract: expected int"),
+    "no hash of the steps": (lambda r: r["meta"].pop("steps_sha256"), "steps_sha256: expected str, got NoneType"),
     "no hash": (lambda r: r["meta"].pop("adapter_sha256"), "adapter_sha256: expected str, got NoneType"),
     "contract in words": (lambda r: r["meta"].update(contract="1"), "contract: expected int, got str"),
     "limit in words": (lambda r: r["meta"].update(limit="x"), "limit: expected None or an integer"),
@@ -107,7 +108,10 @@ def test_config_yaml_is_a_copy_that_a_run_can_do_without(trained, run):
 def test_a_checkpoint_of_another_run_is_refused(trained, small, run, tmp_path):
     train(small(tmp_path / "other", seed=5))
     shutil.copytree(tmp_path / "other" / "checkpoints", run / "checkpoints", dirs_exist_ok=True)
-    with pytest.raises(RunError, match=r"step_00000004: expected the adapter [0-9a-f]{64} of .*journal\.jsonl"):
+    with pytest.raises(RunError, match=r"step_00000004: expected one of this run, the steps in .*journal\.jsonl"):
+        train(dataclasses.replace(trained[0], run_dir=run, resume=True, steps=5))
+    journals.rewrite(run, lambda records: [record for record in records if record["kind"] != "saved"])
+    with pytest.raises(RunError, match="step_00000004: expected one of this run"):
         train(dataclasses.replace(trained[0], run_dir=run, resume=True, steps=5))
 
 
