@@ -37,7 +37,7 @@ class Generator(Protocol):
         """A text that identifies the loaded weights. Equal weights give equal texts."""
 
     def resolve(self, settings: RenderSettings) -> RenderSettings:
-        """The settings with the model's defaults for open choices. Raises ConfigError if one does not apply."""
+        """The settings with the model's defaults in place of None. Raises ConfigError if one does not apply."""
 
     def encode(
         self,

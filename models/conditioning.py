@@ -18,7 +18,7 @@ Parts = dict[str, torch.Tensor]
 """One prompt's tensors by name: embeddings [L, C], masks [1, L], pooled embeddings [1, C]."""
 
 NEGATIVE = "negative_"
-"""Arguments of a pipeline's call that begin with it take the prompt that guidance steers away from."""
+"""Arguments of a pipeline's call that begin with it take the negative prompt."""
 
 
 class Conditioning:
@@ -30,7 +30,7 @@ class Conditioning:
     """
 
     def __init__(self, prompts: Sequence[str], parts: Sequence[Parts], family: Family, negative: Parts | None = None):
-        """`parts`: the tensors of each of the P >= 1 prompts. `negative`: those of the prompt to steer away from."""
+        """`parts`: the tensors of each of the P >= 1 prompts. `negative`: those of the negative prompt."""
         if not prompts or len(prompts) != len(parts):
             raise ValueError(f"parts: expected one for each of {len(prompts)} prompts, got {len(parts)}")
         self.prompts = tuple(prompts)
@@ -45,7 +45,7 @@ class Conditioning:
         return self._parts[index]
 
     def select(self, prompts: Sequence[str]) -> "Conditioning":
-        """The same for a list of some of the prompts."""
+        """The conditioning of some of the prompts."""
         place = {prompt: index for index, prompt in enumerate(self.prompts)}
         return Conditioning(prompts, [self._parts[place[prompt]] for prompt in prompts], self._family, self._negative)
 
@@ -126,12 +126,12 @@ def masks(family: Family) -> dict[str, str]:
 def trimmed(results: Sequence[Any], family: Family, negative: bool = False) -> Parts:
     """One prompt's tensors on the CPU, from the results of `encode_prompt` for it alone.
 
-    Tokens behind the last one that a mask keeps are cut off. A missing mask keeps everything.
+    Tokens after the last unmasked one are cut off. A missing mask keeps everything.
 
     Args:
         results: what `encode_prompt` returned, in the order of `family.texts`.
         family: the family's row.
-        negative: take the results for guidance, which the family's `texts` name.
+        negative: take the results for the negative prompt, which `texts` names.
     """
     named = {name: value for name, value in zip(family.texts, results, strict=True) if name is not None}
     prefix = NEGATIVE if negative else ""

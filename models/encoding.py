@@ -33,7 +33,7 @@ class Source(NamedTuple):
 
 
 def options_of(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """The pipeline's own settings besides its components, as JSON values. Some change what it makes of a prompt."""
+    """The pipeline's own settings besides its components, as JSON values. Some affect how a prompt is encoded."""
     plain = (str, int, float, bool, type(None))
     return {k: v for k, v in sorted(pipe.config.items()) if not k.startswith("_") and isinstance(v, plain)}
 

@@ -31,7 +31,7 @@ class Family:
         texts: arguments of the pipeline's call that take the results of its `encode_prompt`, in that order; None for
             a result that is not passed on. A mask belongs to the embeddings before it.
         ragged: whether the call takes embeddings as a list with one [L, C] for each row.
-        trims: whether tokens that a mask leaves out have no effect, so that they can be cut off.
+        trims: whether masked tokens have no effect, so that they can be cut off.
         steps: default number of denoising steps.
         guidance: default guidance scale.
         embedded_guidance: whether `guidance` is for a denoiser that takes it as an input. Without that input, which a
@@ -40,7 +40,7 @@ class Family:
         guided_above: guidance scales above this use classifier-free guidance; None: the family never does.
         copies: rows of the denoiser's batch for each image while classifier-free guidance is on. Row i of the batch
             belongs to image i modulo the number of images.
-        negative: the prompt that guidance steers away from.
+        negative: the negative prompt.
         size: default height and width in pixels, if the denoiser's configuration has no `sample_size`.
         targets: default target layers, by the end of their names.
         call: further arguments of the pipeline's call.
@@ -87,7 +87,7 @@ class Family:
         return tuple(name for name in self.components if name.startswith(("text_encoder", "tokenizer")))
 
     def resolve(self, settings: RenderSettings, *, own_call: bool | None = None) -> RenderSettings:
-        """The settings with this family's defaults for open choices.
+        """The settings with this family's defaults in place of None.
 
         Args:
             settings: how images are made. A subclass stays one.

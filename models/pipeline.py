@@ -159,7 +159,7 @@ class DiffusersPipeline:
         return f"sha256:{total.hexdigest()}"
 
     def resolve(self, settings: RenderSettings) -> RenderSettings:
-        """The settings with the family's defaults for open choices.
+        """The settings with the family's defaults in place of None.
 
         Raises:
             ConfigError: a setting does not apply to this pipeline. The message begins with its name.

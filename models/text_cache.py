@@ -57,7 +57,7 @@ class TextEmbeddings:
         return self._embeddings[index]
 
     def select(self, prompts: Sequence[str]) -> "TextEmbeddings":
-        """The same for a list of some of the prompts."""
+        """The conditioning of some of the prompts."""
         place = {prompt: index for index, prompt in enumerate(self.prompts)}
         return TextEmbeddings(prompts, [self._embeddings[place[prompt]] for prompt in prompts])
 

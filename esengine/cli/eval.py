@@ -204,7 +204,7 @@ def _shard(config: EvalConfig, folder: Path | None) -> tuple[int, int]:
     """Shard (k, n) of --shard. Without the flag, this process's place under torchrun."""
     k, n = map(int, config.shard.split("/")) if config.shard else place()
     if folder is None and n > 1:
-        raise ConfigError(f"shard: {n} processes meet in a folder, give it with --out")
+        raise ConfigError(f"shard: {n} processes need a shared folder: give --out")
     return k, n
 
 

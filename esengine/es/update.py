@@ -38,6 +38,8 @@ class Updater:
         self._before: list[torch.Tensor] = []
         if rule.optimizer == "adam":
             self.optimizer = torch.optim.Adam(tensors, lr=rate, betas=(rule.momentum, rule.beta2), foreach=True)
+        elif rule.optimizer not in ("sgd", "momentum"):
+            raise ValueError(f"optimizer: expected sgd, momentum or adam, got {rule.optimizer}")
         else:
             momentum = rule.momentum if rule.optimizer == "momentum" else 0.0
             self.optimizer = torch.optim.SGD(tensors, lr=rate, momentum=momentum, foreach=True)

@@ -77,7 +77,7 @@ def held_charts(held: list[Held]) -> list[Chart]:
             continue
         title = f"{name} (optimised)" if name == held[0].optimised else name
         series = [Series("change", change, (change - 2 * error, change + 2 * error))]
-        marks = [(step, "parts ways") for step, parted in partings(held) if name in parted]
+        marks = [(step, "diverges") for step, parted in partings(held) if name in parted]
         note = f"Change since step {held[0].step}, ± 2 standard errors."
         charts.append(lines(title, x, series, zero=True, marks=marks, note=note))
     return charts

@@ -165,7 +165,7 @@ def _outcome(metrics: dict[int, dict[str, float]]) -> list[tuple[str, str, str]]
 
 def _warnings(held: list[Held]) -> list[str]:
     return [
-        f"The rewards part ways at step {step}: on held-out prompts {held[0].optimised} is up and {', '.join(parted)} "
+        f"The rewards diverge at step {step}: on held-out prompts {held[0].optimised} is up and {', '.join(parted)} "
         "down by more than two standard errors. The search may be exploiting the reward from there on."
         for step, parted in partings(held)
     ]

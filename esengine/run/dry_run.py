@@ -1,4 +1,4 @@
-"""What a run would take and write, found out by loading everything and rendering a few images."""
+"""Estimates a run's time, memory and files: loads everything and renders a few images."""
 
 import time
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from esengine.run.settings import TrainConfig
 from esengine.sampling.preflight import Preflight, preflight
 
 LONGEST = 20.0
-"""Most seconds that a chunk may take to be timed whole."""
+"""A whole chunk is timed if it takes less than this many seconds."""
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,7 @@ class RunFolder:
             raise RunError(f"run folder {self.path} already holds a run: add --resume, or choose another --run-dir")
         if not resume and logged:
             raise RunError(
-                f"run folder {self.path} already holds a run, {journal.NAME} of it and no checkpoint: choose another "
+                f"run folder {self.path} already holds a run, {journal.NAME} without a checkpoint; choose another "
                 "--run-dir"
             )
 

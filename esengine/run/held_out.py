@@ -5,7 +5,7 @@ latents are the same at every measurement.
 
     d_t[p] = s_t[p] - s_0[p]      change = mean_p d_t      standard error = std_p d_t / sqrt(P)
 
-The rewards diverge ("part ways" in messages) at the first t where the optimised one has change > 2 standard errors
+The rewards diverge at the first t where the optimised one has change > 2 standard errors
 while a held-out one has change < -2 standard errors.
 """
 
@@ -72,10 +72,7 @@ class HeldOut(Hook):
         self.series = written.held_out
         if self.series and self.series[0].of != self.of:
             self.series = []
-            out.note(
-                "held-out prompts or rewards are others than before: from here on, changes are against step "
-                f"{written.done}"
-            )
+            out.note(f"held-out prompts or rewards have changed: from now on, changes are against step {written.done}")
         for record in self.series:
             with as_written(f"{written.path}: held-out scores after step {record.step}"):
                 self._require_written(record)
@@ -155,7 +152,7 @@ class HeldOut(Hook):
         record = next(each for each in self.series if each.step == step)
         up, down = (record.scores[each] for each in (record.optimised, name))
         return (
-            f"the rewards part ways at step {step}: {record.optimised} {_amount(up)}, held-out {name} "
+            f"the rewards diverge at step {step}: {record.optimised} {_amount(up)}, held-out {name} "
             f"{_amount(down)} on {len(self.prompts)} prompts; look at heldout/step_{step:08d}.png"
         )
 

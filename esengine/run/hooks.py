@@ -1,4 +1,4 @@
-"""What happens beside the steps of a run. A step is in the journal before its hooks run."""
+"""Hooks of a run. A step is in the journal before `after_step` is called."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ class Hook:
         """Before the first step of this process; `done` steps are done."""
 
     def before_update(self, task: Task, scores: dict[str, torch.Tensor]) -> None:
-        """The task is scored, [N, P, R] by name, and the adapter is as its members were drawn from. May not raise."""
+        """The task is scored, [N, P, R] by name, and the adapter is not updated yet. Must not raise."""
 
     def after_step(self, step: Step) -> None:
         """The step is recorded, and the adapter is updated."""
@@ -73,8 +73,8 @@ class Track(Hook):
 class Strips(Hook):
     """Writes strips/step_00000010.png: images of the best, median and worst member of every `every`th step.
 
-    It also sends the picture and histograms of the members' scores to the trackers. A picture that cannot be drawn or
-    written is a warning.
+    It also sends the picture and histograms of the members' scores to the trackers. If drawing
+    or writing one fails, a warning is logged.
 
     Args:
         out: the outputs of the run.

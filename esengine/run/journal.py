@@ -5,7 +5,7 @@
     {"kind": "held_out", "step": 1, "scores": {...}, ...}                held-out scores after `step` steps
     {"kind": "saved", "step": 5, "adapter_sha256": "..."}                the checkpoint of `step` steps is complete
 
-The journal is the run. The adapter is a fold of the update over the steps, and a checkpoint is a cached prefix of it.
+The journal defines the run. Its updates give the adapter. A checkpoint stores the result of the first steps.
 A resumed run cuts the journal at the checkpoint that it continues from, and adds a new start.
 
 This module does not import torch.

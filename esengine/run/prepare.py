@@ -83,7 +83,7 @@ class Prepared:
         settings: how an image is rendered.
         start: the next start in the run's journal.
         before: the journal up to the checkpoint from which the run resumes; None for a new run.
-        limits: images in one forward, and images scored together, that fit into memory. None: not known.
+        limits: images in one forward, and images scored together, that fit into memory. None: no limit.
         texts, held_out: embeddings of the prompts to train on and of the held-out prompts.
     """
 
@@ -133,7 +133,7 @@ def read_inputs(config: TrainConfig, group: Group) -> Inputs:
     config = dataclasses.replace(config, image=resolved(config.image, family), lora=lora)
     require_installed(config.trackers)
     if config.resume and config.dry_run:
-        raise ConfigError("dry_run: expected a new run, got --resume beside it: what a resumed run needs is known")
+        raise ConfigError("dry_run: expected a new run, got --resume: a resumed run needs no estimate")
     if config.resume and config.run_dir is None:
         raise ConfigError("expected --run-dir with it, the folder of the run to resume", setting="resume")
     run_dir = config.run_dir or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
@@ -202,8 +202,8 @@ def _saved(folder: RunFolder) -> tuple[Checkpoint, Journal]:
     found = journal.read(folder.journal, needed=saved.step)
     if found.cut(saved.step).digest(saved.step) != saved.meta["steps_sha256"]:
         raise RunError(
-            f"checkpoint {saved.path}: expected one of this run, the steps in {found.path} are others: restore the "
-            "file or the folder, or choose another --run-dir"
+            f"checkpoint {saved.path}: expected one of this run, it does not match the steps in {found.path}: "
+            "restore the file or the folder, or choose another --run-dir"
         )
     return saved, found
 
@@ -348,7 +348,7 @@ def _go_on(engine: Engine, saved: Checkpoint, config: TrainConfig, folder: RunFo
     try:
         engine.load_state_dict(run_state.engine_state(saved, config))
     except ValueError as error:
-        stays = "lora.rank, lora.targets and an optimizer with moments stay what they were, --allow-change or not"
+        stays = "lora.rank, lora.targets and an optimizer with moments cannot change, even with --allow-change"
         raise RunError(f"run folder {folder.path} cannot be resumed: {error}; {stays}") from error
     for path, why in saved.skipped:
         progress.note(f"skipped {path}: {why}")
@@ -376,7 +376,7 @@ def _require_alike(group: Group, start: Start) -> None:
     found = [Start(**json.loads(bytes(each.tolist()))) for each in group.gather(own)]
     for rank, each in enumerate(found):
         if changed := run_state.changes(found[0], each, OF_A_PROCESS):
-            raise RunError(f"process {rank}: it was given another run than process 0 ({'; '.join(changed)})")
+            raise RunError(f"process {rank}: its run differs from that of process 0 ({'; '.join(changed)})")
 
 
 def _check_same_run(folder: RunFolder, before: Start, now: Start, allowed: bool, progress: Progress) -> None:
@@ -385,7 +385,7 @@ def _check_same_run(folder: RunFolder, before: Start, now: Start, allowed: bool,
         raise RunError(f"run folder {folder.path}: noise contract: {old} -> {new}")
     old, new = before.settings.get("init_adapter"), now.settings["init_adapter"]
     if old != new:  # the run has started from it already
-        raise RunError(f"run folder {folder.path}: init_adapter: {old} -> {new}: a run keeps its own")
+        raise RunError(f"run folder {folder.path}: init_adapter: {old} -> {new}: it cannot change")
     changed = run_state.changes(before, now)
     if changed and allowed:
         progress.note(f"warning: the run continues with other settings ({'; '.join(changed)})")

@@ -70,7 +70,7 @@ def replay(config: ReplayConfig, progress: Progress) -> Replayed:
     population, agreed = start_population(model, now), None
     for saved in found.of(Saved):
         if saved.step == 0 and saved.adapter_sha256 != adapter_sha256(population):
-            what = f"{now.init_adapter} has changed since" if now.init_adapter else "the first adapter is another one"
+            what = f"{now.init_adapter} has changed since" if now.init_adapter else "the initial adapter differs"
             raise RunError(f"{found.path}: expected the adapter {saved.adapter_sha256} before the first step: {what}")
     for step, then in steps:
         if stored is not None and next(_parted(population, stored), None) is None:
@@ -88,8 +88,8 @@ def replay(config: ReplayConfig, progress: Progress) -> Replayed:
     kept = max(map(path_step, checkpoint_folders(config.run_dir / "checkpoints")), default=0)
     if agreed is None and parted is not None and kept > found.done:
         raise RunError(
-            f"{found.path}: lines are missing: it ends after step {found.done}, and there is a checkpoint of step "
-            f"{kept}; the recorded steps do not make the run's adapter"
+            f"{found.path}: lines are missing: it ends after step {found.done}, but there is a checkpoint of step "
+            f"{kept}; replay does not give the run's adapter"
         )
     return Replayed(found.done, adapter_sha256(population), agreed, parted if agreed is None else [])
 
@@ -115,7 +115,7 @@ def _changed(model: Generator, population: Population, config: TrainConfig, path
     try:
         population.load_state_dict(state | {"noise": population.state_dict()["noise"]})
     except ValueError as error:
-        raise RunError(f"{path}: its settings change so that no run can continue: {error}") from error
+        raise RunError(f"{path}: a run cannot continue with its changed settings: {error}") from error
     return population
 
 

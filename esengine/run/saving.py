@@ -64,7 +64,7 @@ class Checkpoints(Hook):
 
     @contextmanager
     def all_or_nothing(self, *harmless: type[Exception]) -> Iterator[None]:
-        """After an error inside, the state is never saved, unless the error is `harmless`: it changes nothing."""
+        """After an error inside, the state is not saved, except after `harmless` errors, which leave it unchanged."""
         self._agree = False
         try:
             yield

@@ -61,7 +61,7 @@ Alpha = Annotated[Positive, Field(le=MAX_COUNT)]
 def _pairs(words: list[str]) -> dict[str, float]:
     """Names and alphas in turn, as on the command line."""
     if len(words) % 2 or len(set(words[::2])) < len(words) // 2:
-        raise ValueError("expected names, each once, and behind each its alpha")
+        raise ValueError("expected NAME ALPHA pairs, each name once")
     return {name: float(alpha) for name, alpha in zip(words[::2], words[1::2], strict=True)}
 
 
@@ -104,8 +104,8 @@ class ESSettings:
     shaping: Literal["zscore", "centered_rank", "none"] = "zscore"
     """How scores become fitness. Each prompt's mean is removed first. Then: z-score, centred ranks, or no change."""
     prompt_std: Literal["global", "own"] = "global"
-    """A prompt's scores are divided by a standard deviation. global: of all scores, as in the reference run. own: of
-    this prompt's scores, so that no prompt outweighs the others."""
+    """The standard deviation that divides a prompt's scores. global: that of all scores, as in the reference run. own:
+    that of this prompt, so that no prompt outweighs the others."""
     prompts_per_step: Count = 4
     """Prompts drawn each step. No prompt is drawn again before all have been. The default adapts to a shorter list."""
     repeats: Count = 4
@@ -149,8 +149,8 @@ class TrainConfig:
     allow_change: Switch = False
     """With --resume, continue even if settings, model or prompts differ from the run's. The differences are printed."""
     dry_run: Switch = False
-    """Load everything, render and score a few images, print what the run would take and write, and stop. Nothing is
-    written but the text cache."""
+    """Load everything, render and score a few images, print estimates of time and memory and the files that a run
+    would write, and stop. Only the text cache is written."""
     config: str | None = None
     """YAML file of settings, which flags override. Or the name of a packaged file: `reference` (the published run) or
     `nano`. For the model `nano`, your own YAML file overrides the packaged one."""
@@ -169,14 +169,14 @@ class TrainConfig:
     """Steps between pictures of the best, median and worst member's images. 0: none."""
     heldout_reward: str = "auto"
     """Rewards to measure on held-out prompts besides the optimised ones, such as `pickscore,my_module:score`; or none.
-    auto: if you optimise pickscore, clip_text, aesthetic, no_artifacts or hpsv2, the others of the first four. For
-    `nano`: those four with clip-nano, and checker, whatever you optimise."""
+    auto: if you optimise pickscore, clip_text, aesthetic, no_artifacts or hpsv2, those of the first four that you do
+    not optimise. For `nano`: always, with clip-nano, and checker."""
     heldout_every: Interval = 10
     """Steps between measurements on held-out prompts. 0: none."""
     heldout_prompts: Count = 16
     """Number of --eval-prompts in each measurement. They are always the same ones."""
     trackers: Annotated[tuple[Literal["wandb", "trackio"], ...], AfterValidator(_distinct)] = ()
-    """Trackers besides TensorBoard. Each needs the extra of its name: pip install 'eggroll-esengine[wandb]'.
+    """Trackers besides TensorBoard. Each needs its pip extra: pip install 'eggroll-esengine[wandb]'.
     WANDB_MODE=offline needs no account."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     es: ESSettings = field(default_factory=ESSettings)

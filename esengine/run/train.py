@@ -118,7 +118,7 @@ def _checkpoints(run: Run, ready: Prepared, to: Outputs | None) -> Checkpoints:
 
 @contextmanager
 def _trackers(ready: Prepared, folder: RunFolder, progress: Progress) -> Iterator[Trackers]:
-    """The trackers of the run, told its settings, from its next step on."""
+    """The run's trackers, started with its settings at its next step."""
     resumed_at = ready.engine.step if ready.before else None
     trackers = open_trackers(folder.path, folder.tensorboard, ready.config.trackers, resumed_at, progress.note)
     trackers.start({**ready.start.settings, "identity": ready.start.identity})

@@ -1,4 +1,4 @@
-"""Checks before the first step that a batch of several members gives each row its own member.
+"""Checks before the first step that each row of a mixed batch is computed with its own member.
 
 Members 0 and 1 are rendered in one batch, and each of them alone with the same prompts and latents. For row i and the
 output y of a target layer at its first call:
@@ -23,7 +23,7 @@ from esengine.es.rows import Rows
 from esengine.models import Generator, RenderSettings, TextEmbeddings
 
 MEMBERS, PROMPTS = torch.tensor([0, 1, 1, 0, 1]), torch.tensor([0, 0, 1, 1, 0])
-"""Rows of the mixed batch. In reverse order, moved by one, or doubled row by row, they are others."""
+"""Rows of the mixed batch. Reversing, shifting by one or doubling each row changes them."""
 LARGEST = {torch.float32: 1e-3, torch.float64: 1e-3}
 """Largest e of a data type. In half precision, where members differ by little more than rounding, it is 0.5."""
 SAMPLES = 4096
@@ -121,9 +121,9 @@ def _require_apart(errors: dict[str, float], largest: float) -> None:
     for name, error in errors.items():
         if not error <= largest:  # or NaN
             raise ConfigError(
-                f"lora.targets: {name}: expected each row of a batch to be its own member's, got rows that differ from "
-                f"the member alone by {error:.2g} of the difference between two members, at most {largest:g} is "
-                "rounding: a module at or before this layer mixes the rows of its batch; leave such layers out"
+                f"lora.targets: {name}: expected each row of a batch to equal its member rendered alone, got a "
+                f"difference of {error:.2g} of that between two members (limit {largest:g}): a module at or before "
+                "this layer mixes the rows of its batch; leave such layers out"
             )
 
 

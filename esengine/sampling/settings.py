@@ -14,7 +14,7 @@ class ImageSettings(RenderSettings):
     vae: str | None = None
     """Another decoder of the same latents, such as DC-AE-Lite: a folder, or a hub id, optionally with @revision."""
     instruction: Switch = True
-    """Put the pipeline's instruction to the text encoder before each prompt."""
+    """Prepend the pipeline's instruction for the text encoder to each prompt."""
 
     def __post_init__(self):
-        """Checks nothing more. `render_settings` checks what must fit together, after flags have changed a file's."""
+        """No check here. `render_settings` checks combinations, after flags have overridden the file."""

@@ -46,8 +46,8 @@ def test_a_finished_run(finished):
     assert "12 of 12 steps. Model tiny, reward pickscore." in text
     assert "21.0000 +0.5000 ± 0.1000 wins 75%" in text
     assert f"8 members {TIMES} 2 prompts {TIMES} 3 repeats" in text
-    assert "The rewards part ways at step 8: on held-out prompts pickscore is up and clip_text down" in text
-    assert text.count("parts ways") == 1
+    assert "The rewards diverge at step 8: on held-out prompts pickscore is up and clip_text down" in text
+    assert text.count("diverges") == 1
     assert "seed 7 default 0" in text
     assert "es.sigma 0.01 es" not in text
     assert "es.sigma 0.01 default" not in text

@@ -139,7 +139,7 @@ def test_a_lock_that_its_holder_took_away_is_not_taken_for_the_folders(tmp_path,
 def test_a_run_that_has_lost_its_checkpoints_is_not_begun_anew(trained, tmp_path, damaged):
     content = b"{}\n" if damaged else (trained[1].folder / "journal.jsonl").read_bytes()
     (tmp_path / "journal.jsonl").write_bytes(content)
-    with pytest.raises(RunError, match=r"already holds a run, journal\.jsonl of it and no checkpoint: choose another"):
+    with pytest.raises(RunError, match=r"already holds a run, journal\.jsonl without a checkpoint; choose another"):
         RunFolder.open(tmp_path)
     assert (tmp_path / "journal.jsonl").read_bytes() == content
     checkpoint.save(tmp_path / "checkpoints", 0, {}, {})

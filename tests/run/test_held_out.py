@@ -1,4 +1,4 @@
-"""Held-out rewards: the numbers by hand, when they part ways, and that watching changes nothing."""
+"""Held-out rewards: the numbers by hand, when they diverge, and that watching changes nothing."""
 
 import contextlib
 import dataclasses
@@ -465,7 +465,7 @@ def test_a_run_that_parts_ways_says_so_when_it_happens_and_at_the_end(small, tmp
     name = reward(counting(+1), other=counting(-1))
     result = train(small(tmp_path / "run", reward=name, heldout_reward="own:other"), notes)
     assert result.parted == {"own:other": 2}
-    warnings = [line for line in notes.said if "part ways" in line]
+    warnings = [line for line in notes.said if "rewards diverge" in line]
     assert len(warnings) == 2
     assert warnings[0] == warnings[1]
     assert "step 2: own:score +" in warnings[0]
@@ -543,7 +543,7 @@ def test_the_interval_may_change_and_the_series_goes_on(small, tmp_path, notes):
     train(config)
     train(dataclasses.replace(config, resume=True, steps=6, heldout_every=3), notes)
     assert [line["step"] for line in records(tmp_path / "run")] == [0, 2, 3, 6]
-    assert not any("others than before" in line for line in notes.said)
+    assert not any("have changed: from now on" in line for line in notes.said)
 
 
 def test_a_run_that_was_not_watched_can_be_from_where_it_is(small, tmp_path):

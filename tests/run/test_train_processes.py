@@ -191,7 +191,7 @@ def test_processes_that_are_given_different_runs_end_before_a_step(small, tmp_pa
         changes = {"prompts": tmp_path / "other.txt"}
     found = world(2, lambda rank: small(tmp_path / "run", **(changes if rank else {})))
     for _, error in found:
-        assert error.startswith("RunError: process 1: it was given another run than process 0 (")
+        assert error.startswith("RunError: process 1: its run differs from that of process 0 (")
         assert words in error
     assert not (tmp_path / "run").exists()
 
