@@ -233,7 +233,7 @@ def test_a_log_with_its_end_missing_is_said_to_be_that(trained, esengine, worksp
     journals.rewrite(workspace / "run", lambda records: [each for each in records if each["step"] < 3])
     code, _, err = esengine("replay", "run")
     assert code == 1
-    assert "run/journal.jsonl: lines are missing: it ends after step 3, and there is a checkpoint of step 4" in err
+    assert "run/journal.jsonl: lines are missing: it ends after step 3, but there is a checkpoint of step 4" in err
 
 
 def test_an_adapter_that_cannot_be_read_is_one_line(trained, esengine, workspace):
