@@ -234,7 +234,7 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(trained, parti, esengi
 def test_several_processes_need_a_folder(trained, esengine):
     code, _, err = esengine("eval", "--run-dir", trained[0].run_dir, "--shard", "0/2")
     assert code == 1
-    assert "give it with --out" in err
+    assert "give --out" in err
 
 
 def test_folders_are_entries_by_name(trained, tmp_path):
