@@ -144,6 +144,7 @@ class Journal:
         self.path, self.lines, self.done = path, [], 0
         self.records: list[Record] = []
         self.start: Start
+        self._made_of = None  # a running SHA-256, since every checkpoint needs it
         for line in lines:
             self.add(line)
 
@@ -152,8 +153,12 @@ class Journal:
         record = _record(line)
         self.check(record)
         if isinstance(record, Start):
+            facts = [record.settings.get("seed"), record.identity["model"], record.identity["prompts_sha256"]]
+            self._made_of = self._made_of or hashlib.sha256(json.dumps(facts).encode())
             self.start = record
-        self.done += isinstance(record, Step)
+        elif isinstance(record, Step):
+            self._made_of.update(json.dumps(record.fitness).encode())
+            self.done += 1
         self.records.append(record)
         self.lines.append(line)
 
@@ -175,14 +180,10 @@ class Journal:
         found = self.of(Measured)
         return found[max((i for i, each in enumerate(found) if each.of is not None), default=0) :]
 
-    def digest(self, step: int) -> str:
-        """SHA-256 of the first start's seed, model and prompts, and of the fitness of the steps before `step`."""
-        first = self.of(Start)[0]
-        facts = [first.settings.get("seed"), first.identity["model"], first.identity["prompts_sha256"]]
-        found = hashlib.sha256(json.dumps(facts).encode())
-        for each in self.of(Step)[:step]:
-            found.update(json.dumps(each.fitness).encode())
-        return found.hexdigest()
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the first start's seed, model and prompts, and of the fitness of every step."""
+        return self._made_of.hexdigest()
 
     def cut(self, step: int) -> "Journal":
         """The journal as it was when the checkpoint of `step` steps was complete.

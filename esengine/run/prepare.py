@@ -200,7 +200,7 @@ def _saved(folder: RunFolder) -> tuple[Checkpoint, Journal]:
     """
     saved = run_state.latest(folder.checkpoints)
     found = journal.read(folder.journal, needed=saved.step)
-    if found.cut(saved.step).digest(saved.step) != saved.meta["steps_sha256"]:
+    if found.cut(saved.step).digest != saved.meta["steps_sha256"]:
         raise RunError(
             f"checkpoint {saved.path}: expected one of this run, it does not match the steps in {found.path}: "
             "restore the file or the folder, or choose another --run-dir"

@@ -102,7 +102,7 @@ class Checkpoints(Hook):
         engine, step = self.engine, self.engine.step
         if self.to:
             sha256 = adapter_sha256(engine.population)
-            steps = self.to.journal.contents.digest(step)
+            steps = self.to.journal.contents.digest
             meta = {"contract": CONTRACT, "adapter_sha256": sha256, "steps_sha256": steps}
             meta |= {"limit": self.render.limit, "scoring_limit": self.reward.limit}
             self.to.journal.sync()  # a checkpoint is never ahead of the journal
