@@ -101,7 +101,7 @@ def _quiet() -> None:
 
 
 def _train(config: Any) -> int:
-    from esengine.run.folder import RunFolder
+    from esengine.run.folder import KEPT, RunFolder
 
     if config.run_dir is not None and os.environ.get("RANK", "0") == "0":  # of several processes, the first holds it
         RunFolder.require_free(config.run_dir)  # before the seconds that the imports below take
@@ -121,6 +121,8 @@ def _train(config: Any) -> int:
     print(comparison.table())
     print(f"\nrun folder  {result.folder}")
     print(f"adapter     {result.folder / 'adapter'}  (PEFT; the pipeline's load_lora_weights reads it too)")
+    for kind, step in result.kept.items():
+        print(f"{kind.ljust(10)}  {result.folder / KEPT[kind]}  (of step {step})")
     if page := _page(result.folder):
         print(f"page        {page}")
     print(f"curves      tensorboard --logdir {result.folder / 'tensorboard'}")
@@ -220,6 +222,10 @@ def _replay(config: Any) -> int:
     from esengine.run.replay import replay
 
     found = replay(config, Bar())
+    for name, step in found.kept.items():
+        if step is None:
+            return _fail(f"{config.run_dir / name} is not the adapter of any step, or not the average of them", 1)
+        print(f"{config.run_dir / name} equals the result of {step} steps bit for bit")
     print(f"{found.steps} steps made again, adapter sha256 {found.sha256}")
     if config.out is not None:
         print(f"written to {config.out}")

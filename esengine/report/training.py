@@ -10,6 +10,7 @@ import numpy as np
 
 from esengine.base.errors import ConfigError
 from esengine.base.records import as_written, number, read_json, text, texts
+from esengine.evaluation.entries import ADAPTER
 from esengine.evaluation.statistics import flatten
 from esengine.report.charts import Chart, Series, lines
 from esengine.report.curves import column, held_charts, names_like, partings, reward_charts, steps_of
@@ -69,6 +70,8 @@ def write_training_page(run_dir: Path) -> Path:
         reward_charts=reward_charts(metrics),
         held_charts=held_charts(held),
         warnings=_warnings(held),
+        ended=run.ended,
+        kept=_kept(run),
         norm_charts=_single_charts(metrics, r".*_norm"),
         speed_charts=_speed_charts(metrics),
         other_charts=_single_charts(metrics, r"(?!reward|seconds|images_per_second|.*_norm$).*"),
@@ -116,7 +119,8 @@ def _size(config: dict[str, Any]) -> tuple[str, str, str]:
 def _compared(comparison: Comparison, reward: str) -> tuple[str, str, str] | None:
     """The card (what, figure, aside) of the optimised score's held-out gain; None if the comparison lacks it."""
     score = _optimised(comparison.scores, reward)
-    cell = comparison.overall.cells.get(score, {}).get(comparison.entries[-1])
+    adapter = next((each for each in comparison.entries if each.startswith(f"{ADAPTER}@")), comparison.entries[-1])
+    cell = comparison.overall.cells.get(score, {}).get(adapter)
     if cell is None or cell.difference is None:
         return None
     prompts = count(comparison.overall.count, "held-out prompt")
@@ -169,6 +173,18 @@ def _warnings(held: list[Held]) -> list[str]:
         "down by more than two standard errors. The search may be exploiting the reward from there on."
         for step, parted in partings(held)
     ]
+
+
+def _kept(run: journal.Journal) -> list[str]:
+    """A line for each adapter that the run keeps besides the last one."""
+    found = [
+        f"adapter-{each.to}/ is that of step {each.step}: its {each.by}, {figure(each.mean)} on the held-out "
+        "prompts, is the highest."
+        for each in run.of(journal.Copied)[-1:]
+    ]
+    if ema := run.start.settings.get("ema"):
+        found.append(f"adapter-ema/ is the moving average over the steps, with a decay of {figure(ema)}.")
+    return found
 
 
 def _single_charts(metrics: dict[int, dict[str, float]], pattern: str) -> list[Chart]:

@@ -7,11 +7,13 @@ from typing import Any
 
 from esengine.base.records import number, text, texts
 from esengine.evaluation.entries import ADAPTER, Entry
-from esengine.run import journal
+from esengine.run import folder, journal
 from esengine.run.journal import Journal
 
 REWARDS = ("reward", "reward_best", "reward_worst")
 KEPT = (*REWARDS, "reward_std")
+NAMES = (ADAPTER, *folder.KEPT.values())
+"""Folders of adapters in a run's folder."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def kept_curves(entries: Sequence[Entry]) -> dict[str, Any]:
     """
     kept = {}
     for entry in entries:
-        run = entry.adapter.resolve().parent if entry.adapter and entry.adapter.resolve().name == ADAPTER else None
+        run = entry.adapter.resolve().parent if entry.adapter and entry.adapter.resolve().name in NAMES else None
         if run is None or not (run / journal.NAME).is_file():
             continue
         found = journal.read(run / journal.NAME)

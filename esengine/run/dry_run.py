@@ -8,8 +8,9 @@ from esengine.base.group import Group
 from esengine.base.progress import Progress
 from esengine.run import journal
 from esengine.run import state as run_state
-from esengine.run.folder import RunFolder
+from esengine.run.folder import KEPT, RunFolder
 from esengine.run.hooks import STRIP_PROMPTS
+from esengine.run.kept import expected
 from esengine.run.prepare import Prepared, prepare, read_inputs
 from esengine.run.settings import TrainConfig
 from esengine.sampling.preflight import Preflight, preflight
@@ -104,27 +105,30 @@ def _estimate(
     every, held = config.heldout_every, min(config.heldout_prompts, eval_prompts)
     measurements = len({0, config.steps, *range(0, config.steps, every)}) if every else 0
     strips = len({config.steps - 1, *range(0, config.steps, config.strip_every)}) if config.strip_every else 0
+    copies = expected(config)
+    kept = [KEPT[kind] for kind in copies if kind in KEPT]
     files = [
-        f"{journal.NAME}, config.yaml, tensorboard, adapter",
+        ", ".join((journal.NAME, "config.yaml", "tensorboard", "adapter", *kept)),
         f"checkpoints: every {config.checkpoint_every} steps, the last two are kept",
         *([f"strips: {strips} pictures"] if strips else []),
         *([f"heldout: {measurements} pictures of {held} images"] if measurements else []),
         "eval.json, comparison.png, report.html",
     ]
-    tensors = run_state.tensors(ready.engine).values()
+    tensors = run_state.tensors(ready.engine, ready.kept).values()
+    theta = sum(each.nbytes for each in ready.engine.population.parameters().values())
     return Estimate(
         run_dir=run_dir,
         images_per_step=per_step,
         images=per_step * config.steps
         + 3 * strips * min(STRIP_PROMPTS, config.es.prompts_per_step)
         + measurements * held
-        + 2 * eval_prompts * config.es.repeats,
+        + (2 + len(kept)) * eval_prompts * config.es.repeats,
         seconds_render=seconds_render,
         seconds_score=seconds_score,
         chunk=config.image.chunk,
         weight_bytes=sum(each.nbytes for each in ready.model.module.parameters()),
         chunk_bytes=config.image.chunk * ready.model.image_bytes(ready.settings),
-        checkpoint_bytes=sum(each.nbytes for each in tensors),
+        checkpoint_bytes=sum(each.nbytes for each in tensors) + len(copies) * theta,
         layers=found.layers,
         files=tuple(files),
     )

@@ -19,7 +19,9 @@ from esengine.run import journal
 TEMPORARY = ".tmp-"
 LOCK = ".lock"
 _CHECKPOINT = re.compile(r"step_(\d{8,})")
-_FOLDERS = ("checkpoints", "adapter", "tensorboard", "strips", "heldout", "wandb")
+KEPT = {"best": "adapter-best", "ema": "adapter-ema"}
+"""Folders of the adapters that a run keeps besides its last one, by kind."""
+_FOLDERS = ("checkpoints", "adapter", *KEPT.values(), "tensorboard", "strips", "heldout", "wandb")
 _FILES = (journal.NAME, "config.yaml", "eval.json", "comparison.png", "trackers.json", "report.html")
 
 
@@ -114,6 +116,14 @@ class RunFolder:
     def adapter(self) -> Path:
         return self.path / "adapter"
 
+    def kept(self, kind: str) -> Path:
+        """The folder of a kept adapter, see `KEPT`."""
+        return self.path / KEPT[kind]
+
+    @property
+    def _adapters(self) -> list[Path]:
+        return [self.adapter, *map(self.kept, KEPT)]
+
     @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
@@ -151,14 +161,14 @@ class RunFolder:
     def _refuse_links(self) -> None:
         """Raise RunError for a symbolic link among the files that a run writes, prunes or appends to."""
         written = [self.path / name for name in (*_FILES, *_FOLDERS)]
-        for folder in (self.checkpoints, self.adapter, self.tensorboard, self.strips, self.held_out):
+        for folder in (self.checkpoints, *self._adapters, self.tensorboard, self.strips, self.held_out):
             if folder.is_dir() and not folder.is_symlink():
                 written += folder.iterdir()
         refuse_links(f"run folder {self.path}", written)
 
     def _remove_torn_files(self) -> None:
         """Remove the partly written files of a killed process."""
-        for place in (self.path, self.adapter, self.strips, self.held_out):
+        for place in (self.path, *self._adapters, self.strips, self.held_out):
             for torn in place.glob(f"{TEMPORARY}*"):
                 with contextlib.suppress(IsADirectoryError):  # a run makes no such folder here
                     torn.unlink()

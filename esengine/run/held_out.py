@@ -45,6 +45,7 @@ class HeldOut(Hook):
         stopped: called before each chunk. If it returns true, nothing is written; a resumed run measures again.
         drop_bad: if true, leave out images that a reward fails on and log a warning; the limit is one image or a tenth,
             whichever is more. If false, such an image is an error.
+        measured: called with each measurement, once it is recorded.
 
     Raises:
         RunError: an earlier record was not written by esengine.
@@ -61,9 +62,10 @@ class HeldOut(Hook):
         last: int,
         stopped: Callable[[], bool] = lambda: False,
         drop_bad: bool = False,
+        measured: Callable[[Measured], None] = lambda record: None,
     ):
         self.out, self.rewards, self.render, self.every, self.last = out, rewards, render, every, last
-        self.stopped, self.drop_bad = stopped, drop_bad
+        self.stopped, self.drop_bad, self.measured = stopped, drop_bad, measured
         total = len(render.texts)
         count = min(prompts, total)
         self.prompts = torch.arange(count) * total // count
@@ -115,6 +117,7 @@ class HeldOut(Hook):
         for name in parted:
             if name not in before:
                 self.out.note(f"warning: {self.warning(name)}")
+        self.measured(record)
 
     def _draw(self, step: int, images: torch.Tensor) -> None:
         """Write heldout/step_00000010.png, a grid of images uint8 [K, 3, H, W] with their prompts."""

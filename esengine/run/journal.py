@@ -4,6 +4,8 @@
     {"kind": "step", "step": 0, "fitness": [...], "metrics": {...}}      one step, made with the settings above it
     {"kind": "held_out", "step": 1, "scores": {...}, ...}                held-out scores after `step` steps
     {"kind": "saved", "step": 5, "adapter_sha256": "..."}                the checkpoint of `step` steps is complete
+    {"kind": "copied", "step": 1, "to": "best", "by": ..., "mean": ...}  the adapter of `step` steps is kept as the best
+    {"kind": "ended", "step": 9, "parted": [...], "adapter_step": 5}     the held-out guard has ended the run
 
 The journal defines the run. Its updates give the adapter. A checkpoint stores the result of the first steps.
 A resumed run cuts the journal at the checkpoint that it continues from, and adds a new start.
@@ -123,10 +125,56 @@ class Saved:
         text(self.adapter_sha256)
 
 
-Record = Start | Step | Measured | Saved
-_KINDS: dict[str, type] = {"start": Start, "step": Step, "held_out": Measured, "saved": Saved}
+@dataclass(frozen=True)
+class Copied:
+    """The adapter of `step` steps is kept.
+
+    Attributes:
+        to: what it is kept as, see `esengine.run.kept`.
+        by: the name of the score that chose it.
+        mean: that score's mean.
+    """
+
+    step: int
+    to: str
+    by: str
+    mean: float
+
+    def __post_init__(self):
+        text(self.to)
+        text(self.by)
+        _require(math.isfinite(number(self.mean)), "mean: expected a finite number")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The held-out guard has ended the run after `step` steps.
+
+    Attributes:
+        parted: names of the scores that diverged from the optimised one.
+        adapter_step: the run's adapter is that of so many steps.
+    """
+
+    step: int
+    parted: list[str]
+    adapter_step: int
+
+    def __post_init__(self):
+        texts(self.parted)
+        _require(step_of(self.adapter_step) <= self.step, f"adapter_step: expected at most {self.step}")
+
+
+Record = Start | Step | Measured | Saved | Copied | Ended
+_KINDS: dict[str, type] = {
+    "start": Start,
+    "step": Step,
+    "held_out": Measured,
+    "saved": Saved,
+    "copied": Copied,
+    "ended": Ended,
+}
 _NAMES = {kind: name for name, kind in _KINDS.items()}
-R = TypeVar("R", Start, Step, Measured, Saved)
+R = TypeVar("R", Start, Step, Measured, Saved, Copied, Ended)
 
 
 class Journal:
@@ -166,6 +214,7 @@ class Journal:
         """Raise ValueError if the record cannot follow the others."""
         _require(self.records or isinstance(record, Start), "expected the start of a run in the first line")
         _require(record.step == self.done, f"expected step {self.done}, got {record.step}")
+        _require(self.ended is None, "expected no line after the end of the run")
         if isinstance(record, Step):
             size, got = self.start.settings["population"], len(record.fitness)
             _require(got == size, f"expected a fitness of {size} numbers, got {got}")
@@ -173,6 +222,11 @@ class Journal:
     def of(self, kind: type[R]) -> list[R]:
         """The records of one kind."""
         return [each for each in self.records if isinstance(each, kind)]
+
+    @property
+    def ended(self) -> Ended | None:
+        """How the held-out guard ended the run, or None."""
+        return self.records[-1] if self.records and isinstance(self.records[-1], Ended) else None
 
     @property
     def held_out(self) -> list[Measured]:
@@ -188,7 +242,7 @@ class Journal:
     def cut(self, step: int) -> "Journal":
         """The journal as it was when the checkpoint of `step` steps was complete.
 
-        It has no held-out scores after `step` steps, because a resumed run measures them again.
+        It has no held-out scores after `step` steps, because a resumed run measures them again and acts on them.
 
         Raises:
             RunError: the journal has fewer steps.
@@ -202,7 +256,8 @@ class Journal:
         found = [[i for i, each in enumerate(self.records) if (type(each), each.step) == what] for what in wanted]
         end = next(places[0] for places in found if places) + 1
         kept = zip(self.lines[:end], self.records[:end], strict=True)
-        return Journal(self.path, (line for line, each in kept if (type(each), each.step) != (Measured, step)))
+        again = (Measured, step), (Copied, step)
+        return Journal(self.path, (line for line, each in kept if (type(each), each.step) not in again))
 
 
 def read(path: Path, needed: int | None = None) -> Journal:

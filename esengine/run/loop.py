@@ -1,7 +1,7 @@
 """The steps of a run: render, score, update and record; then checkpoints, held-out scores and trackers."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,7 +23,8 @@ from esengine.sampling.rollout import Renderer, score_task
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of a run that are the same in every step. `journal` is None except in the leading process."""
+    """The parts of a run that are the same in every step. In the leading process alone there is a journal, and
+    `ended` may say that no step is to follow."""
 
     config: TrainConfig
     reward: Weighted
@@ -31,13 +32,14 @@ class Run:
     progress: Progress
     group: Group
     journal: Writer | None = None
+    ended: Callable[[], bool] = lambda: False
 
 
 def take_steps(run: Run, engine: Engine, stop: Stop, checkpoints: Checkpoints, hooks: Sequence[Hook]) -> None:
     """Take all steps up to the last. On a signal the current chunk is finished and a checkpoint is written.
 
     Raises:
-        Stopped: a signal came.
+        Stopped: a signal came, or the run has ended.
         RewardError, RenderError, UpdateError: a step failed. The adapter is as before that step, and a checkpoint of
             it is written.
         RunError: the adapters of the processes differ, or a process has ended.
@@ -101,7 +103,7 @@ def _score(run: Run, engine: Engine, task: Task, stop: Stop) -> tuple[dict[str, 
         engine.population,
         task,
         run.progress.images,
-        stopped=lambda: stop.requested,
+        stopped=lambda: stop.requested or run.ended(),
         group=run.group,
     )
     _share_limits(run)

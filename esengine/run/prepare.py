@@ -32,6 +32,7 @@ from esengine.run import state as run_state
 from esengine.run.checkpoint import Checkpoint, set_aside
 from esengine.run.folder import RunFolder
 from esengine.run.journal import Journal, Start
+from esengine.run.kept import Kept
 from esengine.run.settings import MAY_CHANGE, TrainConfig, differences, started, to_dict, to_yaml
 from esengine.run.trackers import require_installed
 from esengine.sampling.build import (
@@ -80,6 +81,7 @@ class Prepared:
     Attributes:
         config: the settings, with a value for each of them.
         model, engine, rewards: loaded. The engine is at the step from which the run continues.
+        kept: copies of the adapter that the run keeps, those of the checkpoint it resumes from.
         settings: how an image is rendered.
         start: the next start in the run's journal.
         before: the journal up to the checkpoint from which the run resumes; None for a new run.
@@ -91,6 +93,7 @@ class Prepared:
     model: Generator
     engine: Engine
     rewards: Rewards
+    kept: Kept
     settings: RenderSettings
     start: Start
     before: Journal | None
@@ -189,7 +192,8 @@ def prepare(inputs: Inputs, folder: RunFolder, progress: Progress, group: Group)
             set_aside(path for path, _ in saved.skipped)
     texts, held_out = _encoded(inputs, model, config, progress, group)
     before = before and before.cut(saved.step)
-    return Prepared(config, model, engine, rewards, settings, start, before, limits, texts, held_out)
+    kept = Kept(population, decay=config.ema, saved=saved)
+    return Prepared(config, model, engine, rewards, kept, settings, start, before, limits, texts, held_out)
 
 
 def _saved(folder: RunFolder) -> tuple[Checkpoint, Journal]:
@@ -218,7 +222,27 @@ def _rewards(inputs: Inputs, config: TrainConfig, device: str, progress: Progres
     if config.heldout_every and config.heldout_reward == AUTO:
         watched = ",".join(term.text() for term in rewards.watched) or NONE
         config = dataclasses.replace(config, heldout_reward=watched)
-    return rewards, config
+    return rewards, dataclasses.replace(config, keep_by=_keep_by(config, rewards))
+
+
+def _keep_by(config: TrainConfig, rewards: Rewards) -> str | None:
+    """The score that chooses the best adapter; None if it is not kept.
+
+    Raises:
+        ConfigError: the run has no such score, or `heldout_action` has no held-out reward to act on.
+    """
+    if config.heldout_action != "warn" and not rewards.held_out:
+        problem = f"{config.heldout_action} needs a held-out reward, the run has none: set heldout_reward"
+        raise ConfigError(problem, setting="heldout_action", others=("heldout_reward",))
+    if config.keep != "best":
+        return None
+    if config.keep_by is None and not rewards.held_out:
+        problem = "best needs a held-out reward, the run has none: set heldout_reward, or name a score with keep_by"
+        raise ConfigError(problem, setting="keep", others=("heldout_reward", "keep_by"))
+    known, by = [*rewards.held_out, rewards.objective, *rewards.everything.names], config.keep_by
+    if by is not None and by not in known:
+        raise ConfigError(f"expected one of {', '.join(dict.fromkeys(known))}, got {by}", setting="keep_by")
+    return by or known[0]
 
 
 def _engine(

@@ -1,6 +1,6 @@
 """Replays a run from its journal, to check its adapter. Nothing is rendered."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,15 +12,18 @@ from esengine.base.errors import RunError
 from esengine.base.progress import Progress
 from esengine.base.settings_file import from_dict
 from esengine.es.population import PEFT_PREFIX, Population
+from esengine.evaluation.entries import ADAPTER
 from esengine.models import Generator
 from esengine.run import journal
-from esengine.run.folder import checkpoint_folders, path_step
+from esengine.run.folder import KEPT, checkpoint_folders, path_step
 from esengine.run.journal import Journal, Saved, Start, Step
+from esengine.run.kept import EMA, Kept
 from esengine.run.prepare import attach_population, start_population
 from esengine.run.saving import adapter_sha256, save_adapter
 from esengine.run.settings import ReplayConfig, TrainConfig, load_run
 from esengine.sampling.build import load_model, pick_dtype, take_device
 
+WEIGHTS = "adapter_model.safetensors"
 IN_THE_UPDATE = ("seed", "dtype", "population", "lora", "es", "update")
 """Settings that determine the adapter together with the fitness."""
 
@@ -30,19 +33,23 @@ class Replayed:
     """The result of a replay.
 
     Attributes:
-        steps: number of updates made, which is the number of recorded steps.
+        steps: number of updates that give the run's adapter: the recorded steps, or fewer if the held-out guard rolled
+            the adapter back.
         sha256: hash of the replayed adapter, see `adapter_sha256`.
         agreed: number of updates after which the replayed adapter equals the run's adapter bit for bit. It is less
             than `steps` if the run was killed between two checkpoints or is still running. None if they are never
             equal, or if the run has no adapter.
         parted: names of the tensors that differ after all steps; empty if `agreed` is not None. None if the run has no
             adapter.
+        kept: for each other adapter of the run, by its folder's name, the number of updates after which the replayed
+            one equals it; None if they are never equal.
     """
 
     steps: int
     sha256: str
     agreed: int | None
     parted: list[str] | None
+    kept: dict[str, int | None]
 
 
 def replay(config: ReplayConfig, progress: Progress) -> Replayed:
@@ -58,40 +65,69 @@ def replay(config: ReplayConfig, progress: Progress) -> Replayed:
     found = journal.read(config.run_dir / journal.NAME)
     if not found.done:
         raise RunError(f"{found.path}: expected at least one step, there is none: nothing to replay")
-    stored = _read_adapter(config.run_dir / "adapter" / "adapter_model.safetensors")
+    stored = {name: _read_adapter(config.run_dir / name / WEIGHTS) for name in (ADAPTER, *KEPT.values())}
     device = take_device(run.device if config.device == "auto" else config.device)
     progress.note(f"model {run.model} on {device}, for the shapes of its layers")
-    now, steps = _settings(found.of(Start)[0], found), list(_steps(found))
+    first = _settings(found.of(Start)[0], found)
     model = load_model(
-        config.model or run.model, None if config.model else run.revision, device, pick_dtype(now.dtype, device)
+        config.model or run.model, None if config.model else run.revision, device, pick_dtype(first.dtype, device)
     )
-    if now.init_adapter is not None and not now.init_adapter.exists():
-        raise RunError(f"{found.path}: the run started from {now.init_adapter}, which does not exist: restore it")
-    population, agreed = start_population(model, now), None
-    for saved in found.of(Saved):
-        if saved.step == 0 and saved.adapter_sha256 != adapter_sha256(population):
-            what = f"{now.init_adapter} has changed since" if now.init_adapter else "the initial adapter differs"
-            raise RunError(f"{found.path}: expected the adapter {saved.adapter_sha256} before the first step: {what}")
-    for step, then in steps:
-        if stored is not None and next(_parted(population, stored), None) is None:
-            agreed = step.step
-        if any(getattr(then, name) != getattr(now, name) for name in IN_THE_UPDATE):
-            population = _changed(model, population, then, found.path)
-        now = then
-        population.update(step=step.step, fitness=torch.tensor(step.fitness, dtype=torch.float32))
-        progress.count("steps", step.step + 1, found.done)
-    parted = None if stored is None else list(_parted(population, stored))
-    if parted == []:
-        agreed = found.done
-    if config.out is not None:
-        save_adapter(population, config.out, model.denoiser)
+    if first.init_adapter is not None and not first.init_adapter.exists():
+        raise RunError(f"{found.path}: the run started from {first.init_adapter}, which does not exist: restore it")
+    end = found.ended.adapter_step if found.ended else found.done
+    agreed: dict[str, int | None] = {name: None for name, each in stored.items() if each is not None}
+    for done, copies in _states(model, first, found):
+        for name, parted in _compared(copies, stored):
+            if parted is None and not (name == ADAPTER and done > end):
+                agreed[name] = done
+        if done == end:
+            sha256 = adapter_sha256(copies.population)
+            parted = None if stored[ADAPTER] is None else list(_parted(copies.population, stored[ADAPTER]))
+            if config.out is not None:
+                save_adapter(copies.population, config.out, model.denoiser)
+        progress.count("steps", done, found.done)
+    equal = agreed.pop(ADAPTER, None)
     kept = max(map(path_step, checkpoint_folders(config.run_dir / "checkpoints")), default=0)
-    if agreed is None and parted is not None and kept > found.done:
+    if equal is None and parted is not None and kept > found.done:
         raise RunError(
             f"{found.path}: lines are missing: it ends after step {found.done}, but there is a checkpoint of step "
             f"{kept}; replay does not give the run's adapter"
         )
-    return Replayed(found.done, adapter_sha256(population), agreed, parted if agreed is None else [])
+    return Replayed(end, sha256, equal, parted if equal is None else [], agreed)
+
+
+def _states(model: Generator, config: TrainConfig, run: Journal) -> Iterator[tuple[int, Kept]]:
+    """The population after 0, 1, 2, ... steps, with the moving average. `config` is that of the first step."""
+    population = start_population(model, config)
+    for saved in run.of(Saved):
+        if saved.step == 0 and saved.adapter_sha256 != adapter_sha256(population):
+            what = f"{config.init_adapter} has changed since" if config.init_adapter else "the initial adapter differs"
+            raise RunError(f"{run.path}: expected the adapter {saved.adapter_sha256} before the first step: {what}")
+    copies = Kept(population, decay=config.ema)
+    yield 0, copies
+    for step, then in _steps(run):
+        if any(getattr(then, name) != getattr(config, name) for name in IN_THE_UPDATE):
+            copies.population = population = _changed(model, population, then, run.path)
+        if then.ema != copies.decay:
+            copies.decay = then.ema
+            copies.drop(EMA)
+        config = then
+        population.update(step=step.step, fitness=torch.tensor(step.fitness, dtype=torch.float32))
+        if config.ema:
+            copies.average(step.step + 1)
+        yield step.step + 1, copies
+
+
+def _compared(copies: Kept, stored: Mapping[str, dict[str, torch.Tensor] | None]) -> Iterator[tuple[str, str | None]]:
+    """The name of each stored adapter, and its first tensor that differs from the replayed adapter, or None."""
+    for name, tensors in stored.items():
+        if tensors is None:
+            continue
+        if name != KEPT[EMA]:
+            yield name, next(_parted(copies.population, tensors), None)
+        elif EMA in copies:
+            with copies.in_place(EMA) as population:
+                yield name, next(_parted(population, tensors), None)
 
 
 def _settings(start: Start, run: Journal) -> TrainConfig:

@@ -18,6 +18,7 @@ from esengine.run import checkpoint
 from esengine.run import state as run_state
 from esengine.run.hooks import Hook, Outputs
 from esengine.run.journal import Saved, Step
+from esengine.run.kept import BEST, EMA, PART, Kept
 from esengine.sampling.rollout import Renderer
 
 
@@ -33,6 +34,7 @@ class Checkpoints(Hook):
         last: number of steps of the run.
         group: the processes. Before each checkpoint their adapters are compared.
         render, reward: a checkpoint stores their batch limits.
+        kept: a checkpoint stores its copies.
         to: the outputs of the run; None except in the leading process.
     """
 
@@ -45,13 +47,15 @@ class Checkpoints(Hook):
         group: Group,
         render: Renderer,
         reward: Weighted,
+        kept: Kept,
         to: Outputs | None,
         resumed: bool,
     ):
         self.engine, self.every, self.last, self.group = engine, every, last, group
-        self.render, self.reward, self.to, self._agree = render, reward, to, True
+        self.render, self.reward, self.kept, self.to, self._agree = render, reward, kept, to, True
         if resumed and to:
             save_adapter(engine.population, to.folder.adapter, render.model.denoiser)
+            self.save_kept(BEST)
         self._compare()
         self.saved_step = engine.step
         if not resumed:
@@ -104,12 +108,19 @@ class Checkpoints(Hook):
             sha256 = adapter_sha256(engine.population)
             steps = self.to.journal.contents.digest
             meta = {"contract": CONTRACT, "adapter_sha256": sha256, "steps_sha256": steps}
-            meta |= {"limit": self.render.limit, "scoring_limit": self.reward.limit}
+            meta |= {"limit": self.render.limit, "scoring_limit": self.reward.limit, PART: self.kept.meta()}
             self.to.journal.sync()  # a checkpoint is never ahead of the journal
-            checkpoint.save(self.to.folder.checkpoints, step, run_state.tensors(engine), meta)
+            checkpoint.save(self.to.folder.checkpoints, step, run_state.tensors(engine, self.kept), meta)
             self.to.journal.append(Saved(step, sha256))
             save_adapter(engine.population, self.to.folder.adapter, self.render.model.denoiser)
+            self.save_kept(EMA)
         self.saved_step = step
+
+    def save_kept(self, kind: str) -> None:
+        """Write a kept adapter to its folder, if there is one. In the leading process only."""
+        if kind in self.kept:
+            with self.kept.in_place(kind) as population:
+                save_adapter(population, self.to.folder.kept(kind), self.render.model.denoiser)
 
 
 def save_adapter(population: Population, path: Path, denoiser: str = "transformer") -> None:

@@ -175,6 +175,16 @@ class TrainConfig:
     """Steps between measurements on held-out prompts. 0: none."""
     heldout_prompts: Count = 16
     """Number of --eval-prompts in each measurement. They are always the same ones."""
+    heldout_action: Literal["warn", "stop", "rollback"] = "warn"
+    """What to do at the first measurement at which the rewards diverge. warn: go on. stop: end the run. rollback: end
+    it, with the adapter of the last measurement at which they did not."""
+    keep: Literal["last", "best"] = "last"
+    """best: also keep the adapter with the highest mean of a score on the held-out prompts, in adapter-best/."""
+    keep_by: str | None = None
+    """The score that chooses the best adapter. By default the first held-out reward."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of an exponential moving average of the adapter over the steps, such as 0.9. It is written to adapter-ema/.
+    0: none."""
     trackers: Annotated[tuple[Literal["wandb", "trackio"], ...], AfterValidator(_distinct)] = ()
     """Trackers besides TensorBoard. Each needs its pip extra: pip install 'eggroll-esengine[wandb]'.
     WANDB_MODE=offline needs no account."""
@@ -184,6 +194,13 @@ class TrainConfig:
     image: ImageSettings = field(default_factory=ImageSettings)
 
     def __post_init__(self):
+        for name, default in (("heldout_action", "warn"), ("keep", "last")):
+            if getattr(self, name) != default and not self.heldout_every:
+                problem = f"{name}: {getattr(self, name)} needs held-out scores, but heldout_every is 0"
+                raise ConfigError(problem, setting=name, others=("heldout_every",))
+        if self.keep_by is not None and self.keep != "best":
+            problem = f"expected it only with keep best, got {self.keep_by} with keep {self.keep}"
+            raise ConfigError(problem, setting="keep_by", others=("keep",))
         prompts, repeats = self.es.prompts_per_step, self.es.repeats
         if (images := self.population * prompts * repeats) > 1 << 24:
             raise ConfigError(
@@ -220,6 +237,7 @@ class ReplayConfig:
 MAY_CHANGE = (
     *("run_dir", "resume", "allow_change", "dry_run", "config", "steps", "on_bad_reward"),
     *("checkpoint_every", "strip_every", "trackers", "heldout_reward", "heldout_every", "heldout_prompts"),
+    *("heldout_action", "keep", "keep_by"),
     *("model", "revision", "prompts", "eval_prompts"),  # names; what `model` and `prompts` hold is compared by hash
 )
 """Settings that may change on resume. None affects the adapter of a given step."""

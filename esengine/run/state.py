@@ -9,18 +9,20 @@ from esengine.base.errors import RunError
 from esengine.es.engine import Engine
 from esengine.run.checkpoint import Checkpoint, load_latest
 from esengine.run.journal import Start
+from esengine.run.kept import PART, Kept
 from esengine.run.settings import MAY_CHANGE, TrainConfig, differences, to_dict
 
-_PARTS = ("adapter", "optimizer")
+_PARTS = ("adapter", "optimizer", PART)
 _META = {"contract": int, "adapter_sha256": str, "steps_sha256": str}
 LIMITS = ("limit", "scoring_limit")
 """Names of the two batch limits: images in one forward, images scored together. None before any out-of-memory."""
 
 
-def tensors(engine: Engine) -> dict[str, torch.Tensor]:
-    """The engine's state as fp32 tensors, `adapter/<tensor>` and `optimizer/<tensor>.<moment>`."""
+def tensors(engine: Engine, kept: Kept) -> dict[str, torch.Tensor]:
+    """The state as fp32 tensors, `adapter/<tensor>`, `optimizer/<tensor>.<moment>` and `kept/<kind>/<tensor>`."""
     state = engine.state_dict()["population"]
-    return {f"{part}/{name}": t for part in _PARTS for name, t in state[part].items()}
+    parts = {f"{part}/{name}": t for part in ("adapter", "optimizer") for name, t in state[part].items()}
+    return parts | kept.tensors()
 
 
 def latest(root: Path) -> Checkpoint:

@@ -15,13 +15,15 @@ from esengine.base.files import replace_file, write_atomic
 from esengine.base.group import Group
 from esengine.base.progress import Progress
 from esengine.evaluation.draw import Batch, Plan, compare_entries
-from esengine.evaluation.entries import default_entries
+from esengine.evaluation.entries import ADAPTER, BASE, Entry, default_entries
 from esengine.evaluation.statistics import Report
 from esengine.run.dry_run import check_members
-from esengine.run.folder import RunFolder, checkpoint_folders, path_step
+from esengine.run.folder import KEPT, RunFolder, checkpoint_folders, path_step
+from esengine.run.guard import Guard
 from esengine.run.held_out import HeldOut
 from esengine.run.hooks import Outputs, ShowProgress, Strips, Track
 from esengine.run.journal import Writer
+from esengine.run.kept import Average
 from esengine.run.loop import Run, take_steps
 from esengine.run.pictures import draw_strip
 from esengine.run.prepare import Prepared, prepare, read_inputs
@@ -43,11 +45,13 @@ class Result:
         folder: the run folder.
         comparison: base against adapter on held-out prompts.
         parted: the step at which each held-out reward diverged from the optimised one. Others have no entry.
+        kept: steps of the other adapters that the run has kept, by kind, see `esengine.run.folder.KEPT`.
     """
 
     folder: Path
     comparison: Report
     parted: dict[str, int]
+    kept: dict[str, int]
 
 
 def train(config: TrainConfig, progress: Progress | None = None, stop: Stop | None = None) -> Result | None:
@@ -99,21 +103,36 @@ def _train(config: TrainConfig, progress: Progress, group: Group, stop: Stop) ->
             replace_file(folder.config, to_yaml(ready.config).encode())
             run = dataclasses.replace(run, journal=journal)
             out = Outputs(folder, journal, trackers, progress.note)
-            held_out = _held_out(ready, out, progress, stop)
             checkpoints = _checkpoints(run, ready, out)
-            hooks = [ShowProgress(progress, config.steps), Track(trackers), *_strips(run, ready, out)]
-            take_steps(run, ready.engine, stop, checkpoints, [*hooks, checkpoints, *held_out])
+            guard = _guard(ready, out, checkpoints)
+            held_out = _held_out(ready, out, progress, stop, guard)
+            average = [Average(ready.kept)] if config.ema else []
+            hooks = [ShowProgress(progress, config.steps), Track(trackers), *_strips(run, ready, out), *average]
+            run = dataclasses.replace(run, ended=lambda: guard.diverged is not None)
+            try:
+                take_steps(run, ready.engine, stop, checkpoints, [*hooks, checkpoints, *held_out])
+            except Stopped:
+                if stop.requested or not run.ended():
+                    raise
+            guard.finish(ready.model.denoiser)
         ready.engine.population.detach()
         comparison = _compare(ready, folder, render.limit, inputs.eval_prompts, progress)
         parted = held_out[0].parted() if held_out else {}
         for name in parted:
             progress.note(f"warning: {held_out[0].warning(name)}")
-        return Result(Path(folder.path), comparison, parted)
+        kept = {kind: ready.kept.facts(kind)["step"] for kind in KEPT if kind in ready.kept}
+        return Result(Path(folder.path), comparison, parted, kept)
 
 
 def _checkpoints(run: Run, ready: Prepared, to: Outputs | None) -> Checkpoints:
     schedule = dict(every=run.config.checkpoint_every, last=run.config.steps, resumed=ready.before is not None)
-    return Checkpoints(ready.engine, group=run.group, render=run.render, reward=run.reward, to=to, **schedule)
+    of = dict(group=run.group, render=run.render, reward=run.reward, kept=ready.kept)
+    return Checkpoints(ready.engine, to=to, **of, **schedule)
+
+
+def _guard(ready: Prepared, out: Outputs, checkpoints: Checkpoints) -> Guard:
+    chosen = dict(action=ready.config.heldout_action, by=ready.config.keep_by)
+    return Guard(out, ready.kept, checkpoints.save_kept, **chosen)
 
 
 @contextmanager
@@ -136,14 +155,14 @@ def _strips(run: Run, ready: Prepared, out: Outputs) -> list[Strips]:
     return [Strips(out, ready.engine, run.render, every=config.strip_every, last=config.steps - 1)]
 
 
-def _held_out(ready: Prepared, out: Outputs, progress: Progress, stop: Stop) -> list[HeldOut]:
+def _held_out(ready: Prepared, out: Outputs, progress: Progress, stop: Stop, guard: Guard) -> list[HeldOut]:
     """The hook that measures held-out rewards. Empty if `heldout_every` is 0."""
     config = ready.config
     if not config.heldout_every:
         return []
     schedule = dict(prompts=config.heldout_prompts, every=config.heldout_every, last=config.steps)
-    stopping = dict(stopped=lambda: stop.requested, drop_bad=ready.engine.drop_pairs)
-    return [HeldOut(out, ready.rewards, ready.renderer(ready.held_out, progress), **schedule, **stopping)]
+    acting = dict(stopped=lambda: stop.requested, drop_bad=ready.engine.drop_pairs, measured=guard.measured)
+    return [HeldOut(out, ready.rewards, ready.renderer(ready.held_out, progress), **schedule, **acting)]
 
 
 def _compare(
@@ -151,13 +170,15 @@ def _compare(
 ) -> Report:
     """Compare base and adapter on the held-out prompts, and write eval.json and comparison.png."""
     progress.note(f"comparing base and adapter on {len(prompts)} held-out prompts")
-    config, images = ready.config, {}
+    config, images, num_steps = ready.config, {}, ready.settings.num_steps
+    kept = [folder.kept(kind) for kind in KEPT if kind in ready.kept]
+    entries = default_entries(num_steps, folder.adapter, two_steps=False)
     comparison = compare_entries(
         ready.model,
         ready.held_out,
         ready.rewards.everything,
         Plan(
-            entries=default_entries(ready.settings.num_steps, folder.adapter, two_steps=False),
+            entries=(*entries, *(Entry(path.name, num_steps, path) for path in kept)),
             prompts=len(prompts),
             repeats=config.es.repeats,
             seed=config.seed,
@@ -194,7 +215,7 @@ def _resumable(run_dir: Path, steps: int, stop: Stop) -> Iterator[None]:
 def _keep_images(images: dict[str, list[torch.Tensor]], batch: Batch) -> None:
     """Keep the first image of each of the first `SHOWN_PROMPTS` prompts, at most 256 pixels wide, by entry."""
     for image, (prompt, repeat) in zip(batch.images, batch.rows, strict=True):
-        if prompt < SHOWN_PROMPTS and repeat == 0:
+        if prompt < SHOWN_PROMPTS and repeat == 0 and batch.entry.name in (BASE, ADAPTER):
             height, width = image.shape[1:]
             size = (max(1, round(height * 256 / width)), 256) if width > 256 else (height, width)
             small = interpolate(image[None].float().cpu(), size, mode="bilinear", antialias=True)

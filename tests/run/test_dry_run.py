@@ -56,3 +56,11 @@ def test_the_command_line_says_it_in_lines(small, esengine, workspace, prompt_fi
     assert {"images", "time", "memory", "members", "folder", "nothing"} <= set(lines)
     assert "48 a step" in lines["images"] or " a step" in lines["images"]
     assert set(workspace.rglob("*")) == before
+
+
+def test_it_counts_the_adapters_that_a_run_keeps(small, tmp_path):
+    plain = dry_run(small(tmp_path / "run"))
+    kept = dry_run(small(tmp_path / "run", keep="best", keep_by="jpeg_compressibility", ema=0.9))
+    assert kept.images - plain.images == 2 * 3
+    assert kept.checkpoint_bytes == 3 * plain.checkpoint_bytes
+    assert "adapter-best, adapter-ema" in kept.files[0]
