@@ -17,6 +17,7 @@ Post-train a frozen text-to-image model from black-box rewards by Evolution Stra
   train    run or resume a training run; without flags, a demo that takes minutes on a laptop
   eval     compare base and adapters on prompts or a benchmark: same latents, paired differences, a report
   render   draw prompts with the base model and the adapter, side by side
+  judge    compare two models blindly, with your own eyes, on a local page
   report   the page of a run or of an evaluation: one HTML file with curves, tables and images
   replay   make a run's adapter again from its journal, and compare: every bit the same
   env      versions, devices, and which kernels are in use and why
@@ -45,6 +46,7 @@ def _main(args: list[str]) -> int:
         "train": _train,
         "eval": _eval,
         "render": _render,
+        "judge": _judge,
         "report": _report,
         "replay": _replay,
         "env": _env,
@@ -206,6 +208,17 @@ def _render(config: Any) -> int:
         print(f"{written.sheet}\n{written.page}")
     else:
         print(f"{written.images} images and {written.sheet.name} in {written.folder}")
+    return 0
+
+
+def _judge(config: Any) -> int:
+    _quiet()
+    from esengine.base.progress import Bar
+    from esengine.cli.judge import judge_images
+    from esengine.run.stop import Stop
+
+    with Stop() as stop, stop.gently(quiet=True):
+        print(judge_images(config, Bar(), lambda: stop.requested))
     return 0
 
 

@@ -19,7 +19,7 @@ from esengine.models.defaults import Defaults, defaults
 from esengine.report import write_evaluation_page
 from esengine.rewards import Weighted
 from esengine.rewards.registry import load_terms
-from esengine.rewards.roles import judges
+from esengine.rewards.roles import HUMAN, judges
 from esengine.rewards.spec import Term, read
 from esengine.run.curves import kept_curves
 from esengine.run.settings import TrainConfig, load_run
@@ -109,11 +109,17 @@ def _scored(config: EvalConfig, run: TrainConfig, model_defaults: Defaults) -> l
     the model's other judges with weight 0.
     """
     if config.reward:
-        return read(config.reward)
+        terms = read(config.reward)
+        if HUMAN in {term.name for term in terms}:
+            problem = f"expected rewards that score one image, got {HUMAN}; to compare images yourself: esengine judge"
+            raise ConfigError(problem, setting="reward")
+        return terms
     own_run = config.run_dir and model_defaults.watches and defaults(run.model).watches
     if config.benchmark and not (config.benchmark == model_defaults.benchmark_name and own_run):
         return read(model_defaults.benchmark(config.benchmark))
     optimised = read(run.reward or model_defaults.reward)
+    if optimised[0].name == HUMAN:  # a person cannot score one image
+        optimised = [replace(term, weight=1.0) for term in read(run.heldout_reward)]
     own_prompts = not config.benchmark and bool(config.prompts or run.eval_prompts)
     return optimised + judges(model_defaults, optimised, own_prompts)
 

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from pydantic.dataclasses import is_pydantic_dataclass
 from typing_extensions import TypedDict
 
 from esengine.base.errors import ConfigError
 from esengine.base.files import DATA
 from esengine.base.prompt_files import read_prompt_file
 from esengine.base.settings import check, fields_of, merged
-from esengine.cli.settings import EnvConfig, EvalConfig, RenderConfig, ReportConfig
+from esengine.cli.settings import EnvConfig, EvalConfig, JudgeConfig, RenderConfig, ReportConfig
 from esengine.models.defaults import DEMO, defaults
 from esengine.run import journal
 from esengine.run.settings import ReplayConfig, TrainConfig, config_file, load, load_run, read_settings, to_dict
@@ -28,6 +29,7 @@ from esengine.sampling.settings import ImageSettings
 COMMANDS = {
     "eval": EvalConfig,
     "render": RenderConfig,
+    "judge": JudgeConfig,
     "report": ReportConfig,
     "replay": ReplayConfig,
     "env": EnvConfig,
@@ -100,7 +102,7 @@ def command_settings(cls: type, args: list[str], prog: str) -> Iterator[Any]:
     Raises:
         ConfigError: as `train_settings`.
     """
-    if "image" not in fields_of(cls):  # no file has settings of these commands
+    if not is_pydantic_dataclass(cls):  # few flags, whose types say all
         yield tyro.cli(cls, args=args, registry=_REGISTRY, prog=prog)
         return
     given, files = _given(cls, args, prog), []
@@ -109,7 +111,7 @@ def command_settings(cls: type, args: list[str], prog: str) -> Iterator[Any]:
         if given.get("run_dir") is not None:
             run = load_run(given["run_dir"])
             files.append((f"run folder {given['run_dir']}", to_dict(run)))
-        yield check(cls, merged(cls(image=run.image), given))
+        yield check(cls, merged(cls(**_image_of(cls, run)), given))
 
 
 def parse_train(args: list[str]) -> TrainConfig:
@@ -142,7 +144,12 @@ def _given(cls: type, args: list[str], prog: str) -> dict[str, Any]:
 def _shown(cls: type, given: dict[str, Any]) -> Any:
     """The defaults that --help shows. Those of `train` depend on the model."""
     packaged = defaults(given.get("model", DEMO)).settings if cls is TrainConfig else None
-    return load(packaged) if packaged else cls(image=ImageSettings())
+    return load(packaged) if packaged else cls(**_image_of(cls, TrainConfig()))
+
+
+def _image_of(cls: type, run: TrainConfig) -> dict[str, ImageSettings]:
+    """The run's image settings, if the command has such settings."""
+    return {"image": run.image} if "image" in fields_of(cls) else {}
 
 
 def _partial(cls: type) -> type:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from esengine.base.errors import ConfigError
-from esengine.base.settings import Count, File, Seed, Steps, Switch, settings
+from esengine.base.settings import Count, File, Int, Seed, Steps, Switch, settings
 from esengine.sampling.settings import ImageSettings
 
 
@@ -113,6 +113,29 @@ class RenderConfig:
             raise ConfigError(
                 f"prompts_file: expected no prompts beside it, got {self.prompts[0]!r:.60}; give one of them"
             )
+
+
+@settings()
+class JudgeConfig:
+    """Compare two models blindly: a page on this machine shows two images side by side, and you choose the better one.
+
+    The images are those of an evaluation (`esengine eval --out`). For a run's folder they are drawn from its held-out
+    prompts first, by the base model and the adapter. The answers are kept at once in judged.jsonl, in the evaluation's
+    folder, so you may stop with Ctrl-C and go on later. At the end the win rate and its 95 % interval are printed.
+
+    To train on your own eye, see `esengine train --reward human`.
+    """
+
+    folder: tyro.conf.Positional[File] = Path(".")
+    """The folder of an evaluation or a run."""
+    entries: tuple[str, ...] = ()
+    """The two entries to compare, such as base@1 adapter@1. By default the first two of the evaluation."""
+    limit: Steps | None = None
+    """Compare at most so many pairs."""
+    host: str = "127.0.0.1"
+    """Address to serve the page on. With 0.0.0.0 a phone in the same network can open it."""
+    port: Annotated[Int, Field(ge=0, lt=1 << 16)] = 0
+    """Port of the page. 0: any free one."""
 
 
 @dataclass(frozen=True)

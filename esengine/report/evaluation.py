@@ -10,6 +10,7 @@ import numpy as np
 
 from esengine.base.errors import RunError
 from esengine.base.records import as_written, number, read_json, read_lines, text, texts
+from esengine.evaluation.blind import verdicts
 from esengine.evaluation.statistics import flatten
 from esengine.report.charts import Chart, histogram, intervals
 from esengine.report.curves import kept_charts
@@ -115,6 +116,7 @@ def write_evaluation_page(folder: Path) -> Path:
         curves=kept_charts(folder / "curves.json"),
         examples=examples,
         missing=missing,
+        verdicts=[str(each) for each in verdicts(folder)],
         settings={"prompts_sha256": evaluation.get("prompts_sha256"), **flatten(settings)},
     )
 

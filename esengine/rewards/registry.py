@@ -15,6 +15,7 @@ from esengine.base.errors import ConfigError
 from esengine.models.defaults import REWARDS
 from esengine.rewards.base import Reward, reason
 from esengine.rewards.clip import Aesthetic, ClipText, HPSv2, NoArtifacts, PickScore
+from esengine.rewards.human import Human
 from esengine.rewards.jpeg import JpegCompressibility, JpegIncompressibility
 from esengine.rewards.remote import Remote
 from esengine.rewards.spec import COMBINED, Term, group, read
@@ -33,6 +34,7 @@ BUILTIN = {
     "no_artifacts": NoArtifacts.from_pretrained,
     "hpsv2": HPSv2.from_pretrained,
     "remote": Remote,
+    "human": Human,
     "jpeg_compressibility": JpegCompressibility,
     "jpeg_incompressibility": JpegIncompressibility,
     **{name: _of_model(path) for name, path in REWARDS.items()},

@@ -10,15 +10,19 @@ from typing import Any
 from esengine.base.errors import ConfigError, of_setting
 from esengine.models.defaults import Defaults
 from esengine.rewards.base import Reward, settings_of
+from esengine.rewards.human import Human
 from esengine.rewards.registry import BUILTIN, build, target
 from esengine.rewards.spec import COMBINED, OPTIMISED, WATCHED, Term, read
 from esengine.rewards.weighted import Weighted
 
 AUTO, NONE = "auto", "none"
+HUMAN = "human"
+"""The reward that is a person. A person sees no held-out images, so other rewards score those."""
 CHECKS = ("pickscore", "clip_text", "aesthetic", "no_artifacts")
 """Built-in rewards that score an image and its prompt with a model. Each is a check on the others."""
 CLIP_FAMILY = (*CHECKS, "hpsv2")
-"""If one of these is optimised, `auto` watches the rest of `CHECKS`. hpsv2 is not there: it has no default model."""
+"""If one of these or `human` is optimised, `auto` watches the rest of `CHECKS`. hpsv2 is not there: it has no default
+model."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,8 @@ class Rewards:
 
     Attributes:
         optimised: the rewards that score the population.
-        everything: the same, and the watched rewards with a weight of 0. Models that both use are loaded once.
+        everything: the same, and the watched rewards with a weight of 0. Models that both use are loaded once. If a
+            person is the reward: the watched rewards alone, the first with a weight of 1.
     """
 
     optimised: Weighted
@@ -39,13 +44,21 @@ class Rewards:
         return [term for term in self.everything.terms if term.role == WATCHED]
 
     @property
+    def person(self) -> Human | None:
+        """The person, if that is the reward."""
+        first = self.optimised.terms[0].reward
+        return first if isinstance(first, Human) else None
+
+    @property
     def held_out(self) -> list[str]:
-        """Names of the rewards with a weight of 0, which are not in the sum."""
+        """Names of the rewards with a weight of 0, which are not in the sum. None are compared with a person."""
+        if self.person:
+            return []
         return [term.name for term in self.everything.terms if not term.weight]
 
     @property
     def objective(self) -> str:
-        """The name of the score that the search maximises."""
+        """The name of the score that the search maximises. With a person, the first score that is watched."""
         weighed = [term for term in self.everything.terms if term.weight]
         return weighed[0].name if len(weighed) == 1 and weighed[0].weight > 0 else COMBINED
 
@@ -67,16 +80,18 @@ def read_terms(reward: str, held_out: str, of_model: Defaults, *, own_prompts: b
         own_prompts: whether the user gave the prompts.
 
     Raises:
-        ConfigError: see `esengine.rewards.parse`; also if a reward is both optimised and watched.
+        ConfigError: see `esengine.rewards.parse`; also if a reward is both optimised and watched, or if a person is one
+            of several rewards.
     """
     with of_setting("reward"):
         optimised = read(reward)
         Weighted.check(optimised)
+        _require_one_person(optimised)
     names = {term.name for term in optimised}
     if held_out == AUTO and of_model.watches:
         watched = judges(of_model, optimised, own_prompts)
     elif held_out == AUTO:
-        watched = [Term(name) for name in CHECKS if name not in names] if names & set(CLIP_FAMILY) else []
+        watched = [Term(name) for name in CHECKS if name not in names] if names & {*CLIP_FAMILY, HUMAN} else []
     else:
         with of_setting("heldout_reward"):
             watched = [] if held_out == NONE else read(held_out)
@@ -84,8 +99,18 @@ def read_terms(reward: str, held_out: str, of_model: Defaults, *, own_prompts: b
         problem = f"expected rewards that are not in reward, got {both[0]}; give it a weight of 0 there instead"
         raise ConfigError(problem, setting="heldout_reward")
     with of_setting("heldout_reward"):
+        if HUMAN in {term.name for term in watched}:
+            raise ConfigError(f"expected rewards that score one image, got {HUMAN}, which compares two")
+        if HUMAN in names and not watched:
+            raise ConfigError(f"{HUMAN} needs a reward for the held-out images, got none: name one that scores them")
         Weighted.check([replace(term, weight=1.0) for term in watched or optimised])
     return optimised + [replace(term, weight=0.0, role=WATCHED, optional=held_out == AUTO) for term in watched]
+
+
+def _require_one_person(terms: Sequence[Term]) -> None:
+    if HUMAN in {term.name for term in terms} and (len(terms) > 1 or terms[0].weight != 1):
+        others = [f"{term.name}={term.weight:g}" for term in terms]
+        raise ConfigError(f"expected {HUMAN} alone and with a weight of 1, got {', '.join(others)}")
 
 
 def judges(of_model: Defaults, optimised: Sequence[Term], own_prompts: bool) -> list[Term]:
@@ -129,6 +154,11 @@ def load_rewards(terms: Sequence[Term], *, device: str, note: Callable[[str], No
         elif not term.optional:
             problem = f"{term.name} is the same as {same.name} in reward; give it a weight of 0 there instead"
             raise ConfigError(problem, setting="heldout_reward")
+    if optimised[0].name == HUMAN:
+        if not kept:
+            problem = f"{HUMAN} needs a reward for the held-out images, and none could be loaded: name one"
+            raise ConfigError(problem, setting="heldout_reward")
+        return Rewards(Weighted(optimised, note), Weighted([replace(kept[0], weight=1.0), *kept[1:]], note))
     return Rewards(Weighted(optimised, note), Weighted([*optimised, *kept], note))
 
 

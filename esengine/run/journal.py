@@ -5,6 +5,7 @@
     {"kind": "held_out", "step": 1, "scores": {...}, ...}                held-out scores after `step` steps
     {"kind": "saved", "step": 5, "adapter_sha256": "..."}                the checkpoint of `step` steps is complete
     {"kind": "copied", "step": 1, "to": "best", "by": ..., "mean": ...}  the adapter of `step` steps is kept as the best
+    {"kind": "judged", "step": 9, "pair": 0, "better": 1, ...}           a person has compared two images of a step
     {"kind": "ended", "step": 9, "parted": [...], "adapter_step": 5}     the held-out guard has ended the run
 
 The journal defines the run. Its updates give the adapter. A checkpoint stores the result of the first steps.
@@ -164,17 +165,45 @@ class Ended:
         _require(step_of(self.adapter_step) <= self.step, f"adapter_step: expected at most {self.step}")
 
 
-Record = Start | Step | Measured | Saved | Copied | Ended
+@dataclass(frozen=True)
+class Judged:
+    """A person has compared the two images of an antithetic pair. A later record of the same images replaces it.
+
+    Attributes:
+        step: the step of the images, which need not be the next one: answers stay when a run goes back to a checkpoint.
+        pair: members 2 pair and 2 pair + 1.
+        prompt, repeat: index of the prompt, and the repeat.
+        better: the member whose image was chosen. None: no difference.
+        images: the first 16 hex digits of the SHA-256 of both images' pixels.
+    """
+
+    step: int
+    pair: int
+    prompt: int
+    repeat: int
+    better: int | None
+    images: str
+
+    def __post_init__(self):
+        text(self.images)
+        for value in (self.pair, self.prompt, self.repeat):
+            step_of(value)
+        known = (None, 2 * self.pair, 2 * self.pair + 1)
+        _require(self.better in known and self.better is not True, f"better: expected one of {known}")
+
+
+Record = Start | Step | Measured | Saved | Copied | Judged | Ended
 _KINDS: dict[str, type] = {
     "start": Start,
     "step": Step,
     "held_out": Measured,
     "saved": Saved,
     "copied": Copied,
+    "judged": Judged,
     "ended": Ended,
 }
 _NAMES = {kind: name for name, kind in _KINDS.items()}
-R = TypeVar("R", Start, Step, Measured, Saved, Copied, Ended)
+R = TypeVar("R", Start, Step, Measured, Saved, Copied, Judged, Ended)
 
 
 class Journal:
@@ -213,7 +242,8 @@ class Journal:
     def check(self, record: Record) -> None:
         """Raise ValueError if the record cannot follow the others."""
         _require(self.records or isinstance(record, Start), "expected the start of a run in the first line")
-        _require(record.step == self.done, f"expected step {self.done}, got {record.step}")
+        at = record.step == self.done or (isinstance(record, Judged) and record.step > self.done)
+        _require(at, f"expected step {self.done}, got {record.step}")
         _require(self.ended is None, "expected no line after the end of the run")
         if isinstance(record, Step):
             size, got = self.start.settings["population"], len(record.fitness)
@@ -242,7 +272,8 @@ class Journal:
     def cut(self, step: int) -> "Journal":
         """The journal as it was when the checkpoint of `step` steps was complete.
 
-        It has no held-out scores after `step` steps, because a resumed run measures them again and acts on them.
+        It has no held-out scores after `step` steps, because a resumed run measures them again and acts on them. A
+        person's answers about later steps stay.
 
         Raises:
             RunError: the journal has fewer steps.
@@ -257,7 +288,9 @@ class Journal:
         end = next(places[0] for places in found if places) + 1
         kept = zip(self.lines[:end], self.records[:end], strict=True)
         again = (Measured, step), (Copied, step)
-        return Journal(self.path, (line for line, each in kept if (type(each), each.step) not in again))
+        lines = [line for line, each in kept if (type(each), each.step) not in again]
+        behind = zip(self.lines[end:], self.records[end:], strict=True)
+        return Journal(self.path, lines + [line for line, each in behind if isinstance(each, Judged)])
 
 
 def read(path: Path, needed: int | None = None) -> Journal:

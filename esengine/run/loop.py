@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -15,16 +16,20 @@ from esengine.rewards import COMBINED, Weighted
 from esengine.rewards.fault_tolerant import MAX_BAD, FaultTolerant, too_many
 from esengine.run.hooks import Hook
 from esengine.run.journal import Step, Writer, plain
+from esengine.run.person import Person
 from esengine.run.saving import Checkpoints
 from esengine.run.settings import TrainConfig
 from esengine.run.stop import Stop
-from esengine.sampling.rollout import Renderer, score_task
+from esengine.sampling.rollout import Renderer, judge_task, score_task
 
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of a run that are the same in every step. In the leading process alone there is a journal, and
-    `ended` may say that no step is to follow."""
+    """The parts of a run that are the same in every step.
+
+    In the leading process alone there is a journal, and `ended` may say that no step is to follow. `person` judges the
+    images if a person is the reward.
+    """
 
     config: TrainConfig
     reward: Weighted
@@ -33,6 +38,7 @@ class Run:
     group: Group
     journal: Writer | None = None
     ended: Callable[[], bool] = lambda: False
+    person: Person | None = None
 
 
 def take_steps(run: Run, engine: Engine, stop: Stop, checkpoints: Checkpoints, hooks: Sequence[Hook]) -> None:
@@ -96,6 +102,9 @@ def _share_limits(run: Run) -> None:
 
 def _score(run: Run, engine: Engine, task: Task, stop: Stop) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """The step's scores by name, and its times. With `drop_pairs` a score is NaN where a reward failed."""
+    if run.person:
+        judge = partial(run.person.scores, task, stopped=lambda: stop.requested or run.ended())
+        return judge_task(run.render, judge, engine.population, task, run.progress.images, names=run.reward.names)
     reward = FaultTolerant(run.reward, task.images) if engine.drop_pairs else run.reward
     scores, seconds = score_task(
         run.render,

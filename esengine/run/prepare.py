@@ -158,7 +158,7 @@ def prepare(inputs: Inputs, folder: RunFolder, progress: Progress, group: Group)
                 progress.note(f"warning: {folder.config} is a copy, changes in it have no effect: use flags")
     device = take_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    rewards, config = _rewards(inputs, config, str(device), progress)
+    rewards, config = _rewards(inputs, config, str(device), progress, group)
     progress.note(f"model {config.model} on {device} in {str(dtype).removeprefix('torch.')}")
     with group.first():
         model = load_model(config.model, config.revision, device, dtype, config.image.vae)
@@ -212,9 +212,13 @@ def _saved(folder: RunFolder) -> tuple[Checkpoint, Journal]:
     return saved, found
 
 
-def _rewards(inputs: Inputs, config: TrainConfig, device: str, progress: Progress) -> tuple[Rewards, TrainConfig]:
+def _rewards(
+    inputs: Inputs, config: TrainConfig, device: str, progress: Progress, group: Group
+) -> tuple[Rewards, TrainConfig]:
     """The run's rewards, and its settings with `heldout_reward auto` replaced by the rewards that it selected."""
     rewards = load_rewards(inputs.terms, device=device, note=progress.note)
+    if rewards.person and group.size > 1:
+        raise ConfigError(f"human needs one process, got {group.size}", setting="reward")
     with of_setting("prompts"):
         rewards.everything.check_prompts(inputs.prompts)
     with of_setting("eval_prompts"):

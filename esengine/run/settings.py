@@ -16,7 +16,20 @@ from pydantic import AfterValidator, Field
 
 from esengine.base.errors import ConfigError
 from esengine.base.files import DATA
-from esengine.base.settings import MAX_COUNT, Count, File, Int, Interval, Positive, Rank, Seed, Steps, Switch, settings
+from esengine.base.settings import (
+    MAX_COUNT,
+    Count,
+    Decay,
+    File,
+    Int,
+    Interval,
+    Positive,
+    Rank,
+    Seed,
+    Steps,
+    Switch,
+    settings,
+)
 from esengine.base.settings_file import from_dict, read_yaml
 from esengine.es.rule import UpdateRule
 from esengine.models.defaults import DEMO, SETTINGS
@@ -182,7 +195,7 @@ class TrainConfig:
     """best: also keep the adapter with the highest mean of a score on the held-out prompts, in adapter-best/."""
     keep_by: str | None = None
     """The score that chooses the best adapter. By default the first held-out reward."""
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    ema: Decay = 0.0
     """Decay of an exponential moving average of the adapter over the steps, such as 0.9. It is written to adapter-ema/.
     0: none."""
     trackers: Annotated[tuple[Literal["wandb", "trackio"], ...], AfterValidator(_distinct)] = ()

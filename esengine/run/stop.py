@@ -37,18 +37,18 @@ class Stop:
         self._before = {}
 
     @contextmanager
-    def gently(self) -> Iterator[None]:
+    def gently(self, *, quiet: bool = False) -> Iterator[None]:
         """A block in which a signal only sets `requested`. The code inside checks it and may stop early.
 
         Raises:
-            Stopped: at the end of the block, if a signal has come.
+            Stopped: at the end of the block, if a signal has come. Not with `quiet`.
         """
         self._gentle = True
         try:
             yield
         finally:
             self._gentle = False
-        if self.requested:
+        if self.requested and not quiet:
             raise Stopped("stopped")
 
     def _ask(self, number: int, frame: FrameType | None) -> None:

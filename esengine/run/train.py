@@ -10,13 +10,14 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from esengine.base.errors import Stopped
+from esengine.base.errors import Stopped, of_setting
 from esengine.base.files import replace_file, write_atomic
 from esengine.base.group import Group
 from esengine.base.progress import Progress
 from esengine.evaluation.draw import Batch, Plan, compare_entries
 from esengine.evaluation.entries import ADAPTER, BASE, Entry, default_entries
 from esengine.evaluation.statistics import Report
+from esengine.judging import Asker
 from esengine.run.dry_run import check_members
 from esengine.run.folder import KEPT, RunFolder, checkpoint_folders, path_step
 from esengine.run.guard import Guard
@@ -25,6 +26,7 @@ from esengine.run.hooks import Outputs, ShowProgress, Strips, Track
 from esengine.run.journal import Writer
 from esengine.run.kept import Average
 from esengine.run.loop import Run, take_steps
+from esengine.run.person import Person
 from esengine.run.pictures import draw_strip
 from esengine.run.prepare import Prepared, prepare, read_inputs
 from esengine.run.saving import Checkpoints
@@ -99,6 +101,7 @@ def _train(config: TrainConfig, progress: Progress, group: Group, stop: Stop) ->
         with (
             Writer(folder.journal, ready.start, ready.before) as journal,
             _trackers(ready, folder, progress) as trackers,
+            _person(ready, progress) as asker,
         ):
             replace_file(folder.config, to_yaml(ready.config).encode())
             run = dataclasses.replace(run, journal=journal)
@@ -108,7 +111,8 @@ def _train(config: TrainConfig, progress: Progress, group: Group, stop: Stop) ->
             held_out = _held_out(ready, out, progress, stop, guard)
             average = [Average(ready.kept)] if config.ema else []
             hooks = [ShowProgress(progress, config.steps), Track(trackers), *_strips(run, ready, out), *average]
-            run = dataclasses.replace(run, ended=lambda: guard.diverged is not None)
+            person = asker and Person(asker, journal, config.steps)
+            run = dataclasses.replace(run, ended=lambda: guard.diverged is not None, person=person)
             try:
                 take_steps(run, ready.engine, stop, checkpoints, [*hooks, checkpoints, *held_out])
             except Stopped:
@@ -145,6 +149,20 @@ def _trackers(ready: Prepared, folder: RunFolder, progress: Progress) -> Iterato
         yield trackers
     finally:
         trackers.finish()
+
+
+@contextmanager
+def _person(ready: Prepared, progress: Progress) -> Iterator[Asker | None]:
+    """The page on which a person judges, if a person is the reward."""
+    person = ready.rewards.person
+    if person is None:
+        yield None
+        return
+    with of_setting("reward"):
+        asker = Asker(person.host, person.port)
+    with asker:
+        progress.note(f"judge the images at {asker.url}")
+        yield asker
 
 
 def _strips(run: Run, ready: Prepared, out: Outputs) -> list[Strips]:

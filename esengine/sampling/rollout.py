@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -141,6 +141,39 @@ def score_task(
     scores = _gathered(task, [*reward.names, COMBINED], done, render.chunk, group)
     spent = {"seconds_render": rendering.total(), "seconds_score": scoring.total()}
     return scores, {"seconds": time.perf_counter() - began, **spent}
+
+
+def judge_task(
+    render: Renderer,
+    judge: Callable[[torch.Tensor, list[str]], torch.Tensor],
+    population: Population,
+    task: Task,
+    on_images: Callable[[int], None],
+    *,
+    names: Sequence[str],
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Render every image of a step, and have all of them compared at once.
+
+    Args:
+        judge: takes the images uint8 [N P R, 3, H, W] on the CPU, in the order of `Task.rows`, and their prompts.
+            Returns float32 [N P R].
+        names: names of the scores that get the result, besides "combined".
+
+    Returns:
+        As `score_task`. "seconds_score" is the time that the person took.
+    """
+    began, watch, parts = time.perf_counter(), _Stopwatch(render.model.device), []
+    rows = task.rows()
+    chunks = rows.split(render.chunk)
+    with watch, render.model.deferred_checks():
+        length = render.texts.trimmed_length(task.prompts)
+        for chunk, images in zip(chunks, render.chunks(task.step, chunks, population, length=length), strict=True):
+            parts.append(images.cpu())
+            on_images(len(chunk.prompts))
+    drawn = time.perf_counter()
+    scores = judge(torch.cat(parts), render.words(rows.prompts)).reshape(task.shape)
+    spent = {"seconds_render": watch.total(), "seconds_score": time.perf_counter() - drawn}
+    return dict.fromkeys((*names, COMBINED), scores), {"seconds": time.perf_counter() - began, **spent}
 
 
 def _overlaps(reward: Weighted | FaultTolerant) -> bool:
