@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -114,7 +115,7 @@ def _train(config: Any) -> int:
 
     if config.dry_run:
         return _dry_run(config)
-    result = train(config, Bar(), Stop())
+    result = train(config, Bar(), Stop(), _LivePage())
     if result is None:  # of several processes one reports
         return 0
     comparison = result.comparison
@@ -160,6 +161,23 @@ def _dry_run(config: Any) -> int:
     print(f"         a checkpoint takes {size(found.checkpoint_bytes)}")
     print("nothing was written")
     return 0
+
+
+class _LivePage:
+    """Draws the page of a run that goes on. It takes at most a twentieth of the run's time."""
+
+    def __init__(self):
+        self.due = 0.0
+
+    def __call__(self, folder: Path) -> None:
+        start = time.monotonic()
+        if start < self.due:
+            return
+        from esengine.report import write_training_page
+
+        write_training_page(folder, going=True)
+        end = time.monotonic()
+        self.due = end + max(10.0, 20 * (end - start))
 
 
 def _page(folder: Path) -> Path | None:

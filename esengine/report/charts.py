@@ -16,6 +16,8 @@ TOP, RIGHT, BOTTOM = 10, 10, 24
 MAX_POINTS = 300
 MAX_DOTS = 40
 MAX_BINS = 32
+MIN_SMOOTHED = 20
+"""A curve with fewer points is drawn as it is."""
 TINY = 1e-300
 """A smaller range of values counts as zero, because dividing by it overflows."""
 
@@ -78,7 +80,8 @@ def lines(
     Args:
         title: the chart's heading.
         x: float [n], increasing.
-        series: the curves. Above 300 points, each point drawn is the mean of several, and the note says so.
+        series: the curves. Above 300 points, each point drawn is the mean of several. From 20 points on, the line is
+            `smoothed`, with the points' own line behind it. The note says so.
         marks: (x, label) of vertical lines.
         stacked: draw areas on top of one another, for series that are parts of a sum.
         zero: include 0 in the vertical axis and draw a line at 0.
@@ -89,6 +92,10 @@ def lines(
         x = _thin(x, each)
         series = [Series(s.label, _thin(s.y, each), s.band and tuple(_thin(b, each) for b in s.band)) for s in series]
         note = f"{note} Each point is the mean of {each} steps.".strip()
+    window = len(x) // 10
+    smooth = not stacked and len(x) >= MIN_SMOOTHED
+    if smooth:
+        note = f"{note} Thick: averaged over {window} points on each side, as far as there are as many.".strip()
     tops = np.cumsum([np.nan_to_num(s.y) for s in series], axis=0) if stacked else [s.y for s in series]
     values = [*tops, *(edge for s in series if s.band for edge in s.band), *([np.zeros(1)] if zero or stacked else [])]
     y_axis = _Axis(np.concatenate(values), HEIGHT - BOTTOM, TOP)
@@ -104,7 +111,10 @@ def lines(
         shapes.append(("zero", f"M{left:g} {y_axis(0):.1f}H{WIDTH - RIGHT}"))
     if not stacked:
         for colour, one in enumerate(series):
-            shapes.append((f"line c{colour % 8}", _path(x_axis(x), y_axis(one.y))))
+            if smooth:
+                shapes.append((f"raw c{colour % 8}", _path(x_axis(x), y_axis(one.y))))
+            drawn = smoothed(one.y, window) if smooth else one.y
+            shapes.append((f"line c{colour % 8}", _path(x_axis(x), y_axis(drawn))))
             if len(x) <= MAX_DOTS:
                 shapes.append((f"dots c{colour % 8}", _dots(x_axis(x), y_axis(one.y))))
     hints = [" · ".join([f"step {at:.0f}", *(f"{s.label} {short(s.y[i])}" for s in series)]) for i, at in enumerate(x)]
@@ -253,6 +263,19 @@ def _tick_step(rough: float, whole: bool) -> float:
 def _thin(values: np.ndarray, each: int) -> np.ndarray:
     pieces = [values[i : i + each] for i in range(0, len(values), each)]
     return np.array([p[np.isfinite(p)].mean() if np.isfinite(p).any() else math.nan for p in pieces])
+
+
+def smoothed(y: np.ndarray, window: int) -> np.ndarray:
+    """The mean of each value and its neighbours, the same number on both sides: `window`, or fewer near the ends.
+
+    Missing values are left out of the means and stay missing.
+    """
+    found = np.full(len(y), math.nan)
+    for at in np.flatnonzero(np.isfinite(y)):
+        reach = min(window, at, len(y) - 1 - at)
+        near = y[at - reach : at + reach + 1]
+        found[at] = near[np.isfinite(near)].mean()
+    return found
 
 
 def _path(x: np.ndarray, y: np.ndarray) -> str:

@@ -19,6 +19,7 @@ from esengine.report.page import write
 from esengine.report.thumbnails import Picture, thumbnail
 from esengine.report.words import TIMES, count, duration, figure, short, signed
 from esengine.rewards import spec
+from esengine.rewards.roles import HUMAN
 from esengine.run import journal
 from esengine.run.curves import Held, held_of, metrics_of
 from esengine.run.settings import TrainConfig, to_dict
@@ -38,8 +39,12 @@ class Setting:
     changed: bool = False
 
 
-def write_training_page(run_dir: Path) -> Path:
+def write_training_page(run_dir: Path, *, going: bool = False) -> Path:
     """Write RUN/report.html from what the run has written so far, and return its path.
+
+    Args:
+        run_dir: the run's folder.
+        going: the run goes on, so the page loads itself again every 15 seconds.
 
     The page depends only on the folder's files. Only the journal is required.
 
@@ -54,7 +59,8 @@ def write_training_page(run_dir: Path) -> Path:
     metrics, held = metrics_of(run), held_of(run)
     comparison, made = _comparison(run_dir / "eval.json")
     beside = run_dir / "comparison.png"
-    gain = _compared(comparison, reward) if comparison else _measured(held)
+    by_person = reward.partition("(")[0] == HUMAN  # who scores no held-out image
+    gain = _compared(comparison, reward) if comparison and not by_person else _measured(held)
     return write(
         run_dir / "report.html",
         "training.html",
@@ -71,6 +77,7 @@ def write_training_page(run_dir: Path) -> Path:
         held_charts=held_charts(held),
         warnings=_warnings(held),
         ended=run.ended,
+        going=going,
         kept=_kept(run),
         norm_charts=_single_charts(metrics, r".*_norm"),
         speed_charts=_speed_charts(metrics),

@@ -70,6 +70,19 @@ class Track(Hook):
         self.trackers.log(step.step, step.numbers)
 
 
+class Call(Hook):
+    """Calls a function with the run's folder after each step. If it raises, a warning is logged."""
+
+    def __init__(self, function: Callable[[Path], None], out: Outputs):
+        self.function, self.out = function, out
+
+    def after_step(self, step: Step) -> None:
+        try:
+            self.function(Path(self.out.folder.path))
+        except Exception as error:
+            self.out.note(f"warning: step {step.step}: {reason(error)}")
+
+
 class Strips(Hook):
     """Writes strips/step_00000010.png: images of the best, median and worst member of every `every`th step.
 

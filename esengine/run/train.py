@@ -1,7 +1,7 @@
 """A training run: prompts -> render -> score -> fitness -> update -> checkpoint, in a folder that can be resumed."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from esengine.run.dry_run import check_members
 from esengine.run.folder import KEPT, RunFolder, checkpoint_folders, path_step
 from esengine.run.guard import Guard
 from esengine.run.held_out import HeldOut
-from esengine.run.hooks import Outputs, ShowProgress, Strips, Track
+from esengine.run.hooks import Call, Outputs, ShowProgress, Strips, Track
 from esengine.run.journal import Writer
 from esengine.run.kept import Average
 from esengine.run.loop import Run, take_steps
@@ -56,12 +56,24 @@ class Result:
     kept: dict[str, int]
 
 
-def train(config: TrainConfig, progress: Progress | None = None, stop: Stop | None = None) -> Result | None:
+def train(
+    config: TrainConfig,
+    progress: Progress | None = None,
+    stop: Stop | None = None,
+    on_step: Callable[[Path], None] | None = None,
+) -> Result | None:
     """Run or resume a training run to its last step, then compare base and adapter on held-out prompts.
 
     Under torchrun the processes share the work of each step. The leading process does everything else and returns the
     result; the others return None. Without a `Stop` this function installs no signal handlers. Pass `Stop()` to end a
     run gracefully on SIGTERM or SIGINT.
+
+    Args:
+        config: the settings.
+        progress: shows progress and receives notes.
+        stop: see above.
+        on_step: called with the run's folder after each step that is recorded and saved, in the leading process. If it
+            raises, the run logs a warning and goes on.
 
     Raises:
         ConfigError: a setting, file or reward cannot be used. No step is made.
@@ -74,9 +86,9 @@ def train(config: TrainConfig, progress: Progress | None = None, stop: Stop | No
     try:
         progress = progress if progress and group.is_main else Progress()
         if stop is None:
-            return _train(config, progress, group, Stop())
+            return _train(config, progress, group, Stop(), on_step)
         with stop:  # after the processes have met, for which a signal would not be seen
-            return _train(config, progress, group, stop)
+            return _train(config, progress, group, stop, on_step)
     except Stopped:
         if group.is_main:
             raise
@@ -85,7 +97,9 @@ def train(config: TrainConfig, progress: Progress | None = None, stop: Stop | No
         group.leave()
 
 
-def _train(config: TrainConfig, progress: Progress, group: Group, stop: Stop) -> Result | None:
+def _train(
+    config: TrainConfig, progress: Progress, group: Group, stop: Stop, on_step: Callable[[Path], None] | None
+) -> Result | None:
     inputs = read_inputs(config, group)
     config = inputs.config
     with _resumable(inputs.run_dir, config.steps, stop), _folder(inputs.run_dir, config.resume, group) as folder:
@@ -114,7 +128,8 @@ def _train(config: TrainConfig, progress: Progress, group: Group, stop: Stop) ->
             person = asker and Person(asker, journal, config.steps)
             run = dataclasses.replace(run, ended=lambda: guard.diverged is not None, person=person)
             try:
-                take_steps(run, ready.engine, stop, checkpoints, [*hooks, checkpoints, *held_out])
+                called = [Call(on_step, out)] if on_step else []
+                take_steps(run, ready.engine, stop, checkpoints, [*hooks, checkpoints, *held_out, *called])
             except Stopped:
                 if stop.requested or not run.ended():
                     raise

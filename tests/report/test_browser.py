@@ -2,18 +2,16 @@
 
 import html
 import json
-import os
 import re
-import shutil
 import subprocess
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
+from browser import PROGRAM, chromium, needs_browser
 
 from esengine.report import write_evaluation_page, write_training_page
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-REQUIRED = os.environ.get("ESENGINE_TEST_BROWSER") == "required"
-pytestmark = pytest.mark.skipif(BROWSER is None and not REQUIRED, reason="there is no Chromium on this machine")
+pytestmark = needs_browser
 
 WIDTHS = (375, 1280)
 LOOK = """
@@ -25,7 +23,8 @@ function look(frame) {
   const found = {
     width: page.documentElement.scrollWidth,
     images: images.length,
-    broken: images.filter((image) => !image.naturalWidth || !image.clientWidth).length,
+    broken: images.filter((image) => !image.naturalWidth
+      || (!image.clientWidth && !image.closest(".slides figure:not(.shown)"))).length,
     charts: drawn.length,
     flat: drawn.filter((svg) => ![...svg.querySelectorAll(".line, .area, .outline")].some(
       (path) => path.getBBox().width > 1)).length,
@@ -81,7 +80,7 @@ def looked(evaluation_folder, run_folder, gallery_folder, tmp_path_factory):
         "--virtual-time-budget=20000",
     ]
     done = subprocess.run(
-        [BROWSER, *flags, "--dump-dom", wrapper.as_uri()], capture_output=True, text=True, timeout=120, check=True
+        [PROGRAM, *flags, "--dump-dom", wrapper.as_uri()], capture_output=True, text=True, timeout=120, check=True
     )
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     return json.loads(html.unescape(re.search("<pre>(.*)</pre>", done.stdout, re.DOTALL)[1])), console
@@ -113,3 +112,115 @@ def test_prompts_read_as_they_were_written(looked, hostile_prompts):
     written = {prompt.replace("\ud800", "?") for prompt in hostile_prompts}
     assert {prompt for prompt in shown if not re.fullmatch(r"prompt \d+", prompt)} <= written
     assert any("<script>" in prompt for prompt in shown)
+
+
+# ---- used as a person uses them
+
+
+@pytest.fixture(scope="module")
+def written(evaluation_folder, run_folder, gallery_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pages")
+    return {
+        "evaluation": write_evaluation_page(evaluation_folder(folder / "evaluation")),
+        "training": write_training_page(run_folder(folder / "run")),
+        "long": write_training_page(run_folder(folder / "long", 60)),
+        "gallery": gallery_folder / "gallery.html",
+    }
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as opened:
+        yield opened
+
+
+@pytest.fixture
+def opened(browser, written):
+    """Opens a page. At the end nothing may stand on its console."""
+    pages, said = [], []
+
+    def open_page(name, width=1280, scheme="light"):
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme, bypass_csp=True)
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.goto(written[name].as_uri())
+        pages.append(page)
+        return page
+
+    yield open_page
+    for page in pages:
+        page.close()
+    assert said == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", ["evaluation", "training", "gallery"])
+def test_pages_meet_the_accessibility_rules(opened, name, width, scheme):
+    page = opened(name, width, scheme)
+    page.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+    found = Axe().run(page).response["violations"]
+    assert [(each["id"], [node["html"][:200] for node in each["nodes"]][:3]) for each in found] == []
+
+
+def test_a_slider_chooses_the_step(opened):
+    page = opened("training")
+    shown = "[...document.querySelectorAll('.timeline figure.shown figcaption')].map((each) => each.textContent)"
+    sliders = page.locator(".slide input")
+    assert sliders.count() == page.locator(".timeline").count() > 0
+    last = page.evaluate(shown)
+    sliders.first.focus()
+    page.keyboard.press("Home")
+    first = page.evaluate(shown)
+    assert first[0] != last[0]
+    assert first[1:] == last[1:]
+    assert page.locator(".slide span").first.inner_text() == first[0]
+    page.keyboard.press("End")
+    assert page.evaluate(shown) == last
+
+
+def test_two_images_are_compared_by_dragging(opened):
+    page = opened("evaluation", 375)
+    boxes = page.locator(".example .compare")
+    assert boxes.count() == page.locator(".example .tiles:not(:has(.missing))").count() > 0
+    box = boxes.first
+    assert box.locator("img").count() == 2
+    box.scroll_into_view_if_needed()
+    edges = box.bounding_box()
+    page.mouse.move(edges["x"] + edges["width"] / 2, edges["y"] + edges["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(edges["x"] + edges["width"] * 0.9, edges["y"] + edges["height"] / 2, steps=4)
+    page.mouse.up()
+    at = box.evaluate("(each) => parseFloat(each.style.getPropertyValue('--at'))")
+    assert 80 < at < 100
+    bar = box.locator(".bar").bounding_box()
+    assert abs(bar["x"] - edges["x"] - edges["width"] * at / 100) < 4
+
+
+def test_settings_are_folded_and_the_changed_ones_are_not(opened):
+    page = opened("training")
+    assert page.locator("#settings tr.changed").first.is_visible()
+    everything = page.locator("#settings details tr")
+    assert not everything.first.is_visible()
+    assert everything.count() > page.locator("#settings > .scroll tr").count() > 0
+    page.click("#settings summary")
+    assert everything.first.is_visible()
+
+
+def test_long_curves_are_smoothed(opened):
+    page = opened("long")
+    assert page.locator(".chart .raw").count() > 3
+    assert opened("training").locator(".chart .raw").count() == 0
+
+
+def test_the_page_of_a_run_that_goes_on_is_read_again(browser, run_folder, tmp_path):
+    for going in (True, False):
+        path = write_training_page(run_folder(tmp_path / str(going), 3, finished=False), going=going)
+        page = browser.new_page()
+        page.clock.install()
+        page.goto(path.as_uri())
+        page.evaluate("window.mark = 1")
+        page.clock.fast_forward(16_000)
+        page.wait_for_timeout(500) if not going else page.wait_for_function("!window.mark")
+        assert page.evaluate("Boolean(window.mark)") != going
+        page.close()
