@@ -112,7 +112,8 @@ def _train(config: Any) -> int:
 
     if config.dry_run:
         return _dry_run(config)
-    result = train(config, Bar(), Stop())
+    pages = []
+    result = train(config, Bar(), Stop(), finish=lambda folder: pages.append(_page(folder)))
     if result is None:  # of several processes one reports
         return 0
     comparison = result.comparison
@@ -121,7 +122,7 @@ def _train(config: Any) -> int:
     print(comparison.table())
     print(f"\nrun folder  {result.folder}")
     print(f"adapter     {result.folder / 'adapter'}  (PEFT; the pipeline's load_lora_weights reads it too)")
-    if page := _page(result.folder):
+    if page := pages[0]:
         print(f"page        {page}")
     print(f"curves      tensorboard --logdir {result.folder / 'tensorboard'}")
     return 0

@@ -60,6 +60,21 @@ class ShowProgress(Hook):
         self.progress.step(step.step + 1, self.steps, step.numbers)
 
 
+class FollowFolder(Hook):
+    """Says once if the run folder was moved. The run goes on in the folder that it has locked."""
+
+    def __init__(self, out: Outputs):
+        self.out, self.said = out, False
+
+    def after_step(self, step: Step) -> None:
+        if not self.said and self.out.folder.moved:
+            self.said = True
+            folder = self.out.folder
+            self.out.note(
+                f"warning: run folder {folder.path} was moved or replaced: the run goes on in {folder.where()}"
+            )
+
+
 class Track(Hook):
     """Sends the numbers of each step to the trackers."""
 
@@ -107,7 +122,7 @@ class Strips(Hook):
             ValueError: see `draw_strip`.
             OSError: the file cannot be written.
         """
-        picture, path = draw_strip(images, captions), self.out.folder.strips / f"step_{step:08d}.png"
+        picture, path = draw_strip(images, captions), self.out.folder.held.strips / f"step_{step:08d}.png"
         write_atomic(path, picture.save)
         self.out.trackers.image(step, "strips", picture)
         return path

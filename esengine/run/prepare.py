@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -48,6 +47,9 @@ from esengine.sampling.build import (
 from esengine.sampling.environment import describe
 from esengine.sampling.rollout import Renderer
 
+RUNS = Path("runs")
+"""The folder of runs without a `run_dir`."""
+
 OF_A_PROCESS = tuple(name for name in MAY_CHANGE if name not in ("steps", "checkpoint_every", "on_bad_reward"))
 """Settings that may differ between the processes of a run: names, and settings that only the leading process uses."""
 
@@ -62,7 +64,7 @@ class Inputs:
         prompts: prompts to train on.
         eval_prompts: prompts that are never trained on.
         sampler: draws the prompts of a step.
-        run_dir: the run's folder.
+        run_dir: the run's folder; None: a new one below `RUNS`.
     """
 
     config: TrainConfig
@@ -70,7 +72,7 @@ class Inputs:
     prompts: list[str]
     eval_prompts: list[str]
     sampler: PromptSampler
-    run_dir: Path
+    run_dir: Path | None
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,7 @@ def read_inputs(config: TrainConfig, group: Group) -> Inputs:
         raise ConfigError("dry_run: expected a new run, got --resume: a resumed run needs no estimate")
     if config.resume and config.run_dir is None:
         raise ConfigError("expected --run-dir with it, the folder of the run to resume", setting="resume")
-    run_dir = config.run_dir or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    return Inputs(config, terms, prompts, eval_prompts, sampler, run_dir)
+    return Inputs(config, terms, prompts, eval_prompts, sampler, config.run_dir)
 
 
 def prepare(inputs: Inputs, folder: RunFolder, progress: Progress, group: Group) -> Prepared:
@@ -186,7 +187,7 @@ def prepare(inputs: Inputs, folder: RunFolder, progress: Progress, group: Group)
         limits = tuple(saved.meta.get(name) for name in run_state.LIMITS)
         rewards.optimised.limit = limits[1]
         if group.is_main:
-            set_aside(path for path, _ in saved.skipped)
+            set_aside(folder.held.checkpoints / path.name for path, _ in saved.skipped)
     texts, held_out = _encoded(inputs, model, config, progress, group)
     before = before and before.cut(saved.step)
     return Prepared(config, model, engine, rewards, settings, start, before, limits, texts, held_out)

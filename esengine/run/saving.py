@@ -51,7 +51,7 @@ class Checkpoints(Hook):
         self.engine, self.every, self.last, self.group = engine, every, last, group
         self.render, self.reward, self.to, self._agree = render, reward, to, True
         if resumed and to:
-            save_adapter(engine.population, to.folder.adapter, render.model.denoiser)
+            save_adapter(engine.population, to.folder.held.adapter, render.model.denoiser)
         self._compare()
         self.saved_step = engine.step
         if not resumed:
@@ -85,7 +85,7 @@ class Checkpoints(Hook):
             if unsaved and self._agree:
                 self._save()
         if error is None and self.to:  # `save` removes them too, but not if there was no step to take
-            checkpoint.remove_temporaries(self.to.folder.checkpoints)
+            checkpoint.remove_temporaries(self.to.folder.held.checkpoints)
 
     def _compare(self) -> None:
         """Raise RunError unless every process has the same adapter."""
@@ -106,9 +106,10 @@ class Checkpoints(Hook):
             meta = {"contract": CONTRACT, "adapter_sha256": sha256, "steps_sha256": steps}
             meta |= {"limit": self.render.limit, "scoring_limit": self.reward.limit}
             self.to.journal.sync()  # a checkpoint is never ahead of the journal
-            checkpoint.save(self.to.folder.checkpoints, step, run_state.tensors(engine), meta)
+            held = self.to.folder.held
+            checkpoint.save(held.checkpoints, step, run_state.tensors(engine), meta)
             self.to.journal.append(Saved(step, sha256))
-            save_adapter(engine.population, self.to.folder.adapter, self.render.model.denoiser)
+            save_adapter(engine.population, held.adapter, self.render.model.denoiser)
         self.saved_step = step
 
 
