@@ -81,6 +81,13 @@ def _main(args: list[str]) -> int:
         return _fail(f"{error.filename or 'system'}: {error.strerror or error}", 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except Exception as error:
+        from esengine.base.memory import out_of_memory
+
+        if os.environ.get("ESENGINE_DEBUG") or not out_of_memory(error):
+            raise
+        what = " ".join(str(error).split())[:200] or type(error).__name__
+        return _fail(f"memory ran out ({what}): take a smaller model or a smaller --image.chunk", 1)
 
 
 def _fail(message: str, code: int) -> int:

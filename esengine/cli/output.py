@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 
@@ -19,10 +19,19 @@ class Output:
         self.error: OSError | None = None
 
     def write(self, text: str) -> int:
-        return self._attempt(self._stream.write, text) or len(text)
+        return self._attempt(self._stream.write, self._writable(text)) or len(text)
 
     def flush(self) -> None:
         self._attempt(self._stream.flush)
+
+    def _writable(self, text: str) -> str:
+        """The text with what the stream cannot encode, such as bytes of a file name, as escapes."""
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        try:
+            text.encode(encoding)
+        except UnicodeEncodeError:
+            return text.encode(encoding, "backslashreplace").decode(encoding)
+        return text
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -32,11 +41,12 @@ class Output:
             return None
         try:
             return function(*args)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: somebody has closed the stream
             self._open = False
-            self.error = None if isinstance(error, BrokenPipeError) else error
+            self.error = error if isinstance(error, OSError) and not isinstance(error, BrokenPipeError) else None
             # the interpreter flushes the stream once more when it ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
             return None
 
 

@@ -27,6 +27,7 @@ from PIL import Image
 from esengine.base.errors import RunError
 from esengine.base.files import naming, refuse_links, replace_file
 from esengine.base.locks import lock
+from esengine.base.memory import out_of_memory
 from esengine.base.progress import Progress
 from esengine.evaluation.benchmarks import Benchmark
 from esengine.evaluation.draw import Batch, Places, Plan, batch_records
@@ -240,7 +241,9 @@ class EvaluationFolder:
         try:
             with Image.open(path) as image:
                 pixels = np.asarray(image)
-        except Exception:  # a damaged file may fail in any way
+        except Exception as error:  # a damaged file may fail in any way
+            if out_of_memory(error):
+                raise
             return "the image cannot be read"
         return None if path.stem.endswith(f"_{_sha8(pixels)}") else "the image's pixels are not those of its name"
 

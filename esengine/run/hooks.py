@@ -112,7 +112,7 @@ class Strips(Hook):
         except Exception as error:  # the scores of the step are worth more than its picture
             self.out.note(f"warning: no strip of step {task.step}: {reason(error)}")
         for name, score in scores.items():
-            means = score.mean(dim=(1, 2))
+            means = score.double().mean(dim=(1, 2))
             self.out.trackers.histogram(task.step, f"members/{name}", means[means.isfinite()].cpu().numpy())
 
     def draw(self, step: int, images: dict[str, torch.Tensor], captions: Sequence[str] = ()) -> Path:

@@ -30,8 +30,8 @@ from esengine.run import journal
 from esengine.run import state as run_state
 from esengine.run.checkpoint import Checkpoint, set_aside
 from esengine.run.folder import RunFolder
-from esengine.run.journal import Journal, Start
-from esengine.run.settings import MAY_CHANGE, TrainConfig, differences, started, to_dict, to_yaml
+from esengine.run.journal import Journal, Saved, Start
+from esengine.run.settings import MAY_CHANGE, TrainConfig, differences, require_settings, started, to_dict, to_yaml
 from esengine.run.trackers import require_installed
 from esengine.sampling.build import (
     encode,
@@ -201,10 +201,16 @@ def _saved(folder: RunFolder) -> tuple[Checkpoint, Journal]:
     """
     saved = run_state.latest(folder.checkpoints)
     found = journal.read(folder.journal, needed=saved.step)
-    if found.cut(saved.step).digest != saved.meta["steps_sha256"]:
+    cut = found.cut(saved.step)
+    for number, start in enumerate(cut.of(Start), start=1):  # replay needs each of them
+        require_settings(start.settings, f"{found.path}: settings of start {number}")
+    expected = {each.adapter_sha256 for each in cut.of(Saved) if each.step == saved.step}
+    same = cut.digest == saved.meta["steps_sha256"] and expected <= {saved.meta["adapter_sha256"]}
+    made_with = saved.meta.get("made_with_sha256")  # checkpoints of earlier versions have none
+    if not same or (made_with is not None and cut.made_with(saved.step) != made_with):
         raise RunError(
-            f"checkpoint {saved.path}: expected one of this run, it does not match the steps in {found.path}: "
-            "restore the file or the folder, or choose another --run-dir"
+            f"checkpoint {saved.path}: expected one of this run, it does not match the steps or settings in "
+            f"{found.path}: restore the file or the folder, or choose another --run-dir"
         )
     return saved, found
 

@@ -9,20 +9,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from esengine.base.errors import RunError
+from esengine.base.files import utf8_name
 from esengine.base.progress import Progress
 from esengine.base.settings_file import from_dict
 from esengine.es.population import PEFT_PREFIX, Population
 from esengine.models import Generator
 from esengine.run import journal
 from esengine.run.folder import checkpoint_folders, path_step
-from esengine.run.journal import Journal, Saved, Start, Step
+from esengine.run.journal import IN_THE_UPDATE, Journal, Saved, Start, Step
 from esengine.run.prepare import attach_population, start_population
 from esengine.run.saving import adapter_sha256, save_adapter
 from esengine.run.settings import ReplayConfig, TrainConfig, load_run
 from esengine.sampling.build import load_model, pick_dtype, take_device
-
-IN_THE_UPDATE = ("seed", "dtype", "population", "lora", "es", "update")
-"""Settings that determine the adapter together with the fitness."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,8 @@ def _read_adapter(file: Path) -> dict[str, torch.Tensor] | None:
     if not file.is_file():
         return None
     try:
-        return load_file(file)
+        with utf8_name(file) as name:
+            return load_file(name)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{file}: cannot be read, so there is nothing to compare with: {error}") from error
 

@@ -104,6 +104,7 @@ class Checkpoints(Hook):
             sha256 = adapter_sha256(engine.population)
             steps = self.to.journal.contents.digest
             meta = {"contract": CONTRACT, "adapter_sha256": sha256, "steps_sha256": steps}
+            meta |= {"made_with_sha256": self.to.journal.contents.made_with(step)}
             meta |= {"limit": self.render.limit, "scoring_limit": self.reward.limit}
             self.to.journal.sync()  # a checkpoint is never ahead of the journal
             held = self.to.folder.held

@@ -58,7 +58,14 @@ class TensorBoard:
         self.writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
 
     def histogram(self, step: int, name: str, values: np.ndarray) -> None:
-        self.writer.add_histogram(name, values, step)
+        if not len(values):
+            return
+        low, high = float(values.min()), float(values.max())
+        largest = max(-low, high)
+        bins = "tensorflow"
+        if largest > 1e20:  # its bins end there
+            bins = np.linspace(low - 1e-3 * largest, high + 1e-3 * largest, 65)
+        self.writer.add_histogram(name, values.astype(np.float64), step, bins=bins)
 
     def finish(self) -> None:
         self.writer.close()

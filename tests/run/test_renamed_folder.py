@@ -110,12 +110,17 @@ def test_what_is_written_follows_the_folder(tmp_path):
 
 
 def test_a_failed_run_does_not_remove_the_lock_of_another(tmp_path):
-    with pytest.raises(ZeroDivisionError), RunFolder.open(tmp_path / "a"):
-        (tmp_path / "a").rename(tmp_path / "b")
-        other = RunFolder.open(tmp_path / "a")
-        raise ZeroDivisionError
+    def fails():
+        with RunFolder.open(tmp_path / "a"):
+            (tmp_path / "a").rename(tmp_path / "b")
+            others.append(RunFolder.open(tmp_path / "a"))
+            raise ZeroDivisionError
+
+    others = []
+    with pytest.raises(ZeroDivisionError):
+        fails()
     assert (tmp_path / "a" / LOCK).exists()
-    other.close()
+    others[0].close()
 
 
 def test_a_lock_file_that_was_removed_frees_nothing(tmp_path):
