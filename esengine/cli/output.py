@@ -1,5 +1,6 @@
 """Standard output and error that survive a closed pipe, so that `| head` is no error and a run continues."""
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -11,11 +12,13 @@ class Output:
     """A stream that discards what cannot be written.
 
     Attributes:
-        error: why the first text could not be written; None if all was, or if the reader has closed the pipe.
+        error: why the first text could not be written; None if all was, or if the reader of the pipe or the terminal
+            has gone.
     """
 
     def __init__(self, stream: TextIO):
         self._stream, self._open = stream, True
+        self._terminal = not stream.closed and stream.isatty()
         self.error: OSError | None = None
 
     def write(self, text: str) -> int:
@@ -43,7 +46,9 @@ class Output:
             return function(*args)
         except (OSError, ValueError) as error:  # ValueError: somebody has closed the stream
             self._open = False
-            self.error = error if isinstance(error, OSError) and not isinstance(error, BrokenPipeError) else None
+            hung_up = isinstance(error, OSError) and error.errno == errno.EIO and self._terminal
+            gone = isinstance(error, BrokenPipeError | ValueError) or hung_up
+            self.error = None if gone else error
             # the interpreter flushes the stream once more when it ends
             with suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
