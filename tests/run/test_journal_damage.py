@@ -15,6 +15,7 @@ from esengine.run.folder import RunFolder
 from esengine.run.prepare import _saved
 from esengine.run.replay import replay
 from esengine.run.settings import ReplayConfig, load_run
+from esengine.run.state import latest
 from esengine.run.train import train
 
 
@@ -71,14 +72,17 @@ HOWS = ["missing", "null", "NaN", "text", "larger", "more"]
 
 
 @pytest.mark.parametrize("how", HOWS)
-def test_what_replay_needs_is_checked_on_resume(twice, tmp_path, how):
-    run = tmp_path / "run"
+def test_what_replay_needs_is_checked_on_resume(twice, tmp_path, monkeypatch, how):
+    run, newest = tmp_path / "run", latest(twice / "checkpoints")
     shutil.copytree(twice, run)
+    monkeypatch.setattr("esengine.run.state.latest", lambda root: newest)  # read once
     lines = (twice / journal.NAME).read_bytes().splitlines()
     whole, refused = needed(run), 0
     for number, line in enumerate(lines):
         record = json.loads(line)
         for path in places(record):
+            if "environment" in path or (number and path[:1] == ("settings",) and path[1] not in journal.IN_THE_UPDATE):
+                continue
             other = json.dumps(changed(record, path, how)).encode()
             if other == line:
                 continue
