@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from esengine.base.errors import RenderError
+from esengine.base.memory import out_of_memory
 from esengine.models.loading import first_line
 
 LIMIT = 16
@@ -103,9 +104,9 @@ class Graphs:
                 if self._stream is None:
                     self._stream = side_stream(buffers[0].device)
                 outputs, replay, pool = record(compute, pool, self._stream)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if out_of_memory(error):
+                raise
             raise RenderError(
                 f"no CUDA graph could be captured ({first_line(error)}): render without, graphs never, decode eager"
             ) from error

@@ -35,6 +35,18 @@ def read_regular(path: str | Path, most: int | None = None) -> bytes:
         return file.read()
 
 
+@contextmanager
+def utf8_name(path: Path) -> Iterator[Path]:
+    """A name of a file for a library that takes no name but UTF-8: the path, or that of the open file if it is not."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        with open(path, "rb") as file:
+            yield Path(f"/proc/self/fd/{file.fileno()}")
+    else:
+        yield path
+
+
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """Call `write` with a temporary name in the same folder, sync the file and rename it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)

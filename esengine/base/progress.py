@@ -1,6 +1,8 @@
 """Progress of a run: the interface, and a terminal's display with notes as lines and work as tqdm bars on stderr."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -28,39 +30,59 @@ class Progress:
 
 
 class Bar(Progress):
-    """A bar that counts images and shows images/s, the time left, and the step with its time and reward."""
+    """A bar that counts images and shows images/s, the time left, and the step with its time and reward.
+
+    If stderr cannot be written, such as a pipe whose reader has ended, the rest is not shown. The run continues.
+    """
 
     def __init__(self):
         self._bar: tqdm | None = None
         self._counter: tqdm | None = None
 
     def note(self, text: str) -> None:
-        tqdm.write(text, file=sys.stderr)
+        with self._unless_lost():
+            tqdm.write(text, file=sys.stderr)
 
     def count(self, what: str, done: int, total: int) -> None:
-        if self._counter is None:
-            self._counter = tqdm(total=total, unit=f" {what}", leave=False, **_terminal(), disable=None)
-        self._counter.update(done - self._counter.n)
-        if done >= total:
-            self._counter.close()
-            self._counter = None
+        with self._unless_lost():
+            if self._counter is None:
+                self._counter = tqdm(total=total, unit=f" {what}", leave=False, **_terminal(), disable=None)
+            self._counter.update(done - self._counter.n)
+            if done >= total:
+                self._counter.close()
+                self._counter = None
 
     def start(self, total: int, done: int) -> None:
-        self._bar = tqdm(total=total, initial=done, unit=" img", smoothing=0.1, **_terminal())
+        with self._unless_lost():
+            self._bar = tqdm(total=total, initial=done, unit=" img", smoothing=0.1, **_terminal())
 
     def images(self, count: int) -> None:
-        if self._bar is not None:
-            self._bar.update(count)
+        with self._unless_lost():
+            if self._bar is not None:
+                self._bar.update(count)
 
     def step(self, step: int, steps: int, metrics: dict[str, float]) -> None:
-        if self._bar is not None:
-            self._bar.set_description(f"step {step}/{steps}", refresh=False)
-            self._bar.set_postfix_str(f"reward {metrics['reward']:.4f}, {metrics['seconds']:.2f} s/step", refresh=False)
+        with self._unless_lost():
+            if self._bar is not None:
+                reward, seconds = metrics["reward"], metrics["seconds"]
+                self._bar.set_description(f"step {step}/{steps}", refresh=False)
+                self._bar.set_postfix_str(f"reward {reward:.4f}, {seconds:.2f} s/step", refresh=False)
 
     def stop(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        with self._unless_lost():
+            if self._bar is not None:
+                bar, self._bar = self._bar, None
+                bar.close()
+
+    @contextmanager
+    def _unless_lost(self) -> Iterator[None]:
+        """Suppress the errors of a stream that cannot be written, and disable the bars from then on."""
+        try:
+            yield
+        except (OSError, ValueError):  # ValueError: the stream is closed, or cannot encode the text
+            for bar in filter(None, (self._bar, self._counter)):
+                bar.disable = True  # its destructor would write too
+            self._bar = self._counter = None
 
 
 def _terminal() -> dict:

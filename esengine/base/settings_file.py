@@ -4,6 +4,7 @@ These are rejected with their line: tags, aliases, keys given twice, deep nestin
 no file name or prompt could hold. Numbers such as 1e-2, which YAML 1.1 reads as text, are read as numbers.
 """
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from esengine.base.settings import check, merged
 MAX_BYTES = 1 << 20
 _DEEPEST = 8
 _DIGITS = 40
+_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+"""Half a character. The others, U+DC80 to U+DCFF, are bytes of a file name that is not UTF-8."""
 
 
 def read_yaml(path: Path) -> Any:
@@ -64,7 +67,7 @@ class _Loader(yaml.SafeLoader):
             if number and (":" in node.value or len(node.value) > _DIGITS):
                 raise ValueError(f"expected a plain number of at most {_DIGITS} digits")
             value = super().construct_object(node, deep)
-            if isinstance(value, str) and ("\0" in value or any("\ud800" <= each <= "\udfff" for each in value)):
+            if isinstance(value, str) and ("\0" in value or _SURROGATE.search(value)):
                 raise ValueError("expected text without NUL or surrogates")
         except ValueError as error:
             raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error

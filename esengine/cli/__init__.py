@@ -84,6 +84,13 @@ def _main(args: list[str]) -> int:
         return _fail(f"{error.filename or 'system'}: {error.strerror or error}", 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except Exception as error:
+        from esengine.base.memory import out_of_memory
+
+        if os.environ.get("ESENGINE_DEBUG") or not out_of_memory(error):
+            raise
+        what = " ".join(str(error).split())[:200] or type(error).__name__
+        return _fail(f"memory ran out ({what}): take a smaller model or a smaller --image.chunk", 1)
 
 
 def _fail(message: str, code: int) -> int:
@@ -115,7 +122,8 @@ def _train(config: Any) -> int:
 
     if config.dry_run:
         return _dry_run(config)
-    result = train(config, Bar(), Stop(), _LivePage())
+    pages = []
+    result = train(config, Bar(), Stop(), _LivePage(), lambda folder: pages.append(_page(folder)))
     if result is None:  # of several processes one reports
         return 0
     comparison = result.comparison
@@ -126,7 +134,7 @@ def _train(config: Any) -> int:
     print(f"adapter     {result.folder / 'adapter'}  (PEFT; the pipeline's load_lora_weights reads it too)")
     for kind, step in result.kept.items():
         print(f"{kind.ljust(10)}  {result.folder / KEPT[kind]}  (of step {step})")
-    if page := _page(result.folder):
+    if page := pages[0]:
         print(f"page        {page}")
     print(f"curves      tensorboard --logdir {result.folder / 'tensorboard'}")
     return 0
@@ -173,6 +181,7 @@ class _LivePage:
         start = time.monotonic()
         if start < self.due:
             return
+        self.due = start + 10.0
         from esengine.report import write_training_page
 
         write_training_page(folder, going=True)

@@ -177,7 +177,7 @@ class _Job:
                     return None
                 report = summarise(self.benchmark, record["entries"], record["scores"], records, record["settings"])
                 folder.publish(report)
-                write_evaluation_page(path)
+                write_evaluation_page(folder.where())
         return report
 
     def _texts(self) -> TextEmbeddings:

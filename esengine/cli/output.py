@@ -1,9 +1,10 @@
 """Standard output and error that survive a closed pipe, so that `| head` is no error and a run continues."""
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 
@@ -11,18 +12,29 @@ class Output:
     """A stream that discards what cannot be written.
 
     Attributes:
-        error: why the first text could not be written; None if all was, or if the reader has closed the pipe.
+        error: why the first text could not be written; None if all was, or if the reader of the pipe or the terminal
+            has gone.
     """
 
     def __init__(self, stream: TextIO):
         self._stream, self._open = stream, True
+        self._terminal = not stream.closed and stream.isatty()
         self.error: OSError | None = None
 
     def write(self, text: str) -> int:
-        return self._attempt(self._stream.write, text) or len(text)
+        return self._attempt(self._stream.write, self._writable(text)) or len(text)
 
     def flush(self) -> None:
         self._attempt(self._stream.flush)
+
+    def _writable(self, text: str) -> str:
+        """The text with what the stream cannot encode, such as bytes of a file name, as escapes."""
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        try:
+            text.encode(encoding)
+        except UnicodeEncodeError:
+            return text.encode(encoding, "backslashreplace").decode(encoding)
+        return text
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -32,11 +44,14 @@ class Output:
             return None
         try:
             return function(*args)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: somebody has closed the stream
             self._open = False
-            self.error = None if isinstance(error, BrokenPipeError) else error
+            hung_up = isinstance(error, OSError) and error.errno == errno.EIO and self._terminal
+            gone = isinstance(error, BrokenPipeError | ValueError) or hung_up
+            self.error = None if gone else error
             # the interpreter flushes the stream once more when it ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
             return None
 
 

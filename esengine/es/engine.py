@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from esengine.base.errors import ConfigError
-from esengine.es.fitness import METHODS, PROMPT_STDS, shape
+from esengine.es.fitness import METHODS, PROMPT_STDS, as_float32, shape
 from esengine.es.population import Population
 from esengine.es.prompts import PromptSampler
 from esengine.es.rows import Rows
@@ -104,7 +104,8 @@ class Engine:
             yield self.ask()
 
     def fitness(self, task: Task, scores: torch.Tensor) -> torch.Tensor:
-        """float32 [N] from scores float32 [N, P, R] (or flat in the order of `Task.rows`)."""
+        """float32 [N] from scores float32 [N, P, R] (or flat in the order of `Task.rows`), as `tell` takes them."""
+        scores = as_float32(scores, "scores")
         if scores.shape not in (task.shape, (task.images,)):
             raise ValueError(f"scores: expected float32 {list(task.shape)}, got {list(scores.shape)}")
         scores = scores.reshape(task.shape)
@@ -121,14 +122,15 @@ class Engine:
 
         Args:
             task: the task that `ask` returned.
-            scores: float32 [N, P, R], higher is better; finite unless `drop_pairs`.
+            scores: [N, P, R], or flat in the order of `Task.rows`. Higher is better; finite unless `drop_pairs`. A
+                float32 tensor on any device; or numbers in lists or a numpy array, which are rounded to float32.
 
         Returns:
             `fitness`, the float32 [N] that the update used, and the L2 norms gradient_norm, step_norm, adapter_norm.
 
         Raises:
-            ValueError: the task is another step's, or scores have another shape or dtype or are not finite. Nothing has
-                changed then.
+            TypeError: scores are no numbers. Nothing has changed then, or after a ValueError.
+            ValueError: the task is another step's, or scores have another shape or dtype or are not finite.
         """
         if task.step != self.step:
             raise ValueError(f"task: expected one of step {self.step}, got one of step {task.step}")

@@ -13,10 +13,44 @@ f is in units of one standard deviation and is rounded to 9 decimals, which is f
 makes mathematically equal members exactly equal, so ties stay ties and a flat population stays flat.
 """
 
+from typing import Any
+
+import numpy as np
 import torch
 
 METHODS = ("zscore", "centered_rank", "none")
 PROMPT_STDS = ("global", "own")
+
+
+def as_float32(values: Any, name: str) -> torch.Tensor:
+    """A list, a tuple or a numpy array of numbers as a float32 tensor. A tensor is returned as it is.
+
+    Numbers are rounded to float32. Masked values of an array become NaN.
+
+    Raises:
+        TypeError: the values are something else, or some are no real numbers.
+        ValueError: a finite number is too large for float32.
+    """
+    if isinstance(values, torch.Tensor):
+        return values
+    try:
+        if not isinstance(values, list | tuple | np.ndarray):
+            raise ValueError
+        found = np.ma.asanyarray(values)
+        if found.dtype.kind not in "fiu" and found.size:
+            raise ValueError
+    except (ValueError, TypeError, RuntimeError) as error:  # of numpy: lists of unequal lengths
+        what = f"{type(values).__name__} of other things" if isinstance(values, list | tuple) else type(values).__name__
+        what = f"array of {values.dtype}" if isinstance(values, np.ndarray) else what
+        expected = "a float32 tensor, or real numbers in a list, a tuple or a numpy array"
+        raise TypeError(f"{name}: expected {expected}, got {what}") from error
+    wide = found.astype(np.float64)
+    wide = np.array(wide.filled(np.nan) if isinstance(wide, np.ma.MaskedArray) else wide)
+    rounded = torch.from_numpy(wide).float()
+    lost = torch.from_numpy(np.isfinite(wide)) & ~rounded.isfinite()
+    if lost.any():
+        raise ValueError(f"{name}: expected numbers that float32 can hold, got {wide[lost.numpy()][0]:g}")
+    return rounded
 
 
 def prompt_normalized(scores: torch.Tensor, prompt_std: str = "global") -> torch.Tensor:
@@ -77,6 +111,7 @@ def shape(scores: torch.Tensor, method: str = "zscore", prompt_std: str = "globa
 def _normalized(scores: torch.Tensor, prompt_std: str) -> torch.Tensor:
     if prompt_std not in PROMPT_STDS:
         raise ValueError(f"prompt_std: expected one of {', '.join(PROMPT_STDS)}, got {prompt_std!r}")
+    scores = as_float32(scores, "scores")
     if scores.ndim != 3 or scores.numel() == 0 or scores.dtype != torch.float32:
         raise ValueError(f"scores: expected float32 [N, P, R], none of them 0, got {scores.dtype} {list(scores.shape)}")
     if not torch.isfinite(scores).all():

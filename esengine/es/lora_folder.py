@@ -19,6 +19,7 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
+from esengine.base.files import utf8_name
 from esengine.es.layers import HONOURED
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -134,7 +135,7 @@ def _of_diffusers(tensors: dict[str, torch.Tensor], packed: str | None, targets:
 
 def _tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """All tensors of a safetensors file, and its metadata."""
-    with safe_open(file, framework="pt") as opened:
+    with utf8_name(file) as name, safe_open(name, framework="pt") as opened:
         return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
 
 

@@ -35,6 +35,7 @@ from esengine.base.memory import oom_guard
 from esengine.base.transfer import upload
 from esengine.es.base_layers import CONV1D, Wrapped, offloading, plain, shared_layers, unwrapped, wrapped_below
 from esengine.es.direct import Direct, DirectLinear, full_rank
+from esengine.es.fitness import as_float32
 from esengine.es.layers import (
     ADAPTER,
     Chunk,
@@ -323,9 +324,10 @@ class Population:
 
         Args:
             step: step of the noise contract.
-            fitness: fp32 [N], finite, N even, entry i for member i.
+            fitness: as in `update`.
         """
         self._check_attached()
+        fitness = as_float32(fitness, "fitness")
         check_fitness(fitness)
         if not fitness.isfinite().all():
             raise ValueError(f"fitness: expected finite values, got {fitness[~fitness.isfinite()][0]:g}")
@@ -347,9 +349,11 @@ class Population:
 
         Args:
             step: the step that the members were rendered with.
-            fitness: fp32 [N], finite, N even, entry i for member i.
+            fitness: [N], finite, N even, entry i for member i. A float32 tensor on any device; or numbers in a list, a
+                tuple or a numpy array, which are rounded to float32.
 
         Raises:
+            TypeError: `fitness` is no sequence of numbers.
             ValueError: `fitness` has another dtype or shape, an odd length, or a value that is not finite.
             UnperturbedError: `perturbed` was used since the last update, but a target never had its noise there. The
                 update would move that target at random.

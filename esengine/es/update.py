@@ -74,7 +74,7 @@ class Updater:
                 )
         except BaseException:
             torch._foreach_copy_(theta, before)
-            self.load_state_dict(moments)
+            self._restore(moments, copy=False)  # needs no memory, which may have run out
             raise
         finally:
             self.optimizer.zero_grad(set_to_none=True)
@@ -148,12 +148,15 @@ class Updater:
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Restore what `state_dict` returned."""
+        self._restore(state, copy=True)
+
+    def _restore(self, state: dict[str, torch.Tensor], copy: bool) -> None:
         self.optimizer.state.clear()
         for key, value in state.items():
             name, _, moment = key.rpartition(".")
             parameter = self.parameters[name]
             device = "cpu" if moment == "step" else parameter.device
-            self.optimizer.state[parameter][moment] = value.to(device, copy=True)
+            self.optimizer.state[parameter][moment] = value.to(device, copy=copy)
 
 
 def _moves(key: str, value: torch.Tensor | None) -> bool:

@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from esengine.base.errors import RunError
+from esengine.base.errors import EsengineError, RunError
 from esengine.base.files import naming, refuse_links, replace_file
-from esengine.base.locks import lock
+from esengine.base.locks import Held, lock
+from esengine.base.memory import out_of_memory
 from esengine.base.progress import Progress
 from esengine.evaluation.benchmarks import Benchmark
 from esengine.evaluation.draw import Batch, Places, Plan, batch_records
@@ -44,15 +45,27 @@ class EvaluationFolder:
     """An evaluation's folder, locked by this process. Use `EvaluationFolder.open` in a `with` statement.
 
     Attributes:
-        path: the folder.
+        path: the folder as the user named it, for messages.
+        at: the folder to write to. It is the locked one, even if it was renamed since.
         shard: (k, n): this process renders chunks k, k + n, ... of each entry.
         scores: the file that this process appends to.
     """
 
     def __init__(self, path: Path, shard: tuple[int, int]):
-        self.path, self.shard = path, shard
+        self.path, self.shard, self._held = path, shard, None
         self._name = f"{shard[0]}-of-{shard[1]}"
-        self.scores = path / ("scores.jsonl" if shard[1] == 1 else f"scores.{self._name}.jsonl")
+
+    @property
+    def at(self) -> Path:
+        return self.path if self._held is None else self._held.path
+
+    @property
+    def scores(self) -> Path:
+        return self.at / ("scores.jsonl" if self.shard[1] == 1 else f"scores.{self._name}.jsonl")
+
+    def where(self) -> Path:
+        """The folder's name: `path`, or the one that it has now."""
+        return self.path if self._held is None else self._held.where()
 
     @classmethod
     @contextlib.contextmanager
@@ -76,13 +89,22 @@ class EvaluationFolder:
         folder = cls(path, shard)
         in_use = f"out {path}: another process draws it" + (f", shard {shard[0]}/{shard[1]}" if shard[1] > 1 else "")
         with _lock(path / f".lock.{folder._name}", in_use):
-            folder._remove_temporaries(f"{_TEMPORARY}{folder._name}-*")
-            yield folder
+            folder._held = Held(path)
+            try:
+                if not (folder.at / f".lock.{folder._name}").exists():  # it was renamed since it was locked
+                    raise RunError(f"out {path}: another process has renamed it")
+                folder._remove_temporaries(f"{_TEMPORARY}{folder._name}-*")
+                yield folder
+            except (EsengineError, OSError) as error:
+                folder._held.name_in(error)
+                raise
+            finally:
+                folder._held.close()
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Run the block while no other process is inside `alone` for this folder."""
-        with _lock(self.path / ".lock"):
+        with _lock(self.at / ".lock"):
             yield
 
     def begin(self, record: dict, keep: Sequence[str] = ()) -> dict:
@@ -99,7 +121,7 @@ class EvaluationFolder:
         Raises:
             RunError: the file is not readable, or describes another evaluation. The message names the differences.
         """
-        file = self.path / "evaluation.json"
+        file = self.at / "evaluation.json"
         if not file.exists():
             replace_file(file, (json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode())
             return record
@@ -120,7 +142,7 @@ class EvaluationFolder:
 
     def keep_curves(self, read: Callable[[], dict[str, Any]]) -> None:
         """Write what `read` returns into curves.json, unless the file exists or there are no curves."""
-        file = self.path / "curves.json"
+        file = self.at / "curves.json"
         if not file.exists() and (kept := read()):
             replace_file(file, json.dumps(kept, allow_nan=False).encode())
 
@@ -178,8 +200,8 @@ class EvaluationFolder:
         if any(key not in found for key in order):
             return None
         records = [found[key] for key in order]
-        replace_file(self.path / "scores.jsonl", b"".join(map(_line, records)))
-        for part in self.path.glob("scores.*-of-*.jsonl"):
+        replace_file(self.at / "scores.jsonl", b"".join(map(_line, records)))
+        for part in self.at.glob("scores.*-of-*.jsonl"):
             part.unlink()
         self._remove_temporaries(f"{_TEMPORARY}*")
         return records
@@ -187,18 +209,19 @@ class EvaluationFolder:
     def publish(self, report: Report) -> None:
         """Write report.json, report.md and report.csv, each atomically."""
         for suffix, text in (("json", report.to_json()), ("md", report.to_markdown()), ("csv", report.to_csv())):
-            replace_file(self.path / f"report.{suffix}", text.encode())
+            replace_file(self.at / f"report.{suffix}", text.encode())
 
     def _read(self, plan: Plan, progress: Progress) -> dict[Key, dict]:
         """Records of all shards, by key. A shard's records replace those of an earlier merge."""
         found: dict[Key, dict] = {}
-        parts = sorted(self.path.glob("scores.*-of-*.jsonl"))
-        for file in [self.path / "scores.jsonl", *parts]:
+        parts = sorted(self.at.glob("scores.*-of-*.jsonl"))
+        for file in [self.at / "scores.jsonl", *parts]:
             if file.exists():
                 records, bad = self._lines(file, plan)
                 found |= records
                 if bad and file == self.scores:
-                    progress.note(f"{file}: line {bad[0]} is damaged, {len(bad)} in all; those images are drawn again")
+                    where = f"{self.path / file.name}: line {bad[0]}"
+                    progress.note(f"{where} is damaged, {len(bad)} in all; those images are drawn again")
         return found
 
     def _lines(self, file: Path, plan: Plan) -> tuple[dict[Key, dict], list[int]]:
@@ -224,7 +247,7 @@ class EvaluationFolder:
     def _save(self, record: dict, pixels: np.ndarray) -> None:
         """Write an image, and add its name to its record."""
         name = f"{record['index']:05d}_{_sha8(pixels)}.png"
-        folder = self.path / "images" / record["entry"]
+        folder = self.at / "images" / record["entry"]
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f"{_TEMPORARY}{self._name}-{record['repeat']}-{name}"
         with naming(folder / name):
@@ -234,18 +257,20 @@ class EvaluationFolder:
 
     def _problem(self, record: dict) -> str | None:
         """What is wrong with a record's image; None if nothing is."""
-        path = self.path / record["image"]
+        path = self.at / record["image"]
         if not path.is_file():
             return "the image is gone"
         try:
             with Image.open(path) as image:
                 pixels = np.asarray(image)
-        except Exception:  # a damaged file may fail in any way
+        except Exception as error:  # a damaged file may fail in any way
+            if out_of_memory(error):
+                raise
             return "the image cannot be read"
         return None if path.stem.endswith(f"_{_sha8(pixels)}") else "the image's pixels are not those of its name"
 
     def _remove_temporaries(self, pattern: str) -> None:
-        for folder in (self.path, *self.path.glob("images/*")):
+        for folder in (self.at, *self.at.glob("images/*")):
             for path in folder.glob(pattern):
                 path.unlink(missing_ok=True)
 

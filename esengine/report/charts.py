@@ -109,14 +109,8 @@ def lines(
             shapes.append((f"{'area' if stacked else 'band'} c{colour % 8}", _band(x_axis(x), *map(y_axis, band))))
     if zero:
         shapes.append(("zero", f"M{left:g} {y_axis(0):.1f}H{WIDTH - RIGHT}"))
-    if not stacked:
-        for colour, one in enumerate(series):
-            if smooth:
-                shapes.append((f"raw c{colour % 8}", _path(x_axis(x), y_axis(one.y))))
-            drawn = smoothed(one.y, window) if smooth else one.y
-            shapes.append((f"line c{colour % 8}", _path(x_axis(x), y_axis(drawn))))
-            if len(x) <= MAX_DOTS:
-                shapes.append((f"dots c{colour % 8}", _dots(x_axis(x), y_axis(one.y))))
+    for colour, one in enumerate(() if stacked else series):
+        shapes += _curve(x_axis(x), y_axis, one.y, colour % 8, window if smooth else 0)
     hints = [" · ".join([f"step {at:.0f}", *(f"{s.label} {short(s.y[i])}" for s in series)]) for i, at in enumerate(x)]
     return Chart(
         title,
@@ -263,6 +257,16 @@ def _tick_step(rough: float, whole: bool) -> float:
 def _thin(values: np.ndarray, each: int) -> np.ndarray:
     pieces = [values[i : i + each] for i in range(0, len(values), each)]
     return np.array([p[np.isfinite(p)].mean() if np.isfinite(p).any() else math.nan for p in pieces])
+
+
+def _curve(x: np.ndarray, y_axis: "_Axis", y: np.ndarray, colour: int, window: int) -> list[tuple[str, str]]:
+    """The shapes of a curve: its line and points; or with a `window` the smoothed line, with its own behind it."""
+    shapes = [(f"line c{colour}", _path(x, y_axis(smoothed(y, window) if window else y)))]
+    if window:
+        shapes.insert(0, (f"raw c{colour}", _path(x, y_axis(y))))
+    if len(x) <= MAX_DOTS:
+        shapes.append((f"dots c{colour}", _dots(x, y_axis(y))))
+    return shapes
 
 
 def smoothed(y: np.ndarray, window: int) -> np.ndarray:

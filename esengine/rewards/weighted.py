@@ -112,10 +112,9 @@ class Weighted:
         ask = checked if at_once else asked
         scores = {t.name: ask(t.name, _shared(t.reward, passes), images, prompts, **where) for t in self.terms}
         weighted = (term.weight * scores[term.name].double() for term in self.terms)
-        total = functools.reduce(operator.add, weighted).float()
-        scores[COMBINED] = total
+        scores[COMBINED] = functools.reduce(operator.add, weighted).float()
         if at_once:
-            _require_finite(COMBINED, total, prompts, **where)
+            _require_all_finite(scores, prompts, **where)
         elif self._deferred is not None:
             kept = {name: score.clone() for name, score in scores.items()}  # the caller may overwrite its own
             self._deferred.append((kept, list(prompts), where))
@@ -234,6 +233,10 @@ def _require_all_finite(scores: dict[str, torch.Tensor], prompts, step=None, mem
     """Raises RewardError for the first score that is not finite. Waits for the device once."""
     if not torch.stack(list(scores.values())).isfinite().all():
         for name, score in scores.items():
+            if name == COMBINED and len(bad := torch.nonzero(~score.isfinite()).flatten().tolist()):
+                parts = ", ".join(f"{part} {each[bad[0]]:g}" for part, each in scores.items() if part != COMBINED)
+                what = f"is a sum that float32 cannot hold, of {parts}; expected smaller scores or weights"
+                raise _reward_error(what, name, bad, prompts, step, members)
             _require_finite(name, score, prompts, step, members)
 
 

@@ -8,10 +8,10 @@ from esengine.base.group import Group
 from esengine.base.progress import Progress
 from esengine.run import journal
 from esengine.run import state as run_state
-from esengine.run.folder import KEPT, RunFolder
+from esengine.run.folder import KEPT, RunFolder, dated
 from esengine.run.hooks import STRIP_PROMPTS
 from esengine.run.kept import expected
-from esengine.run.prepare import Prepared, prepare, read_inputs
+from esengine.run.prepare import RUNS, Prepared, prepare, read_inputs
 from esengine.run.settings import TrainConfig
 from esengine.sampling.preflight import Preflight, preflight
 
@@ -64,10 +64,11 @@ def dry_run(config: TrainConfig, progress: Progress | None = None) -> Estimate:
     group, progress = Group.join(), progress or Progress()
     try:
         inputs = read_inputs(config, group)
-        RunFolder.require_new(inputs.run_dir)
-        ready = prepare(inputs, RunFolder(inputs.run_dir, None), progress, group)
+        run_dir = inputs.run_dir or RUNS / dated()
+        RunFolder.require_new(run_dir)
+        ready = prepare(inputs, RunFolder(run_dir, None), progress, group)
         found = check_members(ready)
-        return _estimate(ready, inputs.run_dir, len(inputs.eval_prompts), found, *_times(ready, found))
+        return _estimate(ready, run_dir, len(inputs.eval_prompts), found, *_times(ready, found))
     finally:
         group.leave()
 

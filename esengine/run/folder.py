@@ -1,19 +1,24 @@
 """The folder of a run, locked by one process at a time, and the names of the files that a run writes into it.
 
+A run writes through the open folder, so what it writes stays in the folder that it has locked. If that folder is
+renamed and another run begins under its name, neither writes into the other's.
+
 This module does not import torch. A second process is refused before it loads anything.
 """
 
 import contextlib
+import itertools
 import os
 import re
 import socket
 import stat
 import weakref
+from datetime import datetime
 from pathlib import Path
 
 from esengine.base.errors import RunError
 from esengine.base.files import naming, refuse_links
-from esengine.base.locks import lock
+from esengine.base.locks import Held, lock
 from esengine.run import journal
 
 TEMPORARY = ".tmp-"
@@ -37,17 +42,62 @@ def path_step(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-class RunFolder:
+class RunPaths:
+    """The names of a run's files below the folder `path`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def journal(self) -> Path:
+        return self.path / journal.NAME
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    def kept(self, kind: str) -> Path:
+        """The folder of a kept adapter, see `KEPT`."""
+        return self.path / KEPT[kind]
+
+    @property
+    def adapters(self) -> list[Path]:
+        return [self.adapter, *map(self.kept, KEPT)]
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def strips(self) -> Path:
+        return self.path / "strips"
+
+    @property
+    def held_out(self) -> Path:
+        return self.path / "heldout"
+
+
+class RunFolder(RunPaths):
     """A run's folder, locked by one process at a time. The lock ends with the process.
 
     Use `RunFolder.open` in a `with` statement, or call `close`.
+
+    Attributes:
+        path: the folder as the user named it, for messages and to read. Write below `held`.
     """
 
-    def __init__(self, path: Path, lock: int | None, created: tuple[Path, ...] = ()):
+    def __init__(self, path: Path, lock: int | None, created: tuple[Path, ...] = (), opened: Held | None = None):
         """`lock`: descriptor of the locked file. `created`: the file and folders that were made, innermost first."""
-        self.path = path
-        self._lock = lock
-        self._created = created
+        super().__init__(path)
+        self._lock, self._created, self._opened = lock, created, opened
         own = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: own() and own().close())  # a child would hold the lock too
 
@@ -67,8 +117,36 @@ class RunFolder:
         path = Path(path)
         if resume and not path.is_dir():
             raise RunError(f"run folder {path}: nothing to resume, there is no such folder")
-        created = tuple(p for p in (path / LOCK, path, *path.parents) if not p.exists())
-        folder = cls(path, _locked(path), created)
+        return cls._open(path, resume, tuple(p for p in (path / LOCK, path, *path.parents) if not p.exists()))
+
+    @classmethod
+    def open_dated(cls, parent: str | Path) -> "RunFolder":
+        """Make a new run folder below `parent`, named by date and time, and lock it.
+
+        Runs that start in the same second get different folders: the later ones have a number behind the time.
+
+        Raises:
+            RunError: it cannot be made or locked.
+        """
+        parent, base = Path(parent), dated()
+        above = [p for p in (parent, *parent.parents) if not p.exists()]
+        for number in itertools.count(1):
+            path = parent / (base if number == 1 else f"{base}_{number}")
+            try:
+                parent.mkdir(parents=True, exist_ok=True)
+                path.mkdir()
+            except FileExistsError as error:
+                if not parent.is_dir():
+                    raise RunError(f"run folder {path}: expected a folder, {parent} is a file") from error
+            except OSError as error:
+                raise RunError(f"run folder {path}: {error.strerror or error}") from error
+            else:
+                return cls._open(path, False, (path / LOCK, path, *above))
+
+    @classmethod
+    def _open(cls, path: Path, resume: bool, created: tuple[Path, ...]) -> "RunFolder":
+        file, opened = _locked(path)
+        folder = cls(path, file, created, opened)
         try:
             folder._refuse_links()
             folder._require(resume)
@@ -101,74 +179,66 @@ class RunFolder:
         cls(path, None)._require(resume=False)
 
     @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
+    def held(self) -> RunPaths:
+        """The names to write to. They lead into the locked folder, even if it has another name by now.
+
+        Raises:
+            RunError: see `Held.path`.
+        """
+        return self if self._opened is None else RunPaths(self._opened.path)
 
     @property
-    def journal(self) -> Path:
-        return self.path / journal.NAME
+    def moved(self) -> bool:
+        """Whether `path` leads to another folder than the locked one, or to none."""
+        return self._opened is not None and self._opened.moved
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+    def where(self) -> Path:
+        """The folder's name: `path`, or the one that it has now. After `close`: the one that it had then."""
+        return self.path if self._opened is None else self._opened.where()
 
-    @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
-
-    def kept(self, kind: str) -> Path:
-        """The folder of a kept adapter, see `KEPT`."""
-        return self.path / KEPT[kind]
-
-    @property
-    def _adapters(self) -> list[Path]:
-        return [self.adapter, *map(self.kept, KEPT)]
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
-
-    @property
-    def strips(self) -> Path:
-        return self.path / "strips"
-
-    @property
-    def held_out(self) -> Path:
-        return self.path / "heldout"
+    def named(self, text: str) -> str:
+        """A text in which the folder of `held` has its name, for messages."""
+        return text if self._opened is None else self._opened.named(text)
 
     def close(self) -> None:
         """Release the lock. The `.lock` file stays: if it were removed, two processes could each lock their own."""
         if self._lock is not None:
             os.close(self._lock)
+            self._opened.close()
             self._lock = None
 
     def __enter__(self) -> "RunFolder":
         return self
 
     def __exit__(self, *exception) -> None:
+        if self._opened is not None and isinstance(exception[1], Exception):
+            self._opened.name_in(exception[1])
         if exception[0] is not None:
             self._leave_nothing()
         self.close()
 
     def _leave_nothing(self) -> None:
         """Remove what `open` made, if the run has written no journal and no checkpoint."""
-        if self._lock is None or not self._created or self.journal.exists() or checkpoint_folders(self.checkpoints):
+        if self._lock is None or not self._created or self.moved:
+            return
+        if self.held.journal.exists() or checkpoint_folders(self.held.checkpoints):
             return
         for made in self._created:
             with contextlib.suppress(OSError):  # a folder with other files in it stays
-                made.unlink() if made.name == LOCK else made.rmdir()
+                (self.held.path / LOCK).unlink() if made.name == LOCK else made.rmdir()
 
     def _refuse_links(self) -> None:
         """Raise RunError for a symbolic link among the files that a run writes, prunes or appends to."""
         written = [self.path / name for name in (*_FILES, *_FOLDERS)]
-        for folder in (self.checkpoints, *self._adapters, self.tensorboard, self.strips, self.held_out):
+        for folder in (self.checkpoints, *self.adapters, self.tensorboard, self.strips, self.held_out):
             if folder.is_dir() and not folder.is_symlink():
                 written += folder.iterdir()
         refuse_links(f"run folder {self.path}", written)
 
     def _remove_torn_files(self) -> None:
         """Remove the partly written files of a killed process."""
-        for place in (self.path, *self._adapters, self.strips, self.held_out):
+        held = self.held
+        for place in (held.path, *held.adapters, held.strips, held.held_out):
             for torn in place.glob(f"{TEMPORARY}*"):
                 with contextlib.suppress(IsADirectoryError):  # a run makes no such folder here
                     torn.unlink()
@@ -187,11 +257,18 @@ class RunFolder:
             )
 
 
-def _locked(path: Path) -> int:
-    """Make a run folder and its lock file if missing, lock the file and write this process's id and host into it.
+def dated() -> str:
+    """A name for a run folder: the date and time."""
+    return datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+
+
+def _locked(path: Path) -> tuple[int, Held]:
+    """Make a run folder and its lock file if missing, lock both and write this process's id and host into the file.
+
+    The folder is locked too, so that the lock holds when somebody removes the file.
 
     Returns:
-        The descriptor of the lock file.
+        The descriptor of the lock file, and the folder.
     """
     while True:
         try:
@@ -206,15 +283,40 @@ def _locked(path: Path) -> int:
             if not stat.S_ISREG(os.fstat(file).st_mode) or os.fstat(file).st_nlink > 1:
                 raise RunError(f"run folder {path}: expected {LOCK} to be a file with one name")
             _take(file, path)
-            if os.fstat(file).st_nlink:  # else its last holder removed it: try again
+            if (opened := _folder_of(file, path)) is not None:
                 with naming(path / LOCK):
                     os.ftruncate(file, 0)
                     os.pwrite(file, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
-                return file
+                return file, opened
         except BaseException:
             os.close(file)
             raise
         os.close(file)
+
+
+def _folder_of(file: int, path: Path) -> Held | None:
+    """The folder that has this lock file, locked. None if there is none: the file was removed, or the folder renamed.
+
+    Raises:
+        RunError: another process holds the folder.
+    """
+    try:
+        opened = Held(path)
+    except OSError:
+        return None
+    try:
+        if not os.path.samestat(os.stat(LOCK, dir_fd=opened.file, follow_symlinks=False), os.fstat(file)):
+            opened.close()
+            return None
+        if not opened.alone():
+            raise RunError(f"run folder {path} is in use by another process, and its {LOCK} was removed")
+    except FileNotFoundError:
+        opened.close()
+        return None
+    except BaseException:
+        opened.close()
+        raise
+    return opened
 
 
 def _take(file: int, path: Path, *, shared: bool = False) -> None:

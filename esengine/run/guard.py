@@ -61,7 +61,7 @@ class Guard:
         at = self.kept.facts(UNDIVERGED)["step"] if UNDIVERGED in self.kept and self.action == ROLLBACK else step
         if at != step:
             with self.kept.in_place(UNDIVERGED) as population:
-                save_adapter(population, self.out.folder.adapter, denoiser)
+                save_adapter(population, self.out.folder.held.adapter, denoiser)
         elif self.action == ROLLBACK:
             self.out.note("warning: no earlier adapter is kept: --heldout-action rollback was set after they diverged")
         self.out.journal.append(Ended(step, parted, at))

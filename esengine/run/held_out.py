@@ -122,7 +122,7 @@ class HeldOut(Hook):
     def _draw(self, step: int, images: torch.Tensor) -> None:
         """Write heldout/step_00000010.png, a grid of images uint8 [K, 3, H, W] with their prompts."""
         picture = draw_grid(images, self.of["prompts"])
-        write_atomic(self.out.folder.held_out / f"step_{step:08d}.png", picture.save)
+        write_atomic(self.out.folder.held.held_out / f"step_{step:08d}.png", picture.save)
         self.out.trackers.image(step, "heldout", picture)
 
     @property

@@ -60,6 +60,21 @@ class ShowProgress(Hook):
         self.progress.step(step.step + 1, self.steps, step.numbers)
 
 
+class FollowFolder(Hook):
+    """Says once if the run folder was moved. The run goes on in the folder that it has locked."""
+
+    def __init__(self, out: Outputs):
+        self.out, self.said = out, False
+
+    def after_step(self, step: Step) -> None:
+        if not self.said and self.out.folder.moved:
+            self.said = True
+            folder = self.out.folder
+            self.out.note(
+                f"warning: run folder {folder.path} was moved or replaced: the run goes on in {folder.where()}"
+            )
+
+
 class Track(Hook):
     """Sends the numbers of each step to the trackers."""
 
@@ -78,7 +93,7 @@ class Call(Hook):
 
     def after_step(self, step: Step) -> None:
         try:
-            self.function(Path(self.out.folder.path))
+            self.function(self.out.folder.where())
         except Exception as error:
             self.out.note(f"warning: step {step.step}: {reason(error)}")
 
@@ -110,7 +125,7 @@ class Strips(Hook):
         except Exception as error:  # the scores of the step are worth more than its picture
             self.out.note(f"warning: no strip of step {task.step}: {reason(error)}")
         for name, score in scores.items():
-            means = score.mean(dim=(1, 2))
+            means = score.double().mean(dim=(1, 2))
             self.out.trackers.histogram(task.step, f"members/{name}", means[means.isfinite()].cpu().numpy())
 
     def draw(self, step: int, images: dict[str, torch.Tensor], captions: Sequence[str] = ()) -> Path:
@@ -120,7 +135,7 @@ class Strips(Hook):
             ValueError: see `draw_strip`.
             OSError: the file cannot be written.
         """
-        picture, path = draw_strip(images, captions), self.out.folder.strips / f"step_{step:08d}.png"
+        picture, path = draw_strip(images, captions), self.out.folder.held.strips / f"step_{step:08d}.png"
         write_atomic(path, picture.save)
         self.out.trackers.image(step, "strips", picture)
         return path

@@ -38,6 +38,11 @@ IDENTITY = {"prompts_sha256": str, "model": str, "rewards": dict, "contract": in
 """What the names in the settings stand for: hashes of the prompts and the model, rewards with their models and
 revisions, the noise contract, versions of libraries and device."""
 
+IN_THE_UPDATE = ("seed", "dtype", "population", "init_adapter", "lora", "es", "update")
+"""Settings that determine the adapter together with the fitness."""
+
+MAX_FLOAT32 = 3.4028235e38
+
 _log = logging.getLogger(__name__)
 
 
@@ -75,8 +80,9 @@ class Step:
     metrics: dict[str, Any]
 
     def __post_init__(self):
-        finite = all(type(each) in (int, float) and math.isfinite(each) for each in self.fitness)
-        _require(isinstance(self.fitness, list) and finite, "fitness: expected a list of finite numbers")
+        finite = all(type(each) in (int, float) and abs(each) <= MAX_FLOAT32 for each in self.fitness)
+        _require(isinstance(self.fitness, list) and finite, "fitness: expected a list of finite float32 numbers")
+        _require(isinstance(self.metrics, dict), "metrics: expected a mapping")
         for value in self.metrics.values():
             if not isinstance(value, str):
                 number(value)
@@ -107,12 +113,18 @@ class Measured:
     def __post_init__(self):
         text(self.optimised)
         texts(self.parted)
-        _require(self.of is None or isinstance(self.of, dict), "of: expected a mapping")
-        for score in self.scores.values():
+        count = None
+        if self.of is not None:
+            _require(isinstance(self.of, dict) and set(self.of) == {"prompts", "rewards"}, "of: expected a mapping")
+            _require(isinstance(self.of["rewards"], dict), "of: rewards: expected a mapping")
+            count = len(texts(self.of["prompts"]))
+        for name, score in self.scores.items():
             each = score.get("each", [])
             _require(isinstance(each, list), "each: expected a list")
             for value in (score["mean"], score["change"], score["standard_error"], *each):
                 number(value)
+            count = len(each) if count is None and "each" in score else count
+            _require("each" not in score or len(each) == count, f"{name}: expected {count} numbers, got {len(each)}")
 
 
 @dataclass(frozen=True)
@@ -269,6 +281,19 @@ class Journal:
         """SHA-256 of the first start's seed, model and prompts, and of the fitness of every step."""
         return self._made_of.hexdigest()
 
+    def made_with(self, step: int) -> str:
+        """SHA-256 of what the first `step` steps were made with, apart from their fitness.
+
+        It covers the settings in `IN_THE_UPDATE` of every start, and the adapters' hashes of the checkpoints before.
+        """
+        facts: list[Any] = []
+        for each in self.records:
+            if isinstance(each, Start):
+                facts.append([each.step, {name: each.settings.get(name) for name in IN_THE_UPDATE}])
+            elif isinstance(each, Saved) and each.step < step:
+                facts.append([each.step, each.adapter_sha256])
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
     def cut(self, step: int) -> "Journal":
         """The journal as it was when the checkpoint of `step` steps was complete.
 
@@ -402,7 +427,7 @@ def _line(record: Record) -> bytes:
 
 def _record(line: bytes) -> Record:
     try:
-        values = json.loads(line)
+        values = json.loads(line, object_pairs_hook=_once, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {str(error)[:80]}") from error
     _require(isinstance(values, dict), "expected a JSON object")
@@ -410,6 +435,17 @@ def _record(line: bytes) -> Record:
     _require(kind in _KINDS, f"expected a kind of {', '.join(_KINDS)}, got {kind!r:.40}")
     step_of(values["step"])
     return _KINDS[kind](**values)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a key that is there twice."""
+    found = dict(pairs)
+    _require(len(found) == len(pairs), "expected each key once")
+    return found
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number in JSON")
 
 
 def _require(good: bool, problem: str) -> None:

@@ -51,14 +51,22 @@ def take_steps(run: Run, engine: Engine, stop: Stop, checkpoints: Checkpoints, h
         RunError: the adapters of the processes differ, or a process has ended.
     """
     with checkpoints, _progress(run, engine), stop.gently():
+        flat = False
         for hook in hooks:
             hook.start(engine.step)
         for task in engine.tasks(until=run.config.steps):
             scores, seconds = _score(run, engine, task, stop)
             for hook in hooks:
                 hook.before_update(task, scores)
+            metrics = _metrics(run, task, scores)  # before the update, so that an error here changes nothing
             with checkpoints.all_or_nothing(UpdateError, OutOfMemory):
-                step = _update(run, engine, task, scores, seconds)
+                step = _update(run, engine, task, scores[COMBINED], metrics, seconds)
+            if not flat and not any(step.fitness):
+                flat = True
+                run.progress.note(
+                    f"warning: step {task.step} changes nothing: all members have the same score on each prompt; "
+                    "this is said once"
+                )
             for hook in hooks:
                 hook.after_step(step)
 
@@ -74,14 +82,21 @@ def _progress(run: Run, engine: Engine) -> Iterator[None]:
         run.progress.stop()
 
 
-def _update(run: Run, engine: Engine, task: Task, scores: dict[str, torch.Tensor], seconds: dict[str, float]) -> Step:
-    """Update the adapter and record the step."""
+def _update(
+    run: Run,
+    engine: Engine,
+    task: Task,
+    scores: torch.Tensor,
+    metrics: dict[str, float],
+    seconds: dict[str, float],
+) -> Step:
+    """Update the adapter with the combined scores, and record the step with what was measured before."""
     start = time.perf_counter()
-    result = engine.tell(task, scores[COMBINED])
+    result = engine.tell(task, scores)
     update = time.perf_counter() - start
     seconds = seconds | {"seconds_update": update, "seconds": seconds["seconds"] + update}
     fitness = result.pop("fitness").tolist()
-    metrics = _metrics(run, task, scores) | result
+    metrics = metrics | result
     metrics |= {"images_per_second": task.images / seconds["seconds"], **seconds}
     step = Step(task.step, fitness, plain(metrics))
     if run.journal:
@@ -139,8 +154,11 @@ def _some(members: list[int]) -> str:
 
 
 def _metrics(run: Run, task: Task, scores: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Mean scores over the images with a score, and the spread of the members whose images all have a score."""
-    whole = scores[COMBINED].mean(dim=(1, 2))
+    """Mean scores over the images with a score, and the spread of the members whose images all have a score.
+
+    They are computed in float64, because sums of large float32 scores are not finite.
+    """
+    whole = scores[COMBINED].double().mean(dim=(1, 2))
     members = whole[whole.isfinite()]
     found = {
         "reward": _mean(scores[COMBINED]),
@@ -156,4 +174,4 @@ def _metrics(run: Run, task: Task, scores: dict[str, torch.Tensor]) -> dict[str,
 
 
 def _mean(scores: torch.Tensor) -> float:
-    return float(scores[scores.isfinite()].mean())
+    return float(scores[scores.isfinite()].double().mean())

@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -31,9 +30,9 @@ from esengine.run import journal
 from esengine.run import state as run_state
 from esengine.run.checkpoint import Checkpoint, set_aside
 from esengine.run.folder import RunFolder
-from esengine.run.journal import Journal, Start
+from esengine.run.journal import Journal, Saved, Start
 from esengine.run.kept import Kept
-from esengine.run.settings import MAY_CHANGE, TrainConfig, differences, started, to_dict, to_yaml
+from esengine.run.settings import MAY_CHANGE, TrainConfig, differences, require_settings, started, to_dict, to_yaml
 from esengine.run.trackers import require_installed
 from esengine.sampling.build import (
     encode,
@@ -49,6 +48,9 @@ from esengine.sampling.build import (
 from esengine.sampling.environment import describe
 from esengine.sampling.rollout import Renderer
 
+RUNS = Path("runs")
+"""The folder of runs without a `run_dir`."""
+
 OF_A_PROCESS = tuple(name for name in MAY_CHANGE if name not in ("steps", "checkpoint_every", "on_bad_reward"))
 """Settings that may differ between the processes of a run: names, and settings that only the leading process uses."""
 
@@ -63,7 +65,7 @@ class Inputs:
         prompts: prompts to train on.
         eval_prompts: prompts that are never trained on.
         sampler: draws the prompts of a step.
-        run_dir: the run's folder.
+        run_dir: the run's folder; None: a new one below `RUNS`.
     """
 
     config: TrainConfig
@@ -71,7 +73,7 @@ class Inputs:
     prompts: list[str]
     eval_prompts: list[str]
     sampler: PromptSampler
-    run_dir: Path
+    run_dir: Path | None
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,7 @@ def read_inputs(config: TrainConfig, group: Group) -> Inputs:
         raise ConfigError("dry_run: expected a new run, got --resume: a resumed run needs no estimate")
     if config.resume and config.run_dir is None:
         raise ConfigError("expected --run-dir with it, the folder of the run to resume", setting="resume")
-    run_dir = config.run_dir or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    return Inputs(config, terms, prompts, eval_prompts, sampler, run_dir)
+    return Inputs(config, terms, prompts, eval_prompts, sampler, config.run_dir)
 
 
 def prepare(inputs: Inputs, folder: RunFolder, progress: Progress, group: Group) -> Prepared:
@@ -189,7 +190,7 @@ def prepare(inputs: Inputs, folder: RunFolder, progress: Progress, group: Group)
         limits = tuple(saved.meta.get(name) for name in run_state.LIMITS)
         rewards.optimised.limit = limits[1]
         if group.is_main:
-            set_aside(path for path, _ in saved.skipped)
+            set_aside(folder.held.checkpoints / path.name for path, _ in saved.skipped)
     texts, held_out = _encoded(inputs, model, config, progress, group)
     before = before and before.cut(saved.step)
     kept = Kept(population, decay=config.ema, saved=saved)
@@ -204,10 +205,16 @@ def _saved(folder: RunFolder) -> tuple[Checkpoint, Journal]:
     """
     saved = run_state.latest(folder.checkpoints)
     found = journal.read(folder.journal, needed=saved.step)
-    if found.cut(saved.step).digest != saved.meta["steps_sha256"]:
+    cut = found.cut(saved.step)
+    for number, start in enumerate(cut.of(Start), start=1):  # replay needs each of them
+        require_settings(start.settings, f"{found.path}: settings of start {number}")
+    expected = {each.adapter_sha256 for each in cut.of(Saved) if each.step == saved.step}
+    same = cut.digest == saved.meta["steps_sha256"] and expected <= {saved.meta["adapter_sha256"]}
+    made_with = saved.meta.get("made_with_sha256")  # checkpoints of earlier versions have none
+    if not same or (made_with is not None and cut.made_with(saved.step) != made_with):
         raise RunError(
-            f"checkpoint {saved.path}: expected one of this run, it does not match the steps in {found.path}: "
-            "restore the file or the folder, or choose another --run-dir"
+            f"checkpoint {saved.path}: expected one of this run, it does not match the steps or settings in "
+            f"{found.path}: restore the file or the folder, or choose another --run-dir"
         )
     return saved, found
 

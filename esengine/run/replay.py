@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from esengine.base.errors import RunError
+from esengine.base.files import utf8_name
 from esengine.base.progress import Progress
 from esengine.base.settings_file import from_dict
 from esengine.es.population import PEFT_PREFIX, Population
@@ -16,7 +17,7 @@ from esengine.evaluation.entries import ADAPTER
 from esengine.models import Generator
 from esengine.run import journal
 from esengine.run.folder import KEPT, checkpoint_folders, path_step
-from esengine.run.journal import Journal, Saved, Start, Step
+from esengine.run.journal import IN_THE_UPDATE, Journal, Saved, Start, Step
 from esengine.run.kept import EMA, Kept
 from esengine.run.prepare import attach_population, start_population
 from esengine.run.saving import adapter_sha256, save_adapter
@@ -24,8 +25,6 @@ from esengine.run.settings import ReplayConfig, TrainConfig, load_run
 from esengine.sampling.build import load_model, pick_dtype, take_device
 
 WEIGHTS = "adapter_model.safetensors"
-IN_THE_UPDATE = ("seed", "dtype", "population", "lora", "es", "update")
-"""Settings that determine the adapter together with the fitness."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,8 @@ def _read_adapter(file: Path) -> dict[str, torch.Tensor] | None:
     if not file.is_file():
         return None
     try:
-        return load_file(file)
+        with utf8_name(file) as name:
+            return load_file(name)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{file}: cannot be read, so there is nothing to compare with: {error}") from error
 

@@ -54,7 +54,7 @@ class Checkpoints(Hook):
         self.engine, self.every, self.last, self.group = engine, every, last, group
         self.render, self.reward, self.kept, self.to, self._agree = render, reward, kept, to, True
         if resumed and to:
-            save_adapter(engine.population, to.folder.adapter, render.model.denoiser)
+            save_adapter(engine.population, to.folder.held.adapter, render.model.denoiser)
             self.save_kept(BEST)
         self._compare()
         self.saved_step = engine.step
@@ -89,7 +89,7 @@ class Checkpoints(Hook):
             if unsaved and self._agree:
                 self._save()
         if error is None and self.to:  # `save` removes them too, but not if there was no step to take
-            checkpoint.remove_temporaries(self.to.folder.checkpoints)
+            checkpoint.remove_temporaries(self.to.folder.held.checkpoints)
 
     def _compare(self) -> None:
         """Raise RunError unless every process has the same adapter."""
@@ -108,11 +108,13 @@ class Checkpoints(Hook):
             sha256 = adapter_sha256(engine.population)
             steps = self.to.journal.contents.digest
             meta = {"contract": CONTRACT, "adapter_sha256": sha256, "steps_sha256": steps}
+            meta |= {"made_with_sha256": self.to.journal.contents.made_with(step)}
             meta |= {"limit": self.render.limit, "scoring_limit": self.reward.limit, PART: self.kept.meta()}
             self.to.journal.sync()  # a checkpoint is never ahead of the journal
-            checkpoint.save(self.to.folder.checkpoints, step, run_state.tensors(engine, self.kept), meta)
+            held = self.to.folder.held
+            checkpoint.save(held.checkpoints, step, run_state.tensors(engine, self.kept), meta)
             self.to.journal.append(Saved(step, sha256))
-            save_adapter(engine.population, self.to.folder.adapter, self.render.model.denoiser)
+            save_adapter(engine.population, held.adapter, self.render.model.denoiser)
             self.save_kept(EMA)
         self.saved_step = step
 
@@ -120,7 +122,7 @@ class Checkpoints(Hook):
         """Write a kept adapter to its folder, if there is one. In the leading process only."""
         if kind in self.kept:
             with self.kept.in_place(kind) as population:
-                save_adapter(population, self.to.folder.kept(kind), self.render.model.denoiser)
+                save_adapter(population, self.to.folder.held.kept(kind), self.render.model.denoiser)
 
 
 def save_adapter(population: Population, path: Path, denoiser: str = "transformer") -> None:

@@ -14,7 +14,7 @@ import tyro
 import yaml
 from pydantic import AfterValidator, Field
 
-from esengine.base.errors import ConfigError
+from esengine.base.errors import ConfigError, RunError
 from esengine.base.files import DATA
 from esengine.base.settings import (
     MAX_COUNT,
@@ -272,6 +272,26 @@ def load_run(run_dir: Path) -> TrainConfig:
 def started(run: journal.Journal) -> TrainConfig:
     """The settings of a journal's last start."""
     return from_dict(TrainConfig(), run.start.settings, f"{run.path}: settings")
+
+
+def require_settings(settings: dict[str, Any], where: str) -> None:
+    """Raise RunError if a run's recorded settings lack one that determines the adapter, or have one that is not usable.
+
+    The message begins with `where`.
+    """
+    default = to_dict(TrainConfig())
+    for name in journal.IN_THE_UPDATE:
+        inner = list(default[name]) if name in ("lora", "es", "update") else []
+        value = settings.get(name)
+        given = name in settings or name == "init_adapter"  # runs of earlier versions have none
+        missing = [name] if not given else [each for each in inner if each not in (value or {})]
+        if missing:
+            what = f"{name}.{missing[0]}" if inner and missing[0] != name else name
+            raise RunError(f"{where}: expected a value of {what}, there is none")
+    try:
+        from_dict(TrainConfig(), settings, where)
+    except ConfigError as error:
+        raise RunError(str(error)) from error
 
 
 def load(source: str | Path) -> TrainConfig:

@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from esengine.base.errors import ConfigError
+from esengine.base.errors import ConfigError, RunError
 from esengine.base.files import replace_file
 from esengine.rewards.base import reason
 
@@ -58,7 +58,14 @@ class TensorBoard:
         self.writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
 
     def histogram(self, step: int, name: str, values: np.ndarray) -> None:
-        self.writer.add_histogram(name, values, step)
+        if not len(values):
+            return
+        low, high = float(values.min()), float(values.max())
+        largest = max(-low, high)
+        bins = "tensorflow"
+        if largest > 1e20:  # its bins end there
+            bins = np.linspace(low - 1e-3 * largest, high + 1e-3 * largest, 65)
+        self.writer.add_histogram(name, values.astype(np.float64), step, bins=bins)
 
     def finish(self) -> None:
         self.writer.close()
@@ -149,10 +156,18 @@ class Trackers:
         makers: name -> a function that makes the tracker.
         record: trackers.json of the run folder.
         note: receives a warning for each tracker that is dropped.
+        moved: whether the run folder's name leads elsewhere by now. The trackers of `EXTRAS`, which write by that name,
+            are dropped then.
     """
 
-    def __init__(self, makers: dict[str, Callable[[], Tracker]], record: "Record", note: Callable[[str], None]):
-        self._makers, self._record, self._note = makers, record, note
+    def __init__(
+        self,
+        makers: dict[str, Callable[[], Tracker]],
+        record: "Record",
+        note: Callable[[str], None],
+        moved: Callable[[], bool] = lambda: False,
+    ):
+        self._makers, self._record, self._note, self._moved = makers, record, note, moved
         self._trackers: dict[str, Tracker] = {}
 
     def start(self, settings: dict[str, Any]) -> None:
@@ -177,6 +192,8 @@ class Trackers:
     def _each(self, method: str, *args) -> None:
         for name in list(self._trackers):
             with self._dropped_if_it_fails(name, method):
+                if name in EXTRAS and self._moved():
+                    raise RunError("the run folder was moved or replaced by another")
                 getattr(self._trackers[name], method)(*args)
 
     @contextlib.contextmanager
@@ -216,20 +233,28 @@ class Record:
 
 
 def open_trackers(
-    folder: Path, tensorboard: Path, names: Sequence[str], resume_step: int | None, note: Callable[[str], None]
+    folder: Path,
+    tensorboard: Path,
+    names: Sequence[str],
+    resume_step: int | None,
+    note: Callable[[str], None],
+    *,
+    record: Path | None = None,
+    moved: Callable[[], bool] = lambda: False,
 ) -> Trackers:
     """Return TensorBoard and the named extras. They are not started yet.
 
     Args:
-        folder: the run folder.
+        folder: the run folder, for extras, whose other processes write there by its name.
         tensorboard: folder for TensorBoard's event files.
         names: keys of `EXTRAS`.
         resume_step: the step at which the run resumes; None for a new run.
-        note: see `Trackers`.
+        note, moved: see `Trackers`.
+        record: trackers.json. None: the one in `folder`.
     """
-    record = Record(folder / "trackers.json", resume=resume_step is not None)
+    kept = Record(record or folder / "trackers.json", resume=resume_step is not None)
     if names:
-        record.save()  # before a tracker starts, so that a run killed in its start keeps its identity
+        kept.save()  # before a tracker starts, so that a run killed in its start keeps its identity
     makers: dict[str, Callable[[], Tracker]] = {"tensorboard": partial(TensorBoard, tensorboard, resume_step)}
-    makers |= {name: partial(EXTRAS[name], folder, record.identity) for name in names}
-    return Trackers(makers, record, note)
+    makers |= {name: partial(EXTRAS[name], folder, kept.identity) for name in names}
+    return Trackers(makers, kept, note, moved)

@@ -1,40 +1,45 @@
 """A training run: prompts -> render -> score -> fitness -> update -> checkpoint, in a folder that can be resumed."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from esengine.base.errors import Stopped, of_setting
+from esengine.base.errors import RunError, Stopped, of_setting
 from esengine.base.files import replace_file, write_atomic
 from esengine.base.group import Group
 from esengine.base.progress import Progress
-from esengine.evaluation.draw import Batch, Plan, compare_entries
+from esengine.evaluation.draw import Batch, Plan, compare_entries, provenance
 from esengine.evaluation.entries import ADAPTER, BASE, Entry, default_entries
 from esengine.evaluation.statistics import Report
 from esengine.judging import Asker
 from esengine.run.dry_run import check_members
-from esengine.run.folder import KEPT, RunFolder, checkpoint_folders, path_step
+from esengine.run.folder import KEPT, RunFolder, RunPaths, checkpoint_folders, path_step
 from esengine.run.guard import Guard
 from esengine.run.held_out import HeldOut
-from esengine.run.hooks import Call, Outputs, ShowProgress, Strips, Track
-from esengine.run.journal import Writer
-from esengine.run.kept import Average
+from esengine.run.hooks import Call, FollowFolder, Outputs, ShowProgress, Strips, Track
+from esengine.run.journal import Copied, Writer, read
+from esengine.run.kept import BEST, Average
 from esengine.run.loop import Run, take_steps
 from esengine.run.person import Person
 from esengine.run.pictures import draw_strip
-from esengine.run.prepare import Prepared, prepare, read_inputs
-from esengine.run.saving import Checkpoints
+from esengine.run.prepare import RUNS, Inputs, Prepared, prepare, read_inputs
+from esengine.run.saving import Checkpoints, adapter_sha256
 from esengine.run.settings import TrainConfig, to_yaml
 from esengine.run.state import changes
 from esengine.run.stop import Stop
 from esengine.run.trackers import Trackers, open_trackers
+from esengine.sampling.rollout import Renderer
 
+COMPARISON = "eval.json"
 SHOWN_PROMPTS = 8
 """Number of held-out prompts in comparison.png."""
 
@@ -44,7 +49,7 @@ class Result:
     """The result of a finished run.
 
     Attributes:
-        folder: the run folder.
+        folder: the run folder, by the name that it had at the end.
         comparison: base against adapter on held-out prompts.
         parted: the step at which each held-out reward diverged from the optimised one. Others have no entry.
         kept: steps of the other adapters that the run has kept, by kind, see `esengine.run.folder.KEPT`.
@@ -61,8 +66,11 @@ def train(
     progress: Progress | None = None,
     stop: Stop | None = None,
     on_step: Callable[[Path], None] | None = None,
+    finish: Callable[[Path], object] | None = None,
 ) -> Result | None:
     """Run or resume a training run to its last step, then compare base and adapter on held-out prompts.
+
+    A finished run that is resumed is left as it is, and a note says so.
 
     Under torchrun the processes share the work of each step. The leading process does everything else and returns the
     result; the others return None. Without a `Stop` this function installs no signal handlers. Pass `Stop()` to end a
@@ -74,6 +82,7 @@ def train(
         stop: see above.
         on_step: called with the run's folder after each step that is recorded and saved, in the leading process. If it
             raises, the run logs a warning and goes on.
+        finish: called with the finished run's folder, while it is still locked.
 
     Raises:
         ConfigError: a setting, file or reward cannot be used. No step is made.
@@ -86,9 +95,9 @@ def train(
     try:
         progress = progress if progress and group.is_main else Progress()
         if stop is None:
-            return _train(config, progress, group, Stop(), on_step)
+            return _train(config, progress, group, Stop(), on_step, finish)
         with stop:  # after the processes have met, for which a signal would not be seen
-            return _train(config, progress, group, stop, on_step)
+            return _train(config, progress, group, stop, on_step, finish)
     except Stopped:
         if group.is_main:
             raise
@@ -98,49 +107,130 @@ def train(
 
 
 def _train(
-    config: TrainConfig, progress: Progress, group: Group, stop: Stop, on_step: Callable[[Path], None] | None
+    config: TrainConfig,
+    progress: Progress,
+    group: Group,
+    stop: Stop,
+    on_step: Callable[[Path], None] | None,
+    finish: Callable[[Path], object] | None,
 ) -> Result | None:
     inputs = read_inputs(config, group)
-    config = inputs.config
-    with _resumable(inputs.run_dir, config.steps, stop), _folder(inputs.run_dir, config.resume, group) as folder:
+    with _opened(inputs, group, stop) as folder:
         ready = prepare(inputs, folder, progress, group)
         if ready.before is None or changes(ready.before.start, ready.start):
             check_members(ready)
         render = ready.renderer(ready.texts, progress)
-        run = Run(ready.config, ready.rewards.optimised, render, progress, group)
-        if not group.is_main:
-            checkpoints = _checkpoints(run, ready, None)
-            take_steps(run, ready.engine, stop, checkpoints, [checkpoints])
+        result = _finished(ready, folder, inputs.eval_prompts) if group.is_main else None
+        if group.any(result is not None):
+            if result is not None:
+                progress.note(
+                    f"run folder {folder.path} is finished: all {ready.config.steps} steps are taken and compared; "
+                    f"give more --steps to train on, or esengine eval --run-dir {folder.path} to compare again"
+                )
+        else:
+            if ready.engine.step >= ready.config.steps:
+                progress.note(f"all {ready.config.steps} steps are taken; the comparison is left")
+            result = _steps_and_comparison(ready, folder, render, inputs.eval_prompts, progress, group, stop, on_step)
+        if result is not None and finish is not None:
+            finish(result.folder)
+        return result
+
+
+def _steps_and_comparison(
+    ready: Prepared,
+    folder: RunFolder,
+    render: Renderer,
+    eval_prompts: Sequence[str],
+    progress: Progress,
+    group: Group,
+    stop: Stop,
+    on_step: Callable[[Path], None] | None,
+) -> Result | None:
+    """Take the steps that are left, then compare. None in the processes that do not lead."""
+    config, run = ready.config, Run(ready.config, ready.rewards.optimised, render, progress, group)
+    if not group.is_main:
+        checkpoints = _checkpoints(run, ready, None)
+        take_steps(run, ready.engine, stop, checkpoints, [checkpoints])
+        return None
+
+    def note(text: str) -> None:
+        progress.note(folder.named(text))
+
+    with (
+        Writer(folder.held.journal, ready.start, ready.before) as journal,
+        _trackers(ready, folder, note) as trackers,
+        _person(ready, progress) as asker,
+    ):
+        replace_file(folder.held.config, to_yaml(config).encode())
+        out = Outputs(folder, journal, trackers, note)
+        run = dataclasses.replace(run, journal=journal)
+        checkpoints = _checkpoints(run, ready, out)
+        guard = _guard(ready, out, checkpoints)
+        held_out = _held_out(ready, out, progress, stop, guard)
+        run = dataclasses.replace(
+            run, ended=lambda: guard.diverged is not None, person=asker and Person(asker, journal, config.steps)
+        )
+        before = [ShowProgress(progress, config.steps), FollowFolder(out), Track(trackers), *_strips(run, ready, out)]
+        after = [*held_out, *([Call(on_step, out)] if on_step else [])]
+        average = [Average(ready.kept)] if config.ema else []
+        try:
+            take_steps(run, ready.engine, stop, checkpoints, [*before, *average, checkpoints, *after])
+        except Stopped:
+            if stop.requested or not run.ended():
+                raise
+        guard.finish(ready.model.denoiser)
+    comparison = _compare(ready, folder, render.limit, eval_prompts, progress)
+    parted = held_out[0].parted() if held_out else {}
+    for name in parted:
+        progress.note(f"warning: {held_out[0].warning(name)}")
+    kept = {kind: ready.kept.facts(kind)["step"] for kind in KEPT if kind in ready.kept}
+    return Result(folder.where(), comparison, parted, kept)
+
+
+def _finished(ready: Prepared, folder: RunFolder, eval_prompts: Sequence[str]) -> Result | None:
+    """The result of a run that has taken its last step and has compared this adapter in this way; else None."""
+    if ready.before is None or ready.engine.step < ready.config.steps:
+        return None
+    plan = _plan(ready, folder, ready.limits[0], eval_prompts)
+    try:
+        made = json.loads((folder.path / COMPARISON).read_bytes())
+        now = json.loads(json.dumps(_made(ready, plan, adapter_sha256(ready.engine.population), eval_prompts)))
+        if {**made["settings"], "prompts_left_out": None} != {**now, "prompts_left_out": None}:
             return None
-        with (
-            Writer(folder.journal, ready.start, ready.before) as journal,
-            _trackers(ready, folder, progress) as trackers,
-            _person(ready, progress) as asker,
-        ):
-            replace_file(folder.config, to_yaml(ready.config).encode())
-            run = dataclasses.replace(run, journal=journal)
-            out = Outputs(folder, journal, trackers, progress.note)
-            checkpoints = _checkpoints(run, ready, out)
-            guard = _guard(ready, out, checkpoints)
-            held_out = _held_out(ready, out, progress, stop, guard)
-            average = [Average(ready.kept)] if config.ema else []
-            hooks = [ShowProgress(progress, config.steps), Track(trackers), *_strips(run, ready, out), *average]
-            person = asker and Person(asker, journal, config.steps)
-            run = dataclasses.replace(run, ended=lambda: guard.diverged is not None, person=person)
-            try:
-                called = [Call(on_step, out)] if on_step else []
-                take_steps(run, ready.engine, stop, checkpoints, [*hooks, checkpoints, *held_out, *called])
-            except Stopped:
-                if stop.requested or not run.ended():
-                    raise
-            guard.finish(ready.model.denoiser)
-        ready.engine.population.detach()
-        comparison = _compare(ready, folder, render.limit, inputs.eval_prompts, progress)
-        parted = held_out[0].parted() if held_out else {}
-        for name in parted:
-            progress.note(f"warning: {held_out[0].warning(name)}")
+        comparison = Report(**made)
+        comparison.table()
+        run = read(folder.journal)  # `ready.before` ends with the checkpoint, the last measurement is behind it
         kept = {kind: ready.kept.facts(kind)["step"] for kind in KEPT if kind in ready.kept}
-        return Result(Path(folder.path), comparison, parted, kept)
+        if BEST in kept:
+            kept[BEST] = run.of(Copied)[-1].step
+    except (RunError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, IndexError):
+        return None
+    parted: dict[str, int] = {}
+    for record in run.held_out:
+        for name in record.parted:
+            parted.setdefault(name, record.step)
+    return Result(folder.where(), comparison, parted, kept)
+
+
+def _plan(ready: Prepared, folder: RunPaths, limit: int | None, prompts: Sequence[str]) -> Plan:
+    """The comparison of the base with the adapter, and with the other adapters that the run keeps."""
+    steps = ready.settings.num_steps
+    kept = [Entry(KEPT[kind], steps, folder.kept(kind)) for kind in KEPT if kind in ready.kept]
+    return Plan(
+        entries=(*default_entries(steps, folder.adapter, two_steps=False), *kept),
+        prompts=len(prompts),
+        repeats=ready.config.es.repeats,
+        seed=ready.config.seed,
+        settings=ready.settings,
+        chunk=limit or ready.config.image.chunk,
+    )
+
+
+def _made(ready: Prepared, plan: Plan, adapter: str, prompts: Sequence[str]) -> dict[str, Any]:
+    """How a comparison is made: two with the same values have the same result."""
+    hashed = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    made = provenance(ready.model, plan, ready.rewards.everything)
+    return {**made, "adapter_sha256": adapter, "prompts_sha256": hashed}
 
 
 def _checkpoints(run: Run, ready: Prepared, to: Outputs | None) -> Checkpoints:
@@ -155,10 +245,11 @@ def _guard(ready: Prepared, out: Outputs, checkpoints: Checkpoints) -> Guard:
 
 
 @contextmanager
-def _trackers(ready: Prepared, folder: RunFolder, progress: Progress) -> Iterator[Trackers]:
+def _trackers(ready: Prepared, folder: RunFolder, note: Callable[[str], None]) -> Iterator[Trackers]:
     """The run's trackers, started with its settings at its next step."""
-    resumed_at = ready.engine.step if ready.before else None
-    trackers = open_trackers(folder.path, folder.tensorboard, ready.config.trackers, resumed_at, progress.note)
+    resumed_at, held = ready.engine.step if ready.before else None, folder.held
+    keys = dict(record=held.path / "trackers.json", moved=lambda: folder.moved)
+    trackers = open_trackers(folder.path, held.tensorboard, ready.config.trackers, resumed_at, note, **keys)
     trackers.start({**ready.start.settings, "identity": ready.start.identity})
     try:
         yield trackers
@@ -203,46 +294,54 @@ def _compare(
 ) -> Report:
     """Compare base and adapter on the held-out prompts, and write eval.json and comparison.png."""
     progress.note(f"comparing base and adapter on {len(prompts)} held-out prompts")
-    config, images, num_steps = ready.config, {}, ready.settings.num_steps
-    kept = [folder.kept(kind) for kind in KEPT if kind in ready.kept]
-    entries = default_entries(num_steps, folder.adapter, two_steps=False)
+    images, plan = {}, _plan(ready, folder.held, limit, prompts)
+    adapter = adapter_sha256(ready.engine.population)
+    ready.engine.population.detach()
     comparison = compare_entries(
         ready.model,
         ready.held_out,
         ready.rewards.everything,
-        Plan(
-            entries=(*entries, *(Entry(path.name, num_steps, path) for path in kept)),
-            prompts=len(prompts),
-            repeats=config.es.repeats,
-            seed=config.seed,
-            settings=ready.settings,
-            chunk=limit or config.image.chunk,
-        ),
+        plan,
+        settings=_made(ready, plan, adapter, prompts),
         progress=lambda done, total: progress.count("images", done, total),
         watch=lambda batch: _keep_images(images, batch),
         drop_bad=ready.engine.drop_pairs,
     )
     if left_out := comparison.settings.get("prompts_left_out"):
         progress.note(f"warning: {left_out} prompts have an image without a score and are not compared")
-    replace_file(Path(folder.path) / "eval.json", comparison.to_json().encode())
+    replace_file(folder.held.path / COMPARISON, comparison.to_json().encode())
     if images:
-        _draw_comparison(Path(folder.path) / "comparison.png", images, prompts)
+        _draw_comparison(folder.held.path / "comparison.png", images, prompts)
     return comparison
 
 
 @contextmanager
-def _resumable(run_dir: Path, steps: int, stop: Stop) -> Iterator[None]:
-    """Replace an exception that a signal caused by a `Stopped` whose message says how to resume."""
+def _opened(inputs: Inputs, group: Group, stop: Stop) -> Iterator[RunFolder]:
+    """The run folder. The leading process locks it; the others wait for the lock and then read the folder.
+
+    An exception that a signal caused becomes a `Stopped` whose message says how to resume.
+    """
+    folder = RunFolder(inputs.run_dir or RUNS, None)
     try:
-        yield
+        if not group.is_main:
+            group.wait()
+            yield folder
+            return
+        if inputs.run_dir is None:
+            folder = RunFolder.open_dated(RUNS)
+        else:
+            folder = RunFolder.open(inputs.run_dir, resume=inputs.config.resume)
+        with folder:
+            group.wait()
+            yield folder
     except (KeyboardInterrupt, Stopped) as error:
         if isinstance(error, KeyboardInterrupt) and not stop.requested:
             raise
-        kept = checkpoint_folders(run_dir / "checkpoints")
+        kept = checkpoint_folders(folder.where() / "checkpoints")
         if not kept:
             raise Stopped("stopped before the first step: there is nothing to resume") from error
-        again = f"to continue: esengine train --run-dir {run_dir} --resume"
-        raise Stopped(f"stopped after step {path_step(kept[0])} of {steps}; {again}") from error
+        again = f"to continue: esengine train --run-dir {folder.where()} --resume"
+        raise Stopped(f"stopped after step {path_step(kept[0])} of {inputs.config.steps}; {again}") from error
 
 
 def _keep_images(images: dict[str, list[torch.Tensor]], batch: Batch) -> None:
@@ -266,15 +365,3 @@ def _draw_comparison(path: Path, images: dict[str, list[torch.Tensor]], prompts:
     for index, strip in enumerate(strips):
         picture.paste(strip, (0, index * strips[0].height))
     write_atomic(path, picture.save)
-
-
-@contextmanager
-def _folder(path: Path, resume: bool, group: Group) -> Iterator[RunFolder]:
-    """The run folder. The leading process locks it; the others wait for the lock and then read the folder."""
-    if not group.is_main:
-        group.wait()
-        yield RunFolder(path, None)
-        return
-    with RunFolder.open(path, resume=resume) as folder:
-        group.wait()
-        yield folder

@@ -525,3 +525,34 @@ def test_a_model_that_is_not_there_is_told_before_rewards_are_built(capsys, tmp_
             assert cli.main([command, "--model", model, "--reward", "pickscore", *flags]) == 1
             assert words in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+@pytest.mark.parametrize("which", ["stdout", "stderr"])
+@pytest.mark.parametrize("after", [1, 60, 250])
+def test_a_reader_that_leaves_in_the_middle_ends_no_run(files, workspace, cache, which, after):
+    read, write = os.pipe()
+    keys = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | {which: write}
+    process = subprocess.Popen([sys.executable, "-m", "esengine", *flags()], **keys)
+    os.close(write)
+    os.read(read, after)
+    os.close(read)
+    assert process.wait(300) == 0
+    assert (workspace / "new" / "report.html").is_file()
+
+
+def test_a_terminal_that_is_hung_up_ends_no_run(files, workspace, cache):
+    ours, theirs = os.openpty()
+    keys = dict(stdout=theirs, stderr=theirs, start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-m", "esengine", *flags()], **keys)
+    os.close(theirs)
+    os.read(ours, 100)
+    os.close(ours)
+    assert process.wait(300) == 0
+    assert (workspace / "new" / "eval.json").is_file()
+
+
+def test_true_reads_nothing_of_a_whole_run(files, workspace, cache):
+    command = " ".join([sys.executable, "-m", "esengine", *map(str, flags())])
+    done = subprocess.run(["bash", "-c", f"{command} 2>&1 | true; exit ${{PIPESTATUS[0]}}"])
+    assert done.returncode == 0
+    assert (workspace / "new" / "report.html").is_file()

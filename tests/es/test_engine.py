@@ -240,3 +240,20 @@ def test_no_reward_no_step():
     told = engine.tell(task, torch.full(task.shape, 1e6))
     assert told["step_norm"] == 0
     assert same(before, theta(engine))
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor.tolist, torch.Tensor.numpy, lambda t: t.double().numpy().ravel()])
+def test_scores_may_be_lists_and_arrays(kind):
+    (toy, a), (_, b) = build(), build()
+    task = a.ask()
+    found = scores(toy, a, task)
+    assert torch.equal(a.tell(task, found)["fitness"], b.tell(task, kind(found))["fitness"])
+    assert same(a.state_dict(), b.state_dict())
+
+
+@pytest.mark.parametrize("wrong", [None, 1.0, "x", [["a"]], {}, [[[1.0]], [[1.0, 2.0]]]])
+def test_scores_of_no_numbers_are_named(wrong):
+    _, engine = build()
+    with pytest.raises(TypeError, match="scores: expected a float32 tensor"):
+        engine.tell(engine.ask(), wrong)
+    assert engine.step == 0

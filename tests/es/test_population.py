@@ -4,6 +4,7 @@ import copy
 import errno
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers import SanaTransformer2DModel
@@ -1145,3 +1146,57 @@ def test_noise_that_was_made_in_inference_mode_serves_the_update(form):
         population.update(step=0, fitness=fitness)
         moved.append({name: p.clone() for name, p in population.parameters().items()})
     assert all(torch.equal(moved[0][name], moved[1][name]) for name in moved[0])
+
+
+SEQUENCES = {
+    "list": list,
+    "tuple": tuple,
+    "numpy": np.array,
+    "numpy float64": lambda values: np.array(values, np.float64),
+    "numpy float16": lambda values: np.array(values, np.float16),
+    "numpy big-endian": lambda values: np.array(values, ">f4"),
+    "numpy of integers": lambda values: (np.array(values) * 4).astype(np.int8),
+    "list of tensors": lambda values: [torch.tensor(each) for each in values],
+}
+
+
+@pytest.mark.parametrize("kind", SEQUENCES)
+def test_fitness_may_be_any_sequence_of_numbers(kind):
+    values = [0.5, -0.25, 1.0, 0.75]
+    scale = 4 if kind == "numpy of integers" else 1
+    one, other = (trained(fresh(), mlp_config(), Noise()) for _ in range(2))
+    expected = one.update(step=0, fitness=scale * torch.tensor(values))
+    assert other.update(step=0, fitness=SEQUENCES[kind](values)) == expected
+    for name, tensor in one.state_dict()["adapter"].items():
+        assert torch.equal(other.state_dict()["adapter"][name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("fitness", "error"),
+    [
+        (None, TypeError),
+        (1.0, TypeError),
+        ("1234", TypeError),
+        (["1", "2"], TypeError),
+        ([None, 1.0], TypeError),
+        ([True, False], TypeError),
+        (np.array([1j, 2j]), TypeError),
+        ({0: 1.0, 1: 2.0}, TypeError),
+        ([[1.0], [1.0, 2.0]], TypeError),
+        (iter([1.0, 2.0]), TypeError),
+        ([1e39, 1.0], ValueError),
+        ([10**400, 1], TypeError),
+        ([float("nan"), 1.0], ValueError),
+        (np.ma.masked_equal([1.0, 2.0], 1.0), ValueError),
+        ([1.0], ValueError),
+        ([], ValueError),
+        ([[1.0, 2.0]], ValueError),
+    ],
+    ids=repr,
+)
+def test_fitness_of_no_numbers_is_named(fitness, error):
+    population = trained(fresh(), mlp_config(), Noise())
+    before = population.state_dict()["adapter"]
+    with pytest.raises(error, match="fitness: expected"):
+        population.update(step=0, fitness=fitness)
+    assert all(torch.equal(population.state_dict()["adapter"][name], tensor) for name, tensor in before.items())

@@ -406,3 +406,26 @@ def test_a_reward_that_fails_keeps_what_was_done(small_evaluation, tmp_path, mon
     evaluate(config, Progress())
     assert calls <= 5 + 3
     assert len((tmp_path / "out" / "scores.jsonl").read_text().splitlines()) == 12
+
+
+def test_what_is_written_follows_a_folder_that_is_renamed(copy, small_evaluation, tmp_path):
+    """It is renamed while an image is written, and another evaluation begins under its name."""
+    for image in images_of(copy.out, "adapter@1"):
+        image.unlink()
+    save, others = EvaluationFolder._save, []
+
+    def renamed_first(self, record, pixels):
+        if not others and self.path == copy.out:
+            others.append(1)
+            copy.out.rename(tmp_path / "moved")
+            shutil.copytree(small_evaluation.out, copy.out)
+        save(self, record, pixels)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EvaluationFolder, "_save", renamed_first)
+        evaluate(copy, Notes())
+    other = {file: (copy.out / file).stat().st_ino for file in contents(copy.out)}
+    assert contents(copy.out) == contents(small_evaluation.out) == contents(tmp_path / "moved")
+    assert not set(other.values()) & {(tmp_path / "moved" / file).stat().st_ino for file in other}
+    untouched = {file: (small_evaluation.out / file).stat().st_mtime_ns for file in other}
+    assert {file: (copy.out / file).stat().st_mtime_ns for file in other} == untouched
