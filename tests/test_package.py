@@ -156,6 +156,36 @@ def test_the_citation_is_that_of_this_version():
     assert all(work["type"] == "article" for work in citation["references"])
 
 
+def test_the_release_check_says_what_is_missing(tmp_path):
+    if subprocess.run(["git", "clone", "--quiet", "--depth", "1", f"file://{ROOT}", tmp_path / "clone"]).returncode:
+        pytest.skip("the tests run outside a clone")
+    bin_folder = Path(sys.executable).parent
+
+    def check() -> str:
+        done = subprocess.run([".ci/release-check", bin_folder], cwd=tmp_path / "clone", capture_output=True, text=True)
+        assert done.returncode == 1
+        assert done.stdout == ""
+        return done.stderr
+
+    def git(*args: str) -> None:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false", "-c", "tag.gpgsign=false"]
+        subprocess.run(["git", *who, *args], cwd=tmp_path / "clone", check=True, capture_output=True)
+
+    changes = tmp_path / "clone" / "CHANGELOG.md"
+    head = f"## {esengine.__version__} ("
+    changes.write_text(re.sub(re.escape(head) + r"[^)]+\)", f"{head}unreleased)", changes.read_text(), count=1) + "\n")
+    assert "clean tree" in check()
+    git("commit", "--all", "--message", "x")
+    assert "CHANGELOG.md" in check()
+    changes.write_text(changes.read_text().replace(f"{head}unreleased)", f"{head}2026-12-01)"))
+    citation = tmp_path / "clone" / "CITATION.cff"
+    citation.write_text(citation.read_text().replace(f"version: {esengine.__version__}", "version: 0.0.1"))
+    git("commit", "--all", "--message", "x")
+    assert "CITATION.cff" in check()
+    git("tag", f"v{esengine.__version__}")
+    assert "__version__" in check()
+
+
 def test_the_changelog_begins_with_this_version():
     heading = re.search(r"^## (\S+) \((unreleased|\d{4}-\d\d-\d\d)\)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)
     assert heading[1] == esengine.__version__
