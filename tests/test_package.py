@@ -114,6 +114,7 @@ def test_the_installed_package_is_the_wheel(installed):
     assert run("esengine", "--version") == f"esengine {esengine.__version__}\n"
     assert json.loads(run("esengine", "env", "--json"))["esengine"] == esengine.__version__
     assert run("esengine", "train", "--help").startswith("usage: esengine train")
+    assert "\ngain +" in run("python", "-m", "esengine.examples.text_model")
     assert "nano_train.txt" in run("python", "-m", "esengine", "train", "--help-all")
 
 
