@@ -41,6 +41,11 @@ $(VENV)/triton-oldest/.installed: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) triton==3.6.0
 	touch $@
 
+# the API reference from the docstrings; a warning or a broken link is an error
+docs: $(VENV)/.installed
+	rm -rf build/docs
+	$(BIN)/python .ci/docs.py build/docs
+
 # the sdist, and the wheel from it, in dist/; tools are those of constraints.txt, and files have the commit's date
 wheel: $(VENV)/.installed
 	rm -rf dist

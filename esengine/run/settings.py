@@ -121,7 +121,7 @@ class TrainConfig:
     """
 
     run_dir: File | None = None
-    """Folder of the run: journal, checkpoints, adapter, pictures. By default runs/<date and time>."""
+    """Folder of the run: journal, checkpoints, adapter, pictures. By default `runs/DATE_TIME`."""
     model: str = DEMO
     """A pipeline's folder, a hub id, or `nano`. Families are in models/README.md. `nano` is the small trained model of
     this package. `tiny:FAMILY` is an untrained model for tests; `tiny` is a SANA-Sprint."""
