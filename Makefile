@@ -7,7 +7,7 @@ export GOMP_SPINCOUNT ?= 10000
 
 .PHONY: demo test lint aot docs wheel release-check bench gpu-suite clean
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt esengine/__init__.py
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "esengine needs Python 3.10 or newer"'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
