@@ -36,7 +36,7 @@ def _main(args: list[str]) -> int:
         "env": _env,
     }
     if not args or args[0] in ("-h", "--help", "--help-all"):
-        from esengine.cli.help import USAGE
+        from esengine.cli.help_pages import USAGE
 
         print(USAGE, end="")
         return 0 if args else 2

@@ -11,7 +11,8 @@ import pytest
 from esengine import cli
 from esengine.base.settings import fields_of
 from esengine.cli.flags import COMMANDS, _settings, parse, parse_train, shown
-from esengine.cli.help import PAGES, asked, family_of_name, field_docs
+from esengine.cli.help import asked, family_of_name, field_docs
+from esengine.cli.help_pages import PAGES
 from esengine.models.families import FAMILIES, TINY
 from esengine.run.settings import TrainConfig, load
 
