@@ -5,9 +5,9 @@ BIN := $(VENV)/bin
 PARALLEL ?= --numprocesses auto --dist worksteal
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: demo test lint aot bench gpu-suite clean
+.PHONY: demo test lint aot docs wheel release-check bench gpu-suite clean
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt esengine/__init__.py
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "esengine needs Python 3.10 or newer"'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 	$(BIN)/esengine env
 	run=runs/demo-$$(date +%Y-%m-%d_%H-%M-%S) && \
 	$(BIN)/esengine train --run-dir $$run && \
-	$(BIN)/esengine render --run-dir $$run --out $$run/renders
+	$(BIN)/esengine render --run-dir $$run
 
 # once as it is, and once with the Triton kernels in their interpreter; a process for each core, of one thread each
 test: export OMP_NUM_THREADS ?= 1
@@ -41,6 +41,20 @@ $(VENV)/triton-oldest/.installed: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) triton==3.6.0
 	touch $@
 
+# the API reference from the docstrings; a warning or a broken link is an error
+docs: $(VENV)/.installed
+	rm -rf build/docs
+	$(BIN)/python .ci/docs.py build/docs
+
+# the sdist, and the wheel from it, in dist/; tools are those of constraints.txt, and files have the commit's date
+wheel: $(VENV)/.installed
+	rm -rf dist
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m build
+
+# what must hold before a release: CONTRIBUTING.md
+release-check: $(VENV)/.installed
+	.ci/release-check $(BIN)
+
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest bench --benchmark-enable
 
@@ -49,4 +63,4 @@ gpu-suite: $(VENV)/.installed
 	$(BIN)/python bench/suite
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis

@@ -201,6 +201,7 @@ def es_update_ref(
 
 
 def check_fitness(fitness: torch.Tensor) -> None:
+    """Raises ValueError unless `fitness` is float32 [N] with an even N of at least 2."""
     if fitness.dim() != 1 or fitness.dtype != torch.float32 or len(fitness) < 2 or len(fitness) % 2:
         dtype = str(fitness.dtype).removeprefix("torch.")
         raise ValueError(f"fitness: expected float32 [N] with N even, got {dtype} {list(fitness.shape)}")

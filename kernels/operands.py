@@ -55,10 +55,12 @@ class Lora(NamedTuple):
 
     @property
     def targets(self) -> int:
+        """Number of targets that share x."""
         return len(self.streams)
 
     @property
     def r(self) -> int:
+        """LoRA rank; 0 without a LoRA."""
         return 0 if self.a is None else len(self.a) // self.targets
 
 

@@ -112,22 +112,27 @@ class DiffusersPipeline:
 
     @property
     def denoiser(self) -> str:
+        """The pipeline's name of the module, `transformer` or `unet`."""
         return self.family.denoiser
 
     @property
     def targets(self) -> tuple[str, ...]:
+        """Default target layers, by the end of their names: those of the family."""
         return self.family.targets
 
     @property
     def device(self) -> torch.device:
+        """The device of the denoiser."""
         return next(self.module.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The data type of the denoiser."""
         return self.module.dtype
 
     @property
     def image_size(self) -> int:
+        """Default height and width of an image, in pixels."""
         size = getattr(self.module.config, "sample_size", None)
         return size * self.pipeline.vae_scale_factor if isinstance(size, int) else self.family.size
 

@@ -4,7 +4,6 @@ Nothing here imports torch, so that `--help` is fast.
 """
 
 import dataclasses
-import functools
 import math
 import reprlib
 import typing
@@ -91,8 +90,8 @@ def settings(section: str = "") -> Callable[[type], type]:
         cls = dataclass(frozen=True, config={"extra": "forbid"})(cls)
         checked = cls.__init__
 
-        @functools.wraps(checked)
         def init(self, *args, **values):
+            """The fields in their order, or by name."""
             try:
                 checked(self, *args, **values)
             except ValidationError as error:

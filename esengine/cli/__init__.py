@@ -11,21 +11,6 @@ from typing import Any
 from esengine.base.errors import EsengineError, Stopped
 from esengine.cli.output import lasting_output
 
-USAGE = """usage: esengine COMMAND [flags]
-
-Post-train a frozen text-to-image model from black-box rewards by Evolution Strategies on a LoRA adapter.
-
-  train    run or resume a training run; without flags, a demo that takes minutes on a laptop
-  eval     compare base and adapters on prompts or a benchmark: same latents, paired differences, a report
-  render   draw prompts with the base model and the adapter, side by side
-  judge    compare two models blindly, with your own eyes, on a local page
-  report   the page of a run or of an evaluation: one HTML file with curves, tables and images
-  replay   make a run's adapter again from its journal, and compare: every bit the same
-  env      versions, devices, and which kernels are in use and why
-
-`esengine COMMAND --help` explains each flag.
-"""
-
 
 def main(args: list[str] | None = None) -> int:
     """The console script. Returns the exit code: 0, 1 for a failed run, 2 for wrong usage, 130 for Ctrl-C."""
@@ -52,7 +37,9 @@ def _main(args: list[str]) -> int:
         "replay": _replay,
         "env": _env,
     }
-    if not args or args[0] in ("-h", "--help"):
+    if not args or args[0] in ("-h", "--help", "--help-all"):
+        from esengine.cli.help_pages import USAGE
+
         print(USAGE, end="")
         return 0 if args else 2
     if args[0] == "--version":
@@ -66,8 +53,12 @@ def _main(args: list[str]) -> int:
         "".join(args).encode()
     except UnicodeEncodeError:
         return _fail("expected arguments in UTF-8, got bytes that are not", 2)
-    from esengine.cli.flags import settings_of
+    from esengine.cli.flags import settings_of, shown
+    from esengine.cli.help import asked, help_text
 
+    if level := asked(args[1:]):
+        print(help_text(args[0], level, shown(args[0], args[1:])), end="")
+        return 0
     try:
         with settings_of(args[0], args[1:]) as config:
             return commands[args[0]](config)

@@ -30,8 +30,8 @@ from esengine.sampling.build import (
     pick_dtype,
     render_settings,
     resolved,
-    take_device,
 )
+from esengine.sampling.device import take_device
 from esengine.sampling.settings import ImageSettings
 
 

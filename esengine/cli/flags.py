@@ -16,10 +16,11 @@ import tyro
 from pydantic.dataclasses import is_pydantic_dataclass
 from typing_extensions import TypedDict
 
-from esengine.base.errors import ConfigError
+from esengine.base.errors import ConfigError, RunError
 from esengine.base.files import DATA
 from esengine.base.prompt_files import read_prompt_file
 from esengine.base.settings import check, fields_of, merged
+from esengine.cli.help import Shown
 from esengine.cli.settings import EnvConfig, EvalConfig, JudgeConfig, RenderConfig, ReportConfig
 from esengine.models.defaults import DEMO, defaults
 from esengine.run import journal
@@ -27,6 +28,7 @@ from esengine.run.settings import ReplayConfig, TrainConfig, config_file, load, 
 from esengine.sampling.settings import ImageSettings
 
 COMMANDS = {
+    "train": TrainConfig,
     "eval": EvalConfig,
     "render": RenderConfig,
     "judge": JudgeConfig,
@@ -120,6 +122,37 @@ def parse_train(args: list[str]) -> TrainConfig:
         return config
 
 
+def shown(command: str, args: list[str]) -> Shown:
+    """The values that help shows as defaults: those of the model and the files that the arguments name.
+
+    Help answers whatever the arguments are. A file that cannot be used is left out, and a note says why.
+    """
+    cls = COMMANDS[command]
+    names = [name for name in ("model", "revision", "config", "run_dir", "resume") if name in fields_of(cls)]
+    if "image" not in fields_of(cls):
+        return Shown(cls)
+    given: dict[str, Any] = {}
+    for name in names:  # one by one, so that a wrong flag does not hide the others
+        named = TypedDict("Named", {name: fields_of(cls)[name][0]}, total=False)
+        with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+            given |= tyro.cli(named, args=args, registry=_REGISTRY, add_help=False, return_unknown_args=True)[0]
+    notes = []
+    for known in (names, ["model"], []):
+        flags = [f"--{name.replace('_', '-')}={given[name]}" for name in known if given.get(name) and name != "resume"]
+        flags += ["--resume"] if given.get("resume") and "resume" in known else []
+        try:
+            if cls is TrainConfig:
+                settings = parse_train(flags)
+                return Shown(cls, settings, settings.model, settings.revision, tuple(notes))
+            run = load_run(given["run_dir"]) if given.get("run_dir") and "run_dir" in known else TrainConfig()
+            return Shown(
+                cls, cls(image=run.image), given.get("model") or run.model, given.get("revision"), tuple(notes)
+            )
+        except (ConfigError, RunError) as error:
+            notes.append(str(error))
+    raise AssertionError("the packaged defaults are settings")
+
+
 def _data(source: Path, run: bool) -> dict[str, Any]:
     """The settings of a YAML file, or those that a run last started with."""
     return journal.read(source, needed=0).start.settings if run else read_settings(source)
@@ -132,17 +165,17 @@ def parse(cls: type, args: list[str], prog: str) -> Any:
 
 
 def _given(cls: type, args: list[str], prog: str) -> dict[str, Any]:
-    """The settings that flags give, as a nested mapping. Ends the process after --help and after a wrong flag."""
+    """The settings that flags give, as a nested mapping. Ends the process after a wrong flag."""
     given: dict[str, Any] = {}
     with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):  # the parser below says why
         given, _ = tyro.cli(_partial(cls), args=args, registry=_REGISTRY, add_help=False, return_unknown_args=True)
     with contextlib.suppress(ConfigError):  # files may complete these settings, so they are checked together later
-        tyro.cli(cls, args=args, registry=_REGISTRY, default=_shown(cls, given), prog=prog)
+        tyro.cli(cls, args=args, registry=_REGISTRY, default=_usual(cls, given), prog=prog)
     return given
 
 
-def _shown(cls: type, given: dict[str, Any]) -> Any:
-    """The defaults that --help shows. Those of `train` depend on the model."""
+def _usual(cls: type, given: dict[str, Any]) -> Any:
+    """The defaults that an error shows beside a flag. Those of `train` depend on the model."""
     packaged = defaults(given.get("model", DEMO)).settings if cls is TrainConfig else None
     return load(packaged) if packaged else cls(**_image_of(cls, TrainConfig()))
 

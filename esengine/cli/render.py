@@ -20,7 +20,8 @@ from esengine.models.defaults import defaults
 from esengine.report import write_gallery
 from esengine.run.pictures import draw_strip
 from esengine.run.settings import TrainConfig, load_run
-from esengine.sampling.build import encode, load_model, pick_chunk, pick_dtype, render_settings, resolved, take_device
+from esengine.sampling.build import encode, load_model, pick_chunk, pick_dtype, render_settings, resolved
+from esengine.sampling.device import take_device
 from esengine.sampling.environment import describe
 from esengine.sampling.rollout import Renderer, render_all
 

@@ -24,7 +24,7 @@ def _place(shard: str) -> str:
 
 @settings()
 class EvalConfig:
-    """Compare models on the same prompts and latents: mean scores, paired differences to the first, win rates.
+    """Compare models on the same prompts and latents: mean scores, paired differences, win rates.
 
     `esengine eval --run-dir RUN` compares base and adapter on the run's held-out prompts and prints a table.
 
@@ -45,8 +45,8 @@ class EvalConfig:
     benchmark: str | None = None
     """`partiprompts` or `drawbench`, read from the hub or from --prompts. Or `nano`. Or a file of prompts."""
     entries: tuple[str, ...] = ()
-    """What to compare, as model@steps: base@1, adapter@1 (the run's), FOLDER@1, NAME=FOLDER@1. The others are compared
-    with the first."""
+    """What to compare: base@1, adapter@1, FOLDER@1 or NAME=FOLDER@1. The number is that of denoising steps; `adapter`
+    is the run's. The others are compared with the first."""
     model: str | None = None
     """A pipeline's folder, a hub id, `nano` or `tiny:FAMILY`."""
     revision: str | None = None
@@ -82,11 +82,13 @@ class RenderConfig:
     prompts: tyro.conf.Positional[tuple[str, ...]] = ()
     """Prompts to draw. By default the first of --prompts-file."""
     prompts_file: File | None = None
-    """File of prompts: text with one prompt a line, .tsv, .csv or .jsonl. By default the packaged held-out list."""
+    """File of prompts: text with one prompt a line, .tsv, .csv, .jsonl or .json. By default the packaged held-out
+    list."""
     limit: Steps = 8
     """Number of prompts to draw from the file."""
     gallery: Switch = False
-    """Draw the eight prompts of the published run, and write gallery.png and gallery.html instead of single images."""
+    """Draw the eight prompts of the published run, as one page. The files are gallery.png and
+    gallery.html, instead of single images."""
     run_dir: File | None = None
     """A run's folder. Its adapter is used, and its settings are the defaults of the other flags."""
     adapter: File | None = None

@@ -140,8 +140,10 @@ class Engine:
         return {"fitness": fitness, **asdict(stats)}
 
     def state_dict(self) -> dict[str, Any]:
+        """The step, and the state of the population: see `Population.state_dict`."""
         return {"step": self.step, "population": self.population.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state of `state_dict`. Raises ValueError as `Population.load_state_dict`."""
         self.population.load_state_dict(state["population"])
         self.step = int(state["step"])

@@ -245,6 +245,7 @@ class Population:
 
     @property
     def device(self) -> torch.device:
+        """The device of the targets. Raises RuntimeError after `detach`."""
         self._check_attached()
         return next(iter(self.layers.values())).base_weight.device
 

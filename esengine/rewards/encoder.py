@@ -92,6 +92,7 @@ class ClipEncoder:
 
     @property
     def device(self) -> torch.device:
+        """The device of the CLIP."""
         return self.clip.logit_scale.device
 
     @torch.no_grad()

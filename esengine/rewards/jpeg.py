@@ -38,6 +38,7 @@ class JpegCompressibility:
         return torch.tensor(sizes, dtype=torch.float32) * (self.sign / 1000)
 
     def settings(self) -> dict[str, int]:
+        """The options, for the record of a run."""
         return {"quality": self.quality}
 
     def _bytes(self, pixels: np.ndarray) -> int:

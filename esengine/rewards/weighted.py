@@ -60,6 +60,7 @@ class Weighted:
 
     @property
     def names(self) -> list[str]:
+        """Names of the terms, in their order."""
         return [term.name for term in self.terms]
 
     def score(

@@ -38,13 +38,12 @@ from esengine.sampling.build import (
     encode,
     is_folder,
     load_model,
-    pick_device,
     pick_dtype,
     render_settings,
     resolved,
     settled,
-    take_device,
 )
+from esengine.sampling.device import pick_device, take_device
 from esengine.sampling.environment import describe
 from esengine.sampling.rollout import Renderer
 

@@ -22,7 +22,8 @@ from esengine.run.kept import EMA, Kept
 from esengine.run.prepare import attach_population, start_population
 from esengine.run.saving import adapter_sha256, save_adapter
 from esengine.run.settings import ReplayConfig, TrainConfig, load_run
-from esengine.sampling.build import load_model, pick_dtype, take_device
+from esengine.sampling.build import load_model, pick_dtype
+from esengine.sampling.device import take_device
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -127,22 +127,22 @@ class ESSettings:
 
 @settings()
 class TrainConfig:
-    """Post-train a frozen text-to-image model from black-box rewards by Evolution Strategies on a LoRA adapter.
+    """Post-train a frozen text-to-image model from black-box rewards by Evolution Strategies on a LoRA.
 
     Without flags this is the demo: sana-sprint-nano, a small trained model that draws coloured shapes, learns to draw
     what captions say, with the settings of the packaged `nano.yaml`.
     """
 
     run_dir: File | None = None
-    """Folder of the run: journal, checkpoints, adapter, pictures. By default runs/<date and time>."""
+    """Folder of the run: journal, checkpoints, adapter, pictures. By default `runs/DATE_TIME`."""
     model: str = DEMO
-    """A pipeline's folder or a hub id, of a family in models/README.md. Or `nano`, the small trained model of this
-    package; or `tiny:FAMILY`, an untrained model for tests. `tiny` is a SANA-Sprint."""
+    """A pipeline's folder, a hub id, or `nano`. Families are in models/README.md. `nano` is the small trained model of
+    this package. `tiny:FAMILY` is an untrained model for tests; `tiny` is a SANA-Sprint."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     prompts: File | None = None
-    """File of prompts to train on: text with one prompt a line, .tsv, .csv or .jsonl. By default a packaged list; for
-    `nano`, a list of captions."""
+    """File of prompts to train on. It is text with one prompt a line, or .tsv, .csv, .jsonl or .json. By default a
+    packaged list; for `nano`, a list of captions."""
     eval_prompts: File | None = None
     """File of prompts that are never trained on. Base and adapter are compared on them. By default a packaged list."""
     reward: str | None = None
@@ -156,17 +156,17 @@ class TrainConfig:
     """Start from this LoRA: a folder that PEFT or a diffusers pipeline saved. Its layers must be --lora.targets.
     Its rank must be at most --lora.rank. By default the run starts from a LoRA that changes nothing."""
     seed: Seed = 0
-    """Seed of the noise, the latents, the order of prompts, and the adapter's initial weights."""
+    """Seed of noise, latents, the order of prompts and initial weights."""
     resume: Switch = False
     """Continue the run in --run-dir from its last checkpoint."""
     allow_change: Switch = False
     """With --resume, continue even if settings, model or prompts differ from the run's. The differences are printed."""
     dry_run: Switch = False
-    """Load everything, render and score a few images, print estimates of time and memory and the files that a run
-    would write, and stop. Only the text cache is written."""
+    """Print what the run would take and write, and stop. To estimate time and memory, everything is loaded, and a few
+    images are rendered and scored. Only the text cache is written."""
     config: str | None = None
-    """YAML file of settings, which flags override. Or the name of a packaged file: `reference` (the published run) or
-    `nano`. For the model `nano`, your own YAML file overrides the packaged one."""
+    """YAML file of settings, or `reference` or `nano`. Flags override it. `reference` is the published run, `nano` the
+    demo. For the model `nano`, your own YAML file overrides the packaged one."""
     device: str = "auto"
     """cpu, cuda, cuda:1 and so on. auto: a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -181,7 +181,7 @@ class TrainConfig:
     strip_every: Interval = 10
     """Steps between pictures of the best, median and worst member's images. 0: none."""
     heldout_reward: str = "auto"
-    """Rewards to measure on held-out prompts besides the optimised ones, such as `pickscore,my_module:score`; or none.
+    """Rewards to measure on held-out prompts, besides the optimised ones. Such as `pickscore,my_module:score`; or none.
     auto: if you optimise pickscore, clip_text, aesthetic, no_artifacts or hpsv2, those of the first four that you do
     not optimise. For `nano`: always, with clip-nano, and checker."""
     heldout_every: Interval = 10
@@ -242,7 +242,7 @@ class ReplayConfig:
     out: Path | None = None
     """Folder to write the adapter to."""
     model: str | None = None
-    """The model, if it is not where the run had it: a pipeline's folder, a hub id, `nano` or `tiny:FAMILY`."""
+    """The model, if it is not where the run had it. A pipeline's folder, a hub id, `nano` or `tiny:FAMILY`."""
     device: str = "auto"
     """cpu, cuda, cuda:1 and so on. auto: the run's."""
 

@@ -1,7 +1,6 @@
 """Builds what a configuration names: device, dtype, model, image settings, chunk size."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,30 +13,6 @@ from esengine.models import NAMED, Conditioning, Family, Generator, RenderSettin
 from esengine.sampling.settings import ImageSettings
 
 CPU_CHUNK = 64
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` selects a GPU if there is one. Under torchrun, `cuda` without a number selects this process's GPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or not (index.isdecimal() or name == kind):
-        raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got '{name}'")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device: '{name}' is not there; torch {torch.__version__} sees {torch.cuda.device_count()} GPUs"
-        )
-    return torch.device(name)
-
-
-def take_device(name: str) -> torch.device:
-    """As `pick_device`. A GPU with a number also becomes torch's current device, which launches the kernels."""
-    device = pick_device(name)
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
-    return device
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -10,7 +10,7 @@ import esengine
 from esengine.base.errors import ConfigError
 from esengine.kernels import CONTRACT, configs, uses_triton
 from esengine.kernels.noise import INTERPRET
-from esengine.sampling.build import pick_device
+from esengine.sampling.device import pick_device
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "safetensors", "numpy", "pillow")
 

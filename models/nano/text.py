@@ -1,7 +1,7 @@
 """Captions to the states that the pipeline would compute for them, without its long instruction in front.
 
-The pipeline encodes <bos> instruction caption and keeps <bos> and what follows the instruction. All windows slide, so a
-kept state depends on the last `LAYERS * (WINDOW - 1)` tokens of the instruction and on none before them.
+The pipeline encodes `<bos> instruction caption` and keeps `<bos>` and what follows the instruction. All windows slide,
+so a kept state depends on the last `LAYERS * (WINDOW - 1)` tokens of the instruction and on none before them.
 """
 
 from collections.abc import Sequence

@@ -88,10 +88,12 @@ class SanaSprint:
 
     @property
     def device(self) -> torch.device:
+        """The device of the transformer."""
         return self.transformer.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The data type of the transformer."""
         return self.transformer.dtype
 
     @classmethod

@@ -398,6 +398,20 @@ def test_env_names_versions_and_kernels(esengine):
     assert all(isinstance(value, str) and value for value in facts.values())
 
 
+def test_env_imports_torch_and_no_model_library(workspace):
+    """torch and our kernels take about a second; diffusers, transformers and peft several more."""
+    script = (
+        "import sys\n"
+        "from esengine.cli import main\n"
+        "assert main(['env']) == 0\n"
+        "heavy = {'diffusers', 'transformers', 'peft', 'accelerate', 'torch._dynamo'}\n"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "[]\n")
+    assert "noise contract" in done.stdout
+
+
 def test_the_module_is_the_console_script(workspace, cache):
     command = [sys.executable, "-m", "esengine", "train", "--prompts", "nosuch.txt"]
     done = subprocess.run(command, cwd=workspace, env=os.environ, capture_output=True, text=True, timeout=120)

@@ -10,7 +10,8 @@ from esengine.base.errors import ConfigError
 from esengine.models import RenderSettings, tiny_model
 from esengine.run.prepare import _resolved
 from esengine.run.settings import TrainConfig
-from esengine.sampling.build import load_model, render_settings, settled, take_device
+from esengine.sampling.build import load_model, render_settings, settled
+from esengine.sampling.device import take_device
 from esengine.sampling.settings import ImageSettings
 
 OTHER = {

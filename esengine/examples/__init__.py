@@ -1,0 +1,1 @@
+"""Examples that run in seconds on one CPU core: `python -m esengine.examples.own_reward`."""
