@@ -32,7 +32,21 @@ def read_regular(path: str | Path, most: int | None = None) -> bytes:
             raise OSError(errno.EINVAL, "expected a regular file", str(path))
         if most is not None and facts.st_size > most:
             raise OSError(errno.EFBIG, f"expected at most {most} bytes, got {facts.st_size}", str(path))
-        return file.read()
+        data = file.read(-1 if most is None else most + 1) or b""  # None: of a file of the kernel that has nothing yet
+        if most is not None and len(data) > most:
+            raise OSError(errno.EFBIG, f"expected at most {most} bytes, got more", str(path))
+        return data
+
+
+def require_inside(folder: Path, path: Path) -> Path:
+    """The path, if following its links does not lead out of the folder. Raises RunError otherwise."""
+    try:
+        inside = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):  # links in a circle, or a NUL
+        inside = False
+    if not inside:
+        raise RunError(f"{path}: expected a file in {folder}, it leads out of the folder", path=path)
+    return path
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
@@ -82,7 +96,9 @@ def cache_root() -> Path:
 
 
 def refuse_links(where: str, paths: Iterable[Path]) -> None:
-    """Raises RunError if one of the paths is a symbolic link. The message begins with `where`."""
+    """Raises RunError if a path is a symbolic link, pipe, device or socket. The message begins with `where`."""
     for path in paths:
         if path.is_symlink():
             raise RunError(f"{where}: {path} is a symbolic link, a run writes to none: remove it")
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise RunError(f"{where}: expected {path} to be a file or a folder, it is a pipe, device or socket: remove it")

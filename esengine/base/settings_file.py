@@ -1,7 +1,7 @@
 """Reads settings from a YAML file. Only plain values are allowed, so that a file cannot expand into more than it holds.
 
-These are rejected with their line: tags, aliases, keys given twice, deep nesting, numbers such as 1:30, and text that
-no file name or prompt could hold. Numbers such as 1e-2, which YAML 1.1 reads as text, are read as numbers.
+These are rejected with their line: tags, aliases, keys given twice, deep nesting, thousands of values, numbers such as
+1:30, and text that no file name or prompt could hold. Numbers such as 1e-2, which YAML 1.1 reads as text, are read as numbers.
 """
 
 from collections import Counter
@@ -17,6 +17,8 @@ from esengine.base.settings import check, merged
 MAX_BYTES = 1 << 20
 _DEEPEST = 8
 _DIGITS = 40
+_MOST = 10_000
+"""Values in a file. YAML is read slowly."""
 
 
 def read_yaml(path: Path) -> Any:
@@ -73,7 +75,7 @@ class _Loader(yaml.SafeLoader):
 
 def _require_plain(text: str) -> None:
     depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+    for count, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
         opens = isinstance(event, yaml.CollectionStartEvent)
         depth += opens - isinstance(event, yaml.CollectionEndEvent)
         why = None
@@ -83,5 +85,7 @@ def _require_plain(text: str) -> None:
             why = f"expected values without tags, got {event.tag}"
         elif depth > _DEEPEST:
             why = f"expected at most {_DEEPEST} levels"
+        elif count > _MOST:
+            why = f"expected at most {_MOST} values"
         if why:
             raise yaml.constructor.ConstructorError(None, None, why, event.start_mark)

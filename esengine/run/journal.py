@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from esengine.base.errors import RunError
 from esengine.base.files import naming, read_regular, replace_file
-from esengine.base.records import as_written, number, text, texts
+from esengine.base.records import as_written, number, parse_json, text, texts
 
 NAME = "journal.jsonl"
 
@@ -314,8 +314,8 @@ def _line(record: Record) -> bytes:
 
 def _record(line: bytes) -> Record:
     try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        values = parse_json(line)
+    except ValueError as error:
         raise ValueError(f"not JSON: {str(error)[:80]}") from error
     _require(isinstance(values, dict), "expected a JSON object")
     kind = values.pop("kind", None)
