@@ -1,6 +1,8 @@
 """Atomic and synced file writes, safe reads, and the cache folder."""
 
 import errno
+import functools
+import logging
 import os
 import stat
 import tempfile
@@ -12,6 +14,8 @@ from esengine.base.errors import RunError
 
 DATA = Path(__file__).parents[1] / "data"
 """Packaged prompts and settings. `--config reference` finds reference.yaml, the settings of the published run."""
+
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -89,10 +93,26 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def cache_root() -> Path:
-    """This user's cache: `$ESENGINE_CACHE`, else `$XDG_CACHE_HOME/esengine`, else `~/.cache/esengine`."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("ESENGINE_CACHE") or base / "esengine")
+def cache_root() -> Path | None:
+    """This user's cache: `$ESENGINE_CACHE`, else `$XDG_CACHE_HOME/esengine`, else `~/.cache/esengine`.
+
+    None if none of them is set and this user has no home folder. That is logged once.
+    """
+    if given := os.environ.get("ESENGINE_CACHE"):
+        return Path(os.path.expanduser(given))
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given) / "esengine"
+    try:
+        return Path.home() / ".cache" / "esengine"
+    except RuntimeError:  # a user without an entry in the system's list, and HOME is not set
+        warn_no_cache("this user has no home folder")
+        return None
+
+
+@functools.cache
+def warn_no_cache(why: str) -> None:
+    """Log once that the work goes on without the cache."""
+    _log.warning("warning: no cache: %s; the work goes on without it. ESENGINE_CACHE sets another folder", why)
 
 
 def refuse_links(where: str, paths: Iterable[Path]) -> None:
@@ -101,4 +121,4 @@ def refuse_links(where: str, paths: Iterable[Path]) -> None:
         if path.is_symlink():
             raise RunError(f"{where}: {path} is a symbolic link, a run writes to none: remove it")
         if path.exists() and not (path.is_file() or path.is_dir()):
-            raise RunError(f"{where}: expected {path} to be a file or a folder, it is a pipe, device or socket: remove it")
+            raise RunError(f"{where}: {path} is a pipe, device or socket, expected a file or a folder: remove it")

@@ -1,7 +1,8 @@
 """Reads settings from a YAML file. Only plain values are allowed, so that a file cannot expand into more than it holds.
 
 These are rejected with their line: tags, aliases, keys given twice, deep nesting, thousands of values, numbers such as
-1:30, and text that no file name or prompt could hold. Numbers such as 1e-2, which YAML 1.1 reads as text, are read as numbers.
+1:30, and text that no file name or prompt could hold. Numbers such as 1e-2, which YAML 1.1 reads as text, are read as
+numbers.
 """
 
 from collections import Counter

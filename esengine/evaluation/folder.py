@@ -188,8 +188,8 @@ class EvaluationFolder:
 
     def publish(self, report: Report) -> None:
         """Write report.json, report.md and report.csv, each atomically."""
-        for suffix, text in (("json", report.to_json()), ("md", report.to_markdown()), ("csv", report.to_csv())):
-            replace_file(self.path / f"report.{suffix}", text.encode())
+        for suffix, made in (("json", report.to_json()), ("md", report.to_markdown()), ("csv", report.to_csv())):
+            replace_file(self.path / f"report.{suffix}", made.encode())
 
     def _read(self, plan: Plan, progress: Progress) -> dict[Key, dict]:
         """Records of all shards, by key. A shard's records replace those of an earlier merge."""

@@ -19,9 +19,9 @@ MAX_FACTS, MAX_NAMES = 10_000, 256
 """
 
 
-def facts(*mappings: dict[str, Any]) -> dict[str, Any]:
+def facts(nested: dict[str, Any]) -> dict[str, Any]:
     """Nested mappings as one flat mapping. Raises ValueError if it is too long for a page."""
-    return require_few({name: value for each in mappings for name, value in flatten(each).items()}, "settings", MAX_FACTS)
+    return require_few(flatten(nested), "settings", MAX_FACTS)
 
 
 def require_few(found: Any, what: str, most: int = MAX_NAMES) -> Any:
@@ -42,7 +42,7 @@ def write(path: Path, template: str, **view: Any) -> Path:
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        finalize=lambda value: without_secrets(value) if type(value) is str else value,  # else it is markup, or a number
+        finalize=lambda value: without_secrets(value) if type(value) is str else value,  # not of markup
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -266,7 +266,7 @@ def _token(name: Any) -> str:
     """The token in an environment variable."""
     token = os.environ.get(name) if isinstance(name, str) and name and "=" not in name and "\0" not in name else None
     if not token:
-        raise ConfigError(f"token_env: expected the name of an environment variable with a token, {name!r:.80} has none")
+        raise ConfigError(f"token_env: expected an environment variable that holds a token, {name!r:.80} holds none")
     if not (token.isascii() and token.isprintable()) or " " in token:
         raise ConfigError(f"token_env: expected a token of printable ASCII without spaces in {name}, got another text")
     return token
