@@ -4,6 +4,8 @@ import sys
 
 from tqdm import tqdm
 
+from esengine.base.printable import shown
+
 
 class Progress:
     """Receives the progress of a run. The base class does nothing; the command line uses `Bar`."""
@@ -35,7 +37,7 @@ class Bar(Progress):
         self._counter: tqdm | None = None
 
     def note(self, text: str) -> None:
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(shown(text), file=sys.stderr)
 
     def count(self, what: str, done: int, total: int) -> None:
         if self._counter is None:

@@ -1,10 +1,15 @@
-"""Standard output and error that survive a closed pipe, so that `| head` is no error and a run continues."""
+"""Standard output and error that survive a closed pipe, so that `| head` is no error and a run continues.
+
+What is written loses control codes and the secrets of URLs, wherever it comes from. See `esengine.base.printable`.
+"""
 
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
+
+from esengine.base.printable import printable, without_secrets
 
 
 class Output:
@@ -19,7 +24,8 @@ class Output:
         self.error: OSError | None = None
 
     def write(self, text: str) -> int:
-        return self._attempt(self._stream.write, text) or len(text)
+        start = "\r" if text.startswith("\r") else ""  # of a progress bar
+        return self._attempt(self._stream.write, start + printable(without_secrets(text[len(start) :]))) or len(text)
 
     def flush(self) -> None:
         self._attempt(self._stream.flush)
