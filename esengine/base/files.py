@@ -1,11 +1,11 @@
 """Atomic and synced file writes, safe reads, and the cache folder."""
 
 import errno
-import functools
 import logging
 import os
 import stat
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +16,8 @@ DATA = Path(__file__).parents[1] / "data"
 """Packaged prompts and settings. `--config reference` finds reference.yaml, the settings of the published run."""
 
 _log = logging.getLogger(__name__)
+warned = threading.Event()
+"""Set when `warn_no_cache` has logged. A command clears it at its start."""
 
 
 @contextmanager
@@ -109,9 +111,11 @@ def cache_root() -> Path | None:
         return None
 
 
-@functools.cache
 def warn_no_cache(why: str) -> None:
-    """Log once that the work goes on without the cache."""
+    """Log once in a command that the work goes on without the cache."""
+    if warned.is_set():
+        return
+    warned.set()
     _log.warning("warning: no cache: %s; the work goes on without it. ESENGINE_CACHE sets another folder", why)
 
 

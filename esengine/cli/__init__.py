@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from esengine.base import files
 from esengine.base.errors import EsengineError, Stopped
 from esengine.base.printable import shown
 from esengine.cli.output import lasting_output
@@ -29,6 +30,7 @@ Post-train a frozen text-to-image model from black-box rewards by Evolution Stra
 def main(args: list[str] | None = None) -> int:
     """The console script. Returns the exit code: 0, 1 for a failed run, 2 for wrong usage, 130 for Ctrl-C."""
     args = sys.argv[1:] if args is None else args
+    files.warned.clear()
     with lasting_output() as output:
         try:
             code = _main(args)
@@ -247,10 +249,9 @@ def _cache(folder: Path) -> str:
 
 
 def _env(config: Any) -> int:
-    from esengine.base.files import cache_root
     from esengine.sampling.environment import describe, to_json
 
-    cache = cache_root()
+    cache = files.cache_root()
     facts = describe() | {"cache": "none: no home folder; ESENGINE_CACHE sets one" if cache is None else _cache(cache)}
     if config.json:
         print(to_json(facts))

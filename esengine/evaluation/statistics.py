@@ -19,7 +19,9 @@ from esengine.base.printable import shown
 from esengine.evaluation.benchmarks import Benchmark
 
 _FORMULA = re.compile(r"\s*[=+\-@\N{FULLWIDTH EQUALS SIGN}\N{FULLWIDTH PLUS SIGN}\N{FULLWIDTH COMMERCIAL AT}]|[\t\r\n]")
-_MARKUP = re.compile(r"[\\`*\[\]<>&|~!#$]|(?<!\w)_|_(?!\w)|(?<=\w)://|^([-+=]|\d+[.)])")
+"""The beginning of a cell that a spreadsheet computes."""
+_MARKUP = re.compile(r"[\\`*\[\]<>&|~$]|(?<!\w)_|_(?!\w)|://")
+"""What has a meaning within a line of Markdown."""
 _ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;", "://": "&#58;//"}
 GAP = "base@1", "base@2"
 """The two entries that define the gap in which a one-step adapter is placed."""
