@@ -181,7 +181,8 @@ class _Reader:
         return self._error(f"expected {what}, got {got}", self.at)
 
     def _error(self, what: str, at: int, name: str = "") -> ConfigError:
-        return ConfigError(f"{f'reward {name}' if name else 'rewards'}: {what} at position {at + 1} of {self.spec!r}")
+        spec = re.sub(r"[^\s'\"()=,]+@", "...@", self.spec)  # what may be a user and a password
+        return ConfigError(f"{f'reward {name}' if name else 'rewards'}: {what} at position {at + 1} of {spec!r}")
 
 
 def _value(text: str) -> int | float | bool | str:
