@@ -150,7 +150,7 @@ def _check_metadata(packed: str | None, most: int, denoiser: str) -> None:
     for name in ("target_modules", "exclude_modules", "layers_pattern"):
         names = found.get(name) or []
         names = [names] if isinstance(names, str) else names
-        if not all(isinstance(each, str) and NAME.fullmatch(each) for each in names):
+        if not isinstance(names, list) or not all(isinstance(each, str) and NAME.fullmatch(each) for each in names):
             raise ValueError(f"metadata: {name}: expected names of layers")
     if found.get("init_lora_weights") not in (None, True, False, "gaussian"):
         raise ValueError("metadata: init_lora_weights: expected one that leaves the model's weights as they are")

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from esengine.base.printable import shown
+from esengine.base.printable import plain, shown
 from esengine.evaluation.benchmarks import Benchmark
 
-_FORMULA = re.compile(r"\s*[=+\-@\N{FULLWIDTH EQUALS SIGN}\N{FULLWIDTH PLUS SIGN}\N{FULLWIDTH COMMERCIAL AT}]|[\t\r\n]")
-"""The beginning of a cell that a spreadsheet computes."""
+_FORMULAS = ("=", "+", "-", "@", "\N{FULLWIDTH EQUALS SIGN}", "\N{FULLWIDTH PLUS SIGN}", "\N{FULLWIDTH COMMERCIAL AT}")
+"""How a cell begins that a spreadsheet computes."""
 _MARKUP = re.compile(r"[\\`*\[\]<>&|~$]|(?<!\w)_|_(?!\w)|://")
 """What has a meaning within a line of Markdown."""
 _ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;", "://": "&#58;//"}
@@ -242,7 +242,8 @@ def _escape(text: str) -> str:
 
 
 def _inert(cell: Any) -> Any:
-    """A cell of a CSV file that no spreadsheet takes for a formula. Numbers stay numbers."""
-    if isinstance(cell, str) and _FORMULA.match(cell):
-        return f"'{cell}"
-    return cell
+    """A cell of a CSV file that no spreadsheet takes for a formula. A text is on one line. Numbers stay numbers."""
+    if not isinstance(cell, str):
+        return cell
+    text = plain(cell)
+    return f"'{text}" if text.startswith(_FORMULAS) else text
