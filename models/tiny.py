@@ -72,7 +72,9 @@ def in_cache(name: str, build: Callable[[Path], object], root: Path | None = Non
                 if not (path / "model_index.json").is_file():  # else another process finished first
                     raise
             return path
-        except OSError as error:
+        except Exception as error:
+            if not isinstance(error, OSError) and "os error" not in str(error):  # as safetensors says of a full disk
+                raise
             if parent is None or root is not None:
                 raise ConfigError(f"cannot build the default model {name}: {error}") from error
             warn_no_cache(str(error))
