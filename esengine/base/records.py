@@ -118,7 +118,7 @@ def texts(value: Any) -> list[str]:
 
 def _integer(digits: str) -> int:
     if len(digits) > DIGITS:
-        raise ValueError(f"expected an integer of at most {DIGITS} digits, got one of {len(digits)}")
+        raise ValueError(f"Exceeds the limit of {DIGITS} digits of an integer, got {len(digits)}")
     return int(digits)
 
 
