@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 
 from esengine.base.errors import ConfigError
-from esengine.es.lora_folder import PEFT_PREFIX, PEFT_WEIGHTS, read_lora
+from esengine.es.lora_folder import PEFT_PREFIX, PEFT_WEIGHTS, read_lora, require_finite
 from esengine.models.loading import READ_ERRORS, first_line
 from esengine.models.lora_file import WEIGHT_NAME, check_diffusers_lora, weight_files, write_diffusers_lora
 
@@ -56,6 +56,13 @@ def load_adapter(pipe: DiffusionPipeline, denoiser: str, path: str | Path) -> No
     if taken != layers:
         unload_adapter(pipe, denoiser)
         raise ConfigError(f"adapter: {file}: the pipeline took {len(taken)} of its {len(layers)} LoRA layers")
+    try:
+        for name, tensor in module.named_parameters():
+            if ".lora_" in name:
+                require_finite(name.partition(".lora_")[0], name, tensor)
+    except ValueError as error:  # in the model's dtype
+        unload_adapter(pipe, denoiser)
+        raise ConfigError(f"adapter: cannot load {file} in {str(module.dtype)[6:]}: {error}") from error
     module.eval().requires_grad_(False)  # PEFT adds its layers in training mode, with dropout on
 
 

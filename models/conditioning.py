@@ -3,7 +3,7 @@
 Legend: L tokens, C channels, P prompts, B rows.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from esengine.base.errors import ConfigError
 from esengine.base.transfer import upload
 from esengine.models.families import Family
-from esengine.models.text_cache import SHARD_PROMPTS, Cache, Progress, check_indices
+from esengine.models.text_cache import SHARD_PROMPTS, Cache, Progress, check_indices, require_embeddings
 
 Parts = dict[str, torch.Tensor]
 """One prompt's tensors by name: embeddings [L, C], masks [1, L], pooled embeddings [1, C]."""
@@ -110,6 +110,46 @@ class Conditioning:
         return found
 
 
+CHANNELS = ("caption_channels", "joint_attention_dim", "cap_feat_dim", "text_embed_dim", "cross_attention_dim")
+"""What denoisers call the width of their text embeddings. The first that a configuration has is the one."""
+
+
+def channels_of(config: Mapping[str, Any]) -> dict[str, int]:
+    """The channels of a text's tensors that a denoiser's configuration gives, by the name of the tensor."""
+    pooled = config.get("pooled_projection_dim")
+    if {"projection_class_embeddings_input_dim", "addition_time_embed_dim"} <= config.keys():  # SDXL's six sizes
+        pooled = (config["projection_class_embeddings_input_dim"] or 0) - 6 * (config["addition_time_embed_dim"] or 0)
+    found = {
+        "prompt_embeds": next((config[name] for name in CHANNELS if config.get(name) is not None), None),
+        "prompt_embeds_2": config.get("text_embed_2_dim"),
+        "pooled_prompt_embeds": pooled,
+    }
+    return {name: width for name, width in found.items() if type(width) is int and width > 0}
+
+
+def require_parts(parts: Parts, family: Family, channels: Mapping[str, int]) -> None:
+    """Raise ValueError for tensors that are not those of a text. `channels`: see `channels_of`."""
+    masked = masks(family)
+    for name, tensor in parts.items():
+        if name in masked.values():
+            if tensor.ndim != 2 or len(tensor) != 1 or tensor.is_complex():
+                raise ValueError(f"{name}: expected a mask [1, L], got {tensor.dtype} {[*tensor.shape]}")
+            continue
+        require_embeddings(tensor, channels.get(name))
+        if "pooled" in name and len(tensor) != 1:
+            raise ValueError(f"{name}: expected [1, C], got {[*tensor.shape]}")
+        if name in masked and parts[masked[name]].shape[-1:] != tensor.shape[:1]:
+            raise ValueError(f"{name}: expected as many tokens as in its mask, got {len(tensor)}")
+
+
+def require_one_length(parts: Sequence[Parts], family: Family) -> None:
+    """Raise ValueError if texts differ in length where a family's call takes them without a mask."""
+    padded = {*masks(family), *masks(family).values()}
+    for name in () if family.ragged else set().union(*parts) - padded:
+        if len(lengths := {len(each[name]) for each in parts}) > 1:
+            raise ValueError(f"{name}: expected texts of one length, got {sorted(lengths)[:4]}")
+
+
 def masks(family: Family) -> dict[str, str]:
     """The name of the mask of each embeddings that have one."""
     found, embeddings = {}, None
@@ -161,6 +201,8 @@ def cached_parts(
     key: dict,
     cache_dir: str | Path | None = None,
     progress: Progress | None = None,
+    check: Callable[[Parts], None] = lambda parts: None,
+    together: Callable[[list[Parts]], None] = lambda parts: None,
 ) -> list[Parts]:
     """The tensors of several texts: read from the cache, and encoded if the cache lacks one of them.
 
@@ -171,9 +213,12 @@ def cached_parts(
         key: everything besides the prompt that affects the tensors: JSON values only.
         cache_dir: folder of the caches. None: no cache is used.
         progress: called with (encoded, to encode).
+        check: raises ValueError for cached tensors that the model cannot take.
+        together: raises ValueError for texts whose tensors do not fit into one batch.
 
     Raises:
-        ConfigError: there is no entry; or a cache file cannot be read, is damaged, or belongs to another key.
+        ConfigError: there is no entry; or a cache file is damaged, belongs to another key, or holds tensors that
+            `check` refuses. A cache that cannot be read or written is not used, which is logged once.
     """
     if not entries:
         raise ConfigError("prompts: expected at least one, got an empty list")
@@ -188,6 +233,8 @@ def cached_parts(
     for entry in wanted:
         parts = {name: stored.get(slot(entry, name)) for name in names}
         if all(part is not None for part in parts.values()):
+            with cache.fitting():
+                check(parts)
             found[entry] = parts
     missing, shard = [entry for entry in wanted if entry not in found], {}
     for done, (entry, parts) in enumerate(zip(missing, encode(missing) if missing else (), strict=True), 1):
@@ -198,6 +245,9 @@ def cached_parts(
             shard = {}
         if progress is not None:
             progress(done, len(missing))
+    if cache is not None:
+        with cache.fitting():
+            together([found[entry] for entry in wanted])
     return [found[entry] for entry in entries]
 
 

@@ -8,7 +8,7 @@ import gc
 import inspect
 import json
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +17,19 @@ from diffusers import DiffusionPipeline
 from transformers import PreTrainedModel
 
 from esengine.base.errors import ConfigError
-from esengine.base.memory import give_back, oom_guard
-from esengine.models.conditioning import NEGATIVE, Conditioning, Parts, cached_parts, trimmed
+from esengine.base.memory import give_back
+from esengine.models.conditioning import (
+    NEGATIVE,
+    Conditioning,
+    Parts,
+    cached_parts,
+    channels_of,
+    require_one_length,
+    require_parts,
+    trimmed,
+)
 from esengine.models.families import UNUSED, Family
-from esengine.models.loading import download, load_pipeline
+from esengine.models.loading import download, load_pipeline, reading
 from esengine.models.text_cache import Progress, fingerprint
 
 
@@ -93,6 +102,8 @@ class PromptEncoder:
                 key=key,
                 cache_dir=cache_dir if self._source is not None else None,
                 progress=progress,
+                check=partial(require_parts, family=self.family, channels=channels_of(self._module.config)),
+                together=partial(require_one_length, family=self.family),
             )
             self._memo |= {(*role, rest): parts for role, parts in zip(wanted, found, strict=True)}
         parts = [self._memo[(*role, rest)] for role in roles]
@@ -121,8 +132,10 @@ class PromptEncoder:
                 given, from_guidance = dict(arguments, device=self.device), False
                 if "do_classifier_free_guidance" in takes:
                     given["do_classifier_free_guidance"] = from_guidance = bool(role)
-                with torch.no_grad(), oom_guard("a prompt's tokens", "take a smaller model or --dtype bfloat16"):
-                    yield trimmed(pipe.encode_prompt(prompt=prompt, **given), self.family, from_guidance)
+                cannot = f"model: cannot encode {prompt!r:.60}"
+                with torch.no_grad(), reading(cannot, "a prompt's tokens"):
+                    parts = trimmed(pipe.encode_prompt(prompt=prompt, **given), self.family, from_guidance)
+                yield parts
 
     @contextlib.contextmanager
     def _encoders(self) -> Iterator[DiffusionPipeline]:

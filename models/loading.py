@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,15 +11,16 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderDC, DiffusionPipeline, ModelMixin, SanaSprintPipeline, SanaTransformer2DModel
+from diffusers import AutoencoderDC, DiffusionPipeline, ModelMixin, SanaSprintPipeline
 from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import SafetensorError
-from transformers import Gemma2Model, PreTrainedModel
+from transformers import PreTrainedModel
 
-from esengine.base.errors import ConfigError
+from esengine.base.errors import ConfigError, EsengineError
 from esengine.base.memory import oom_guard
 from esengine.models import nano, tiny, tiny_pipelines
 from esengine.models.families import FAMILIES, FAST, UNUSED, Family, family_of
+from esengine.models.model_files import naming_keys, read_mapping, require_own_files
 from esengine.models.quiet import no_progress_bars
 from esengine.models.text_cache import fingerprint
 
@@ -39,11 +39,11 @@ TINY_PREFIX = "tiny:"
 
 INDEX = "model_index.json"
 
-READ_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ArithmeticError, SafetensorError)
+READ_ERRORS = (
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, ImportError),
+    *(AssertionError, EOFError, SafetensorError),
+)
 """Exceptions that the libraries raise for a missing, damaged or wrong file."""
-
-WEIGHTS = {"transformer": SanaTransformer2DModel, "vae": AutoencoderDC, "text_encoder": Gemma2Model}
-"""The components of a pipeline that have weights."""
 
 
 def locate(model: str, revision: str | None, local_files_only: bool) -> tuple[Path, dict[str, str]]:
@@ -103,7 +103,7 @@ def family_at(folder: Path, model: str = "") -> Family:
     Raises:
         ConfigError: the folder is not a pipeline of a family, see `families.family_of`.
     """
-    with _reading(f"model: cannot load {folder}"):
+    with reading(f"model: cannot load {folder}"):
         family = _checked(folder / INDEX)
     if model.startswith(TINY_PREFIX):
         family = dataclasses.replace(family, size=tiny_pipelines.SIZE)
@@ -112,14 +112,14 @@ def family_at(folder: Path, model: str = "") -> Family:
 
 def _checked(index: Path) -> Family:
     try:
-        return family_of(json.loads(index.read_text(encoding="utf-8")))
+        return family_of(read_mapping(index))
     except ConfigError as error:
         raise ValueError(str(error)) from error
 
 
 def _require_kind(folder: Path) -> None:
     """Raises ValueError unless the folder is a SANA-Sprint pipeline whose components are all of its family's."""
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    index = read_mapping(folder / INDEX)
     if index.get("_class_name") != FAST:
         raise ValueError(f"expected a {FAST}, got {index.get('_class_name')}")
     _checked(folder / INDEX)
@@ -131,7 +131,7 @@ def _family_on_hub(model: str, revision: str | None, local_files_only: bool) -> 
         index = hf_hub_download(model, INDEX, revision=revision, local_files_only=local_files_only)
     except READ_ERRORS as error:
         raise _not_on_hub(model) from error
-    with _reading(f"model: cannot load {model}"):
+    with reading(f"model: cannot load {model}"):
         return _checked(Path(index))
 
 
@@ -165,12 +165,14 @@ def load(
         ConfigError: It cannot be read, or a weight is missing or has another shape. The message names the weight.
         OutOfMemory: It does not fit into memory.
     """
-    with _reading(f"model: cannot load {folder}"):
+    with reading(f"model: cannot load {folder}"):
         _require_kind(folder)
-        own = {name: _whole(cls, folder / name, dtype) for name, cls in WEIGHTS.items() if name not in parts}
-        pipeline = SanaSprintPipeline.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, **own, **parts
-        )
+        require_own_files(folder, [name for name in FAMILIES["sana-sprint"].components if name not in parts])
+        index = read_mapping(folder / INDEX)
+        missing = [name for name in FAMILIES["sana-sprint"].components if name not in parts and index.get(name)]
+        own = {name: _component(*index[name], folder / name, dtype) for name in missing}
+        files = dict(use_safetensors=True, local_files_only=True)
+        pipeline = SanaSprintPipeline.from_pretrained(folder, dtype=dtype, **files, **own, **parts)
         return pipeline.to(device)
 
 
@@ -190,14 +192,15 @@ def load_pipeline(
         ConfigError: it cannot be read, or a weight is missing or has another shape. The message names the weight.
         OutOfMemory: it does not fit into memory.
     """
-    with _reading(f"model: cannot load {folder}"):
+    with reading(f"model: cannot load {folder}"):
         kind = getattr(diffusers, family.pipeline)
         _checked(folder / INDEX)
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index = read_mapping(folder / INDEX)
         takes = inspect.signature(kind.__init__).parameters.keys() - family.components.keys()
         options = {name: index[name] for name in takes & index.keys() if not isinstance(index[name], list)}
         unused = {name: None for name in UNUSED if name in family.components}
         found = unused | parts
+        require_own_files(folder, sorted(family.components.keys() - found.keys()))
         for name in family.components.keys() - found.keys():
             library, named = index.get(name) or (None, None)
             part = None if named is None else _component(library, named, folder / name, dtype)
@@ -208,19 +211,20 @@ def load_pipeline(
 def _component(library: str, name: str, folder: Path, dtype: torch.dtype) -> Any:
     """Load a component of a class that its family's row allows."""
     for file in folder.glob("*config.json"):
-        if not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
-            raise ValueError(f"{folder.name}/{file.name}: expected a mapping")
+        read_mapping(file)
     kind = getattr({"diffusers": diffusers, "transformers": transformers}[library], name)
     if issubclass(kind, (ModelMixin, PreTrainedModel)):
         return _whole(kind, folder, dtype)
-    return kind.from_pretrained(folder, local_files_only=True)
+    with naming_keys(folder):
+        return kind.from_pretrained(folder, local_files_only=True)
 
 
 def _whole(kind: type[ModelMixin | PreTrainedModel], folder: Path, dtype: torch.dtype) -> ModelMixin | PreTrainedModel:
     """Load a component and check that its files hold every weight: transformers initialises missing ones randomly."""
     files = dict(use_safetensors=True, local_files_only=True)
     name = "dtype" if issubclass(kind, PreTrainedModel) else "torch_dtype"
-    component, found = kind.from_pretrained(folder, **{name: dtype}, **files, output_loading_info=True)
+    with naming_keys(folder):
+        component, found = kind.from_pretrained(folder, **{name: dtype}, **files, output_loading_info=True)
     if absent := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
         raise ValueError(f"{folder.name} lacks {len(absent)} of its weights, such as {absent[0]}")
     return component
@@ -239,7 +243,8 @@ def load_vae(vae: str, pipeline: Path, dtype: torch.dtype, local_files_only: boo
         ConfigError: There is no such VAE, it cannot be read, or its latents have other channels, scale or compression.
     """
     folder, identity = _locate_vae(vae, pipeline, local_files_only)
-    with _reading(f"vae: cannot use {vae}"):
+    with reading(f"vae: cannot use {vae}"):
+        require_own_files(folder)
         loaded = _whole(AutoencoderDC, folder, dtype)
     return loaded, identity or fingerprint(folder, ("",))
 
@@ -260,10 +265,8 @@ def _locate_vae(vae: str, pipeline: Path, local_files_only: bool) -> tuple[Path,
         except READ_ERRORS as error:
             raise ConfigError(f"vae: {vae} is not a folder, and no hub model of that name was found") from error
         identity = f"{name}@{folder.name}"
-    with _reading(f"vae: cannot use {vae}"):
-        own, given = (
-            json.loads((each / "config.json").read_text(encoding="utf-8")) for each in (pipeline / "vae", folder)
-        )
+    with reading(f"vae: cannot use {vae}"):
+        own, given = (read_mapping(each / "config.json") for each in (pipeline / "vae", folder))
         if given.get("_class_name") != AutoencoderDC.__name__:
             raise ValueError(f"expected an AutoencoderDC, got {given.get('_class_name')}")
         for what, fact in LATENT_FACTS.items():
@@ -278,10 +281,12 @@ def first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _reading(cannot: str) -> Iterator[None]:
-    """Replace read errors by a ConfigError of one line that begins with `cannot`. Out-of-memory is an `OutOfMemory`."""
+def reading(cannot: str, what: str = "the model's weights") -> Iterator[None]:
+    """Replace errors by a ConfigError of one line that begins with `cannot`; without memory for `what`, OutOfMemory."""
     try:
-        with no_progress_bars(), oom_guard("the model's weights", "take a smaller model or --dtype bfloat16"):
+        with no_progress_bars(), oom_guard(what, "take a smaller model or --dtype bfloat16"):
             yield
-    except READ_ERRORS as error:
+    except (EsengineError, MemoryError):
+        raise
+    except Exception as error:  # the libraries' errors are not documented
         raise ConfigError(f"{cannot}: {first_line(error)}") from error

@@ -13,8 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from esengine.base.files import replace_file
+from esengine.base.records import parse_json
 from esengine.es.layers import HONOURED
-from esengine.es.lora_folder import PEFT_CONFIG, PEFT_WEIGHTS
+from esengine.es.lora_folder import PEFT_CONFIG, PEFT_WEIGHTS, require_finite
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 
@@ -127,8 +128,8 @@ def check_diffusers_lora(file: Path, shapes: Mapping[str, torch.Size], denoiser:
             if not len(a) or a.shape[1:] != (*inner,) or b.shape != (out, len(a), *[1] * (len(inner) - 1)):
                 got = f"A {[*a.shape]} and B {[*b.shape]}"
                 raise ValueError(f"{layer}: expected A and B of a weight {[*shapes[layer]]}, got {got}")
-            if not all(each.is_floating_point() and each.isfinite().all() for each in (a, b)):
-                raise ValueError(f"{layer}: expected finite floating-point numbers")
+            for side, tensor in (("A", a), ("B", b)):
+                require_finite(layer, f"{prefix}.{layer}.lora_{side}.weight", tensor)
             most = max(most, len(a))
         _check_metadata((opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY), most, denoiser)
     return layers
@@ -138,7 +139,7 @@ def _check_metadata(packed: str | None, most: int, denoiser: str) -> None:
     """Raise ValueError for metadata that does more than set each layer's scale and its rank, at most `most`."""
     if packed is None:
         return
-    found, default = json.loads(packed), LoraConfig()
+    found, default = parse_json(packed), LoraConfig()
     if not isinstance(found, dict):
         raise ValueError(f"metadata: expected a mapping, got {type(found).__name__}")
     prefix = f"{denoiser}."
@@ -149,7 +150,7 @@ def _check_metadata(packed: str | None, most: int, denoiser: str) -> None:
     for name in ("target_modules", "exclude_modules", "layers_pattern"):
         names = found.get(name) or []
         names = [names] if isinstance(names, str) else names
-        if not all(isinstance(each, str) and NAME.fullmatch(each) for each in names):
+        if not isinstance(names, list) or not all(isinstance(each, str) and NAME.fullmatch(each) for each in names):
             raise ValueError(f"metadata: {name}: expected names of layers")
     if found.get("init_lora_weights") not in (None, True, False, "gaussian"):
         raise ValueError("metadata: init_lora_weights: expected one that leaves the model's weights as they are")

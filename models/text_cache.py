@@ -12,6 +12,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from esengine.base.errors import ConfigError
-from esengine.base.files import replace_file
+from esengine.base.files import read_regular, replace_file, warn_no_cache
 from esengine.base.transfer import upload
 
 FORMAT = 1
@@ -140,6 +141,8 @@ def embed_prompts(
     key: dict,
     cache_dir: str | Path | None = None,
     progress: Progress | None = None,
+    channels: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> TextEmbeddings:
     """Embeddings of `prompts`: read from the cache, and encoded if the cache lacks them.
 
@@ -149,18 +152,23 @@ def embed_prompts(
         key: Everything besides the prompt that affects the embeddings: JSON values only.
         cache_dir: Folder of the caches. None: no cache is used.
         progress: Called after each encoded prompt.
+        channels, dtype: C and the data type that cached embeddings must have. None: any.
 
     Returns:
         The embeddings, in the order of `prompts`.
 
     Raises:
-        ConfigError: A cache file cannot be read, is damaged, or belongs to another key. The message names it.
+        ConfigError: A cache file is damaged, belongs to another key, or holds embeddings of another shape or data type.
+            The message names it. A cache that cannot be read or written is not used, which is logged once.
     """
     if not prompts:
         raise ConfigError("prompts: expected at least one, got an empty list")
     cache = None if cache_dir is None else Cache(Path(cache_dir), key)
     wanted = list(dict.fromkeys(prompts))
     found = {} if cache is None else cache.read(wanted)
+    for embedding in found.values():
+        with cache.fitting():
+            require_embeddings(embedding, channels, dtype)
     missing = [prompt for prompt in wanted if prompt not in found]
     shard = {}
     for done, (prompt, embedding) in enumerate(zip(missing, encode(missing) if missing else (), strict=True), 1):
@@ -173,25 +181,66 @@ def embed_prompts(
     return TextEmbeddings(prompts, [found[prompt] for prompt in prompts])
 
 
+def require_embeddings(tensor: torch.Tensor, channels: int | None = None, dtype: torch.dtype | None = None) -> None:
+    """Raise ValueError unless a tensor is finite floating-point [L, C] with L >= 1, and of these channels and dtype."""
+    if tensor.ndim != 2 or not len(tensor) or tensor.dtype not in _FLOATS or dtype not in (None, tensor.dtype):
+        raise ValueError(f"expected embeddings [L, C] of {dtype or 'floats'}, got {tensor.dtype} {[*tensor.shape]}")
+    if channels is not None and tensor.shape[1] != channels:
+        raise ValueError(f"expected embeddings of {channels} channels, got {[*tensor.shape]}")
+    if not tensor.isfinite().all():
+        raise ValueError("expected finite embeddings")
+
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
 class Cache:
-    """One cache: tensors [L, C] by text, in shards with an index. See the module's docstring."""
+    """One cache: tensors [L, C] by text, in shards with an index. See the module's docstring.
+
+    A cache that cannot be read or written, such as in a read-only folder or on a full disk, is not used any more.
+    """
 
     def __init__(self, folder: Path, key: dict):
         self.key = {"format": FORMAT, **key}
         self.stem = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = folder
         self.index = folder / f"{self.stem}.json"
+        self._usable = True
+
+    @contextmanager
+    def fitting(self) -> Iterator[None]:
+        """Turn a ValueError about a cached tensor into a ConfigError that names the index."""
+        try:
+            yield
+        except ValueError as error:
+            raise _damaged(self.index, error) from error
 
     def read(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """The cached embeddings among `prompts`, checked against their sha256."""
-        entries = self._entries()
         by_shard: dict[str, list[str]] = {}
-        for prompt in prompts:
-            if prompt in entries:
-                by_shard.setdefault(entries[prompt]["shard"], []).append(prompt)
-        return {p: t for shard, members in by_shard.items() for p, t in self._shard(shard, members, entries)}
+        try:
+            entries = self._entries()
+            for prompt in prompts:
+                if prompt in entries:
+                    by_shard.setdefault(entries[prompt]["shard"], []).append(prompt)
+            return {p: t for shard, members in by_shard.items() for p, t in self._shard(shard, members, entries)}
+        except OSError as error:
+            self._give_up(error)
+            return {}
 
     def append(self, embeddings: dict[str, torch.Tensor]) -> None:
+        """Add embeddings by text."""
+        try:
+            if self._usable:
+                self._append(embeddings)
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self._usable = False
+        warn_no_cache(f"{error.filename or self.folder}: {error.strerror or error}")
+
+    def _append(self, embeddings: dict[str, torch.Tensor]) -> None:
         shard = f"{self.stem}-{secrets.token_hex(8)}.safetensors"
         tensors = {_sha256(prompt.encode()): embedding.contiguous() for prompt, embedding in embeddings.items()}
         new = {
@@ -204,30 +253,33 @@ class Cache:
 
     def _entries(self) -> dict[str, dict[str, str]]:
         try:
-            content = json.loads(self.index.read_text(encoding="utf-8"))
+            content = json.loads(read_regular(self.index))
             if content["key"] != self.key:
                 raise ValueError("it belongs to another model or other settings")
             for entry in content["prompts"].values():
-                if {"shard", "tensor", "sha256"} - entry.keys() or Path(entry["shard"]).name != entry["shard"]:
+                named = all(isinstance(entry.get(name), str) for name in ("shard", "tensor", "sha256"))
+                if not named or Path(entry["shard"]).name != entry["shard"] or "\0" in entry["shard"]:
                     raise ValueError("an entry is not complete")
             return content["prompts"]
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise _damaged(self.index, error) from error
 
     def _shard(self, shard: str, prompts: list[str], entries: dict) -> Iterator[tuple[str, torch.Tensor]]:
         path = self.folder / shard
         try:
+            if path.exists() and not path.is_file():
+                raise ValueError("expected a regular file")
             with safe_open(path, framework="pt") as file:
                 for prompt in prompts:
                     tensor = file.get_tensor(entries[prompt]["tensor"])
-                    if tensor.ndim != 2 or _tensor_sha256(tensor) != entries[prompt]["sha256"]:
+                    if _tensor_sha256(tensor) != entries[prompt]["sha256"]:
                         raise ValueError("the checksum of an embedding does not match")
                     yield prompt, tensor
         except FileNotFoundError:
             return  # a deleted shard: its prompts are not cached
-        except (OSError, ValueError, SafetensorError) as error:
+        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise _damaged(path, error) from error
 
 
@@ -243,4 +295,4 @@ def _sha256(data: bytes) -> str:
 def _tensor_sha256(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and bytes."""
     header = f"{tensor.dtype} {[*tensor.shape]}\n".encode()
-    return _sha256(header + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return _sha256(header + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -5,6 +5,8 @@ convolutions, DC-AE, Gemma-2 with its tokenizer. The random weights are scaled s
 byte and depend on the prompt, the latent and every linear layer. So ES can train it, but its images show nothing.
 """
 
+import atexit
+import functools
 import inspect
 import json
 import os
@@ -18,7 +20,7 @@ from diffusers import AutoencoderDC, SanaSprintPipeline, SanaTransformer2DModel,
 from transformers import Gemma2Config, Gemma2Model
 
 from esengine.base.errors import ConfigError
-from esengine.base.files import cache_root
+from esengine.base.files import cache_root, warn_no_cache
 from esengine.models.quiet import no_progress_bars
 from esengine.models.tokenizer import SPECIAL, save_tokenizer
 
@@ -48,14 +50,42 @@ def tiny_model(root: Path | None = None) -> Path:
     Raises:
         ConfigError: The folder cannot be written.
     """
-    path = Path(root or cache_root()) / NAME
-    if not (path / "model_index.json").is_file():
+    return in_cache(NAME, build_tiny, root)
+
+
+def in_cache(name: str, build: Callable[[Path], object], root: Path | None = None) -> Path:
+    """The folder `name` in this user's cache, or in `root`, built at the first call.
+
+    Without a cache that can be written, it is built in a temporary folder of this process.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    cache = cache_root() if root is None else Path(root)
+    for parent in (cache, None) if root is None else (cache,):
         try:
-            build_tiny(path)
-        except OSError as error:
-            if not (path / "model_index.json").is_file():  # else another process finished first
-                raise ConfigError(f"cannot build the default model in {path}: {error}") from error
-    return path
+            path = (_temporary() if parent is None else parent) / name
+            try:
+                if not (path / "model_index.json").is_file():
+                    build(path)
+            except OSError:
+                if not (path / "model_index.json").is_file():  # else another process finished first
+                    raise
+            return path
+        except Exception as error:
+            if not isinstance(error, OSError) and "os error" not in str(error):  # as safetensors says of a full disk
+                raise
+            if parent is None or root is not None:
+                raise ConfigError(f"cannot build the default model {name}: {error}") from error
+            warn_no_cache(str(error))
+
+
+@functools.cache
+def _temporary() -> Path:
+    """A folder that is removed when this process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="esengine-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def build_tiny(path: str | Path, *, seed: int = 0) -> Path:

@@ -7,6 +7,7 @@ that start at zero are drawn instead, so that every layer counts. The images sho
 import json
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 
 from esengine.base.errors import ConfigError
-from esengine.base.files import cache_root
 from esengine.models.families import FAMILIES, TINY
 from esengine.models.quiet import no_progress_bars
-from esengine.models.tiny import build_folder, corpus, tiny_model
+from esengine.models.tiny import build_folder, corpus, in_cache, tiny_model
 from esengine.models.tokenizer import SPECIAL, save_tokenizer
 
 VERSION = "v1"
@@ -58,14 +58,7 @@ def tiny_pipeline(name: str, root: Path | None = None) -> Path:
         raise ConfigError(f"model: expected tiny:FAMILY with one of {', '.join(TINY)}, got 'tiny:{name:.100}'")
     if name == "sana-sprint":
         return tiny_model(root)
-    path = Path(root or cache_root()) / f"tiny-{name}-{VERSION}"
-    if not (path / "model_index.json").is_file():
-        try:
-            build_tiny_pipeline(name, path)
-        except OSError as error:
-            if not (path / "model_index.json").is_file():  # else another process finished first
-                raise ConfigError(f"model: cannot build tiny:{name} in {path}: {error}") from error
-    return path
+    return in_cache(f"tiny-{name}-{VERSION}", partial(build_tiny_pipeline, name), root)
 
 
 def build_tiny_pipeline(name: str, path: str | Path, *, seed: int = 0) -> Path:

@@ -4,9 +4,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from esengine.base.printable import printable, without_secrets
+
 
 class EsengineError(Exception):
-    """Base of the errors below."""
+    """Base of the errors below. The message has no control codes and no secrets of URLs, wherever it comes from."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(_safe(message))
 
 
 class ConfigError(EsengineError):
@@ -25,8 +30,13 @@ class ConfigError(EsengineError):
     ):
         if setting is None:
             setting, _, problem = problem.partition(": ")
+        setting, problem, source = _safe(setting), _safe(problem), source and _safe(source)
         self.setting, self.problem, self.others, self.source = setting, problem, tuple(others), source
         super().__init__(": ".join(part for part in (source, setting, problem) if part))
+
+
+def _safe(message: object) -> str:
+    return printable(without_secrets(str(message)))
 
 
 @contextmanager

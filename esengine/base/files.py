@@ -1,9 +1,11 @@
 """Atomic and synced file writes, safe reads, and the cache folder."""
 
 import errno
+import logging
 import os
 import stat
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,10 @@ from esengine.base.errors import RunError
 
 DATA = Path(__file__).parents[1] / "data"
 """Packaged prompts and settings. `--config reference` finds reference.yaml, the settings of the published run."""
+
+_log = logging.getLogger(__name__)
+warned = threading.Event()
+"""Set when `warn_no_cache` has logged. A command clears it at its start."""
 
 
 @contextmanager
@@ -32,7 +38,21 @@ def read_regular(path: str | Path, most: int | None = None) -> bytes:
             raise OSError(errno.EINVAL, "expected a regular file", str(path))
         if most is not None and facts.st_size > most:
             raise OSError(errno.EFBIG, f"expected at most {most} bytes, got {facts.st_size}", str(path))
-        return file.read()
+        data = file.read(-1 if most is None else most + 1) or b""  # None: of a file of the kernel that has nothing yet
+        if most is not None and len(data) > most:
+            raise OSError(errno.EFBIG, f"expected at most {most} bytes, got more", str(path))
+        return data
+
+
+def require_inside(folder: Path, path: Path) -> Path:
+    """The path, if following its links does not lead out of the folder. Raises RunError otherwise."""
+    try:
+        inside = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):  # links in a circle, or a NUL
+        inside = False
+    if not inside:
+        raise RunError(f"{path}: expected a file in {folder}, it leads out of the folder", path=path)
+    return path
 
 
 @contextmanager
@@ -87,14 +107,34 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def cache_root() -> Path:
-    """This user's cache: `$ESENGINE_CACHE`, else `$XDG_CACHE_HOME/esengine`, else `~/.cache/esengine`."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("ESENGINE_CACHE") or base / "esengine")
+def cache_root() -> Path | None:
+    """This user's cache: `$ESENGINE_CACHE`, else `$XDG_CACHE_HOME/esengine`, else `~/.cache/esengine`.
+
+    None if none of them is set and this user has no home folder. That is logged once.
+    """
+    if given := os.environ.get("ESENGINE_CACHE"):
+        return Path(os.path.expanduser(given))
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given) / "esengine"
+    try:
+        return Path.home() / ".cache" / "esengine"
+    except RuntimeError:  # a user without an entry in the system's list, and HOME is not set
+        warn_no_cache("this user has no home folder")
+        return None
+
+
+def warn_no_cache(why: str) -> None:
+    """Log once in a command that the work goes on without the cache."""
+    if warned.is_set():
+        return
+    warned.set()
+    _log.warning("warning: no cache: %s; the work goes on without it. ESENGINE_CACHE sets another folder", why)
 
 
 def refuse_links(where: str, paths: Iterable[Path]) -> None:
-    """Raises RunError if one of the paths is a symbolic link. The message begins with `where`."""
+    """Raises RunError if a path is a symbolic link, pipe, device or socket. The message begins with `where`."""
     for path in paths:
         if path.is_symlink():
             raise RunError(f"{where}: {path} is a symbolic link, a run writes to none: remove it")
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise RunError(f"{where}: {path} is a pipe, device or socket, expected a file or a folder: remove it")

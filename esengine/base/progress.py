@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from esengine.base.printable import shown
+
 
 class Progress:
     """Receives the progress of a run. The base class does nothing; the command line uses `Bar`."""
@@ -41,7 +43,7 @@ class Bar(Progress):
 
     def note(self, text: str) -> None:
         with self._unless_lost():
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(shown(text), file=sys.stderr)
 
     def count(self, what: str, done: int, total: int) -> None:
         with self._unless_lost():

@@ -17,7 +17,6 @@ import codecs
 import contextlib
 import csv
 import io
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -25,10 +24,12 @@ from typing import Any
 
 from esengine.base.errors import ConfigError
 from esengine.base.files import read_regular
+from esengine.base.records import parse_json
 
 COLUMNS = {"prompt": ("prompt", "prompts"), "category": ("category",), "challenge": ("challenge",)}
 """Names of each column, in any case. Only the prompt is required, unless a caller requires more."""
 
+MAX_BYTES = 1 << 28
 ACCEPTED = ".txt (a prompt on each line), .tsv, .csv, .jsonl or .json"
 _TABLES, _JSON_LINES, _JSON = (".tsv", ".csv"), (".jsonl", ".ndjson"), ".json"
 _OTHER = frozenset((
@@ -44,7 +45,7 @@ _BESIDE = frozenset((
     *("key", "file", "filename", "path", "lang", "language", "score", "negative", "style", "model", "width", "height"),
 ))  # fmt: skip
 """Words in the names of other columns."""
-_JSON_BEGUN = re.compile(r"""\{\s*["'][^"']*["']\s*:|\[\s*\{\s*["']|\[\s*("[^"]*"|'[^']*')\s*(,|\]?\s*$)""")
+_JSON_BEGUN = re.compile(r"""\{\s*["'][^"']*["']\s*:|\[\s*\{\s*["']|\[\s*("[^"]*"|'[^']*')\s*(,|$|\]\s*$)""")
 _YAML = re.compile(r"---$|(prompts|captions)\s*:|-\s+(prompt|caption|text)\s*:")
 _MARKUP = re.compile(r"<(\?xml|!doctype|html)", re.IGNORECASE)
 
@@ -106,7 +107,7 @@ def read_prompt_file(path: str | Path, needed: Sequence[str] = ("prompt",)) -> C
 
 def _bytes(path: Path, where: str) -> bytes:
     try:
-        return read_regular(path).removeprefix(codecs.BOM_UTF8)
+        return read_regular(path, MAX_BYTES).removeprefix(codecs.BOM_UTF8)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{where}: {getattr(error, 'strerror', None) or error}") from error
 
@@ -130,11 +131,11 @@ def _looks_like(data: bytes) -> str | None:
 
 
 def _json_like(data: bytes, first: str, lines: list[str]) -> str | None:
-    with contextlib.suppress(ValueError, RecursionError):
-        if isinstance(json.loads(first), dict):
+    with contextlib.suppress(ValueError):
+        if isinstance(parse_json(first), dict):
             return ".jsonl"
-    with contextlib.suppress(ValueError, RecursionError):
-        items = json.loads(data)
+    with contextlib.suppress(ValueError):
+        items = parse_json(data)
         if isinstance(items, dict) or any(isinstance(item, (str, dict, list)) for item in items):
             return _JSON
     over_lines = len(lines) > 1 and (first, lines[-1].strip()) in (("[", "]"), ("{", "}"))
@@ -228,8 +229,8 @@ def _json(text: str, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _loads(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise ConfigError(f"{where}: expected JSON, got {getattr(error, 'msg', None) or str(error)[:80]}") from error
 
 
@@ -252,9 +253,13 @@ def _row(item: Any, where: str) -> dict[str, Any]:
 
 
 def _table(text: str, where: str, form: str, needed: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    while (first := text.lstrip().partition("\n")[0]).startswith("#") and not _names(first):
-        text = text.replace(first, "", 1)
-    first = text.lstrip().partition("\n")[0]
+    lines = text.split("\n")
+    for number, line in enumerate(lines):
+        first = line.lstrip()
+        if first and (not first.startswith("#") or _names(first)):
+            break
+        lines[number] = ""  # a comment above the column names
+    text, first = "\n".join(lines), first.partition("\r")[0]
     rows = _cells(text, where, "\t" in first or (form == ".tsv" and "," not in first))
     _, header = next(((number, row) for number, row in rows if any(row)), (0, []))
     names = [cell.lower() for cell in header]

@@ -1,4 +1,8 @@
-"""Reads a folder's JSON and YAML files. An error names the file and the line."""
+"""Reads a folder's JSON files, which may be another's. An error names the file and the line.
+
+A file is read only if it is a regular file of limited size, and does not lead out of its folder. A value has a limited
+size, number of levels and number of lists and mappings. An integer has a limited number of digits.
+"""
 
 import json
 import math
@@ -7,36 +11,65 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from esengine.base.errors import RunError
+from esengine.base.files import read_regular, require_inside
 
 LARGEST = 3.5e38
 """Limit of a number that is read. It is above every float32; sums and differences of such numbers are finite."""
 
+MAX_OBJECT, MAX_LINES = 1 << 25, 1 << 28
+"""Limits in bytes of one JSON value, and of a file of lines."""
+DEEPEST, CONTAINERS, DIGITS = 32, 1 << 20, 1000
+"""Limits of a JSON value: its levels, its lists and mappings, the digits of an integer."""
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object."""
+
+def parse_json(data: bytes | str, *, strict: bool = False) -> Any:
+    """A JSON value.
+
+    Args:
+        data: the text.
+        strict: refuse NaN, infinities and keys that are given twice.
+
+    Raises:
+        ValueError: it is not JSON, or beyond one of the limits.
+    """
+    hooks = dict(object_pairs_hook=_once, parse_constant=_no_number) if strict else {}
+    if len(data) > MAX_OBJECT:
+        raise ValueError(f"expected at most {MAX_OBJECT} bytes, got {len(data)}")
     try:
-        found = json.loads(_text(path))
+        found = json.loads(data, parse_int=_integer, **hooks)
+    except RecursionError as error:
+        raise ValueError(f"expected at most {DEEPEST} levels") from error
+    _require_flat(found)
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a key that is there twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("expected each key once")
+    return found
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+def read_json(path: Path, folder: Path | None = None) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Args:
+        path: the file.
+        folder: the folder that its links may not lead out of. None: that of the file.
+    """
+    try:
+        found = parse_json(_text(path, MAX_OBJECT, folder))
     except json.JSONDecodeError as error:
         raise RunError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or too deep nesting
+    except ValueError as error:
         raise RunError(f"{path}: not as esengine writes it: {str(error)[:80]}") from error
     return _object(found, str(path))
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a file that holds one YAML mapping."""
-    try:
-        found = yaml.safe_load(_text(path))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise RunError(f"{path}{where}: {getattr(error, 'problem', None) or 'not YAML'}") from error
-    if not isinstance(found, dict):
-        raise RunError(f"{path}: expected a mapping of settings, got {type(found).__name__}")
-    return found
 
 
 def read_lines(path: Path, parse: Callable[[dict[str, Any]], Any]) -> list[Any]:
@@ -46,13 +79,13 @@ def read_lines(path: Path, parse: Callable[[dict[str, Any]], Any]) -> list[Any]:
         path: the file.
         parse: takes a line's object. Its KeyError, TypeError or ValueError becomes a RunError that names the line.
     """
-    *lines, _unfinished = _text(path).split("\n")
+    *lines, _unfinished = _text(path, MAX_LINES).split("\n")
     found = []
     for number, line in enumerate(lines, start=1):
         where = f"{path}, line {number}"
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            record = parse_json(line)
+        except ValueError as error:
             raise RunError(f"{where}: not JSON: {getattr(error, 'msg', None) or str(error)[:80]}") from error
         with as_written(where):
             found.append(parse(_object(record, where)))
@@ -65,9 +98,9 @@ def as_written(where: str | Path) -> Iterator[None]:
     try:
         yield
     except KeyError as error:
-        raise RunError(f"{where}: expected {error.args[0]!r} in it, there is none") from error
-    except (AttributeError, IndexError, OverflowError, TypeError, ValueError) as error:
-        raise RunError(f"{where}: not as esengine writes it: {error}") from error
+        raise RunError(f"{where}: expected {error.args[0]!r:.80} in it, there is none") from error
+    except (AttributeError, IndexError, OverflowError, RecursionError, TypeError, ValueError) as error:
+        raise RunError(f"{where}: not as esengine writes it: {str(error)[:200]}") from error
 
 
 def number(value: Any) -> float:
@@ -77,6 +110,13 @@ def number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"expected a number, got {value!r:.40}")
     return float(value) if -LARGEST <= value <= LARGEST else math.nan
+
+
+def whole(value: Any) -> int:
+    """The value if it is an integer of at most 2^53. Raises ValueError otherwise."""
+    if type(value) is not int or abs(value) > 1 << 53:
+        raise ValueError(f"expected a whole number, got {value!r:.40}")
+    return value
 
 
 def text(value: Any) -> str:
@@ -93,9 +133,34 @@ def texts(value: Any) -> list[str]:
     return [text(item) for item in value]
 
 
-def _text(path: Path) -> str:
+def _integer(digits: str) -> int:
+    if len(digits) > DIGITS:
+        raise ValueError(f"Exceeds the limit of {DIGITS} digits of an integer, got {len(digits)}")
+    return int(digits)
+
+
+def _require_flat(value: Any) -> None:
+    """Raise ValueError for a value with too many levels, or too many lists and mappings. It does not recurse."""
+    level, count = [value], 0
+    for _ in range(DEEPEST + 1):
+        level = [
+            item
+            for each in level
+            if isinstance(each, (dict, list))
+            for item in (each.values() if isinstance(each, dict) else each)
+            if isinstance(item, (dict, list))
+        ]
+        count += len(level)
+        if count > CONTAINERS:
+            raise ValueError(f"expected at most {CONTAINERS} lists and mappings")
+        if not level:
+            return
+    raise ValueError(f"expected at most {DEEPEST} levels")
+
+
+def _text(path: Path, most: int, folder: Path | None = None) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_regular(require_inside(folder or path.parent, path), most).decode("utf-8")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise RunError(f"{path}, line {line}: expected UTF-8, got {error.reason}") from error

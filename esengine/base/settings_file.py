@@ -1,7 +1,8 @@
 """Reads settings from a YAML file. Only plain values are allowed, so that a file cannot expand into more than it holds.
 
-These are rejected with their line: tags, aliases, keys given twice, deep nesting, numbers such as 1:30, and text that
-no file name or prompt could hold. Numbers such as 1e-2, which YAML 1.1 reads as text, are read as numbers.
+These are rejected with their line: tags, aliases, keys given twice, deep nesting, thousands of values, numbers such as
+1:30, and text that no file name or prompt could hold. Numbers such as 1e-2, which YAML 1.1 reads as text, are read as
+numbers.
 """
 
 import re
@@ -20,6 +21,8 @@ _DEEPEST = 8
 _DIGITS = 40
 _SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 """Half a character. The others, U+DC80 to U+DCFF, are bytes of a file name that is not UTF-8."""
+_MOST = 10_000
+"""Values in a file. YAML is read slowly."""
 
 
 def read_yaml(path: Path) -> Any:
@@ -76,7 +79,7 @@ class _Loader(yaml.SafeLoader):
 
 def _require_plain(text: str) -> None:
     depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+    for count, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
         opens = isinstance(event, yaml.CollectionStartEvent)
         depth += opens - isinstance(event, yaml.CollectionEndEvent)
         why = None
@@ -86,5 +89,7 @@ def _require_plain(text: str) -> None:
             why = f"expected values without tags, got {event.tag}"
         elif depth > _DEEPEST:
             why = f"expected at most {_DEEPEST} levels"
+        elif count > _MOST:
+            why = f"expected at most {_MOST} values"
         if why:
             raise yaml.constructor.ConstructorError(None, None, why, event.start_mark)

@@ -8,13 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from esengine.base import files
 from esengine.base.errors import EsengineError, Stopped
+from esengine.base.printable import shown
 from esengine.cli.output import lasting_output
 
 
 def main(args: list[str] | None = None) -> int:
     """The console script. Returns the exit code: 0, 1 for a failed run, 2 for wrong usage, 130 for Ctrl-C."""
     args = sys.argv[1:] if args is None else args
+    files.warned.clear()
     with lasting_output() as output:
         try:
             code = _main(args)
@@ -85,8 +88,7 @@ def _main(args: list[str]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    line = " ".join(message.split())
-    print(f"esengine: error: {line}", file=sys.stderr)
+    print(f"esengine: error: {shown(message)}", file=sys.stderr)
     return code
 
 
@@ -275,10 +277,19 @@ def _replay(config: Any) -> int:
     return 0
 
 
+def _cache(folder: Path) -> str:
+    """The cache's folder, and whether it can be written."""
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+        return str(folder)
+    return f"none: {folder} cannot be written; ESENGINE_CACHE sets another"
+
+
 def _env(config: Any) -> int:
     from esengine.sampling.environment import describe, to_json
 
-    facts = describe()
+    cache = files.cache_root()
+    facts = describe() | {"cache": "none: no home folder; ESENGINE_CACHE sets one" if cache is None else _cache(cache)}
     if config.json:
         print(to_json(facts))
         return 0

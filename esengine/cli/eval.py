@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from esengine.base.errors import ConfigError, RunError, of_setting
-from esengine.base.files import cache_root, refuse_links
+from esengine.base.files import refuse_links
 from esengine.base.group import place
 from esengine.base.progress import Progress
 from esengine.cli.settings import EvalConfig
@@ -30,6 +30,7 @@ from esengine.sampling.build import (
     pick_dtype,
     render_settings,
     resolved,
+    text_cache,
 )
 from esengine.sampling.device import take_device
 from esengine.sampling.settings import ImageSettings
@@ -183,7 +184,7 @@ class _Job:
     def _texts(self) -> TextEmbeddings:
         return self.model.encode(
             self.benchmark.prompts,
-            cache_dir=cache_root() / "text",
+            cache_dir=text_cache(),
             instruction=self.image.instruction,
             progress=lambda done, total: self.progress.count("prompts", done, total),
         )

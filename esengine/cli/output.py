@@ -1,4 +1,7 @@
-"""Standard output and error that survive a closed pipe, so that `| head` is no error and a run continues."""
+"""Standard output and error that survive a closed pipe, so that `| head` is no error and a run continues.
+
+What is written loses control codes and the secrets of URLs, wherever it comes from. See `esengine.base.printable`.
+"""
 
 import errno
 import os
@@ -6,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
+
+from esengine.base.printable import printable, without_secrets
 
 
 class Output:
@@ -22,7 +27,9 @@ class Output:
         self.error: OSError | None = None
 
     def write(self, text: str) -> int:
-        return self._attempt(self._stream.write, self._writable(text)) or len(text)
+        start = "\r" if text.startswith("\r") else ""  # of a progress bar
+        inert = start + printable(without_secrets(text[len(start) :]))
+        return self._attempt(self._stream.write, self._writable(inert)) or len(text)
 
     def flush(self) -> None:
         self._attempt(self._stream.flush)

@@ -6,7 +6,6 @@ The scale s is the one that PEFT or diffusers would apply. What s, A and B of ea
 refused. Files are read as safetensors and JSON, never as pickles.
 """
 
-import json
 import math
 import os
 import re
@@ -19,7 +18,9 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
-from esengine.base.files import utf8_name
+from esengine.base.files import read_regular, utf8_name
+from esengine.base.printable import plain
+from esengine.base.records import parse_json
 from esengine.es.layers import HONOURED
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -28,6 +29,8 @@ DIFFUSERS_METADATA = "lora_adapter_metadata"
 PEFT_PREFIX = "base_model.model."
 
 LARGEST = torch.finfo(torch.float32).max
+MAX_CONFIG, MAX_PATTERNS = 1 << 22, 10_000
+"""Limits of a PEFT configuration: bytes, and patterns of one kind."""
 
 _KEY = re.compile(r"(.+)\.(?:(lora_A|lora\.down|lora_down)|lora_B|lora\.up|lora_up)\.weight")
 _NO_EFFECT = ("lora_dropout", "fan_in_fan_out", "eva_config")
@@ -68,7 +71,7 @@ def read_lora(path: str | os.PathLike, targets: Targets) -> dict[str, LayerLora]
         if not (path / PEFT_WEIGHTS).is_file():
             tensors, metadata = _tensors(path if path.suffix == ".safetensors" else path / DIFFUSERS_WEIGHTS)
             return _of_diffusers(tensors, metadata.get(DIFFUSERS_METADATA), targets)
-        settings = _mapping((path / PEFT_CONFIG).read_text(encoding="utf-8"), PEFT_CONFIG)
+        settings = _mapping(read_regular(path / PEFT_CONFIG, MAX_CONFIG), PEFT_CONFIG)
         tensors, _ = _tensors(path / PEFT_WEIGHTS)
         odd = [key for key in tensors if not key.startswith(PEFT_PREFIX)]
         if odd:
@@ -76,8 +79,8 @@ def read_lora(path: str | os.PathLike, targets: Targets) -> dict[str, LayerLora]
         return parse_lora({key.removeprefix(PEFT_PREFIX): t for key, t in tensors.items()}, settings, targets)
     except FileNotFoundError as error:
         raise ValueError(f"{path}: {_what_is_missing(path, Path(error.filename or path).name)}") from error
-    except (OSError, SafetensorError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    except (OSError, SafetensorError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+        raise ValueError(f"{path}: {plain(error)}") from error
 
 
 def parse_lora(
@@ -112,6 +115,7 @@ def parse_lora(
     for name, pair in pairs.items():
         a, b = _checked_pair(name, pair, targets[_plain_name(name)])
         scale = _scale(name, len(a), settings) if settings is not None else alphas.get(name, len(a)) / len(a)
+        require_finite(f"'{name}'", "lora_B.weight", b, scale)
         found[_plain_name(name)] = LayerLora(a, b, scale)
     if len(found) < len(pairs):
         raise ValueError("expected each layer once, got one twice: as compiled and as plain")
@@ -135,14 +139,16 @@ def _of_diffusers(tensors: dict[str, torch.Tensor], packed: str | None, targets:
 
 def _tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """All tensors of a safetensors file, and its metadata."""
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{file.name}: expected a regular file")
     with utf8_name(file) as name, safe_open(name, framework="pt") as opened:
         return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
 
 
-def _mapping(text: str, what: str) -> dict[str, Any]:
+def _mapping(text: str | bytes, what: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        found = parse_json(text)
+    except ValueError as error:
         raise ValueError(f"{what}: expected JSON, got {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{what}: expected a mapping, got {type(found).__name__}")
@@ -163,13 +169,13 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
     for name, value in settings.items():
         if name in HONOURED or name in _NO_EFFECT or not value or value == getattr(default, name, None):
             continue
-        raise ValueError(f"{name}: expected a plain LoRA, which A, B and a scale describe, got {value!r}")
+        raise ValueError(f"{name}: expected a plain LoRA, which A, B and a scale describe, got {value!r:.100}")
     if settings.get("peft_type", "LORA") != "LORA":
-        raise ValueError(f"peft_type: expected LORA, got {settings['peft_type']!r}")
+        raise ValueError(f"peft_type: expected LORA, got {settings['peft_type']!r:.100}")
     if settings.get("init_lora_weights") not in _INITS:
         raise ValueError(
-            f"init_lora_weights: {settings['init_lora_weights']!r} changes the weights of the model too; convert it to "
-            "a plain LoRA first"
+            f"init_lora_weights: {settings['init_lora_weights']!r:.100} changes the weights of the model too; convert "
+            "it to a plain LoRA first"
         )
 
 
@@ -200,9 +206,19 @@ def _checked_pair(
     expected = (r, *shapes[0][1:]), (shapes[1][0], r, *shapes[1][2:])
     if not r or (a.shape, b.shape) != expected:
         raise ValueError(f"'{name}': expected A and B of {expected}, r at least 1, got {(*a.shape,)} and {(*b.shape,)}")
-    if not all(each.is_floating_point() and each.isfinite().all() for each in (a, b)):
-        raise ValueError(f"'{name}': expected finite floating-point numbers")
+    for side, tensor in (("A", a), ("B", b)):
+        require_finite(f"'{name}'", f"lora_{side}.weight", tensor)
     return a, b
+
+
+def require_finite(where: str, name: str, tensor: torch.Tensor, scale: float = 1.0) -> None:
+    """Raise ValueError unless a layer's tensor has floating-point numbers that are finite in float32, times a scale."""
+    expected = f"{where}: expected finite floating-point numbers in float32, {name} has"
+    if not tensor.is_floating_point():
+        raise ValueError(f"{expected} {str(tensor.dtype).removeprefix('torch.')}")
+    if not (tensor.to(torch.float32) * scale).isfinite().all():
+        scaled = "" if scale == 1 else f", times the scale {scale:g}"
+        raise ValueError(f"{expected} {tensor.to(torch.float64).abs().max():g}{scaled}")
 
 
 def _scale(name: str, rank: int, settings: Mapping[str, Any]) -> float:
@@ -220,6 +236,8 @@ def _by_pattern(name: str, patterns: Any, otherwise: Any, what: str) -> Any:
     """The value of the first pattern that matches a layer's name, as PEFT finds it."""
     if not isinstance(patterns or {}, dict):
         raise ValueError(f"{what}: expected a mapping, got {type(patterns).__name__}")
+    if len(patterns or {}) > MAX_PATTERNS:
+        raise ValueError(f"{what}: expected at most {MAX_PATTERNS} patterns, got {len(patterns)}")
     for pattern in patterns or {}:
         quantified = len(re.findall(r"(?<!\\)[*+]", pattern))
         simple = _PATTERN.fullmatch(pattern) and quantified <= 3 and not re.search(r"\)[*+]|\(\?", pattern)
@@ -233,7 +251,7 @@ def _by_pattern(name: str, patterns: Any, otherwise: Any, what: str) -> Any:
 
 def _number(what: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:  # nor NaN
-        raise ValueError(f"{what}: expected a finite number, got {value!r}")
+        raise ValueError(f"{what}: expected a finite number, got {value!r:.80}")
     return float(value)
 
 

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from esengine.base.errors import ConfigError, RunError
-from esengine.base.files import naming, refuse_links
+from esengine.base.errors import ConfigError
+from esengine.base.files import naming, refuse_links, require_inside
+from esengine.base.pictures import read_png
 from esengine.base.records import as_written, read_json, read_lines, text, texts
 from esengine.judging import SAME, SECOND, Asker, Question
 
@@ -43,11 +43,13 @@ class Pair:
         key: index of the prompt, and repeat.
         text: the prompt.
         images: paths of the first and the second entry's image.
+        folder: the evaluation's folder. The images lie in it.
     """
 
     key: Key
     text: str
     images: tuple[Path, Path]
+    folder: Path
 
 
 @dataclass(frozen=True)
@@ -117,15 +119,13 @@ def pairs_of(folder: Path, entries: Sequence[str] = ()) -> tuple[tuple[str, str]
     found: dict[str, dict[Key, tuple[str, Path]]] = {entry: {} for entry in chosen}
     for entry, key, prompt, image in read_lines(folder / "scores.jsonl", _image):
         if entry in found:
-            path = folder / image
-            if not path.resolve().is_relative_to(folder.resolve()):
-                raise RunError(f"{folder / 'scores.jsonl'}: expected images in the folder, got {image!r:.80}")
-            found[entry][key] = prompt, path
+            require_inside(folder, folder / image)
+            found[entry][key] = prompt, folder / image
     first, second = (found[entry] for entry in chosen)
     keys = sorted(first.keys() & second.keys())
     if not keys:
         raise ConfigError(f"{folder}: no prompt has an image of both entries; finish the evaluation first")
-    return chosen, [Pair(key, first[key][0], (first[key][1], second[key][1])) for key in keys]
+    return chosen, [Pair(key, first[key][0], (first[key][1], second[key][1]), folder) for key in keys]
 
 
 def judge(
@@ -212,8 +212,5 @@ def _image(record: dict[str, Any]) -> tuple[str, Key, str, str]:
 
 
 def _pixels(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
-    found = []
-    for path in pair.images:
-        with Image.open(path) as image:
-            found.append(np.asarray(image.convert("RGB")))
-    return found[0], found[1]
+    first, second = (np.asarray(read_png(path, pair.folder).convert("RGB")) for path in pair.images)
+    return first, second

@@ -25,10 +25,11 @@ import numpy as np
 from PIL import Image
 
 from esengine.base.errors import EsengineError, RunError
-from esengine.base.files import naming, refuse_links, replace_file
+from esengine.base.files import naming, read_regular, refuse_links, replace_file
 from esengine.base.locks import Held, lock
-from esengine.base.memory import out_of_memory
+from esengine.base.pictures import read_png
 from esengine.base.progress import Progress
+from esengine.base.records import parse_json, read_json, text
 from esengine.evaluation.benchmarks import Benchmark
 from esengine.evaluation.draw import Batch, Places, Plan, batch_records
 from esengine.evaluation.entries import Entry
@@ -126,13 +127,13 @@ class EvaluationFolder:
             replace_file(file, (json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode())
             return record
         try:
-            saved = json.loads(file.read_bytes())
+            saved = read_json(file)
             kept = {name: saved["settings"][name] for name in keep}
             if any(type(value) is not int or value < 1 for value in kept.values()):
                 raise ValueError(f"expected whole numbers above 0, got {kept}")
             record["settings"] |= kept
             old, new = flatten(saved), flatten(json.loads(json.dumps(record)))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (RunError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise RunError(f"out {self.path}: evaluation.json is damaged, choose another --out") from error
         names = [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
         if names:
@@ -208,8 +209,8 @@ class EvaluationFolder:
 
     def publish(self, report: Report) -> None:
         """Write report.json, report.md and report.csv, each atomically."""
-        for suffix, text in (("json", report.to_json()), ("md", report.to_markdown()), ("csv", report.to_csv())):
-            replace_file(self.at / f"report.{suffix}", text.encode())
+        for suffix, made in (("json", report.to_json()), ("md", report.to_markdown()), ("csv", report.to_csv())):
+            replace_file(self.at / f"report.{suffix}", made.encode())
 
     def _read(self, plan: Plan, progress: Progress) -> dict[Key, dict]:
         """Records of all shards, by key. A shard's records replace those of an earlier merge."""
@@ -228,7 +229,7 @@ class EvaluationFolder:
         """The records of a file by key, and the numbers of its damaged lines."""
         known = {key for entry in plan.entries for rows in plan.chunks() for key in _keys(entry, rows)}
         records, bad = {}, []
-        for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
+        for number, line in enumerate(read_regular(file).split(b"\n"), start=1):
             key, record = _record(line)
             if key in known:
                 records[key] = record
@@ -258,14 +259,11 @@ class EvaluationFolder:
     def _problem(self, record: dict) -> str | None:
         """What is wrong with a record's image; None if nothing is."""
         path = self.at / record["image"]
-        if not path.is_file():
-            return "the image is gone"
         try:
-            with Image.open(path) as image:
-                pixels = np.asarray(image)
-        except Exception as error:  # a damaged file may fail in any way
-            if out_of_memory(error):
-                raise
+            pixels = np.asarray(read_png(path, self.at))
+        except FileNotFoundError:
+            return "the image is gone"
+        except (RunError, ValueError):
             return "the image cannot be read"
         return None if path.stem.endswith(f"_{_sha8(pixels)}") else "the image's pixels are not those of its name"
 
@@ -278,7 +276,7 @@ class EvaluationFolder:
 @contextlib.contextmanager
 def _lock(path: Path, in_use: str | None = None) -> Iterator[None]:
     """Hold a lock that ends with the process. Wait for it, or raise RunError(in_use) if `in_use` is given."""
-    with open(path, "a") as file:
+    with open(path, "a", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
         if not lock(file.fileno(), wait=in_use is None):
             raise RunError(in_use)
         yield
@@ -296,10 +294,12 @@ def _line(record: dict) -> bytes:
 def _record(line: bytes) -> tuple[Key | None, dict]:
     """The key and record of a line that `_line` wrote. The key is None if the line is damaged."""
     try:
-        record = json.loads(line)
+        record = parse_json(line)
         whole = record.pop("crc32") == _crc32(record)
-        return (record["entry"], record["index"], record["repeat"]) if whole else None, record
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        text(record["image"])
+        key = text(record["entry"]), record["index"], record["repeat"]
+        return key if whole and {type(each) for each in key[1:]} == {int} else None, record
+    except (ValueError, TypeError, KeyError, AttributeError):
         return None, {}
 
 

@@ -8,14 +8,21 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from esengine.base.printable import plain, shown
 from esengine.evaluation.benchmarks import Benchmark
 
+_FORMULAS = ("=", "+", "-", "@", "\N{FULLWIDTH EQUALS SIGN}", "\N{FULLWIDTH PLUS SIGN}", "\N{FULLWIDTH COMMERCIAL AT}")
+"""How a cell begins that a spreadsheet computes."""
+_MARKUP = re.compile(r"[\\`*\[\]<>&|~$]|(?<!\w)_|_(?!\w)|://")
+"""What has a meaning within a line of Markdown."""
+_ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;", "://": "&#58;//"}
 GAP = "base@1", "base@2"
 """The two entries that define the gap in which a one-step adapter is placed."""
 
@@ -60,7 +67,7 @@ class Report:
         return json.dumps(asdict(self), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
     def to_csv(self) -> str:
-        """One line for each group, entry and score."""
+        """One line for each group, entry and score. A text that a spreadsheet would compute has a ' before it."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         against = ("difference", "standard_error", "win_rate")
@@ -70,34 +77,36 @@ class Report:
                 for score in self.scores:
                     paired = (row["against_first"] or {}).get(score, {})
                     cells = row["entry"], score, row["count"], row["mean"][score], *map(paired.get, against)
-                    writer.writerow((group["by"], group["name"], *cells))
+                    writer.writerow(map(_inert, (group["by"], group["name"], *cells)))
         return text.getvalue()
 
     def to_markdown(self) -> str:
         """Tables of entries by scores, overall and by group."""
         each = "1 image" if self.repeats == 1 else f"{self.repeats} images"
+        entries, scores = [_escape(entry) for entry in self.entries], [_escape(score) for score in self.scores]
         parts = [f"# {_escape(self.benchmark)}: {self.prompts} prompts, {each} each"]
         if len(self.entries) > 1:
             parts.append(
-                f"In brackets: the mean difference to {self.entries[0]} on the same prompts and latents, its standard "
+                f"In brackets: the mean difference to {entries[0]} on the same prompts and latents, its standard "
                 "error over prompts, and the share of prompts won, where a tie counts half."
             )
         for by in dict.fromkeys(group["by"] for group in self.groups):
             rows = [
-                [*([_escape(group["name"])] if by != "overall" else []), row["entry"], str(row["count"])]
+                [*([_escape(group["name"])] if by != "overall" else []), _escape(row["entry"]), str(row["count"])]
                 + [_cell(row, score) for score in self.scores]
                 for group in self.groups
                 if group["by"] == by
                 for row in group["rows"]
             ]
-            head = [*([by] if by != "overall" else []), "entry", "prompts", *self.scores]
+            head = [*([by] if by != "overall" else []), "entry", "prompts", *scores]
             parts += [f"## {by.capitalize()}" if by == "overall" else f"## By {by}", _markdown_table(head, rows)]
             if by == "overall" and self.gap_closed:
                 closed = self.gap_closed.items()
                 gaps = [
-                    [score, f"{g['gap']:+.4f}", *(_share(g, adapter) for adapter in g["share"])] for score, g in closed
+                    [_escape(score), f"{g['gap']:+.4f}", *(_share(g, adapter) for adapter in g["share"])]
+                    for score, g in closed
                 ]
-                adapters = self.gap_closed[self.scores[0]]["share"]
+                adapters = map(_escape, self.gap_closed[self.scores[0]]["share"])
                 parts += [
                     f"## Share of the gap from {GAP[0]} to {GAP[1]} that is closed",
                     _markdown_table(["score", "gap", *adapters], gaps),
@@ -228,4 +237,13 @@ def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _escape(text: str) -> str:
-    return " ".join(text.replace("|", r"\|").split())
+    """A text on one line, without meaning in HTML and Markdown."""
+    return _MARKUP.sub(lambda sign: _ENTITIES.get(sign[0]) or f"\\{sign[0]}", shown(text))
+
+
+def _inert(cell: Any) -> Any:
+    """A cell of a CSV file that no spreadsheet takes for a formula. A text is on one line. Numbers stay numbers."""
+    if not isinstance(cell, str):
+        return cell
+    text = plain(cell)
+    return f"'{text}" if text.startswith(_FORMULAS) else text

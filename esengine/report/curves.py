@@ -8,6 +8,7 @@ import numpy as np
 
 from esengine.base.records import as_written, read_json, text
 from esengine.report.charts import Chart, Series, lines
+from esengine.report.page import MAX_NAMES, require_few
 from esengine.run.curves import Held, as_measure, as_metric
 
 SPREAD = {"reward": "mean", "reward_best": "best", "reward_worst": "worst"}
@@ -22,11 +23,18 @@ def kept_charts(path: Path) -> list[tuple[str, str, list[Chart]]]:
     found = []
     for label, kept in read_json(path).items() if path.is_file() else ():
         with as_written(path):
+            require_few(found, "entries", MAX_NAMES - 1)
             metrics = dict(sorted(map(as_metric, kept["metrics"])))
             held = [as_measure(record) for record in kept["heldout"]]
+            require_few(all_names(metrics, held), "names of metrics")
             charts = [*reward_charts(metrics)[:1], *held_charts(held)]
             found.append((label, text(kept["run"]), charts))
     return found
+
+
+def all_names(metrics: dict[int, dict[str, float]], held: list[Held]) -> set[str]:
+    """The names of all metrics and held-out scores."""
+    return {name for record in (*metrics.values(), *(line.change for line in held)) for name in record}
 
 
 def column(metrics: dict[int, dict[str, float]], name: str) -> np.ndarray:

@@ -11,16 +11,17 @@ import numpy as np
 from esengine.base.errors import RunError
 from esengine.base.records import as_written, number, read_json, read_lines, text, texts
 from esengine.evaluation.blind import verdicts
-from esengine.evaluation.statistics import flatten
 from esengine.report.charts import Chart, histogram, intervals
 from esengine.report.curves import kept_charts
-from esengine.report.page import write
+from esengine.report.page import facts, require_few, write
 from esengine.report.thumbnails import Picture, thumbnail
 
 MAX_PICTURES = 72
 MAX_EXAMPLES = 8
 THUMBNAIL_SIDE, THUMBNAIL_BYTES = 384, 40_000
 PICK_SEED = 0
+MAX_CELLS = 100_000
+"""Largest number of groups, entries and scores, multiplied."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,12 @@ def write_evaluation_page(folder: Path) -> Path:
     report = read_json(folder / "report.json")
     with as_written(folder / "evaluation.json"):
         entries, scores = texts(evaluation["entries"]), texts(evaluation["scores"])
-        benchmark, settings = text(evaluation["benchmark"]), dict(evaluation["settings"])
+        benchmark, settings = text(evaluation["benchmark"]), facts(evaluation["settings"])
+        require_few(entries, "entries"), require_few(scores, "scores")
         if not entries or not scores:
             raise ValueError("expected at least one entry and one score")
     with as_written(folder / "report.json"):
+        require_few(report["groups"], "groups", MAX_CELLS // (len(entries) * len(scores)))
         groups = [_group(group, entries, scores) for group in report["groups"]]
         everything = overall(report, entries, scores)
         closed = [_closed(score, found) for score, found in (report.get("gap_closed") or {}).items()]
@@ -117,7 +120,7 @@ def write_evaluation_page(folder: Path) -> Path:
         examples=examples,
         missing=missing,
         verdicts=[str(each) for each in verdicts(folder)],
-        settings={"prompts_sha256": evaluation.get("prompts_sha256"), **flatten(settings)},
+        settings={"prompts_sha256": evaluation.get("prompts_sha256"), **settings},
     )
 
 

@@ -9,13 +9,32 @@ import jinja2
 from markupsafe import Markup
 
 from esengine.base.files import replace_file
+from esengine.base.printable import without_secrets
+from esengine.evaluation.statistics import flatten
 from esengine.report import words
 
 TEMPLATES = Path(__file__).parent / "templates"
+MAX_FACTS, MAX_NAMES = 10_000, 256
+"""Limits of what a folder, which may be another's, puts on a page: settings, and names of metrics, entries or scores.
+"""
+
+
+def facts(nested: dict[str, Any]) -> dict[str, Any]:
+    """Nested mappings as one flat mapping. Raises ValueError if it is too long for a page."""
+    return require_few(flatten(nested), "settings", MAX_FACTS)
+
+
+def require_few(found: Any, what: str, most: int = MAX_NAMES) -> Any:
+    """What was found, with at most `most` items. Raises ValueError otherwise."""
+    if len(found) > most:
+        raise ValueError(f"expected at most {most} {what}, got {len(found)}")
+    return found
 
 
 def write(path: Path, template: str, **view: Any) -> Path:
     """Fill a template and write the page. Characters that are not valid Unicode become question marks.
+
+    No text on it has the user, password or query of a URL.
 
     The page's content security policy allows only the page's own script, by hash, and images inside the page.
     """
@@ -23,6 +42,7 @@ def write(path: Path, template: str, **view: Any) -> Path:
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=lambda value: without_secrets(value) if type(value) is str else value,  # not of markup
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from esengine.base.errors import RunError
+from esengine.base.pictures import read_png
+
 QUALITIES = ((1.0, 82), (1.0, 60), (0.7, 50))
 """(fraction of the size, WebP quality), tried in this order until the image is small enough in bytes."""
 
@@ -22,19 +25,18 @@ class Picture:
 
 
 def thumbnail(path: Path, *, within: Path, side: int, most: int) -> Picture:
-    """An image file as WebP, at most `side` pixels on its longer side.
+    """A PNG file as WebP, at most `side` pixels on its longer side.
 
-    It has at most `most` bytes, unless the last of `QUALITIES` still gives more. If the file is missing, damaged or
-    outside the folder `within`, the picture's `missing` gives the reason.
+    It has at most `most` bytes, unless the last of `QUALITIES` still gives more. If the file is missing, damaged, too
+    large or outside the folder `within`, the picture's `missing` gives the reason.
     """
-    if not path.resolve().is_relative_to(within.resolve()):
-        return Picture(None, 1, 1, "image outside the folder")
     try:
-        with Image.open(path) as image:
-            return embed(image.convert("RGB"), side=side, most=most)
+        return embed(read_png(path, within).convert("RGB"), side=side, most=most)
     except FileNotFoundError:
         return Picture(None, 1, 1, "image missing")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what Pillow's readers raise
+    except RunError:
+        return Picture(None, 1, 1, "image outside the folder")
+    except (OSError, ValueError):
         return Picture(None, 1, 1, "image damaged")
 
 

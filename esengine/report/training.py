@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from esengine.base.errors import ConfigError
-from esengine.base.records import as_written, number, read_json, text, texts
+from esengine.base.errors import ConfigError, RunError
+from esengine.base.files import require_inside
+from esengine.base.records import as_written, number, read_json, text, texts, whole
 from esengine.evaluation.entries import ADAPTER
 from esengine.evaluation.statistics import flatten
 from esengine.report.charts import Chart, Series, lines
-from esengine.report.curves import column, held_charts, names_like, partings, reward_charts, steps_of
+from esengine.report.curves import all_names, column, held_charts, names_like, partings, reward_charts, steps_of
 from esengine.report.evaluation import Group, overall
-from esengine.report.page import write
+from esengine.report.page import facts, require_few, write
 from esengine.report.thumbnails import Picture, thumbnail
 from esengine.report.words import TIMES, count, duration, figure, short, signed
 from esengine.rewards import spec
@@ -27,6 +28,8 @@ from esengine.run.settings import TrainConfig, to_dict
 MAX_STRIPS = 16
 STRIP_SIDE, STRIP_BYTES = 1280, 130_000
 COMPARISON_BYTES = 400_000
+MAX_JOURNAL = 1 << 30
+"""Bytes of the largest journal that a page is made of."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,15 @@ def write_training_page(run_dir: Path, *, going: bool = False) -> Path:
     Raises:
         RunError: a file is damaged. The message names the file and, for a file of lines, the line.
     """
-    run = journal.read(run_dir / journal.NAME)
-    config = flatten(run.start.settings)  # not as a TrainConfig: other versions have other settings
+    run = _journal(run_dir)
     with as_written(f"{run.path}: settings"):
-        steps, model, reward = int(config["steps"]), text(config["model"]), text(config["reward"])
+        config = facts(run.start.settings)  # not as a TrainConfig: other versions have other settings
+        steps, model, reward = whole(config["steps"]), text(config["model"]), text(config["reward"])
         size = _size(config)
-    metrics, held = metrics_of(run), held_of(run)
+        identity = facts(run.start.identity)
+    with as_written(run.path):
+        metrics, held = metrics_of(run), held_of(run)
+        require_few(all_names(metrics, held), "names of metrics")
     comparison, made = _comparison(run_dir / "eval.json")
     beside = run_dir / "comparison.png"
     by_person = reward.partition("(")[0] == HUMAN  # who scores no held-out image
@@ -85,14 +91,21 @@ def write_training_page(run_dir: Path, *, going: bool = False) -> Path:
         timelines=[
             timeline
             for timeline in (
-                _timeline(run_dir / "strips", "Strips", "The best, median and worst member of the step, drawn again."),
-                _timeline(run_dir / "heldout", "Held-out prompts", "The same prompts and latents each time."),
+                _timeline(run_dir, "strips", "Strips", "The best, median and worst member of the step, drawn again."),
+                _timeline(run_dir, "heldout", "Held-out prompts", "The same prompts and latents each time."),
             )
             if timeline["pictures"]
         ],
         settings=_settings(config),
-        versions=flatten(run.start.identity) | flatten(made),
+        versions=identity | made,
     )
+
+
+def _journal(run_dir: Path) -> journal.Journal:
+    path = require_inside(run_dir, run_dir / journal.NAME)
+    if path.stat().st_size > MAX_JOURNAL:
+        raise RunError(f"{path}: expected at most {MAX_JOURNAL} bytes, got {path.stat().st_size}", path=path)
+    return journal.read(path)
 
 
 @dataclass(frozen=True)
@@ -113,12 +126,13 @@ def _comparison(path: Path) -> tuple[Comparison | None, dict[str, Any]]:
     with as_written(path):
         entries, scores = texts(report["entries"]), texts(report["scores"])
         found = Comparison(entries, scores, int(number(report["repeats"])), overall(report, entries, scores))
-        return found, dict(report["settings"])
+        require_few(entries, "entries"), require_few(scores, "scores")
+        return found, facts(report["settings"])
 
 
 def _size(config: dict[str, Any]) -> tuple[str, str, str]:
     """The card (what, figure, aside) of the number of images in a step."""
-    population, prompts, repeats = (config[name] for name in ("population", "es.prompts_per_step", "es.repeats"))
+    population, prompts, repeats = (whole(config[name]) for name in ("population", "es.prompts_per_step", "es.repeats"))
     aside = f"{count(population, 'member')} {TIMES} {count(prompts, 'prompt')} {TIMES} {count(repeats, 'repeat')}"
     return "images a step", f"{population * prompts * repeats}", aside
 
@@ -210,8 +224,9 @@ def _speed_charts(metrics: dict[int, dict[str, float]]) -> list[Chart]:
     return charts
 
 
-def _timeline(folder: Path, title: str, about: str) -> dict[str, Any]:
-    """The images of a folder, by step. Above `MAX_STRIPS` images, an evenly spaced selection."""
+def _timeline(run_dir: Path, name: str, title: str, about: str) -> dict[str, Any]:
+    """The images of a run's subfolder, by step. Above `MAX_STRIPS` images, an evenly spaced selection."""
+    folder = run_dir / name
     steps = ((re.fullmatch(r"step_(\d+)", path.stem), path) for path in folder.glob("*.png"))
     files = sorted((int(match[1]), path) for match, path in steps if match)
     shown = files
@@ -220,7 +235,7 @@ def _timeline(folder: Path, title: str, about: str) -> dict[str, Any]:
         shown = [files[place] for place in places]
         about = f"{about} {len(shown)} of {len(files)}, evenly; all are in {folder.name}/."
     pictures: list[tuple[int, Picture]] = [
-        (step, thumbnail(path, within=folder, side=STRIP_SIDE, most=STRIP_BYTES)) for step, path in shown
+        (step, thumbnail(path, within=run_dir, side=STRIP_SIDE, most=STRIP_BYTES)) for step, path in shown
     ]
     return {"id": folder.name, "title": title, "about": about, "pictures": pictures}
 

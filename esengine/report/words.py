@@ -7,6 +7,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from esengine.base.printable import without_secrets
+
 MINUS, NONE, TIMES = "\N{MINUS SIGN}", "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
 
 
@@ -66,7 +68,7 @@ def plain(value: Any) -> str:
 
 def breakable(name: str) -> Markup:
     """A name in which a line may break after _ . and /."""
-    return Markup("<wbr>").join(re.findall(r"[^_./]*[_./]|[^_./]+", name))
+    return Markup("<wbr>").join(re.findall(r"[^_./]*[_./]|[^_./]+", without_secrets(name)))
 
 
 def tick(value: float, decimals: int) -> str:

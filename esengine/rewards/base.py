@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from esengine.base.errors import EsengineError, RewardError
+from esengine.base.printable import plain, shown
 
 
 class Reward(Protocol):
@@ -133,15 +134,10 @@ def settings_of(reward: Reward) -> dict[str, Any]:
     return dict(settings()) if callable(settings) else {}
 
 
-def plain(what: object) -> str:
-    """External text made safe for a terminal: on one line, without control characters."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(str(what).split()))
-
-
 def reason(error: BaseException) -> str:
     """An exception as one short line: its type, unless it is an EsengineError, and the beginning of its message."""
     try:
-        message = plain(error)[:300]
+        message = shown(error)[:300]
     except Exception:  # its __str__ raises
         message = ""
     if isinstance(error, EsengineError) and message:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from esengine.base.errors import ConfigError, EsengineError
+from esengine.base.printable import shown
 from esengine.rewards.base import reason
 from esengine.rewards.clip import CLIP_H
 from esengine.rewards.loading import load_model, processor_files
@@ -172,7 +173,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         folder = convert(given.source, given.folder, processor=given.processor)
     except EsengineError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {shown(error)}\n")
         return 2
     sys.stdout.write(f"{folder}: for --reward 'hpsv2(model={folder})'\n")
     return 0

@@ -1,7 +1,6 @@
 """Loads the parts of a CLIP from a folder or the hub: safetensors only, no remote code, errors of one line."""
 
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -73,22 +72,20 @@ def load_model(model: str, revision: str | None) -> tuple["CLIPModel", str | Non
     """
     from transformers import CLIPConfig, CLIPModel
 
+    from esengine.models.model_files import naming_keys, require_own_files
+
     with _one_line(model), _no_progress_bars(), torch.random.fork_rng(devices=[]):  # 4.x first draws random weights
         config_file = _file(model, "config.json", revision)
         if config_file is None:
             raise ValueError("no config.json was found")
         folder = _weights(model, revision)
+        require_own_files(folder)
         settings = CLIPConfig.get_config_dict(Path(config_file).parent)[0]
         if settings.get("model_type") != "clip":
             raise ValueError(f"expected the config of a CLIPModel, got model_type {settings.get('model_type')}")
-        clip, report = CLIPModel.from_pretrained(
-            folder,
-            config=CLIPConfig.from_dict(settings),
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        files = dict(use_safetensors=True, trust_remote_code=False, local_files_only=True, output_loading_info=True)
+        with naming_keys(folder):
+            clip, report = CLIPModel.from_pretrained(folder, config=CLIPConfig.from_dict(settings), **files)
         absent = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
         if absent:
             raise ValueError(f"{len(absent)} of its weights are missing or of another shape, such as {absent[0]}")
@@ -97,6 +94,8 @@ def load_model(model: str, revision: str | None) -> tuple["CLIPModel", str | Non
 
 def _weights(model: str, revision: str | None) -> Path:
     """The folder that holds all weights of a model. They are fetched if necessary."""
+    from esengine.models.model_files import read_mapping, require_plain_names
+
     first = _file(model, _WEIGHTS, revision) or _file(model, _INDEX, revision)
     if first is None and Path(model).is_dir():
         raise ValueError(f"no {_WEIGHTS} was found")
@@ -110,7 +109,9 @@ def _weights(model: str, revision: str | None) -> Path:
             f"revision= of a commit that has: {hint}"
         )
     if first.endswith(_INDEX):
-        shards = set(json.loads(Path(first).read_bytes())["weight_map"].values())
+        weight_map = read_mapping(Path(first)).get("weight_map")
+        require_plain_names(weight_map, _INDEX)
+        shards = set(weight_map.values())
         if absent := [name for name in sorted(shards) if _file(model, name, revision) is None]:
             raise ValueError(f"{absent[0]} was not found")
     return Path(first).parent

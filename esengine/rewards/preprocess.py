@@ -15,7 +15,6 @@ Source: Pillow's documentation of `Image.resize`, filter BICUBIC with a = -1/2, 
 """
 
 import functools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 
 from esengine.base.errors import ConfigError
+from esengine.models.model_files import read_mapping
 
 _BITS = 22
 _BICUBIC = 3
@@ -56,7 +56,7 @@ class Preprocess:
             ConfigError: the file is not one of these, or asks for other steps than bicubic resize, crop, normalisation.
         """
         try:
-            settings = json.loads(Path(path).read_text(encoding="utf-8"))
+            settings = read_mapping(Path(path))
             return cls._from_settings(settings.get("image_processor", settings))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
             raise ConfigError(f"model: cannot use {Path(path).name} ({type(e).__name__}: {e})") from e

@@ -116,7 +116,8 @@ def _build(term: Term, shared: dict[str, Any]) -> Reward:
         try:
             found = found(**{key: value for key, value in shared.items() if key in parameters} | options)
         except (Exception, SystemExit) as e:
-            raise ConfigError(f"reward {name}: cannot be built with options {options}: {reason(e)}") from e
+            given = f"options {', '.join(options)}" if options else "no options"  # a value may be a secret
+            raise ConfigError(f"reward {name}: cannot be built with {given}: {reason(e)}") from e
     elif options:
         raise ConfigError(f"reward {name}: takes no options because it is not a class, got {sorted(options)}")
     if not callable(found):

@@ -2,27 +2,32 @@
 
 POST url    {"images": ["<base64 of a PNG>", ...], "prompts": ["...", ...]}
 200         {"scores": [0.5, ...]}    one finite number for each image, in their order
+
+With `token_env` each request has the header `Authorization: Bearer <token>`.
 """
 
 import base64
 import contextlib
 import http.client
 import io
+import ipaddress
 import json
 import math
+import os
 import socket
 import threading
 import time
 import urllib.error
 import urllib.request
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
 import torch
 from PIL import Image
 
 from esengine.base.errors import ConfigError, RewardError
-from esengine.rewards.base import plain
+from esengine.base.printable import plain, without_secrets
+from esengine.rewards.spec import ADVICE
 
 FIRST_PAUSE = 0.5
 """Seconds before the second try; each further pause is twice as long."""
@@ -33,34 +38,45 @@ class Remote:
     """Scores images with a scoring service.
 
     Args:
-        url: http or https, without a user or password. Redirects are not followed.
+        url: http or https, without a user or password. Characters beyond ASCII are encoded: IDNA in the host, percent
+            signs behind it. Redirects are not followed. This computer is called directly; other hosts through the
+            proxy of the environment, if there is one (`http_proxy`, `https_proxy`, `no_proxy`).
         timeout: seconds to connect, and seconds for a whole answer, even one that arrives slowly.
         retries: further tries after a failed connection, a timeout or a 5xx answer. Other answers are final.
         batch: images in one request.
         limit: most bytes of an answer.
+        token_env: name of an environment variable that holds a token. Only the name is recorded.
+
+    No record, message or page has the URL's query or the token.
 
     Raises:
-        ConfigError: an argument that cannot be used.
+        ConfigError: an argument that cannot be used, or the variable is not set.
     """
 
     reads_only = True
     overlaps = True
 
-    def __init__(self, url: str = "", timeout: float = 60.0, retries: int = 3, batch: int = 16, limit: int = 1 << 20):
-        try:
-            parts = urlsplit(url if isinstance(url, str) else "")
-            usable = parts.scheme in ("http", "https") and parts.hostname and not parts.username and not parts.password
-            parts.port  # noqa: B018  raises when it is not a number
-        except ValueError:
-            usable = False
-        if not usable or any(c.isspace() or not c.isprintable() for c in url):
-            raise ConfigError(f"url: expected http://host:port/path or https, without a password, got {_hidden(url)!r}")
+    def __init__(
+        self,
+        url: str = "",
+        timeout: float = 60.0,
+        retries: int = 3,
+        batch: int = 16,
+        limit: int = 1 << 20,
+        token_env: str | None = None,
+    ):
+        parts = _parts(url)
+        if parts is None:
+            expected = "expected http://host:port/path or https, without a user or password"
+            raise ConfigError(f"url: {expected}, got {_without_user(url)!r:.200}; {ADVICE}")
         if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
             raise ConfigError(f"timeout: expected seconds above 0, got {timeout!r}")
         for name, value, least in (("retries", retries, 0), ("batch", batch, 1), ("limit", limit, 1)):
             if type(value) is not int or value < least:
                 raise ConfigError(f"{name}: expected an int of at least {least}, got {value!r}")
         self.url, self.timeout, self.retries, self.batch, self.limit = url, timeout, retries, batch, limit
+        self.token_env, self._token = token_env, None if token_env is None else _token(token_env)
+        self._sent_to, self._local = parts._replace(fragment="").geturl(), _is_local(parts.hostname)
         self._where = parts._replace(query="", fragment="").geturl()
 
     def __call__(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
@@ -77,13 +93,14 @@ class Remote:
         return torch.tensor(scores, dtype=torch.float32)
 
     def settings(self) -> dict[str, Any]:
-        """The service's URL, without its query, which could hold a secret."""
-        return {"url": self._where}
+        """The service's URL without its query, which could hold a secret, and the name of the token's variable."""
+        return {"url": self._where} | ({"token_env": self.token_env} if self.token_env else {})
 
     def _post(self, body: bytes) -> bytes:
-        request = urllib.request.Request(
-            self.url, body, {"Content-Type": "application/json", "Accept": "application/json"}, method="POST"
-        )
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        request = urllib.request.Request(self._sent_to, body, headers, method="POST")
+        if self._token is not None:
+            request.add_unredirected_header("Authorization", f"Bearer {self._token}")
         tries = self.retries + 1
         for attempt in range(tries):
             if attempt:
@@ -92,17 +109,21 @@ class Remote:
                 return self._read(request)
             except urllib.error.HTTPError as e:
                 e.close()
+                error, answer_text = e, f"answered {e.code} {self._hidden(plain(e.reason))[:80]}"
                 if e.code < 500:
-                    raise RewardError(f"{self._where}: answered {e.code} {plain(e.reason)[:80]}") from e
-                error, answer_text = e, f"answered {e.code} {plain(e.reason)[:80]}"
+                    raise RewardError(f"{self._where}: {answer_text}") from e
             except (OSError, http.client.HTTPException) as e:
-                error, answer_text = e, plain(getattr(e, "reason", None) or e)[:200] or type(e).__name__
+                error = e
+                answer_text = self._hidden(plain(getattr(e, "reason", None) or e))[:200] or type(e).__name__
+            except ValueError as e:  # urllib's, for the address of a proxy that is none
+                raise RewardError(f"{self._where}: cannot be called, {self._hidden(plain(e))[:200]}") from e
         raise RewardError(f"{self._where}: no answer after {tries} tries; the last one: {answer_text}") from error
 
     def _read(self, request: urllib.request.Request) -> bytes:
         answer = bytearray()
         with _Deadline(self.timeout) as deadline:
-            opener = urllib.request.build_opener(_NoRedirect, _Http(deadline), _Https(deadline))
+            direct = [urllib.request.ProxyHandler({})] if self._local else []
+            opener = urllib.request.build_opener(_NoRedirect, _Http(deadline), _Https(deadline), *direct)
             with opener.open(request, timeout=self.timeout) as response:
                 if response.status != 200:
                     raise RewardError(f"{self._where}: expected status 200, got {response.status}")
@@ -118,11 +139,15 @@ class Remote:
         try:
             scores = [_finite(score) for score in json.loads(answer)["scores"]]
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as e:
-            answer_text = answer[:80].decode(errors="replace")
+            answer_text = self._hidden(answer[:1000].decode(errors="replace"))[:80]
             raise RewardError(f'{self._where}: expected {{"scores": [finite numbers]}}, got {answer_text!r}') from e
         if len(scores) != count:
             raise RewardError(f"{self._where}: expected {count} scores, got {len(scores)}")
         return scores
+
+    def _hidden(self, text: str) -> str:
+        """A text of the service without the token, which it may repeat."""
+        return text if not self._token else text.replace(self._token, "...")
 
 
 class _Deadline:
@@ -201,6 +226,47 @@ def _finite(score: Any) -> float:
     return float(score)
 
 
-def _hidden(url: Any) -> Any:
-    """A url without the part before an @, for messages."""
-    return url if not isinstance(url, str) or "@" not in url else "..." + url[url.rindex("@") :]
+def _parts(url: Any) -> SplitResult | None:
+    """The parts of a URL in ASCII. None: it is not one that can be called."""
+    try:
+        if not isinstance(url, str) or any(c.isspace() or not c.isprintable() for c in url):
+            return None
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+            return None
+        host, port = parts.hostname.encode("idna").decode("ascii"), parts.port
+    except ValueError:  # a port that is no number, or a host without IDNA
+        return None
+    host = f"[{host}]" if ":" in host else host
+    rest = {name: quote(getattr(parts, name), safe="%/:@!$&'()*+,;=?-._~[]|") for name in ("path", "query", "fragment")}
+    return parts._replace(netloc=host if port is None else f"{host}:{port}", **rest)
+
+
+def _without_user(url: Any) -> Any:
+    """What was given as a URL, for a message: without what may be a user, a password or a query."""
+    return without_secrets(f"...{url[url.rindex('@') :]}" if "@" in url else url) if isinstance(url, str) else url
+
+
+def _is_local(host: str) -> bool:
+    """Whether a host's name or address is this computer's own."""
+    if host.rstrip(".") == "localhost" or host.rstrip(".").endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        try:
+            address = ipaddress.ip_address(socket.inet_aton(host))  # as 127.1
+        except OSError:
+            return False
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address.is_loopback or address.is_unspecified
+
+
+def _token(name: Any) -> str:
+    """The token in an environment variable."""
+    token = os.environ.get(name) if isinstance(name, str) and name and "=" not in name and "\0" not in name else None
+    if not token:
+        raise ConfigError(f"token_env: expected an environment variable that holds a token, {name!r:.80} holds none")
+    if not (token.isascii() and token.isprintable()) or " " in token:
+        raise ConfigError(f"token_env: expected a token of printable ASCII without spaces in {name}, got another text")
+    return token

@@ -12,7 +12,7 @@ from esengine.models.defaults import Defaults
 from esengine.rewards.base import Reward, settings_of
 from esengine.rewards.human import Human
 from esengine.rewards.registry import BUILTIN, build, target
-from esengine.rewards.spec import COMBINED, OPTIMISED, WATCHED, Term, read
+from esengine.rewards.spec import COMBINED, OPTIMISED, WATCHED, Term, read, require_no_secrets
 from esengine.rewards.weighted import Weighted
 
 AUTO, NONE = "auto", "none"
@@ -85,6 +85,7 @@ def read_terms(reward: str, held_out: str, of_model: Defaults, *, own_prompts: b
     """
     with of_setting("reward"):
         optimised = read(reward)
+        require_no_secrets(optimised)
         Weighted.check(optimised)
         _require_one_person(optimised)
     names = {term.name for term in optimised}
@@ -95,6 +96,7 @@ def read_terms(reward: str, held_out: str, of_model: Defaults, *, own_prompts: b
     else:
         with of_setting("heldout_reward"):
             watched = [] if held_out == NONE else read(held_out)
+            require_no_secrets(watched)
     if both := sorted(names & {term.name for term in watched}):
         problem = f"expected rewards that are not in reward, got {both[0]}; give it a weight of 0 there instead"
         raise ConfigError(problem, setting="heldout_reward")

@@ -10,11 +10,18 @@ A value is a number, true or false, or text. Text with a comma, a bracket or out
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from esengine.base.errors import ConfigError
+from esengine.base.printable import without_secrets
+
+ADVICE = (
+    "a token comes from the environment: set a variable, and give remote its name as token_env=NAME, or read the "
+    "variable in your own reward"
+)
+"""What to do with a secret in a reward's options."""
 
 COMBINED = "combined"
 """Name of the weighted sum of all rewards. In a spec it names a group of rewards."""
@@ -90,6 +97,19 @@ def group(options: Mapping[str, Any], weight: float = 1.0) -> list[Term]:
     return [Term(name, {}, weight * each, device) for name, each in weights.items()]
 
 
+def require_no_secrets(terms: Sequence[Term]) -> None:
+    """Check options that are to be written into files.
+
+    Raises:
+        ConfigError: a URL among them has a user, password, query or fragment, which may be a secret.
+    """
+    for term in terms:
+        for key, value in term.options.items():
+            if isinstance(value, str) and without_secrets(value) != value:
+                problem = f"expected a URL without user, password, query or fragment as {key}, because a run writes it"
+                raise ConfigError(f"reward {term.name}: {problem} into its files, got {value!r}; {ADVICE}")
+
+
 class _Reader:
     def __init__(self, spec: str):
         self.spec, self.at = spec, 0
@@ -161,7 +181,8 @@ class _Reader:
         return self._error(f"expected {what}, got {got}", self.at)
 
     def _error(self, what: str, at: int, name: str = "") -> ConfigError:
-        return ConfigError(f"{f'reward {name}' if name else 'rewards'}: {what} at position {at + 1} of {self.spec!r}")
+        spec = re.sub(r"[^\s'\"()=,]+@", "...@", self.spec)  # what may be a user and a password
+        return ConfigError(f"{f'reward {name}' if name else 'rewards'}: {what} at position {at + 1} of {spec!r}")
 
 
 def _value(text: str) -> int | float | bool | str:

@@ -22,7 +22,8 @@ import torch
 from safetensors import SafetensorError
 
 from esengine.base.errors import RunError
-from esengine.base.files import sync_folder, write_synced
+from esengine.base.files import read_regular, sync_folder, write_synced
+from esengine.base.records import parse_json
 from esengine.run.folder import TEMPORARY, checkpoint_folders, path_step
 
 FORMAT = 1
@@ -113,17 +114,17 @@ def load(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     try:
-        raw, state = (path / _META).read_bytes(), (path / _STATE).read_bytes()
+        raw, state = read_regular(path / _META), read_regular(path / _STATE)
     except OSError as e:
         raise RunError(f"checkpoint {e.filename or path}: {e.strerror or e}") from e
     try:
-        record = json.loads(raw)
+        record = parse_json(raw)
         version = record["format"]
         signed = _json({key: record[key] for key in ("format", "step", "meta")})
         sums = record["meta_sha256"], record["sha256"]
         if _json(record) + b"\n" != raw or not isinstance(record["meta"], dict):
             raise ValueError("other spaces, or no mapping")
-    except (ValueError, TypeError, KeyError, RecursionError) as e:
+    except (ValueError, TypeError, KeyError) as e:
         raise RunError(f"checkpoint {path / _META}: corrupt, not the JSON that was written") from e
     if version != FORMAT:
         raise RunError(f"checkpoint {path / _META}: expected format {FORMAT}, got {version!r}")

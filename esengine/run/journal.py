@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 from esengine.base.errors import RunError
 from esengine.base.files import naming, read_regular, replace_file
-from esengine.base.records import as_written, number, text, texts
+from esengine.base.records import as_written, number, parse_json, text, texts
 
 NAME = "journal.jsonl"
 
@@ -427,25 +427,14 @@ def _line(record: Record) -> bytes:
 
 def _record(line: bytes) -> Record:
     try:
-        values = json.loads(line, object_pairs_hook=_once, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
+        values = parse_json(line, strict=True)
+    except ValueError as error:
         raise ValueError(f"not JSON: {str(error)[:80]}") from error
     _require(isinstance(values, dict), "expected a JSON object")
     kind = values.pop("kind", None)
     _require(kind in _KINDS, f"expected a kind of {', '.join(_KINDS)}, got {kind!r:.40}")
     step_of(values["step"])
     return _KINDS[kind](**values)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Raises ValueError for a key that is there twice."""
-    found = dict(pairs)
-    _require(len(found) == len(pairs), "expected each key once")
-    return found
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number in JSON")
 
 
 def _require(good: bool, problem: str) -> None:

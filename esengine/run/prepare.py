@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig
 
 from esengine.base.errors import ConfigError, RunError, of_setting
+from esengine.base.files import read_regular
 from esengine.base.group import Group
 from esengine.base.progress import Progress
 from esengine.base.prompt_files import read_prompts
@@ -154,7 +155,7 @@ def prepare(inputs: Inputs, folder: RunFolder, progress: Progress, group: Group)
     saved, before = _saved(folder) if config.resume else (None, None)
     if before is not None:
         with contextlib.suppress(OSError, ValueError):
-            if group.is_main and folder.config.read_text(encoding="utf-8") != to_yaml(started(before)):
+            if group.is_main and read_regular(folder.config).decode("utf-8") != to_yaml(started(before)):
                 progress.note(f"warning: {folder.config} is a copy, changes in it have no effect: use flags")
     device = take_device(config.device)
     dtype = pick_dtype(config.dtype, device)

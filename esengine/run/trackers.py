@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from esengine.base.errors import ConfigError, RunError
-from esengine.base.files import replace_file
+from esengine.base.files import read_regular, replace_file
 from esengine.rewards.base import reason
 
 PROJECT = "esengine"
@@ -218,7 +218,7 @@ class Record:
         if resume:
             # missing or damaged: keep the new identity
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-                self._data["identity"] = str(json.loads(path.read_bytes())["identity"])
+                self._data["identity"] = str(json.loads(read_regular(path, 1 << 20))["identity"])
 
     @property
     def identity(self) -> str:

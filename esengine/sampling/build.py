@@ -81,11 +81,17 @@ def pick_chunk(image: ImageSettings, model: Generator) -> int:
     return max(1, min(256, free // 2 // model.image_bytes(image)))
 
 
+def text_cache() -> Path | None:
+    """The folder of the text cache; None if this user has no cache."""
+    root = cache_root()
+    return None if root is None else root / "text"
+
+
 def encode(
     model: Generator, lists: Sequence[list[str]], image: ImageSettings, progress: Progress
 ) -> list[TextEmbeddings] | list[Conditioning]:
     """Text embeddings of several lists of prompts, through the cache. The text encoder is loaded at most once."""
-    settings = dict(cache_dir=cache_root() / "text", instruction=image.instruction)
+    settings = dict(cache_dir=text_cache(), instruction=image.instruction)
     everything = list(dict.fromkeys(prompt for prompts in lists for prompt in prompts))
     texts = model.encode(everything, **settings, progress=lambda done, total: progress.count("prompts", done, total))
     return [texts.select(prompts) for prompts in lists]

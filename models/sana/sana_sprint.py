@@ -26,7 +26,7 @@ from esengine.kernels import key_words
 from esengine.models import adapters, graphs
 from esengine.models.decoder import Decoder
 from esengine.models.families import FAMILIES
-from esengine.models.loading import download, load, load_vae, locate
+from esengine.models.loading import download, load, load_vae, locate, reading
 from esengine.models.sana.checks import Describe, FiniteChecks
 from esengine.models.sana.latents import latents
 from esengine.models.sana.sana_block import Part, fused_parts, patched, why_not_fused
@@ -199,7 +199,8 @@ class SanaSprint:
         def encoder(missing: list[str]) -> Iterator[torch.Tensor]:
             return self._encode(missing, words, max_sequence_length, dtype)
 
-        return embed_prompts(prompts, encoder, key=key, cache_dir=cache_dir, progress=progress)
+        fits = dict(channels=self.transformer.config.caption_channels, dtype=dtype)
+        return embed_prompts(prompts, encoder, key=key, cache_dir=cache_dir, progress=progress, **fits)
 
     @torch.no_grad()
     def render(
@@ -542,14 +543,15 @@ class SanaSprint:
         try:
             pipeline.text_encoder.eval().requires_grad_(False)
             for prompt in prompts:
-                with torch.no_grad(), oom_guard("a prompt's tokens", "take a smaller model or --dtype bfloat16"):
+                with torch.no_grad(), reading(f"model: cannot encode {prompt!r:.60}", "a prompt's tokens"):
                     embeds, mask = pipeline.encode_prompt(
                         prompt,
                         device=self.device,
                         max_sequence_length=max_sequence_length,
                         complex_human_instruction=instruction,
                     )
-                yield embeds[0, mask[0].bool()].cpu()
+                    embedding = embeds[0, mask[0].bool()].cpu()
+                yield embedding
         finally:
             del pipeline
             gc.collect()

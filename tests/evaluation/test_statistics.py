@@ -1,13 +1,16 @@
 """The statistics of an evaluation against plain loops, and what the tables show of them."""
 
 import csv
+import html
 import io
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 
+from esengine.base.printable import shown
 from esengine.evaluation.benchmarks import Benchmark
 from esengine.evaluation.statistics import flatten, summarise
 
@@ -184,3 +187,52 @@ def test_one_prompt_and_one_entry():
 
 def test_flatten_joins_names():
     assert flatten({"a": 1, "b": {"c": [2], "d": {"e": None}}}) == {"a": 1, "b.c": [2], "b.d.e": None}
+
+
+HOSTILE = [
+    "=1+1",
+    "+x",
+    "-y",
+    "@SUM(A1)",
+    "\t=1",
+    "\r=1",
+    "\n=1",
+    " =1",
+    "a\r=1",
+    "a\n=1",
+    "\N{FULLWIDTH EQUALS SIGN}1",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_spreadsheet_computes_nothing(text):
+    entries, scores = ["base@1", f"{text}@1"], [text]
+    records = [
+        {"entry": entry, "index": 0, "repeat": 0, "scores": {text: -float(at)}} for at, entry in enumerate(entries)
+    ]
+    report = summarise(Benchmark(text, ("p",), (text,), (text,)), entries, scores, records, {text: text})
+    rows = list(csv.reader(io.StringIO(report.to_csv(), newline="")))
+    assert len(rows) == 1 + 3 * 2
+    for row in rows[1:]:
+        for cell in row:
+            number = cell and cell.lstrip("+-").replace(".", "").isdigit()
+            assert number or not cell.strip() or cell.strip()[0] not in "=+-@\N{FULLWIDTH EQUALS SIGN}"
+    assert rows[2][5] == "-1.0"  # numbers stay numbers
+    assert rows[1][3] == (text.replace("\r", " ").replace("\n", " ") if text[0] == "a" else f"'{text.strip()}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<img src=x onerror=alert(1)>", "</td><script>x</script>", "[a](javascript:x)", "![a](http://h/x.png)", "**b**",
+     "`c`", "a|b", "a\\|b", "~~d~~", "_e_", "&lt;", "two\nlines", "\x1b[31m\u202e"],
+)  # fmt: skip
+def test_markdown_shows_texts_as_they_are(text):
+    markdown = pytest.importorskip("markdown_it")
+    entries, scores = ["base@1", f"{text}@1"], [text]
+    records = [{"entry": entry, "index": 0, "repeat": 0, "scores": {text: 1.0}} for entry in entries]
+    made = summarise(Benchmark(text, ("p",), (text,), (text,)), entries, scores, records, {text: text}).to_markdown()
+    assert not set(made) & set("\x1b\u202e")
+    page = markdown.MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(made)
+    bare = re.sub(r"</?(h1|h2|p|table|thead|tbody|tr|th|td)( [^>]*)?>", "", page)
+    assert "<" not in bare
+    assert html.unescape(bare).count(shown(text)) >= 6

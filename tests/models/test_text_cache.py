@@ -1,10 +1,17 @@
+import errno
 import json
+import os
 
 import pytest
 import torch
+from hostile import no_hang
+from safetensors.torch import load_file, save_file
 
+from esengine.base import files
 from esengine.base.errors import ConfigError
-from esengine.models import SanaSprint, TextEmbeddings
+from esengine.models import DiffusersPipeline, SanaSprint, TextEmbeddings, text_cache
+from esengine.models.conditioning import channels_of
+from esengine.models.families import TINY
 from esengine.models.text_cache import embed_prompts, fingerprint
 
 KEY = {"model": "m"}
@@ -210,3 +217,87 @@ def test_wrong_batches_are_refused(indices, length, message):
     texts = TextEmbeddings(["a", "b", "c"], [torch.zeros(n, 2) for n in (1, 3, 2)])
     with pytest.raises(ValueError, match=message):
         texts.batch(indices, length=length)
+
+
+def rewrite_cache(folder, change) -> None:
+    """Replace every cached tensor by what `change` makes of it, with checksums that are right."""
+    for index in folder.glob("*.json"):
+        content = json.loads(index.read_text())
+        for entry in content["prompts"].values():
+            shard = load_file(folder / entry["shard"])
+            made = change(shard[entry["tensor"]])
+            shard[entry["tensor"]] = made
+            entry["sha256"] = text_cache._tensor_sha256(made)
+            save_file(shard, folder / entry["shard"])
+        index.write_text(json.dumps(content))
+
+
+OTHER_SHAPES = {
+    "wider": lambda t: torch.cat([t, t], 1) if t.is_floating_point() else t,
+    "narrower": lambda t: t[:, :3].clone() if t.is_floating_point() else t,
+    "flat": lambda t: t.reshape(-1),
+    "deep": lambda t: t[None],
+    "a number": lambda t: t.sum() if t.is_floating_point() else t,
+    "empty": lambda t: t[:0],
+    "whole numbers": lambda t: t.long() if t.is_floating_point() else t[:, :0],
+    "not finite": lambda t: t / 0 if t.is_floating_point() else t[0],
+    "truth": lambda t: t.bool() if t.is_floating_point() else t[:, :1].clone() if t.shape[1] > 1 else t[:, :0],
+}
+
+
+@pytest.mark.parametrize("family", ["tiny", "tiny:sd3", "tiny:pixart", "tiny:z-image", "tiny:hunyuan-image"])
+@pytest.mark.parametrize("change", OTHER_SHAPES)
+def test_a_cache_with_right_checksums_and_wrong_tensors_is_refused(cache, tmp_path, family, change):
+    kind = SanaSprint if family == "tiny" else DiffusersPipeline
+    kind.from_pretrained(family).encode(["a cat", "dogs"], cache_dir=tmp_path)
+    rewrite_cache(tmp_path, OTHER_SHAPES[change])
+    with pytest.raises(ConfigError, match=r"text cache: cannot use .*deleting it is safe"):
+        kind.from_pretrained(family).encode(["a cat", "dogs"], cache_dir=tmp_path)
+
+
+def test_texts_of_several_lengths_are_refused_where_there_is_no_mask(cache, tmp_path):
+    DiffusersPipeline.from_pretrained("tiny:sd3").encode(["a cat"], cache_dir=tmp_path)
+    rewrite_cache(tmp_path, lambda t: t[:5].clone())
+    with pytest.raises(ConfigError, match="one length"):
+        DiffusersPipeline.from_pretrained("tiny:sd3").encode(["a cat", "dogs"], cache_dir=tmp_path)
+
+
+def test_another_dtype_is_refused(cache, tmp_path):
+    SanaSprint.from_pretrained("tiny").encode(["a cat"], cache_dir=tmp_path)
+    rewrite_cache(tmp_path, lambda t: t.double())
+    with pytest.raises(ConfigError, match="text cache"):
+        SanaSprint.from_pretrained("tiny").encode(["a cat"], cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("family", [each for each in TINY if each != "sana-sprint"])
+def test_what_a_family_encodes_fits_its_denoiser(cache, tmp_path, family):
+    first = DiffusersPipeline.from_pretrained(f"tiny:{family}").encode(["a cat", "dogs"], cache_dir=tmp_path)
+    model = DiffusersPipeline.from_pretrained(f"tiny:{family}")
+    again = model.encode(["a cat", "dogs"], cache_dir=tmp_path)
+    assert set(channels_of(model.module.config)) & set(first[0])
+    assert all(torch.equal(again[0][name], tensor) for name, tensor in first[0].items())
+
+
+@pytest.mark.parametrize("where", ["below a file", "a full disk", "a pipe"])
+def test_a_cache_that_cannot_be_used_is_left_out_with_one_warning(tmp_path, monkeypatch, caplog, where):
+    files.warned.clear()
+    folder = tmp_path / "cache"
+    if where == "below a file":
+        folder.write_text("x")
+    elif where == "a full disk":
+
+        def full(path, data):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+        monkeypatch.setattr(text_cache, "replace_file", full)
+    else:
+        folder.mkdir()
+        os.mkfifo(text_cache.Cache(folder, KEY).index)
+    encode = Encoder()
+    for _ in range(2):
+        with no_hang():
+            found = embed_prompts(["aa", "bbb"], encode, key=KEY, cache_dir=folder)
+        assert len(found) == 2
+    assert len(encode.asked) == 2
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "ESENGINE_CACHE" in caplog.text
