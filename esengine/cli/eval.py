@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from esengine.base.errors import ConfigError, RunError, of_setting
-from esengine.base.files import cache_root, refuse_links
+from esengine.base.files import refuse_links
 from esengine.base.group import place
 from esengine.base.progress import Progress
 from esengine.cli.settings import EvalConfig
@@ -24,6 +24,7 @@ from esengine.rewards.spec import Term, read
 from esengine.run.curves import kept_curves
 from esengine.run.settings import TrainConfig, load_run
 from esengine.sampling.build import (
+    encode,
     is_folder,
     load_model,
     pick_chunk,
@@ -77,7 +78,9 @@ def evaluate(config: EvalConfig, progress: Progress) -> Evaluated:
     with of_setting("reward"):
         reward = load_terms(_scored(config, run, model_defaults), device=str(device))
     with of_setting(_setting_of_prompts(config)):
-        reward.check_prompts(benchmark.prompts)
+        reward.check_prompts(benchmark.prompts, benchmark.metadata)
+    for cut in reward.cut_prompts(benchmark.prompts):
+        progress.note(f"warning: {cut.text()}")
 
     labels = ", ".join(entry.label for entry in entries)
     progress.note(f"model {name} on {device} in {str(dtype).removeprefix('torch.')}: {labels}")
@@ -162,7 +165,8 @@ class _Job:
             part = f", shard {shard[0]}/{shard[1]}" if shard[1] > 1 else ""
             everything = len(plan.entries) * plan.prompts * plan.repeats
             self.progress.note(f"{path}: {total} of {everything} images to draw{part}")
-            for count in folder.store(draw(self.model, texts, self.reward, plan, work), self.benchmark):
+            drawn = draw(self.model, texts, self.reward, plan, work, self.benchmark.metadata)
+            for count in folder.store(drawn, self.benchmark):
                 done += count
                 self.progress.count("images", done, total)
             with folder.alone():
@@ -175,12 +179,8 @@ class _Job:
         return report
 
     def _texts(self) -> TextEmbeddings:
-        return self.model.encode(
-            self.benchmark.prompts,
-            cache_dir=cache_root() / "text",
-            instruction=self.image.instruction,
-            progress=lambda done, total: self.progress.count("prompts", done, total),
-        )
+        (texts,) = encode(self.model, [self.benchmark.prompts], self.image, self.progress)
+        return texts
 
 
 def _entries(config: EvalConfig, steps: int, adapter: Path | None) -> tuple[Entry, ...]:

@@ -36,14 +36,16 @@ class FaultTolerant:
         self.terms, self.names, self.settings = reward.terms, reward.names, reward.settings
         self.bad, self.first = 0, None
 
-    def score(self, images: torch.Tensor, prompts: list[str], *, step=None, members=None) -> dict[str, torch.Tensor]:
+    def score(
+        self, images: torch.Tensor, prompts: list[str], *, metadata=None, step=None, members=None
+    ) -> dict[str, torch.Tensor]:
         """As `Weighted.score`.
 
         Raises:
             RewardError: too many images are bad; the first failure is the cause.
         """
         try:
-            return self.reward.score(images, prompts, step=step, members=members)
+            return self.reward.score(images, prompts, metadata=metadata, step=step, members=members)
         except RewardError as error:
             if len(images) == 1:
                 return self._nothing(error, images, step)
@@ -53,7 +55,8 @@ class FaultTolerant:
                 parts.append(self._nothing(self.first, images[i:], step))
                 break
             before, one = self.bad, slice(i, i + 1)
-            parts.append(self.score(images[one], prompts[one], step=step, members=members and members[one]))
+            of_one = dict(metadata=metadata and metadata[one], step=step, members=members and members[one])
+            parts.append(self.score(images[one], prompts[one], **of_one))
             row = row + 1 if self.bad > before else 0
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 

@@ -18,6 +18,7 @@ from esengine.rewards.clip import Aesthetic, ClipText, HPSv2, NoArtifacts, PickS
 from esengine.rewards.jpeg import JpegCompressibility, JpegIncompressibility
 from esengine.rewards.remote import Remote
 from esengine.rewards.spec import COMBINED, Term, group, read
+from esengine.rewards.vqa import Vqa
 from esengine.rewards.weighted import Weighted
 
 
@@ -32,6 +33,7 @@ BUILTIN = {
     "aesthetic": Aesthetic.from_pretrained,
     "no_artifacts": NoArtifacts.from_pretrained,
     "hpsv2": HPSv2.from_pretrained,
+    "vqa": Vqa.from_pretrained,
     "remote": Remote,
     "jpeg_compressibility": JpegCompressibility,
     "jpeg_incompressibility": JpegIncompressibility,

@@ -16,7 +16,7 @@ from peft import LoraConfig
 from esengine.base.errors import ConfigError, RunError, of_setting
 from esengine.base.group import Group
 from esengine.base.progress import Progress
-from esengine.base.prompt_files import read_prompts
+from esengine.base.prompt_files import Metadata, metadata_sha256, read_with_metadata
 from esengine.es.base_layers import kind_of
 from esengine.es.direct import Direct
 from esengine.es.engine import Engine
@@ -52,6 +52,10 @@ OF_A_PROCESS = tuple(name for name in MAY_CHANGE if name not in ("steps", "check
 """Settings that may differ between the processes of a run: names, and settings that only the leading process uses."""
 
 
+LISTS = {"prompts": "prompts", "held-out prompts": "eval_prompts"}
+"""The lists of prompts of a run in messages, and their names in `Inputs`."""
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Inputs that are read and checked before the run folder is made.
@@ -61,6 +65,7 @@ class Inputs:
         terms: the rewards, not loaded. `heldout_reward auto` is resolved.
         prompts: prompts to train on.
         eval_prompts: prompts that are never trained on.
+        metadata, eval_metadata: the columns of each of them.
         sampler: draws the prompts of a step.
         run_dir: the run's folder.
     """
@@ -71,6 +76,8 @@ class Inputs:
     eval_prompts: list[str]
     sampler: PromptSampler
     run_dir: Path
+    metadata: tuple[Metadata, ...]
+    eval_metadata: tuple[Metadata, ...]
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,7 @@ class Prepared:
         before: the journal up to the checkpoint from which the run resumes; None for a new run.
         limits: images in one forward, and images scored together, that fit into memory. None: no limit.
         texts, held_out: embeddings of the prompts to train on and of the held-out prompts.
+        metadata, held_out_metadata: the columns of each of them.
     """
 
     config: TrainConfig
@@ -97,11 +105,14 @@ class Prepared:
     limits: tuple[int | None, int | None]
     texts: TextEmbeddings
     held_out: TextEmbeddings
+    metadata: tuple[Metadata, ...]
+    held_out_metadata: tuple[Metadata, ...]
 
     def renderer(self, texts: TextEmbeddings, progress: Progress) -> Renderer:
-        """A renderer of a list of prompts with this run's settings and the batch limit of its last checkpoint."""
+        """A renderer of `texts` or `held_out` with this run's settings and the batch limit of its last checkpoint."""
         keys = dict(seed=self.config.seed, chunk=self.config.image.chunk, limit=self.limits[0], note=progress.note)
-        return Renderer(self.model, texts, self.settings, **keys)
+        metadata = self.held_out_metadata if texts is self.held_out else self.metadata
+        return Renderer(self.model, texts, self.settings, **keys, metadata=metadata)
 
 
 def read_inputs(config: TrainConfig, group: Group) -> Inputs:
@@ -112,9 +123,9 @@ def read_inputs(config: TrainConfig, group: Group) -> Inputs:
     """
     of_model = defaults(config.model)
     with of_setting("prompts"):
-        prompts = read_prompts(config.prompts or of_model.train)
+        prompts, metadata = read_with_metadata(config.prompts or of_model.train)
     with of_setting("eval_prompts"):
-        eval_prompts = read_prompts(config.eval_prompts or of_model.heldout)
+        eval_prompts, eval_metadata = read_with_metadata(config.eval_prompts or of_model.heldout)
     config = dataclasses.replace(config, reward=config.reward or of_model.reward)
     sampler = PromptSampler(len(prompts), config.es.prompts_per_step, config.seed)
     render_settings(config.image)
@@ -137,7 +148,7 @@ def read_inputs(config: TrainConfig, group: Group) -> Inputs:
     if config.resume and config.run_dir is None:
         raise ConfigError("expected --run-dir with it, the folder of the run to resume", setting="resume")
     run_dir = config.run_dir or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    return Inputs(config, terms, prompts, eval_prompts, sampler, run_dir)
+    return Inputs(config, terms, prompts, eval_prompts, sampler, run_dir, metadata, eval_metadata)
 
 
 def prepare(inputs: Inputs, folder: RunFolder, progress: Progress, group: Group) -> Prepared:
@@ -167,6 +178,7 @@ def prepare(inputs: Inputs, folder: RunFolder, progress: Progress, group: Group)
         to_dict(config),
         {
             "prompts_sha256": hashlib.sha256("\n".join(inputs.prompts).encode()).hexdigest(),
+            "metadata_sha256": metadata_sha256(inputs.prompts, inputs.metadata),
             "model": model.identity(),
             "rewards": rewards.identity(rewards.optimised),
             "contract": CONTRACT,
@@ -189,7 +201,8 @@ def prepare(inputs: Inputs, folder: RunFolder, progress: Progress, group: Group)
             set_aside(path for path, _ in saved.skipped)
     texts, held_out = _encoded(inputs, model, config, progress, group)
     before = before and before.cut(saved.step)
-    return Prepared(config, model, engine, rewards, settings, start, before, limits, texts, held_out)
+    of_prompts = texts, held_out, inputs.metadata, inputs.eval_metadata
+    return Prepared(config, model, engine, rewards, settings, start, before, limits, *of_prompts)
 
 
 def _saved(folder: RunFolder) -> tuple[Checkpoint, Journal]:
@@ -212,9 +225,12 @@ def _rewards(inputs: Inputs, config: TrainConfig, device: str, progress: Progres
     """The run's rewards, and its settings with `heldout_reward auto` replaced by the rewards that it selected."""
     rewards = load_rewards(inputs.terms, device=device, note=progress.note)
     with of_setting("prompts"):
-        rewards.everything.check_prompts(inputs.prompts)
+        rewards.everything.check_prompts(inputs.prompts, inputs.metadata)
     with of_setting("eval_prompts"):
-        rewards.everything.check_prompts(inputs.eval_prompts)
+        rewards.everything.check_prompts(inputs.eval_prompts, inputs.eval_metadata)
+    for name, prompts in LISTS.items():
+        for cut in rewards.everything.cut_prompts(getattr(inputs, prompts)):
+            progress.note(f"warning: {cut.text(name)}")
     if config.heldout_every and config.heldout_reward == AUTO:
         watched = ",".join(term.text() for term in rewards.watched) or NONE
         config = dataclasses.replace(config, heldout_reward=watched)
@@ -259,7 +275,7 @@ def _encoded(
     if shared := set(inputs.prompts) & set(inputs.eval_prompts):
         progress.note(f"warning: {len(shared)} of the held-out prompts are trained on too")
     with group.first():
-        return encode(model, (inputs.prompts, inputs.eval_prompts), config.image, progress)
+        return encode(model, (inputs.prompts, inputs.eval_prompts), config.image, progress, *LISTS)
 
 
 def start_population(model: Generator, config: TrainConfig) -> Population:

@@ -14,6 +14,7 @@ from esengine.base.errors import Stopped
 from esengine.base.files import replace_file, write_atomic
 from esengine.base.group import Group
 from esengine.base.progress import Progress
+from esengine.evaluation.benchmarks import Benchmark
 from esengine.evaluation.draw import Batch, Plan, compare_entries
 from esengine.evaluation.entries import default_entries
 from esengine.evaluation.statistics import Report
@@ -24,7 +25,7 @@ from esengine.run.hooks import Outputs, ShowProgress, Strips, Track
 from esengine.run.journal import Writer
 from esengine.run.loop import Run, take_steps
 from esengine.run.pictures import draw_strip
-from esengine.run.prepare import Prepared, prepare, read_inputs
+from esengine.run.prepare import Inputs, Prepared, prepare, read_inputs
 from esengine.run.saving import Checkpoints
 from esengine.run.settings import TrainConfig, to_yaml
 from esengine.run.state import changes
@@ -104,7 +105,7 @@ def _train(config: TrainConfig, progress: Progress, group: Group, stop: Stop) ->
             hooks = [ShowProgress(progress, config.steps), Track(trackers), *_strips(run, ready, out)]
             take_steps(run, ready.engine, stop, checkpoints, [*hooks, checkpoints, *held_out])
         ready.engine.population.detach()
-        comparison = _compare(ready, folder, render.limit, inputs.eval_prompts, progress)
+        comparison = _compare(ready, folder, render.limit, inputs, progress)
         parted = held_out[0].parted() if held_out else {}
         for name in parted:
             progress.note(f"warning: {held_out[0].warning(name)}")
@@ -146,10 +147,9 @@ def _held_out(ready: Prepared, out: Outputs, progress: Progress, stop: Stop) -> 
     return [HeldOut(out, ready.rewards, ready.renderer(ready.held_out, progress), **schedule, **stopping)]
 
 
-def _compare(
-    ready: Prepared, folder: RunFolder, limit: int | None, prompts: Sequence[str], progress: Progress
-) -> Report:
+def _compare(ready: Prepared, folder: RunFolder, limit: int | None, inputs: Inputs, progress: Progress) -> Report:
     """Compare base and adapter on the held-out prompts, and write eval.json and comparison.png."""
+    prompts, nothing = inputs.eval_prompts, (None,) * len(inputs.eval_prompts)
     progress.note(f"comparing base and adapter on {len(prompts)} held-out prompts")
     config, images = ready.config, {}
     comparison = compare_entries(
@@ -164,6 +164,7 @@ def _compare(
             settings=ready.settings,
             chunk=limit or config.image.chunk,
         ),
+        benchmark=Benchmark("prompts", tuple(prompts), nothing, nothing, inputs.eval_metadata),
         progress=lambda done, total: progress.count("images", done, total),
         watch=lambda batch: _keep_images(images, batch),
         drop_bad=ready.engine.drop_pairs,

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from esengine.base.errors import ConfigError
 from esengine.base.files import cache_root
 from esengine.base.progress import Progress
 from esengine.models import NAMED, Conditioning, Family, Generator, RenderSettings, TextEmbeddings, load
+from esengine.models.text_limits import cut_of
 from esengine.sampling.settings import ImageSettings
 
 CPU_CHUNK = 64
@@ -107,10 +109,22 @@ def pick_chunk(image: ImageSettings, model: Generator) -> int:
 
 
 def encode(
-    model: Generator, lists: Sequence[list[str]], image: ImageSettings, progress: Progress
+    model: Generator, lists: Sequence[list[str]], image: ImageSettings, progress: Progress, *names: str
 ) -> list[TextEmbeddings] | list[Conditioning]:
-    """Text embeddings of several lists of prompts, through the cache. The text encoder is loaded at most once."""
+    """Text embeddings of several lists of prompts, through the cache. The text encoder is loaded at most once.
+
+    `names` of the lists, by default `prompts`, are for the notes that say how many prompts the text encoder cuts.
+    """
     settings = dict(cache_dir=cache_root() / "text", instruction=image.instruction)
     everything = list(dict.fromkeys(prompt for prompts in lists for prompt in prompts))
     texts = model.encode(everything, **settings, progress=lambda done, total: progress.count("prompts", done, total))
-    return [texts.select(prompts) for prompts in lists]
+    found = [texts.select(prompts) for prompts in lists]
+    for each, name in zip_longest(found, names, fillvalue="prompts"):
+        note_cut(each, progress, name)
+    return found
+
+
+def note_cut(texts: TextEmbeddings | Conditioning, progress: Progress, name: str = "prompts") -> None:
+    """Say how many prompts of a list the text encoder cuts."""
+    for cut in cut_of(texts.limits):
+        progress.note(f"warning: {cut.text(name)}")

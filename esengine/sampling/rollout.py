@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -11,6 +11,7 @@ import torch
 from esengine.base.errors import OutOfMemory, Stopped
 from esengine.base.group import ALONE, Group
 from esengine.base.memory import give_back, oom_guard
+from esengine.base.prompt_files import Metadata
 from esengine.es.engine import Task
 from esengine.es.population import Population
 from esengine.es.rows import Rows
@@ -33,6 +34,7 @@ class Renderer:
         chunk: images that are rendered and scored together.
         limit: most images in one forward; None: a chunk. On out-of-memory it is halved for the rest of the run.
         note: called with a warning when the limit is halved.
+        metadata: the columns of each prompt, for rewards. None: the prompts have none.
     """
 
     model: Generator
@@ -42,6 +44,7 @@ class Renderer:
     chunk: int
     limit: int | None = None
     note: Callable[[str], None] = _log.warning
+    metadata: Sequence[Metadata] | None = None
 
     def chunks(
         self, step: int, rows: Iterable[Rows], population: Population | None = None, *, length: int
@@ -79,6 +82,10 @@ class Renderer:
 
     def words(self, prompts: torch.Tensor) -> list[str]:
         return [self.texts.prompts[index] for index in prompts.tolist()]
+
+    def columns(self, prompts: torch.Tensor) -> list[Metadata]:
+        """The metadata of prompts by their indices, int64 [B]: empty dicts if they have none."""
+        return [{} if self.metadata is None else self.metadata[index] for index in prompts.tolist()]
 
 
 def score_task(
@@ -118,7 +125,8 @@ def score_task(
 
     def score(images: torch.Tensor, prompts: torch.Tensor, members: torch.Tensor) -> dict[str, torch.Tensor]:
         with scoring:
-            return reward.score(images, render.words(prompts), step=task.step, members=members.tolist())
+            of_rows = dict(metadata=render.columns(prompts), step=task.step, members=members.tolist())
+            return reward.score(images, render.words(prompts), **of_rows)
 
     mine = task.rows().split(render.chunk)[group.rank :: group.size]
     drawn = render.chunks(task.step, mine, population, length=render.texts.trimmed_length(task.prompts))
