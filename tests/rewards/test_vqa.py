@@ -26,7 +26,7 @@ try:  # without torchvision this is what AutoProcessor takes
 except ImportError:
     from transformers import CLIPImageProcessor as ImageProcessor
 
-WORDS = ["Yes", "yes", "ĠYes", "No", "Ġno"]
+WORDS = ["Yes", "yes", "ĠYes", "No", "no", "Ġno"]
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
 TEMPLATE = (
     "{% for m in messages %}USER: {% for c in m['content'] %}{% if c['type'] == 'image' %}<image> {% else %}"
@@ -39,10 +39,11 @@ COLUMNS = [{"target": "CAT"}, {"target": 3}, {"target": [1, "ö"]}, {"target": "
 def tokenizer(words=WORDS):
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges, vocabulary = [], [*SPECIAL, *letters]
-    for word in words:
-        for end in range(2, len(word) + 1):
+    for word in words:  # a space is joined last
+        starts = [(1, len(word))] if word[0] == "Ġ" else [(end - 1, end) for end in range(2, len(word) + 1)]
+        for at, end in starts:
             if word[:end] not in vocabulary:
-                merges.append((word[: end - 1], word[end - 1]))
+                merges.append((word[:at], word[at:end]))
                 vocabulary.append(word[:end])
     made = Tokenizer(BPE({token: i for i, token in enumerate(vocabulary)}, merges, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
