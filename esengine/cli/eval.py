@@ -21,6 +21,7 @@ from esengine.rewards import Weighted
 from esengine.rewards.registry import load_terms
 from esengine.rewards.roles import judges
 from esengine.rewards.spec import Term, read
+from esengine.rewards.trial import Trial
 from esengine.run.curves import kept_curves
 from esengine.run.settings import TrainConfig, load_run
 from esengine.sampling.build import (
@@ -31,6 +32,7 @@ from esengine.sampling.build import (
     pick_dtype,
     render_settings,
     resolved,
+    size_before_loading,
     take_device,
 )
 from esengine.sampling.settings import ImageSettings
@@ -73,10 +75,13 @@ def evaluate(config: EvalConfig, progress: Progress) -> Evaluated:
     device = take_device(config.device)
     dtype = pick_dtype(run.dtype if config.dtype == "auto" else config.dtype, device)
     render_settings(image)
-    image = resolved(image, require_pipeline(name, revision, image.vae))
+    family = require_pipeline(name, revision, image.vae)
+    image = resolved(image, family)
+    size = size_before_loading(image, name, revision, family)
+    trial = Trial(size, benchmark.prompts, benchmark.metadata, tolerant=False, note=progress.note)
     entries = _entries(config, image.num_steps, adapter)
     with of_setting("reward"):
-        reward = load_terms(_scored(config, run, model_defaults), device=str(device))
+        reward = load_terms(_scored(config, run, model_defaults), device=str(device), trial=trial)
     with of_setting(_setting_of_prompts(config)):
         reward.check_prompts(benchmark.prompts, benchmark.metadata)
     for cut in reward.cut_prompts(benchmark.prompts):

@@ -144,13 +144,8 @@ class Weighted:
         step: int | None,
         members: Sequence[int] | None,
     ) -> dict[str, torch.Tensor]:
-        passes: dict[Encoder, torch.Tensor] = {}
         where, at_once = dict(step=step, members=members), not _waits(images.device)
-        ask, scores = checked if at_once else asked, {}
-        for term in self.terms:
-            columns = metadata if self._take_metadata[term.name] else None
-            reward = _shared(term.reward, passes)
-            scores[term.name] = ask(term.name, reward, images, prompts, metadata=columns, **where)
+        scores = self.call(images, prompts, metadata, finite=at_once, **where)
         weighted = (term.weight * scores[term.name].double() for term in self.terms)
         total = functools.reduce(operator.add, weighted).float()
         scores[COMBINED] = total
@@ -161,6 +156,18 @@ class Weighted:
             self._deferred.append((kept, list(prompts), where))
         else:
             _require_all_finite(scores, prompts, **where)
+        return scores
+
+    def call(
+        self, images: torch.Tensor, prompts: list[str], metadata: Sequence[Metadata], *, finite: bool, **where
+    ) -> dict[str, torch.Tensor]:
+        """Each reward's score by its name, float32 [B]. See `checked` if they must be `finite`, else `asked`."""
+        passes: dict[Encoder, torch.Tensor] = {}
+        ask, scores = checked if finite else asked, {}
+        for term in self.terms:
+            columns = metadata if self._take_metadata[term.name] else None
+            reward = _shared(term.reward, passes)
+            scores[term.name] = ask(term.name, reward, images, prompts, metadata=columns, **where)
         return scores
 
     @contextmanager

@@ -27,12 +27,13 @@ from esengine.models import Generator, RenderSettings, TextEmbeddings, require_p
 from esengine.models.defaults import defaults
 from esengine.rewards.roles import AUTO, NONE, Rewards, load_rewards, read_terms
 from esengine.rewards.spec import OPTIMISED, Term
+from esengine.rewards.trial import Trial
 from esengine.run import journal
 from esengine.run import state as run_state
 from esengine.run.checkpoint import Checkpoint, set_aside
 from esengine.run.folder import RunFolder
 from esengine.run.journal import Journal, Start
-from esengine.run.settings import MAY_CHANGE, TrainConfig, differences, started, to_dict, to_yaml
+from esengine.run.settings import MAY_CHANGE, TrainConfig, differences, load, started, to_dict, to_yaml
 from esengine.run.trackers import require_installed
 from esengine.sampling.build import (
     encode,
@@ -43,6 +44,7 @@ from esengine.sampling.build import (
     render_settings,
     resolved,
     settled,
+    size_before_loading,
     take_device,
 )
 from esengine.sampling.environment import describe
@@ -66,6 +68,7 @@ class Inputs:
         prompts: prompts to train on.
         eval_prompts: prompts that are never trained on.
         metadata, eval_metadata: the columns of each of them.
+        size: height and width of an image.
         sampler: draws the prompts of a step.
         run_dir: the run's folder.
     """
@@ -78,6 +81,7 @@ class Inputs:
     run_dir: Path
     metadata: tuple[Metadata, ...]
     eval_metadata: tuple[Metadata, ...]
+    size: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ def read_inputs(config: TrainConfig, group: Group) -> Inputs:
     with of_setting("eval_prompts"):
         eval_prompts, eval_metadata = read_with_metadata(config.eval_prompts or of_model.heldout)
     config = dataclasses.replace(config, reward=config.reward or of_model.reward)
-    sampler = PromptSampler(len(prompts), config.es.prompts_per_step, config.seed)
+    sampler = _sampler(config, len(prompts), config.prompts or of_model.train)
     render_settings(config.image)
     if config.init_adapter is not None and not config.resume and not config.init_adapter.exists():
         raise ConfigError(f"expected a folder, {config.init_adapter} does not exist", setting="init_adapter")
@@ -142,13 +146,21 @@ def read_inputs(config: TrainConfig, group: Group) -> Inputs:
         family = require_pipeline(config.model, config.revision, config.image.vae)
     lora = dataclasses.replace(config.lora, targets=config.lora.targets or family.targets)
     config = dataclasses.replace(config, image=resolved(config.image, family), lora=lora)
+    size = size_before_loading(config.image, config.model, config.revision, family)
     require_installed(config.trackers)
     if config.resume and config.dry_run:
         raise ConfigError("dry_run: expected a new run, got --resume: a resumed run needs no estimate")
     if config.resume and config.run_dir is None:
         raise ConfigError("expected --run-dir with it, the folder of the run to resume", setting="resume")
     run_dir = config.run_dir or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    return Inputs(config, terms, prompts, eval_prompts, sampler, run_dir, metadata, eval_metadata)
+    return Inputs(config, terms, prompts, eval_prompts, sampler, run_dir, metadata, eval_metadata, size)
+
+
+def _sampler(config: TrainConfig, count: int, file: Path) -> PromptSampler:
+    try:
+        return PromptSampler(count, config.es.prompts_per_step, config.seed)
+    except ConfigError as error:
+        raise ConfigError(f"{error.problem}; the prompts are those of {file}", setting=error.setting) from error
 
 
 def prepare(inputs: Inputs, folder: RunFolder, progress: Progress, group: Group) -> Prepared:
@@ -223,7 +235,9 @@ def _saved(folder: RunFolder) -> tuple[Checkpoint, Journal]:
 
 def _rewards(inputs: Inputs, config: TrainConfig, device: str, progress: Progress) -> tuple[Rewards, TrainConfig]:
     """The run's rewards, and its settings with `heldout_reward auto` replaced by the rewards that it selected."""
-    rewards = load_rewards(inputs.terms, device=device, note=progress.note)
+    tolerant = config.on_bad_reward == "drop-pair"
+    trial = Trial(inputs.size, inputs.prompts, inputs.metadata, tolerant=tolerant, note=progress.note)
+    rewards = load_rewards(inputs.terms, device=device, note=progress.note, trial=trial)
     with of_setting("prompts"):
         rewards.everything.check_prompts(inputs.prompts, inputs.metadata)
     with of_setting("eval_prompts"):
@@ -268,8 +282,12 @@ def _encoded(
 ) -> list[TextEmbeddings]:
     """Embeddings of the prompts to train on and of the held-out prompts."""
     per_step = config.es.prompts_per_step
+    packaged = defaults(config.model).settings
+    usual = (load(packaged) if packaged else TrainConfig()).es.prompts_per_step
+    adapted = f" (all of them; the default of es.prompts_per_step is {usual})" if per_step < usual else ""
+    adapted = adapted if per_step == len(inputs.prompts) else ""
     progress.note(
-        f"encoding {len(inputs.prompts)} prompts to train on, {per_step} a step, and "
+        f"encoding {len(inputs.prompts)} prompts to train on, {per_step} a step{adapted}, and "
         f"{len(inputs.eval_prompts)} held out"
     )
     if shared := set(inputs.prompts) & set(inputs.eval_prompts):

@@ -12,6 +12,7 @@ from esengine.base.errors import ConfigError
 from esengine.base.files import cache_root
 from esengine.base.progress import Progress
 from esengine.models import NAMED, Conditioning, Family, Generator, RenderSettings, TextEmbeddings, load
+from esengine.models.loading import image_size, locate
 from esengine.models.text_limits import cut_of
 from esengine.sampling.settings import ImageSettings
 
@@ -90,6 +91,18 @@ def resolved(image: ImageSettings, by: Family | Generator) -> ImageSettings:
         return by.resolve(image)
     except ConfigError as error:
         raise ConfigError(f"image.{error}") from error
+
+
+def size_before_loading(image: ImageSettings, model: str, revision: str | None, family: Family) -> tuple[int, int]:
+    """Height and width of the images in pixels, before the model is loaded.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    own = None
+    if image.height is None or image.width is None:
+        own = image_size(locate(model, revision, local_files_only=True)[0], family)
+    return image.height or own, image.width or own
 
 
 def settled(image: ImageSettings, model: Generator) -> ImageSettings:

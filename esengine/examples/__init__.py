@@ -1,0 +1,1 @@
+"""Examples to copy. Nothing in esengine imports them."""
