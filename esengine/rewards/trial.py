@@ -49,7 +49,7 @@ class Trial:
         try:
             Weighted([Term(term.name, reward=term.reward)]).call(images, prompts, metadata, finite=False)
         except RewardError as error:
-            problem = f"reward {term.name}: its trial on {IMAGES} dummy images failed: {error}"
+            problem = f"reward {term.name}: its trial on two dummy images failed: {error}"
             if not self.tolerant:
                 raise RewardError(problem, reward=term.name) from error
             self.note(f"warning: {problem}; the run goes on, as on_bad_reward says")
