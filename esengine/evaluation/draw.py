@@ -104,14 +104,16 @@ def draw(
     """
     length = texts.trimmed_length(torch.arange(len(texts)))
     names, loaded = reported(reward), None
-    render = Renderer(model, texts, plan.settings, plan.seed, plan.chunk, metadata=metadata)
+    render = Renderer(
+        model, texts, plan.settings, plan.seed, plan.chunk, metadata=metadata if metadata and any(metadata) else None
+    )
     for entry, rows in work:
         if entry != loaded:
             load_entry(model, entry)
             loaded, render.settings = entry, plan.settings_of(entry)
         prompts, repeats = torch.tensor(rows).unbind(1)
         (images,) = render.chunks(EVAL_STEP, [Rows(None, prompts, repeats)], length=length)
-        scores = reward.score(images, render.words(prompts), metadata=render.columns(prompts))
+        scores = reward.score(images, render.words(prompts), **render.columns(prompts))
         yield Batch(entry, rows, images, {name: scores[name].tolist() for name in names})
 
 

@@ -63,11 +63,12 @@ def takes_metadata(call: Callable[..., Any]) -> bool:
     )
 
 
-def as_scores(returned: object, count: int) -> torch.Tensor:
+def as_scores(returned: object, count: int, strict: bool = False) -> torch.Tensor:
     """What a reward returned, as float32 [count]. A tensor stays on its device, without its graph.
 
     Wider floats are rounded to float32. Integers must be exact in float32. None, and what a numpy array masks, is NaN:
-    no score. A tensor or an array [count, 1] is taken as [count]. For one image a single number will do.
+    no score. A tensor or an array [count, 1] is taken as [count]. For one image a single number will do,
+    unless `strict`: then [1, 1] and a single number are refused, because the same reward may answer [1, B] or a mean.
 
     Raises:
         RewardError: the value is not `count` real numbers: it has another shape or type (bool and complex are not
@@ -80,11 +81,11 @@ def as_scores(returned: object, count: int) -> torch.Tensor:
             raise RewardError(f"returned a tensor of layout {found.layout}; expected a dense one")
         found = found.detach()
     if isinstance(found, torch.Tensor | np.ndarray):
-        if found.shape == (count, 1) or (count == 1 and found.ndim == 0):
+        if not (strict and count == 1) and (found.shape == (count, 1) or (count == 1 and found.ndim == 0)):
             found = found.reshape(count)
         if found.shape != (count,):
             raise RewardError(f"returned {describe(returned)}; {expected}")
-    elif count == 1 and isinstance(found, numbers.Real):
+    elif count == 1 and not strict and isinstance(found, numbers.Real):
         found = [found]
     if isinstance(found, np.ndarray):
         found = _from_numpy(found)

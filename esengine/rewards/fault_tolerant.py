@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from esengine.base.errors import RewardError
+from esengine.base.prompt_files import METADATA
 from esengine.rewards import COMBINED, Weighted
 
 MAX_BAD = 0.1
@@ -45,10 +46,21 @@ class FaultTolerant:
             RewardError: too many images are bad; the first failure is the cause.
         """
         try:
-            return self.reward.score(images, prompts, metadata=metadata, step=step, members=members)
+            given = {} if metadata is None else {METADATA: metadata}
+            return self.reward.score(images, prompts, **given, step=step, members=members)
         except RewardError as error:
             if len(images) == 1:
                 return self._nothing(error, images, step)
+            strict = isinstance(error.__cause__, RewardError)  # an answer of another shape may fit one image by chance
+        before, self.reward.strict = self.reward.strict, strict
+        try:
+            return self._one_by_one(images, prompts, metadata=metadata, step=step, members=members)
+        finally:
+            self.reward.strict = before
+
+    def _one_by_one(
+        self, images: torch.Tensor, prompts: list[str], *, metadata, step, members
+    ) -> dict[str, torch.Tensor]:
         parts, row = [], 0
         for i in range(len(images)):
             if row == MAX_IN_A_ROW:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from esengine.base.errors import RewardError
-from esengine.base.prompt_files import Metadata
+from esengine.base.errors import OutOfMemory, RewardError
+from esengine.base.prompt_files import METADATA, Metadata
 from esengine.rewards.spec import Term
 from esengine.rewards.weighted import Weighted
 
@@ -46,9 +46,14 @@ class Trial:
             return
         images = torch.randint(256, (IMAGES, 3, *self.size), dtype=torch.uint8, generator=torch.Generator())
         prompts, metadata = (list((*each[:IMAGES], *each[:1])[:IMAGES]) for each in (self.prompts, self.metadata))
+        given = {METADATA: metadata} if any(metadata) else {}
         try:
-            Weighted([Term(term.name, reward=term.reward)]).call(images, prompts, metadata, finite=False)
+            Weighted([Term(term.name, reward=term.reward)]).score(images, prompts, **given)
+        except OutOfMemory:
+            return  # the run scores fewer images together, or says how many bytes are missing
         except RewardError as error:
+            if error.__cause__ is None:  # a score that is missing or infinite
+                return
             problem = f"reward {term.name}: its trial on two dummy images failed: {error}"
             if not self.tolerant:
                 raise RewardError(problem, reward=term.name) from error

@@ -37,6 +37,9 @@ class Weighted:
         terms: loaded terms. (name, reward, weight) is short for a term without options.
         note: called with a warning on out-of-memory. From then on batches are scored in smaller parts.
 
+    Attributes:
+        strict: whether the answer for one image must be of shape [1], see `as_scores`.
+
     Raises:
         ConfigError: no terms, a name used twice or reserved, a weight that is not finite, or only weights of 0.
     """
@@ -47,6 +50,7 @@ class Weighted:
         )
         self.note = note
         self.limit: int | None = None
+        self.strict = False
         self._deferred: list[tuple[dict[str, torch.Tensor], list[str], dict]] | None = None
         self.check(self.terms)
         self._take_metadata = {term.name: takes_metadata(_scorer(term.reward)) for term in self.terms}
@@ -167,7 +171,7 @@ class Weighted:
         for term in self.terms:
             columns = metadata if self._take_metadata[term.name] else None
             reward = _shared(term.reward, passes)
-            scores[term.name] = ask(term.name, reward, images, prompts, metadata=columns, **where)
+            scores[term.name] = ask(term.name, reward, images, prompts, metadata=columns, strict=self.strict, **where)
         return scores
 
     @contextmanager
@@ -235,6 +239,7 @@ def checked(
     prompts: list[str],
     *,
     metadata: Sequence[Metadata] | None = None,
+    strict: bool = False,
     **where,
 ) -> torch.Tensor:
     """As `asked`, with the same arguments, but scores must be finite.
@@ -242,7 +247,7 @@ def checked(
     Raises:
         RewardError: as `asked`; also if a score is not finite.
     """
-    score = asked(name, reward, images, prompts, metadata=metadata, **where)
+    score = asked(name, reward, images, prompts, metadata=metadata, strict=strict, **where)
     _require_finite(name, score, prompts, **where)
     return score
 
@@ -254,12 +259,14 @@ def asked(
     prompts: list[str],
     *,
     metadata: Sequence[Metadata] | None = None,
+    strict: bool = False,
     step: int | None = None,
     members: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """Call one reward without gradients and check what it returns. It gets a copy of the batch unless `reads_only`.
 
     Args: as `Weighted.score`; `name` is for the error message. With `metadata` None the reward is called without it.
+        `strict` is that of `as_scores`.
 
     Returns:
         float32 [B], a copy on the images' device.
@@ -277,7 +284,7 @@ def asked(
             raise ValueError(f"{argument}: expected {len(images)}, one for each image, got {len(values)}")
     try:
         with oom_guard(f"{len(images)} images and reward {name}", "give it a smaller model, or a device of its own"):
-            score = _asked(reward, images, prompts, metadata)
+            score = _asked(reward, images, prompts, metadata, strict)
     except (KeyboardInterrupt, OutOfMemory):
         raise
     except BaseException as e:  # external code may raise anything
@@ -288,7 +295,7 @@ def asked(
 
 
 def _asked(
-    reward: Reward, images: torch.Tensor, prompts: list[str], metadata: Sequence[Metadata] | None
+    reward: Reward, images: torch.Tensor, prompts: list[str], metadata: Sequence[Metadata] | None, strict: bool
 ) -> torch.Tensor:
     """A copy of what the reward returns, float32 [B] on the images' device. May raise any error."""
     given = {} if metadata is None else {METADATA: list(metadata)}
@@ -296,7 +303,7 @@ def _asked(
         images, given = images.clone(), copy.deepcopy(given)
     with torch.no_grad():
         score = reward(images, list(prompts), **given)
-        return as_scores(score, len(images)).to(images.device, copy=True)
+        return as_scores(score, len(images), strict).to(images.device, copy=True)
 
 
 def _waits(device: torch.device) -> bool:

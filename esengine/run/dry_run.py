@@ -89,7 +89,7 @@ def _times(ready: Prepared, found: Preflight) -> tuple[float, float]:
     images = images.cpu().to(ready.model.device)  # waits for them
     rendered = time.perf_counter()
     columns = render.columns(rows.prompts)
-    ready.rewards.everything.score(images, render.words(rows.prompts), metadata=columns, step=0)
+    ready.rewards.everything.score(images, render.words(rows.prompts), **columns, step=0)
     return (rendered - start) / len(images), (time.perf_counter() - rendered) / len(images)
 
 

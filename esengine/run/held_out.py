@@ -69,7 +69,7 @@ class HeldOut(Hook):
         count = min(prompts, total)
         self.prompts = torch.arange(count) * total // count
         self.of = {"prompts": render.words(self.prompts), "rewards": rewards.identity(rewards.everything)}
-        if any(columns := render.columns(self.prompts)):
+        for columns in render.columns(self.prompts).values():
             self.of["metadata_sha256"] = metadata_sha256(self.of["prompts"], columns)
         written = out.journal.contents
         self.series = written.held_out
@@ -99,7 +99,8 @@ class HeldOut(Hook):
         columns = self.render.columns(self.prompts)
         for drawn, words in render_all(self.render, EVAL_STEP, self.prompts, stopped=self.stopped):
             done = sum(map(len, images))
-            parts.append(reward.score(drawn, words, metadata=columns[done : done + len(words)], step=step))
+            given = {name: each[done : done + len(words)] for name, each in columns.items()}
+            parts.append(reward.score(drawn, words, **given, step=step))
             images.append(drawn)
         if sum(map(len, images)) < len(self.prompts):
             return

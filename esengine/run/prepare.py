@@ -116,7 +116,7 @@ class Prepared:
         """A renderer of `texts` or `held_out` with this run's settings and the batch limit of its last checkpoint."""
         keys = dict(seed=self.config.seed, chunk=self.config.image.chunk, limit=self.limits[0], note=progress.note)
         metadata = self.held_out_metadata if texts is self.held_out else self.metadata
-        return Renderer(self.model, texts, self.settings, **keys, metadata=metadata)
+        return Renderer(self.model, texts, self.settings, **keys, metadata=metadata if any(metadata) else None)
 
 
 def read_inputs(config: TrainConfig, group: Group) -> Inputs:

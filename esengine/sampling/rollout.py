@@ -11,7 +11,7 @@ import torch
 from esengine.base.errors import OutOfMemory, Stopped
 from esengine.base.group import ALONE, Group
 from esengine.base.memory import give_back, oom_guard
-from esengine.base.prompt_files import Metadata
+from esengine.base.prompt_files import METADATA, Metadata
 from esengine.es.engine import Task
 from esengine.es.population import Population
 from esengine.es.rows import Rows
@@ -83,9 +83,11 @@ class Renderer:
     def words(self, prompts: torch.Tensor) -> list[str]:
         return [self.texts.prompts[index] for index in prompts.tolist()]
 
-    def columns(self, prompts: torch.Tensor) -> list[Metadata]:
-        """The metadata of prompts by their indices, int64 [B]: empty dicts if they have none."""
-        return [{} if self.metadata is None else self.metadata[index] for index in prompts.tolist()]
+    def columns(self, prompts: torch.Tensor) -> dict[str, list[Metadata]]:
+        """The argument `metadata` for prompts by their indices, int64 [B]; nothing if no prompt has columns."""
+        if self.metadata is None:
+            return {}
+        return {METADATA: [self.metadata[index] for index in prompts.tolist()]}
 
 
 def score_task(
@@ -125,7 +127,7 @@ def score_task(
 
     def score(images: torch.Tensor, prompts: torch.Tensor, members: torch.Tensor) -> dict[str, torch.Tensor]:
         with scoring:
-            of_rows = dict(metadata=render.columns(prompts), step=task.step, members=members.tolist())
+            of_rows = dict(**render.columns(prompts), step=task.step, members=members.tolist())
             return reward.score(images, render.words(prompts), **of_rows)
 
     mine = task.rows().split(render.chunk)[group.rank :: group.size]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from esengine.base.errors import ConfigError, RewardError, RunError
+from esengine.base.progress import Progress
 from esengine.cli.eval import evaluate
 from esengine.cli.settings import EvalConfig
 from esengine.run import prepare as preparing
@@ -86,7 +87,7 @@ def test_a_changed_target_is_a_changed_prompt_on_resume(small, files, tmp_path, 
         assert "--allow-change" in str(caught.value)
     write(config.prompts, TRAIN)
     train(again)
-    assert replay(ReplayConfig(config.run_dir)).parted is None
+    assert replay(ReplayConfig(config.run_dir), Progress()).parted is None
 
 
 def test_a_run_of_an_older_version_goes_on(small, files, tmp_path, seeing):
