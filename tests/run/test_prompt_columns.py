@@ -87,7 +87,7 @@ def test_a_changed_target_is_a_changed_prompt_on_resume(small, files, tmp_path, 
         assert "--allow-change" in str(caught.value)
     write(config.prompts, TRAIN)
     train(again)
-    assert replay(ReplayConfig(config.run_dir), Progress()).parted is None
+    assert replay(ReplayConfig(config.run_dir), Progress()).agreed == 2
 
 
 def test_a_run_of_an_older_version_goes_on(small, files, tmp_path, seeing):
