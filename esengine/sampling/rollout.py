@@ -104,7 +104,6 @@ def score_task(
 
     Scores stay on the device until the last chunk. A reward that `_overlaps` is at most one chunk behind, so at most
     two chunks of images are in memory. The scores are the same either way.
-
     With K processes, rank r renders chunks r, r + K, ... Chunks and scores are those of one process.
 
     Args:
@@ -127,8 +126,8 @@ def score_task(
 
     def score(images: torch.Tensor, prompts: torch.Tensor, members: torch.Tensor) -> dict[str, torch.Tensor]:
         with scoring:
-            of_rows = dict(**render.columns(prompts), step=task.step, members=members.tolist())
-            return reward.score(images, render.words(prompts), **of_rows)
+            words, columns = render.words(prompts), render.columns(prompts)
+            return reward.score(images, words, **columns, step=task.step, members=members.tolist())
 
     mine = task.rows().split(render.chunk)[group.rank :: group.size]
     drawn = render.chunks(task.step, mine, population, length=render.texts.trimmed_length(task.prompts))
