@@ -13,6 +13,7 @@ from esengine.base.errors import ConfigError
 from esengine.base.transfer import upload
 from esengine.models.families import Family
 from esengine.models.text_cache import SHARD_PROMPTS, Cache, Progress, check_indices, require_embeddings
+from esengine.models.text_limits import LIMITS, Limits, require_limits
 
 Parts = dict[str, torch.Tensor]
 """One prompt's tensors by name: embeddings [L, C], masks [1, L], pooled embeddings [1, C]."""
@@ -27,14 +28,23 @@ class Conditioning:
     Attributes:
         prompts: tuple[str, ...] of length P. `batch` and the latents use a prompt's index in it.
         lengths: int64 [P], number of tokens of each prompt.
+        limits: the tokenizers that cut each prompt, see `text_limits`.
     """
 
-    def __init__(self, prompts: Sequence[str], parts: Sequence[Parts], family: Family, negative: Parts | None = None):
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        parts: Sequence[Parts],
+        family: Family,
+        negative: Parts | None = None,
+        limits: Sequence[Limits] = (),
+    ):
         """`parts`: the tensors of each of the P >= 1 prompts. `negative`: those of the negative prompt."""
         if not prompts or len(prompts) != len(parts):
             raise ValueError(f"parts: expected one for each of {len(prompts)} prompts, got {len(parts)}")
         self.prompts = tuple(prompts)
         self.lengths = torch.tensor([_length(each) for each in parts])
+        self.limits = tuple(limits) or ((),) * len(prompts)
         self._parts, self._family, self._negative = tuple(parts), family, negative
 
     def __len__(self) -> int:
@@ -47,7 +57,8 @@ class Conditioning:
     def select(self, prompts: Sequence[str]) -> "Conditioning":
         """The conditioning of some of the prompts."""
         place = {prompt: index for index, prompt in enumerate(self.prompts)}
-        return Conditioning(prompts, [self._parts[place[prompt]] for prompt in prompts], self._family, self._negative)
+        parts, limits = ([each[place[prompt]] for prompt in prompts] for each in (self._parts, self.limits))
+        return Conditioning(prompts, parts, self._family, self._negative, limits)
 
     def trimmed_length(self, indices: torch.Tensor) -> int:
         """Number of tokens of the longest prompt among `indices` int64 [B]. All chunks of a step are padded to it."""
@@ -131,6 +142,9 @@ def require_parts(parts: Parts, family: Family, channels: Mapping[str, int]) -> 
     """Raise ValueError for tensors that are not those of a text. `channels`: see `channels_of`."""
     masked = masks(family)
     for name, tensor in parts.items():
+        if name == LIMITS:
+            require_limits(tensor)
+            continue
         if name in masked.values():
             if tensor.ndim != 2 or len(tensor) != 1 or tensor.is_complex():
                 raise ValueError(f"{name}: expected a mask [1, L], got {tensor.dtype} {[*tensor.shape]}")
@@ -144,7 +158,7 @@ def require_parts(parts: Parts, family: Family, channels: Mapping[str, int]) -> 
 
 def require_one_length(parts: Sequence[Parts], family: Family) -> None:
     """Raise ValueError if texts differ in length where a family's call takes them without a mask."""
-    padded = {*masks(family), *masks(family).values()}
+    padded = {LIMITS, *masks(family), *masks(family).values()}
     for name in () if family.ragged else set().union(*parts) - padded:
         if len(lengths := {len(each[name]) for each in parts}) > 1:
             raise ValueError(f"{name}: expected texts of one length, got {sorted(lengths)[:4]}")

@@ -31,6 +31,7 @@ from esengine.models.conditioning import (
 from esengine.models.families import UNUSED, Family
 from esengine.models.loading import download, load_pipeline, reading
 from esengine.models.text_cache import Progress, fingerprint
+from esengine.models.text_limits import LIMITS, as_tensor, from_tensor, limits_of, watched
 
 
 class Source(NamedTuple):
@@ -97,7 +98,7 @@ class PromptEncoder:
         if wanted or not prompts:
             found = cached_parts(
                 wanted if prompts else (),
-                names,
+                [*names, LIMITS],
                 lambda missing: self._encode(missing, arguments),
                 key=key,
                 cache_dir=cache_dir if self._source is not None else None,
@@ -106,9 +107,15 @@ class PromptEncoder:
                 together=partial(require_one_length, family=self.family),
             )
             self._memo |= {(*role, rest): parts for role, parts in zip(wanted, found, strict=True)}
-        parts = [self._memo[(*role, rest)] for role in roles]
+        parts = [dict(self._memo[(*role, rest)]) for role in roles]
+        limits = [from_tensor(each.pop(LIMITS), self._tokenizers) for each in parts][: len(prompts)]
         negative = parts.pop() if self.family.guided_above is not None else None
-        return Conditioning(prompts, parts, self.family, negative)
+        return Conditioning(prompts, parts, self.family, negative, limits)
+
+    @property
+    def _tokenizers(self) -> list[str]:
+        """Names of the pipeline's tokenizers, in their order."""
+        return sorted(name for name in self.pipeline.components if name.startswith("tokenizer"))
 
     def _encode_arguments(self, instruction: bool) -> dict[str, Any]:
         """Arguments of `encode_prompt` besides the prompt: those that the pipeline's call passes on by default."""
@@ -126,16 +133,20 @@ class PromptEncoder:
 
     def _encode(self, entries: list[tuple[str, str]], arguments: dict[str, Any]) -> Iterator[Parts]:
         """Yield the tensors of each (role, prompt), with the text encoders in memory."""
-        with self._encoders() as pipe:
+        with self._encoders() as pipe, watched(self._tokenizers_of(pipe)) as calls:
             takes = inspect.signature(type(pipe).encode_prompt).parameters
             for role, prompt in entries:
                 given, from_guidance = dict(arguments, device=self.device), False
                 if "do_classifier_free_guidance" in takes:
                     given["do_classifier_free_guidance"] = from_guidance = bool(role)
-                cannot = f"model: cannot encode {prompt!r:.60}"
-                with torch.no_grad(), reading(cannot, "a prompt's tokens"):
+                with torch.no_grad(), reading(f"model: cannot encode {prompt!r:.60}", "a prompt's tokens"):
                     parts = trimmed(pipe.encode_prompt(prompt=prompt, **given), self.family, from_guidance)
-                yield parts
+                skipped = getattr(pipe, "prompt_template_encode_start_idx", 0)
+                limits = limits_of(calls(), skipped, arguments.get("max_sequence_length"))
+                yield parts | {LIMITS: as_tensor(limits, self._tokenizers)}
+
+    def _tokenizers_of(self, pipe: DiffusionPipeline) -> dict[str, Any]:
+        return {name: part for name in self._tokenizers if (part := getattr(pipe, name)) is not None}
 
     @contextlib.contextmanager
     def _encoders(self) -> Iterator[DiffusionPipeline]:

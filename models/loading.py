@@ -1,5 +1,6 @@
 """Loads pipelines from disk or from the hub. Errors are one line long."""
 
+import contextlib
 import dataclasses
 import inspect
 import os
@@ -228,6 +229,19 @@ def _whole(kind: type[ModelMixin | PreTrainedModel], folder: Path, dtype: torch.
     if absent := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
         raise ValueError(f"{folder.name} lacks {len(absent)} of its weights, such as {absent[0]}")
     return component
+
+
+def image_size(folder: Path, family: Family) -> int:
+    """Default height and width of a model's images in pixels, from its configuration files, without loading it."""
+    found = {}
+    for part in (family.denoiser, "vae"):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            found[part] = read_mapping(folder / part / "config.json")
+    size, vae = (config if isinstance(config, dict) else {} for config in map(found.get, (family.denoiser, "vae")))
+    size, widths = size.get("sample_size"), vae.get("encoder_block_out_channels") or vae.get("block_out_channels")
+    if type(size) is int and isinstance(widths, list):
+        return size * 2 ** (len(widths) - 1)
+    return family.size
 
 
 def load_vae(vae: str, pipeline: Path, dtype: torch.dtype, local_files_only: bool) -> tuple[AutoencoderDC, str]:

@@ -22,6 +22,7 @@ from safetensors.torch import save
 from esengine.base.errors import ConfigError
 from esengine.base.files import read_regular, replace_file, warn_no_cache
 from esengine.base.transfer import upload
+from esengine.models.text_limits import Limits
 
 FORMAT = 1
 SHARD_PROMPTS = 1024
@@ -39,15 +40,17 @@ class TextEmbeddings:
         prompts: tuple[str, ...] of length P. `batch` and the latents use a prompt's index in it.
         lengths: int64 [P], number of real tokens of each prompt.
         dtype: Data type of the stored embeddings, which is the text encoder's.
+        limits: the tokenizers that cut each prompt, see `text_limits`. Empty: none does, or it is not known.
     """
 
-    def __init__(self, prompts: Sequence[str], embeddings: Sequence[torch.Tensor]):
+    def __init__(self, prompts: Sequence[str], embeddings: Sequence[torch.Tensor], limits: Sequence[Limits] = ()):
         """`embeddings`: one [L, C] tensor on the CPU for each of the P >= 1 prompts."""
         if not prompts or len(prompts) != len(embeddings):
             raise ValueError(f"embeddings: expected one for each of {len(prompts)} prompts, got {len(embeddings)}")
         self.prompts = tuple(prompts)
         self.lengths = torch.tensor([embedding.shape[0] for embedding in embeddings])
         self.dtype = embeddings[0].dtype
+        self.limits = tuple(limits) or ((),) * len(prompts)
         self._embeddings = tuple(embeddings)
 
     def __len__(self) -> int:
@@ -60,7 +63,8 @@ class TextEmbeddings:
     def select(self, prompts: Sequence[str]) -> "TextEmbeddings":
         """The conditioning of some of the prompts."""
         place = {prompt: index for index, prompt in enumerate(self.prompts)}
-        return TextEmbeddings(prompts, [self._embeddings[place[prompt]] for prompt in prompts])
+        places = [place[prompt] for prompt in prompts]
+        return TextEmbeddings(prompts, [self._embeddings[i] for i in places], [self.limits[i] for i in places])
 
     def trimmed_length(self, indices: torch.Tensor) -> int:
         """Number of tokens of the longest prompt among `indices` int64 [B]. All chunks of a step are padded to it."""

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import sys
@@ -106,10 +107,17 @@ def outcome():
 
 @pytest.fixture
 def reward(monkeypatch):
-    """Installs functions as rewards of the module `own`; returns the name of the first."""
+    """Installs functions as rewards of the module `own`; returns the name of the first.
 
-    def install(score, **others) -> str:
+    They have no trial unless it is asked for, because many tests count their calls.
+    """
+
+    def install(score, trial=False, **others) -> str:
         module = types.ModuleType("own")
+        for each in (score, *others.values()):
+            if not trial and callable(each):
+                with contextlib.suppress(AttributeError):  # a method
+                    each.no_trial = True
         vars(module).update(others, score=score)
         monkeypatch.setitem(sys.modules, "own", module)
         return "own:score"

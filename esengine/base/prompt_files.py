@@ -5,6 +5,10 @@
     .jsonl, .ndjson             a JSON object on each line, with the same names as keys; or a JSON string
     .json                       a list of such objects or strings
 
+All columns but the prompt become the prompt's metadata, a dict under the names that the file gives them, in their
+case. In a table the values are texts, and an empty or missing cell is None. A column without a name is left out. In
+JSON a value is of any type, and a key that an object does not have is not in its dict. Text files have no columns.
+
 A .txt file, or a file of any other name, that begins like a table or JSON is read as one, because no prompt looks like
 that. Lines that begin with # may precede its column names.
 
@@ -16,7 +20,10 @@ is ordinary CSV. Other separators are rejected.
 import codecs
 import contextlib
 import csv
+import hashlib
 import io
+import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -28,6 +35,11 @@ from esengine.base.records import parse_json
 
 COLUMNS = {"prompt": ("prompt", "prompts"), "category": ("category",), "challenge": ("challenge",)}
 """Names of each column, in any case. Only the prompt is required, unless a caller requires more."""
+
+METADATA = "metadata"
+"""Name of the dicts of columns in `Columns`."""
+MAX_DEPTH = 64
+"""Lists and objects inside one another in a JSON value."""
 
 MAX_BYTES = 1 << 28
 ACCEPTED = ".txt (a prompt on each line), .tsv, .csv, .jsonl or .json"
@@ -52,8 +64,15 @@ _MARKUP = re.compile(r"<(\?xml|!doctype|html)", re.IGNORECASE)
 _COMMENTS = re.compile(rb"(?m)^[ \t]*#[^\r\n]*")
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"')
 
-Columns = dict[str, tuple[str | None, ...]]
-"""The values of each of `COLUMNS`, one for each prompt. None where the file has no value. A prompt is never None."""
+Metadata = dict[str, Any]
+"""The columns of one prompt besides the prompt itself, by name."""
+
+Columns = dict[str, tuple[Any, ...]]
+"""The values of each of `COLUMNS`, one for each prompt, and the prompts' `Metadata` under `METADATA`. A value is None
+where the file has none. A prompt is never None."""
+
+_Row = tuple[str, dict[str, Any], Metadata]
+"""Where a prompt stands in its file, its `COLUMNS`, and its metadata."""
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -66,6 +85,12 @@ def read_prompts(path: str | Path) -> list[str]:
         ConfigError: the file cannot be read or holds no prompt. The message has the line number if there is one.
     """
     return list(read_prompt_file(path)["prompt"])
+
+
+def read_with_metadata(path: str | Path) -> tuple[list[str], tuple[Metadata, ...]]:
+    """As `read_prompts`, with the metadata of each prompt."""
+    columns = read_prompt_file(path)
+    return list(columns["prompt"]), columns[METADATA]
 
 
 def read_prompt_file(path: str | Path, needed: Sequence[str] = ("prompt",)) -> Columns:
@@ -95,7 +120,7 @@ def read_prompt_file(path: str | Path, needed: Sequence[str] = ("prompt",)) -> C
             raise ConfigError(f"{where}: expected {ACCEPTED}, got what looks like {form}")
         data = _COMMENTS.sub(b"", data) if form == ".tsv" else data
     if form == ".txt":
-        rows: Iterable[tuple[str, dict[str, Any]]] = _text(data, where)
+        rows: Iterable[_Row] = _text(data, where)
     elif form in _TABLES:
         rows = _table(_decoded(data, where), where, form, needed)
     elif form in _JSON_LINES:
@@ -166,16 +191,25 @@ def _names(line: str, alone: bool = False) -> bool:
     return (exact and (beside or quoted)) or (not spaced and (ours or (others and beside)))
 
 
-def _columns(rows: Iterable[tuple[str, dict[str, Any]]], where: str, needed: Sequence[str]) -> Columns:
+def metadata_sha256(prompts: Sequence[str], metadata: Sequence[Metadata]) -> str:
+    """A hash of prompts with their metadata, in their order. The order of a dict's keys does not matter."""
+    pairs = [[prompt, columns] for prompt, columns in zip(prompts, metadata, strict=True)]
+    return hashlib.sha256(json.dumps(pairs, sort_keys=True).encode()).hexdigest()
+
+
+def _columns(rows: Iterable[_Row], where: str, needed: Sequence[str]) -> Columns:
     found: dict[str, list[str | None]] = {column: [] for column in COLUMNS}
-    for place, row in rows:
+    metadata: list[Metadata] = []
+    for place, row, columns in rows:
+        _require_storable(columns, f"{where}, {place}")
+        metadata.append(columns)
         for column, values in found.items():
             value = row.get(column)
             if column in needed and value is None:
                 raise ConfigError(f"{where}, {place}: expected a {column}, got none")
             if value is not None and not isinstance(value, str):
                 raise ConfigError(f"{where}, {place}: expected text as its {column}, got {value!r:.60}")
-            if value is not None and ("\0" in value or any("\ud800" <= each <= "\udfff" for each in value)):
+            if value is not None and not _is_text(value):
                 raise ConfigError(f"{where}, {place}: expected text without NUL or surrogates as its {column}")
             value = value.strip() if value else None
             if column == "prompt" and not value:
@@ -183,7 +217,29 @@ def _columns(rows: Iterable[tuple[str, dict[str, Any]]], where: str, needed: Seq
             values.append(value or None)
     if not found["prompt"]:
         raise ConfigError(f"{where}: expected at least one prompt, got none")
-    return {column: tuple(values) for column, values in found.items()}
+    return {column: tuple(values) for column, values in found.items()} | {METADATA: tuple(metadata)}
+
+
+def _is_text(value: str) -> bool:
+    return "\0" not in value and not any("\ud800" <= each <= "\udfff" for each in value)
+
+
+def _require_storable(columns: Metadata, where: str) -> None:
+    """Raise ConfigError for a value that cannot be sent as JSON, or written to a file."""
+    for name, value in columns.items():
+        if not _is_text(name):
+            raise ConfigError(f"{where}: expected a column's name without NUL or surrogates, got {name!r:.60}")
+        parts = [(value, 0)]
+        while parts:
+            part, depth = parts.pop()
+            if isinstance(part, str) and not _is_text(part):
+                raise ConfigError(f"{where}: expected text without NUL or surrogates as its {name}")
+            if isinstance(part, float) and not math.isfinite(part):
+                raise ConfigError(f"{where}: expected a finite number or null as its {name}, got {part}")
+            if depth > MAX_DEPTH:
+                raise ConfigError(f"{where}: expected at most {MAX_DEPTH} levels of lists and objects as its {name}")
+            inner = [*part, *part.values()] if isinstance(part, dict) else part if isinstance(part, list) else ()
+            parts += [(each, depth + 1) for each in inner]
 
 
 def _lines(data: bytes, where: str) -> Iterator[tuple[str, str]]:
@@ -207,37 +263,37 @@ def _decoded(data: bytes, where: str) -> str:
     return data.decode("utf-8")
 
 
-def _text(data: bytes, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _text(data: bytes, where: str) -> Iterator[_Row]:
     for place, line in _lines(data, where):
         if line and not line.startswith("#"):
-            yield place, {"prompt": line}
+            yield place, {"prompt": line}, {}
 
 
-def _json_lines(data: bytes, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _json_lines(data: bytes, where: str) -> Iterator[_Row]:
     for place, line in _lines(data, where):
         if line:
-            yield place, _row(_loads(line, f"{where}, {place}"), f"{where}, {place}")
+            yield place, *_row(_loads(line, f"{where}, {place}"), f"{where}, {place}")
 
 
-def _json(text: str, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _json(text: str, where: str) -> Iterator[_Row]:
     items = _loads(text, where)
     if not isinstance(items, list):
         raise ConfigError(f"{where}: expected a JSON list of prompts or of objects, got {type(items).__name__}")
     for number, item in enumerate(items, start=1):
-        yield f"item {number}", _row(item, f"{where}, item {number}")
+        yield f"item {number}", *_row(item, f"{where}, item {number}")
 
 
 def _loads(text: str, where: str) -> Any:
     try:
-        return parse_json(text)
+        return parse_json(text, strict=True)
     except ValueError as error:
         raise ConfigError(f"{where}: expected JSON, got {getattr(error, 'msg', None) or str(error)[:80]}") from error
 
 
-def _row(item: Any, where: str) -> dict[str, Any]:
-    """One prompt's columns from a JSON object or string."""
+def _row(item: Any, where: str) -> tuple[dict[str, Any], Metadata]:
+    """One prompt's columns and metadata from a JSON object or string."""
     if isinstance(item, str):
-        return {"prompt": item}
+        return {"prompt": item}, {}
     if not isinstance(item, dict):
         raise ConfigError(f"{where}: expected an object with the key prompt, or a string, got {item!r:.60}")
     names = {name: name.strip().lower() for name in item}
@@ -249,10 +305,10 @@ def _row(item: Any, where: str) -> dict[str, Any]:
         row.update((column, item[name]) for name in keys)
     if "prompt" not in row:
         raise ConfigError(f"{where}: expected a key prompt, got the keys {', '.join(item)[:200] or 'none'}")
-    return row
+    return row, {name: value for name, value in item.items() if names[name] not in COLUMNS["prompt"]}
 
 
-def _table(text: str, where: str, form: str, needed: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _table(text: str, where: str, form: str, needed: Sequence[str]) -> Iterator[_Row]:
     lines = text.split("\n")
     for number, line in enumerate(lines):
         first = line.lstrip()
@@ -274,13 +330,17 @@ def _table(text: str, where: str, form: str, needed: Sequence[str]) -> Iterator[
     for column in place:
         if sum(names.count(a) for a in COLUMNS[column]) > 1:
             raise ConfigError(f"{where}: expected one column {column.title()}, got several")
+    others = [(at, name) for at, name in enumerate(header) if name and at != place["prompt"]]
+    if twice := [name for _, name in others if header.count(name) > 1]:
+        raise ConfigError(f"{where}: expected one column {twice[0]}, got several")
     for number, cells in rows:
         if not any(cells):
             continue
         if any(cells[len(header) :]):
             raise ConfigError(f"{where}, line {number}: expected {len(header)} cells, got {len(cells)}")
-        row = {column: cells[at] for column, at in place.items() if at < len(cells)}
-        yield f"line {number}", {"prompt": "", **dict.fromkeys(place, ""), **row}
+        cells += [""] * (len(header) - len(cells))
+        row = {column: cells[at] for column, at in place.items()}
+        yield f"line {number}", row, {name: cells[at] or None for at, name in others}
 
 
 def _cells(text: str, where: str, tabs: bool) -> Iterator[tuple[int, list[str]]]:

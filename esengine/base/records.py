@@ -19,7 +19,7 @@ LARGEST = 3.5e38
 
 MAX_OBJECT, MAX_LINES = 1 << 25, 1 << 28
 """Limits in bytes of one JSON value, and of a file of lines."""
-DEEPEST, CONTAINERS, DIGITS = 32, 1 << 20, 1000
+DEEPEST, CONTAINERS, DIGITS = 64, 1 << 20, 1000
 """Limits of a JSON value: its levels, its lists and mappings, the digits of an integer."""
 
 

@@ -21,16 +21,18 @@ from esengine.rewards import Weighted
 from esengine.rewards.registry import load_terms
 from esengine.rewards.roles import HUMAN, judges
 from esengine.rewards.spec import Term, read
+from esengine.rewards.trial import Trial
 from esengine.run.curves import kept_curves
 from esengine.run.settings import TrainConfig, load_run
 from esengine.sampling.build import (
+    encode,
     is_folder,
     load_model,
     pick_chunk,
     pick_dtype,
     render_settings,
     resolved,
-    text_cache,
+    size_before_loading,
 )
 from esengine.sampling.device import take_device
 from esengine.sampling.settings import ImageSettings
@@ -73,12 +75,17 @@ def evaluate(config: EvalConfig, progress: Progress) -> Evaluated:
     device = take_device(config.device)
     dtype = pick_dtype(run.dtype if config.dtype == "auto" else config.dtype, device)
     render_settings(image)
-    image = resolved(image, require_pipeline(name, revision, image.vae))
+    family = require_pipeline(name, revision, image.vae)
+    image = resolved(image, family)
+    size = size_before_loading(image, name, revision, family)
+    trial = Trial(size, benchmark.prompts, benchmark.metadata, tolerant=False, note=progress.note)
     entries = _entries(config, image.num_steps, adapter)
     with of_setting("reward"):
-        reward = load_terms(_scored(config, run, model_defaults), device=str(device))
+        reward = load_terms(_scored(config, run, model_defaults), device=str(device), trial=trial)
     with of_setting(_setting_of_prompts(config)):
-        reward.check_prompts(benchmark.prompts)
+        reward.check_prompts(benchmark.prompts, benchmark.metadata)
+    for cut in reward.cut_prompts(benchmark.prompts):
+        progress.note(f"warning: {cut.text()}")
 
     labels = ", ".join(entry.label for entry in entries)
     progress.note(f"model {name} on {device} in {str(dtype).removeprefix('torch.')}: {labels}")
@@ -169,7 +176,8 @@ class _Job:
             part = f", shard {shard[0]}/{shard[1]}" if shard[1] > 1 else ""
             everything = len(plan.entries) * plan.prompts * plan.repeats
             self.progress.note(f"{path}: {total} of {everything} images to draw{part}")
-            for count in folder.store(draw(self.model, texts, self.reward, plan, work), self.benchmark):
+            drawn = draw(self.model, texts, self.reward, plan, work, self.benchmark.metadata)
+            for count in folder.store(drawn, self.benchmark):
                 done += count
                 self.progress.count("images", done, total)
             with folder.alone():
@@ -182,12 +190,8 @@ class _Job:
         return report
 
     def _texts(self) -> TextEmbeddings:
-        return self.model.encode(
-            self.benchmark.prompts,
-            cache_dir=text_cache(),
-            instruction=self.image.instruction,
-            progress=lambda done, total: self.progress.count("prompts", done, total),
-        )
+        (texts,) = encode(self.model, [self.benchmark.prompts], self.image, self.progress)
+        return texts
 
 
 def _entries(config: EvalConfig, steps: int, adapter: Path | None) -> tuple[Entry, ...]:

@@ -4,11 +4,11 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from esengine.base.errors import ConfigError
-from esengine.base.prompt_files import read_prompt_file
+from esengine.base.prompt_files import COLUMNS, METADATA, Metadata, metadata_sha256, read_prompt_file
 from esengine.models.defaults import BENCHMARKS
 
 
@@ -34,6 +34,8 @@ class Benchmark:
     prompts: tuple[str, ...]
     categories: tuple[str | None, ...]
     challenges: tuple[str | None, ...]
+    metadata: tuple[Metadata, ...] | None = field(default=None, compare=False)
+    """The columns of each prompt, for rewards. None: the prompts have none."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -41,11 +43,14 @@ class Benchmark:
     def first(self, count: int | None) -> "Benchmark":
         """The first `count` prompts; None: all."""
         cut = {name: getattr(self, name)[:count] for name in ("prompts", "categories", "challenges")}
+        cut["metadata"] = self.metadata and self.metadata[:count]
         return dataclasses.replace(self, **cut)
 
     def sha256(self) -> str:
-        """Hash of everything except the name."""
+        """Hash of everything except the name. With no columns but the groups it is that of older versions."""
         content = [self.prompts, self.categories, self.challenges]
+        if any(name.lower() not in COLUMNS for columns in self.metadata or () for name in columns):
+            content.append(metadata_sha256(self.prompts, self.metadata))
         return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
 
 
@@ -76,7 +81,7 @@ def read_benchmark(name: str | None, path: Path | None = None) -> Benchmark:
 
 def _read(name: str, path: Path, needed: Sequence[str] = ("prompt",)) -> Benchmark:
     columns = read_prompt_file(path, needed)
-    return Benchmark(name, columns["prompt"], columns["category"], columns["challenge"])
+    return Benchmark(name, columns["prompt"], columns["category"], columns["challenge"], columns[METADATA])
 
 
 def _download(name: str, published: _Published) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from esengine.base.errors import RewardError
+from esengine.base.prompt_files import Metadata
 from esengine.es.rows import Rows
 from esengine.evaluation.benchmarks import Benchmark
 from esengine.evaluation.entries import Entry
@@ -90,11 +91,12 @@ def draw(
     reward: Weighted,
     plan: Plan,
     work: Sequence[tuple[Entry, Places]],
+    metadata: Sequence[Metadata] | None = None,
 ) -> Iterator[Batch]:
     """Render and score chunks of a plan in the given order, with at most one adapter in memory.
 
     Adapters are loaded as diffusers loads them, in the model's dtype, while training kept them in float32. So this
-    measures what their users get. The base model has no adapter.
+    measures what their users get. The base model has no adapter. `metadata` has the columns of each prompt.
 
     Raises:
         ConfigError: an adapter cannot be loaded.
@@ -102,14 +104,16 @@ def draw(
     """
     length = texts.trimmed_length(torch.arange(len(texts)))
     names, loaded = reported(reward), None
-    render = Renderer(model, texts, plan.settings, plan.seed, plan.chunk)
+    render = Renderer(
+        model, texts, plan.settings, plan.seed, plan.chunk, metadata=metadata if metadata and any(metadata) else None
+    )
     for entry, rows in work:
         if entry != loaded:
             load_entry(model, entry)
             loaded, render.settings = entry, plan.settings_of(entry)
         prompts, repeats = torch.tensor(rows).unbind(1)
         (images,) = render.chunks(EVAL_STEP, [Rows(None, prompts, repeats)], length=length)
-        scores = reward.score(images, [texts.prompts[prompt] for prompt, _ in rows])
+        scores = reward.score(images, render.words(prompts), **render.columns(prompts))
         yield Batch(entry, rows, images, {name: scores[name].tolist() for name in names})
 
 
@@ -140,7 +144,7 @@ def compare_entries(
         texts: embeddings of the benchmark's prompts.
         reward: scores the images.
         plan: what to render.
-        benchmark: name and groups of the prompts. None: they have no groups.
+        benchmark: name, groups and metadata of the prompts. None: they have no groups and no metadata.
         settings: how the images are made, for the report. None: `provenance`.
         progress: called with (images done, images in all).
         watch: called with each batch, in the order of the plan.
@@ -155,7 +159,7 @@ def compare_entries(
     total, records = sum(len(rows) for _, rows in work), []
     if drop_bad:
         reward = FaultTolerant(reward, total, least=len(plan.entries) * plan.repeats)  # one prompt's
-    for batch in draw(model, texts, reward, plan, work):
+    for batch in draw(model, texts, reward, plan, work, benchmark.metadata):
         records += batch_records(batch)
         if watch is not None:
             watch(batch)

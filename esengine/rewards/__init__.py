@@ -8,6 +8,7 @@ from esengine.rewards.preprocess import Preprocess
 from esengine.rewards.registry import BUILTIN, load, parse
 from esengine.rewards.remote import Remote
 from esengine.rewards.spec import COMBINED
+from esengine.rewards.vqa import Vqa
 from esengine.rewards.weighted import Weighted, checked
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Preprocess",
     "Remote",
     "Reward",
+    "Vqa",
     "Weighted",
     "checked",
     "load",

@@ -6,11 +6,13 @@ Rewards with the same encoder share its image pass, see `esengine.rewards.base.F
 """
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from esengine.base.errors import ConfigError
+from esengine.models.text_limits import Cut
 from esengine.rewards.encoder import ClipEncoder
 from esengine.rewards.loading import has_processor
 
@@ -94,6 +96,10 @@ class ClipScore:
     def from_cosine(self, cosine: torch.Tensor) -> torch.Tensor:
         """The score, float32 [B], from cosines, float32 [B]."""
         raise NotImplementedError
+
+    def cut_prompts(self, prompts: Sequence[str]) -> Cut | None:
+        """How many of the prompts the text tower cuts. None: none, or the prompts do not matter."""
+        return self.encoder.cut_texts(prompts) if self.text is None else None
 
     def settings(self) -> dict[str, Any]:
         """What was loaded: model, its commit or the fingerprint of its folder, and dtype."""

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from esengine.base.errors import ConfigError
 from esengine.base.transfer import upload
-from esengine.rewards.loading import fingerprint, load_model, load_preprocess, load_tokenizer, locate
+from esengine.models.text_limits import Cut
+from esengine.rewards.loading import Tokenize, fingerprint, load_model, load_preprocess, load_tokenizer, locate
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
@@ -23,7 +24,7 @@ class ClipEncoder:
 
     Args:
         clip: transformers' CLIPModel, on its device and in its dtype, in eval mode.
-        tokenize: one text to its token ids, int64 [1, T].
+        tokenize: one text to its token ids, int64 [1, T]. A `loading.Tokenize` can also count cut texts.
         preprocess: uint8 [B, 3, H, W] to pixel values.
         logit_scale: logarithm of the model's scale. Default: the model's parameter, in its current precision.
         batch: images in one call of the image tower.
@@ -72,8 +73,8 @@ class ClipEncoder:
         Raises:
             ConfigError: an argument that cannot be used, or no complete model or processor of that name.
         """
-        device = _device(device)
-        dtype = _dtype(dtype, device)
+        device = pick_device(device)
+        dtype = pick_dtype(dtype, device)
         if type(batch) is not int or batch < 1:
             raise ConfigError(f"batch: expected an int of at least 1, got {batch!r}")
         identity = {"model": str(model), "dtype": str(dtype).removeprefix("torch.")}
@@ -123,6 +124,14 @@ class ClipEncoder:
         place = {text: i for i, text in enumerate(distinct)}
         return torch.stack(found)[upload(torch.tensor([place[text] for text in texts]), self.device)]
 
+    def cut_texts(self, texts: Sequence[str]) -> Cut | None:
+        """How many of the texts are longer than the text tower reads. None: none of them, or it is not known."""
+        if not isinstance(self.tokenize, Tokenize):
+            return None
+        cut = {text: self.tokenize.cuts(text) for text in dict.fromkeys(texts)}
+        count = sum(cut[text] for text in texts)
+        return Cut(count, len(texts), self.tokenize.length) if count else None
+
     def _text(self, text: str) -> torch.Tensor:
         feature = self._texts.pop(text, None)
         if feature is None:
@@ -136,14 +145,16 @@ def _unit(features: Any) -> torch.Tensor:
     return F.normalize(getattr(features, "pooler_output", features).float(), dim=-1)
 
 
-def _device(device: str | torch.device) -> torch.device:
+def pick_device(device: str | torch.device) -> torch.device:
+    """A reward's device. Raises ConfigError if it is not there."""
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as e:
         raise ConfigError(f"device: cannot use {device!r}: {str(e).splitlines()[0] if str(e) else 'not there'}") from e
 
 
-def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """A reward's dtype. None: float32 on a CPU, bfloat16 elsewhere. Raises ConfigError for a name not in `DTYPES`."""
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     found = DTYPES.get(str(dtype).removeprefix("torch."))

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from esengine.base.errors import RewardError
+from esengine.base.prompt_files import METADATA
 from esengine.rewards import COMBINED, Weighted
 
 MAX_BAD = 0.1
@@ -36,24 +37,38 @@ class FaultTolerant:
         self.terms, self.names, self.settings = reward.terms, reward.names, reward.settings
         self.bad, self.first = 0, None
 
-    def score(self, images: torch.Tensor, prompts: list[str], *, step=None, members=None) -> dict[str, torch.Tensor]:
+    def score(
+        self, images: torch.Tensor, prompts: list[str], *, metadata=None, step=None, members=None
+    ) -> dict[str, torch.Tensor]:
         """As `Weighted.score`.
 
         Raises:
             RewardError: too many images are bad; the first failure is the cause.
         """
         try:
-            return self.reward.score(images, prompts, step=step, members=members)
+            given = {} if metadata is None else {METADATA: metadata}
+            return self.reward.score(images, prompts, **given, step=step, members=members)
         except RewardError as error:
             if len(images) == 1:
                 return self._nothing(error, images, step)
+            strict = isinstance(error.__cause__, RewardError)  # an answer of another shape may fit one image by chance
+        before, self.reward.strict = self.reward.strict, strict
+        try:
+            return self._one_by_one(images, prompts, metadata=metadata, step=step, members=members)
+        finally:
+            self.reward.strict = before
+
+    def _one_by_one(
+        self, images: torch.Tensor, prompts: list[str], *, metadata, step, members
+    ) -> dict[str, torch.Tensor]:
         parts, row = [], 0
         for i in range(len(images)):
             if row == MAX_IN_A_ROW:
                 parts.append(self._nothing(self.first, images[i:], step))
                 break
             before, one = self.bad, slice(i, i + 1)
-            parts.append(self.score(images[one], prompts[one], step=step, members=members and members[one]))
+            of_one = dict(metadata=metadata and metadata[one], step=step, members=members and members[one])
+            parts.append(self.score(images[one], prompts[one], **of_one))
             row = row + 1 if self.bad > before else 0
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 

@@ -22,8 +22,7 @@ class Human:
         ConfigError: an argument that cannot be used.
     """
 
-    compares = True
-    """The images of a step are compared with each other. They cannot be scored one by one."""
+    no_trial = True
 
     def __init__(self, host: str = "127.0.0.1", port: int = 0):
         if not isinstance(host, str) or not host:

@@ -1,11 +1,10 @@
-"""Loads the parts of a CLIP from a folder or the hub: safetensors only, no remote code, errors of one line."""
+"""Loads a CLIP or an image-text model from a folder or the hub: safetensors only, no code, errors of one line."""
 
 import hashlib
 import os
-from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,11 +13,16 @@ from esengine.models.defaults import defaults
 from esengine.rewards.preprocess import Preprocess
 
 if TYPE_CHECKING:
-    from transformers import CLIPModel, CLIPTextConfig
+    from transformers import CLIPModel, CLIPTextConfig, CLIPTokenizerFast, PreTrainedModel, ProcessorMixin
 
 _PREPROCESSOR = ("preprocessor_config.json", "processor_config.json")
 _TOKENIZER = ("tokenizer.json", "vocab.json")
 _TOKENIZER_TOO = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+_OF_IMAGE_TEXT = (
+    *(*_PREPROCESSOR, *_TOKENIZER, *_TOKENIZER_TOO, "added_tokens.json", "chat_template.jinja", "chat_template.json"),
+    *("video_preprocessor_config.json", "generation_config.json"),
+)
+"""Files of an image-text model besides its config and weights. A model may lack some of them."""
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 CONVERTED = {"openai/clip-vit-base-patch32": "c237dc49a33fc61debc9276459120b7eac67e7ef"}
@@ -41,6 +45,8 @@ def locate(model: str | os.PathLike[str], revision: str | None) -> str:
             raise ConfigError(f"revision: {model} is a folder and has none, got {revision}")
         if not any(folder.glob("*.safetensors")):
             raise ConfigError(f"model: {model} has no *.safetensors; weights in another format are not read")
+        if (folder / "adapter_config.json").exists():  # transformers would read the base model that it names
+            raise ConfigError(f"model: {model} is an adapter of another model; merge it into a model first")
         return str(folder)
     if folder.is_absolute() or model.startswith(("~", ".")) or model.count("/") != 1:
         raise ConfigError(f"model: {model} is neither a folder nor a hub id")
@@ -86,10 +92,46 @@ def load_model(model: str, revision: str | None) -> tuple["CLIPModel", str | Non
         files = dict(use_safetensors=True, trust_remote_code=False, local_files_only=True, output_loading_info=True)
         with naming_keys(folder):
             clip, report = CLIPModel.from_pretrained(folder, config=CLIPConfig.from_dict(settings), **files)
-        absent = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-        if absent:
-            raise ValueError(f"{len(absent)} of its weights are missing or of another shape, such as {absent[0]}")
+        _require_whole(report)
     return clip, None if Path(model).is_dir() else folder.name  # snapshots/<commit>
+
+
+def load_image_text(model: str, revision: str | None) -> tuple["PreTrainedModel", "ProcessorMixin", str | None]:
+    """An image-text model on the CPU, in its file's dtype, its processor, and the commit of its weights.
+
+    No code of the folder is run: the classes are those of transformers for the config's `model_type`.
+
+    Raises:
+        ConfigError: it cannot be loaded, a weight is missing, or it is not a decoder of one sequence.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    with _one_line(model), _no_progress_bars(), torch.random.fork_rng(devices=[]):
+        if _file(model, "config.json", revision) is None:
+            raise ValueError("no config.json was found")
+        folder = _weights(model, revision)
+        commit = None if Path(model).is_dir() else folder.name
+        for name in _OF_IMAGE_TEXT if commit else ():
+            _file(model, name, commit)
+        closed = dict(trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, **closed)
+        if any(getattr(each, "is_encoder_decoder", False) for each in (config, config.get_text_config())):
+            raise ValueError(f"expected a model that only decodes, got {config.model_type}")
+        processor = AutoProcessor.from_pretrained(folder, **closed)
+        if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
+            raise ValueError("no processor of images and texts was found")
+        loaded, report = AutoModelForImageTextToText.from_pretrained(
+            folder, config=config, use_safetensors=True, output_loading_info=True, **closed
+        )
+        _require_whole(report)
+    return loaded, processor, commit
+
+
+def _require_whole(report: dict[str, Any]) -> None:
+    """Raise ValueError if transformers' loading report lists weights that were not loaded."""
+    absent = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if absent:
+        raise ValueError(f"{len(absent)} of its weights are missing or of another shape, such as {absent[0]}")
 
 
 def _weights(model: str, revision: str | None) -> Path:
@@ -125,8 +167,22 @@ def load_preprocess(source: str, revision: str | None) -> Preprocess:
     return Preprocess.read(found[0])
 
 
-def load_tokenizer(source: str, revision: str | None, config: "CLIPTextConfig") -> Callable[[str], torch.Tensor]:
-    """A function from a text to its token ids, int64 [1, T]. T is at most the text tower's; longer texts are cut."""
+class Tokenize:
+    """A text to its token ids, int64 [1, T]. T is at most `length`; longer texts are cut."""
+
+    def __init__(self, tokenizer: "CLIPTokenizerFast", length: int):
+        self.tokenizer, self.length = tokenizer, length
+
+    def __call__(self, text: str) -> torch.Tensor:
+        return self.tokenizer(text, truncation=True, max_length=self.length, return_tensors="pt")["input_ids"]
+
+    def cuts(self, text: str) -> bool:
+        """Whether a text has more tokens than are read."""
+        return len(self.tokenizer(text, truncation=False, verbose=False)["input_ids"]) > self.length
+
+
+def load_tokenizer(source: str, revision: str | None, config: "CLIPTextConfig") -> Tokenize:
+    """The tokenizer of a folder or hub id, for a text tower."""
     from transformers import CLIPTokenizerFast
 
     with _one_line(source):
@@ -138,12 +194,7 @@ def load_tokenizer(source: str, revision: str | None, config: "CLIPTextConfig") 
         end = config.eos_token_id
         if len(tokenizer) > config.vocab_size or end not in (2, tokenizer.eos_token_id):  # 2: OpenAI's, by position
             raise ValueError("its tokenizer is of another model")
-    length = config.max_position_embeddings
-
-    def tokenize(text: str) -> torch.Tensor:
-        return tokenizer(text, truncation=True, max_length=length, return_tensors="pt")["input_ids"]
-
-    return tokenize
+    return Tokenize(tokenizer, config.max_position_embeddings)
 
 
 def _file(model: str, name: str, revision: str | None) -> str | None:
@@ -165,7 +216,7 @@ def _file(model: str, name: str, revision: str | None) -> str | None:
 def fingerprint(model: str) -> str:
     """A sha256 of all files of a folder that may have been read."""
     total, folder = hashlib.sha256(), Path(model)
-    for path in sorted(path for kind in ("safetensors", "json", "txt") for path in folder.glob(f"*.{kind}")):
+    for path in sorted(path for kind in ("safetensors", "json", "txt", "jinja") for path in folder.glob(f"*.{kind}")):
         total.update(f"{path.name}\0{path.stat().st_size}\0".encode())
         with open(path, "rb") as stream:
             while part := stream.read(1 << 24):

@@ -19,6 +19,7 @@ from esengine.rewards.human import Human
 from esengine.rewards.jpeg import JpegCompressibility, JpegIncompressibility
 from esengine.rewards.remote import Remote
 from esengine.rewards.spec import COMBINED, Term, group, read
+from esengine.rewards.vqa import Vqa
 from esengine.rewards.weighted import Weighted
 
 
@@ -33,6 +34,7 @@ BUILTIN = {
     "aesthetic": Aesthetic.from_pretrained,
     "no_artifacts": NoArtifacts.from_pretrained,
     "hpsv2": HPSv2.from_pretrained,
+    "vqa": Vqa.from_pretrained,
     "remote": Remote,
     "human": Human,
     "jpeg_compressibility": JpegCompressibility,
@@ -72,25 +74,42 @@ def parse(spec: str, *, device: str = "cpu") -> Weighted:
     return load_terms(read(spec), device=device)
 
 
-def load_terms(terms: Sequence[Term], *, device: str = "cpu") -> Weighted:
-    """Load rewards that are read already. Arguments and errors as `parse`."""
+def load_terms(terms: Sequence[Term], *, device: str = "cpu", trial: Callable[[Term], None] | None = None) -> Weighted:
+    """Load rewards that are read already. Arguments and errors as `parse` and `build`."""
     Weighted.check(terms)
-    return Weighted(build(terms, device=device))
+    return Weighted(build(terms, device=device, trial=trial))
 
 
-def build(terms: Sequence[Term], *, device: str = "cpu", encoders: dict[Any, Any] | None = None) -> list[Term]:
+def light_first(terms: Sequence[Term]) -> list[Term]:
+    """The terms, those that load a model last. Otherwise in their order."""
+    return sorted(terms, key=lambda term: "model" in _parameters(BUILTIN.get(term.name)))
+
+
+def build(
+    terms: Sequence[Term],
+    *,
+    device: str = "cpu",
+    encoders: dict[Any, Any] | None = None,
+    trial: Callable[[Term], None] | None = None,
+) -> list[Term]:
     """The same terms with their rewards loaded. A model that several rewards use is loaded once.
 
     Args:
         terms: from `spec.read`.
         device: for each reward that takes one, unless its term has another.
         encoders: models that are already loaded. Models loaded here are added.
+        trial: called with each term when its reward is loaded. Rewards that load a model come last.
 
     Raises:
         ConfigError: as `load`.
     """
     shared = {"device": device, "encoders": {} if encoders is None else encoders}
-    return [replace(term, reward=_build(term, shared)) for term in terms]
+    found = {}
+    for term in light_first(terms):
+        found[term.name] = replace(term, reward=_build(term, shared))
+        if trial is not None:
+            trial(found[term.name])
+    return [found[term.name] for term in terms]
 
 
 def target(name: str) -> object:

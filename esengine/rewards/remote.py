@@ -1,9 +1,11 @@
 """A reward from a scoring service over HTTP. It sends PNG images and prompts as JSON, and receives scores as JSON.
 
-POST url    {"images": ["<base64 of a PNG>", ...], "prompts": ["...", ...]}
-200         {"scores": [0.5, ...]}    one finite number for each image, in their order
+POST url    {"images": ["<base64 of a PNG>", ...], "prompts": ["...", ...], "metadata": [{...}, ...]}
+200         {"scores": [0.5, null, ...]}    one finite number for each image, in their order; null: no score
 
-With `token_env` each request has the header `Authorization: Bearer <token>`.
+`metadata` has the columns of each prompt in the prompt file, an empty object if it has none. A request has at most
+`batch` images, and at most `METADATA_LIMIT` bytes of metadata for each. An answer has at most `limit` bytes. With
+`token_env` each request has the header `Authorization: Bearer <token>`.
 """
 
 import base64
@@ -19,6 +21,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import SplitResult, quote, urlsplit
 
@@ -27,10 +30,14 @@ from PIL import Image
 
 from esengine.base.errors import ConfigError, RewardError
 from esengine.base.printable import plain, without_secrets
+from esengine.base.prompt_files import Metadata
+from esengine.rewards.base import as_scores
 from esengine.rewards.spec import ADVICE
 
 FIRST_PAUSE = 0.5
 """Seconds before the second try; each further pause is twice as long."""
+METADATA_LIMIT = 1 << 16
+"""Most bytes of one prompt's metadata as JSON."""
 _READ_AT_ONCE = 1 << 16
 
 
@@ -79,18 +86,31 @@ class Remote:
         self._sent_to, self._local = parts._replace(fragment="").geturl(), _is_local(parts.hostname)
         self._where = parts._replace(query="", fragment="").geturl()
 
-    def __call__(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """Score images, uint8 [B, 3, H, W] on any device. Returns float32 [B] on the CPU.
+    def __call__(
+        self, images: torch.Tensor, prompts: list[str], metadata: Sequence[Metadata] | None = None
+    ) -> torch.Tensor:
+        """Score images, uint8 [B, 3, H, W] on any device. Returns float32 [B] on the CPU, NaN where there is no score.
+
+        Without `metadata` none is sent.
 
         Raises:
             RewardError: the service gave no usable answer.
         """
-        scores = []
+        scores = [torch.empty(0)]
         for start in range(0, len(images), self.batch):
             part = slice(start, start + self.batch)
             body = {"images": [_png(image) for image in images[part]], "prompts": list(prompts[part])}
-            scores += self._scores(self._post(json.dumps(body).encode()), len(body["images"]))
-        return torch.tensor(scores, dtype=torch.float32)
+            if metadata is not None:
+                body["metadata"] = list(metadata[part])
+            scores.append(self._scores(self._post(json.dumps(body).encode()), len(body["images"]), start))
+        return torch.cat(scores)
+
+    def check_prompts(self, prompts: Sequence[str], metadata: Sequence[Metadata]) -> None:
+        """Raises ConfigError for metadata that is too long to be sent."""
+        for prompt, columns in zip(prompts, metadata, strict=True):
+            if (size := len(json.dumps(columns))) > METADATA_LIMIT:
+                what = f"expected at most {METADATA_LIMIT} bytes of columns for each prompt, got {size}"
+                raise ConfigError(f"reward remote: {what} for {prompt!r:.60}")
 
     def settings(self) -> dict[str, Any]:
         """The service's URL without its query, which could hold a secret, and the name of the token's variable."""
@@ -135,15 +155,20 @@ class Remote:
                     raise ConnectionError(f"its answer broke off {response.length} bytes before its end")
         return bytes(answer)
 
-    def _scores(self, answer: bytes, count: int) -> list[float]:
+    def _scores(self, answer: bytes, count: int, start: int) -> torch.Tensor:
+        """The scores of an answer for the images from `start` on, float32 [count] with NaN for null."""
         try:
             scores = [_finite(score) for score in json.loads(answer)["scores"]]
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as e:
             answer_text = self._hidden(answer[:1000].decode(errors="replace"))[:80]
-            raise RewardError(f'{self._where}: expected {{"scores": [finite numbers]}}, got {answer_text!r}') from e
+            expected = '{"scores": [finite numbers]}'
+            raise RewardError(f"{self._where}: expected {expected}, got {answer_text!r}; null is no score") from e
         if len(scores) != count:
             raise RewardError(f"{self._where}: expected {count} scores, got {len(scores)}")
-        return scores
+        try:
+            return as_scores(scores, count)
+        except RewardError as e:
+            raise RewardError(f"{self._where}: {e}", images=[start + row for row in e.images]) from e
 
     def _hidden(self, text: str) -> str:
         """A text of the service without the token, which it may repeat."""
@@ -220,10 +245,11 @@ def _png(image: torch.Tensor) -> str:
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _finite(score: Any) -> float:
-    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-        raise ValueError(f"expected a finite number, got {score!r}")
-    return float(score)
+def _finite(score: Any) -> float | int | None:
+    number = isinstance(score, int | float) and not isinstance(score, bool)
+    if score is not None and not (number and math.isfinite(score)):
+        raise ValueError(f"expected a finite number or null, got {score!r}")
+    return score
 
 
 def _parts(url: Any) -> SplitResult | None:

@@ -7,11 +7,11 @@ from itertools import product
 from types import MethodType
 from typing import Any
 
-from esengine.base.errors import ConfigError, of_setting
+from esengine.base.errors import ConfigError, RewardError, of_setting
 from esengine.models.defaults import Defaults
 from esengine.rewards.base import Reward, settings_of
 from esengine.rewards.human import Human
-from esengine.rewards.registry import BUILTIN, build, target
+from esengine.rewards.registry import BUILTIN, build, light_first, target
 from esengine.rewards.spec import COMBINED, OPTIMISED, WATCHED, Term, read, require_no_secrets
 from esengine.rewards.weighted import Weighted
 
@@ -124,32 +124,37 @@ def judges(of_model: Defaults, optimised: Sequence[Term], own_prompts: bool) -> 
     return [replace(term, weight=0.0) for name, spec in specs if name not in names for term in read(spec)]
 
 
-def load_rewards(terms: Sequence[Term], *, device: str, note: Callable[[str], None]) -> Rewards:
+def load_rewards(
+    terms: Sequence[Term], *, device: str, note: Callable[[str], None], trial: Callable[[Term], None] | None = None
+) -> Rewards:
     """Load the rewards of a run.
 
     Args:
         terms: from `read_terms`.
         device: for rewards that take one.
         note: called with what is left out, and why.
+        trial: called with each term when its reward is loaded.
 
     Raises:
         ConfigError: a reward cannot be loaded; or a watched reward is an optimised one under another name.
+        RewardError: of `trial`.
     """
-    watched, encoders = [], {}
-    for term in terms:  # the watched first, so that what cannot be loaded is reported before anything large is loaded
-        if term.role != WATCHED:
-            continue
+    found: dict[str, Term] = {}
+    encoders = {}
+    watched_first = sorted(terms, key=lambda term: term.role != WATCHED)
+    for term in light_first(watched_first):  # so that a mistake is reported before anything large is loaded
         try:
-            with of_setting("heldout_reward"):
-                watched += build([term], device=device, encoders=encoders)
-        except ConfigError as error:
+            with of_setting("heldout_reward" if term.role == WATCHED else "reward"):
+                found |= {each.name: each for each in build([term], device=device, encoders=encoders, trial=trial)}
+        except (ConfigError, RewardError) as error:
             if not term.optional:
                 raise
-            note(f"held-out {error.problem}; left out")
-    with of_setting("reward"):
-        optimised = build([term for term in terms if term.role == OPTIMISED], device=device, encoders=encoders)
-    kept = []
-    for term in watched:
+            note(f"held-out {getattr(error, 'problem', error)}; left out")
+    loaded = [found[term.name] for term in terms if term.name in found]
+    optimised, kept = [term for term in loaded if term.role == OPTIMISED], []
+    for term in loaded:
+        if term.role != WATCHED:
+            continue
         same = next((other for other in optimised if _alike(term, other) or _same(term.reward, other.reward)), None)
         if same is None:
             kept.append(term)

@@ -1,5 +1,6 @@
 """Combines several rewards: checks each output and computes the weighted sum."""
 
+import copy
 import functools
 import logging
 import math
@@ -12,7 +13,18 @@ import torch
 
 from esengine.base.errors import ConfigError, OutOfMemory, RewardError
 from esengine.base.memory import give_back, oom_guard
-from esengine.rewards.base import Encoder, FeatureReward, Reward, as_scores, describe, reason, settings_of
+from esengine.base.prompt_files import METADATA, Metadata
+from esengine.models.text_limits import Cut
+from esengine.rewards.base import (
+    Encoder,
+    FeatureReward,
+    Reward,
+    as_scores,
+    describe,
+    reason,
+    settings_of,
+    takes_metadata,
+)
 from esengine.rewards.spec import COMBINED, Term
 
 _log = logging.getLogger(__name__)
@@ -25,6 +37,9 @@ class Weighted:
         terms: loaded terms. (name, reward, weight) is short for a term without options.
         note: called with a warning on out-of-memory. From then on batches are scored in smaller parts.
 
+    Attributes:
+        strict: whether the answer for one image must be of shape [1], see `as_scores`.
+
     Raises:
         ConfigError: no terms, a name used twice or reserved, a weight that is not finite, or only weights of 0.
     """
@@ -35,8 +50,10 @@ class Weighted:
         )
         self.note = note
         self.limit: int | None = None
+        self.strict = False
         self._deferred: list[tuple[dict[str, torch.Tensor], list[str], dict]] | None = None
         self.check(self.terms)
+        self._take_metadata = {term.name: takes_metadata(_scorer(term.reward)) for term in self.terms}
 
     @staticmethod
     def check(terms: Sequence[Term]) -> None:
@@ -52,11 +69,21 @@ class Weighted:
         if not any(term.weight for term in terms):
             raise ConfigError(f"rewards: expected at least one with a weight other than 0, got {names}")
 
-    def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Raises ConfigError for prompts that a reward cannot score: see `Reward`."""
+    def check_prompts(self, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None) -> None:
+        """Raises ConfigError for prompts, or their metadata, that a reward cannot score: see `Reward`."""
         for term in self.terms:
             if callable(check := getattr(term.reward, "check_prompts", None)):
-                check(prompts)
+                columns = _columns(metadata, len(prompts))
+                check(prompts, **{METADATA: columns} if takes_metadata(check) else {})
+
+    def cut_prompts(self, prompts: Sequence[str]) -> list[Cut]:
+        """How many of the prompts the rewards' text encoders cut. Rewards that share an encoder are one entry."""
+        found: dict[tuple[Any, Cut], list[str]] = {}
+        for term in self.terms:
+            cut = getattr(term.reward, "cut_prompts", lambda prompts: None)(prompts)
+            if cut is not None:
+                found.setdefault((getattr(term.reward, "encoder", term.name), cut), []).append(term.name)
+        return [cut._replace(by=f"for {', '.join(names)}") for (_, cut), names in found.items()]
 
     @property
     def names(self) -> list[str]:
@@ -68,6 +95,7 @@ class Weighted:
         images: torch.Tensor,
         prompts: list[str],
         *,
+        metadata: Sequence[Metadata] | None = None,
         step: int | None = None,
         members: Sequence[int] | None = None,
     ) -> dict[str, torch.Tensor]:
@@ -77,6 +105,7 @@ class Weighted:
             images: uint8 [B, 3, H, W]. Each reward gets its own copy unless it has `reads_only`, so none can damage
                 another's input. Rewards with the same encoder share one image pass.
             prompts: B texts.
+            metadata: B dicts of the prompts' columns, for rewards that take them. None: B empty ones.
             step: for the error message.
             members: B population members, for the error message.
 
@@ -89,9 +118,10 @@ class Weighted:
             OutOfMemory: not even one image fits.
             ValueError: images have another dtype or shape, or prompts or members have another length.
         """
+        metadata = _columns(metadata, len(images))
         if self.limit is None or len(images) <= self.limit:
             try:
-                return self._score(images, prompts, step, members)
+                return self._score(images, prompts, metadata, step, members)
             except OutOfMemory as error:
                 if len(images) <= 1:
                     raise
@@ -100,18 +130,27 @@ class Weighted:
             give_back(images.device)  # after the except block: the error holds tensors
         parts = [slice(start, start + self.limit) for start in range(0, len(images), self.limit)]
         found = [
-            self.score(images[part], prompts[part], step=step, members=None if members is None else members[part])
+            self.score(
+                images[part],
+                prompts[part],
+                metadata=metadata[part],
+                step=step,
+                members=None if members is None else members[part],
+            )
             for part in parts
         ]
         return {name: torch.cat([each[name] for each in found]) for name in found[0]}
 
     def _score(
-        self, images: torch.Tensor, prompts: list[str], step: int | None, members: Sequence[int] | None
+        self,
+        images: torch.Tensor,
+        prompts: list[str],
+        metadata: Sequence[Metadata],
+        step: int | None,
+        members: Sequence[int] | None,
     ) -> dict[str, torch.Tensor]:
-        passes: dict[Encoder, torch.Tensor] = {}
         where, at_once = dict(step=step, members=members), not _waits(images.device)
-        ask = checked if at_once else asked
-        scores = {t.name: ask(t.name, _shared(t.reward, passes), images, prompts, **where) for t in self.terms}
+        scores = self.call(images, prompts, metadata, finite=at_once, **where)
         weighted = (term.weight * scores[term.name].double() for term in self.terms)
         scores[COMBINED] = functools.reduce(operator.add, weighted).float()
         if at_once:
@@ -121,6 +160,18 @@ class Weighted:
             self._deferred.append((kept, list(prompts), where))
         else:
             _require_all_finite(scores, prompts, **where)
+        return scores
+
+    def call(
+        self, images: torch.Tensor, prompts: list[str], metadata: Sequence[Metadata], *, finite: bool, **where
+    ) -> dict[str, torch.Tensor]:
+        """Each reward's score by its name, float32 [B]. See `checked` if they must be `finite`, else `asked`."""
+        passes: dict[Encoder, torch.Tensor] = {}
+        ask, scores = checked if finite else asked, {}
+        for term in self.terms:
+            columns = metadata if self._take_metadata[term.name] else None
+            reward = _shared(term.reward, passes)
+            scores[term.name] = ask(term.name, reward, images, prompts, metadata=columns, strict=self.strict, **where)
         return scores
 
     @contextmanager
@@ -142,9 +193,11 @@ class Weighted:
         finally:
             self._deferred = None
 
-    def __call__(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    def __call__(
+        self, images: torch.Tensor, prompts: list[str], metadata: Sequence[Metadata] | None = None
+    ) -> torch.Tensor:
         """The weighted sum alone, as a reward: images uint8 [B, 3, H, W] to float32 [B] on their device."""
-        return self.score(images, prompts)[COMBINED]
+        return self.score(images, prompts, metadata=metadata)[COMBINED]
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """Each reward's weight and its `settings()`, for a result's record."""
@@ -159,23 +212,42 @@ class _FromFeatures:
     def __init__(self, reward: FeatureReward, passes: dict[Encoder, torch.Tensor]):
         self.reward, self.passes = reward, passes
 
-    def __call__(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    def __call__(self, images: torch.Tensor, prompts: list[str], **metadata: list[Metadata]) -> torch.Tensor:
         if self.reward.encoder not in self.passes:
             self.passes[self.reward.encoder] = self.reward.encoder.image_features(images)
-        return self.reward.score_features(self.passes[self.reward.encoder].clone(), prompts)
+        return self.reward.score_features(self.passes[self.reward.encoder].clone(), prompts, **metadata)
 
 
 def _shared(reward: Reward, passes: dict[Encoder, torch.Tensor]) -> Reward:
     return _FromFeatures(reward, passes) if isinstance(reward, FeatureReward) else reward
 
 
-def checked(name: str, reward: Reward, images: torch.Tensor, prompts: list[str], **where) -> torch.Tensor:
+def _scorer(reward: Reward) -> Callable[..., Any]:
+    """What `Weighted` calls of a reward: itself, or the method of a feature reward."""
+    return reward.score_features if isinstance(reward, FeatureReward) else reward
+
+
+def _columns(metadata: Sequence[Metadata] | None, count: int) -> Sequence[Metadata]:
+    """The metadata of `count` images or prompts: empty dicts if there is none."""
+    return [{} for _ in range(count)] if metadata is None else metadata
+
+
+def checked(
+    name: str,
+    reward: Reward,
+    images: torch.Tensor,
+    prompts: list[str],
+    *,
+    metadata: Sequence[Metadata] | None = None,
+    strict: bool = False,
+    **where,
+) -> torch.Tensor:
     """As `asked`, with the same arguments, but scores must be finite.
 
     Raises:
         RewardError: as `asked`; also if a score is not finite.
     """
-    score = asked(name, reward, images, prompts, **where)
+    score = asked(name, reward, images, prompts, metadata=metadata, strict=strict, **where)
     _require_finite(name, score, prompts, **where)
     return score
 
@@ -186,12 +258,15 @@ def asked(
     images: torch.Tensor,
     prompts: list[str],
     *,
+    metadata: Sequence[Metadata] | None = None,
+    strict: bool = False,
     step: int | None = None,
     members: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """Call one reward without gradients and check what it returns. It gets a copy of the batch unless `reads_only`.
 
-    Args: as `Weighted.score`; `name` is for the error message.
+    Args: as `Weighted.score`; `name` is for the error message. With `metadata` None the reward is called without it.
+        `strict` is that of `as_scores`.
 
     Returns:
         float32 [B], a copy on the images' device.
@@ -204,25 +279,31 @@ def asked(
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images: expected uint8 [B, 3, H, W], got {describe(images)}")
-    for argument, values in (("prompts", prompts), ("members", members)):
+    for argument, values in (("prompts", prompts), (METADATA, metadata), ("members", members)):
         if values is not None and len(values) != len(images):
             raise ValueError(f"{argument}: expected {len(images)}, one for each image, got {len(values)}")
     try:
         with oom_guard(f"{len(images)} images and reward {name}", "give it a smaller model, or a device of its own"):
-            score = _asked(reward, images, prompts)
+            score = _asked(reward, images, prompts, metadata, strict)
     except (KeyboardInterrupt, OutOfMemory):
         raise
     except BaseException as e:  # external code may raise anything
         why = reason(e) if isinstance(e, RewardError) else f"raised {reason(e)}"
-        raise _reward_error(why, name, range(len(images)), prompts, step, members) from e
+        rows = e.images if isinstance(e, RewardError) and e.reward is None and e.images else range(len(images))
+        raise _reward_error(why, name, rows, prompts, step, members) from e
     return score
 
 
-def _asked(reward: Reward, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+def _asked(
+    reward: Reward, images: torch.Tensor, prompts: list[str], metadata: Sequence[Metadata] | None, strict: bool
+) -> torch.Tensor:
     """A copy of what the reward returns, float32 [B] on the images' device. May raise any error."""
+    given = {} if metadata is None else {METADATA: list(metadata)}
+    if getattr(reward, "reads_only", False) is not True:
+        images, given = images.clone(), copy.deepcopy(given)
     with torch.no_grad():
-        score = reward(images if getattr(reward, "reads_only", False) is True else images.clone(), list(prompts))
-        return as_scores(score, len(images)).to(images.device, copy=True)
+        score = reward(images, list(prompts), **given)
+        return as_scores(score, len(images), strict).to(images.device, copy=True)
 
 
 def _waits(device: torch.device) -> bool:

@@ -90,7 +90,8 @@ def _times(ready: Prepared, found: Preflight) -> tuple[float, float]:
     (images,) = render.chunks(0, [rows], ready.engine.population, length=length)
     images = images.cpu().to(ready.model.device)  # waits for them
     rendered = time.perf_counter()
-    ready.rewards.everything.score(images, render.words(rows.prompts), step=0)
+    columns = render.columns(rows.prompts)
+    ready.rewards.everything.score(images, render.words(rows.prompts), **columns, step=0)
     return (rendered - start) / len(images), (time.perf_counter() - rendered) / len(images)
 
 

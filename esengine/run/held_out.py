@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from esengine.base.files import write_atomic
+from esengine.base.prompt_files import metadata_sha256
 from esengine.base.records import as_written
 from esengine.evaluation.draw import EVAL_STEP
 from esengine.rewards.fault_tolerant import FaultTolerant
@@ -70,6 +71,8 @@ class HeldOut(Hook):
         count = min(prompts, total)
         self.prompts = torch.arange(count) * total // count
         self.of = {"prompts": render.words(self.prompts), "rewards": rewards.identity(rewards.everything)}
+        for columns in render.columns(self.prompts).values():
+            self.of["metadata_sha256"] = metadata_sha256(self.of["prompts"], columns)
         written = out.journal.contents
         self.series = written.held_out
         if self.series and self.series[0].of != self.of:
@@ -95,8 +98,11 @@ class HeldOut(Hook):
         images, parts, reward = [], [], self.rewards.everything
         if self.drop_bad:
             reward = FaultTolerant(reward, len(self.prompts), least=1)
+        columns = self.render.columns(self.prompts)
         for drawn, words in render_all(self.render, EVAL_STEP, self.prompts, stopped=self.stopped):
-            parts.append(reward.score(drawn, words, step=step))
+            done = sum(map(len, images))
+            given = {name: each[done : done + len(words)] for name, each in columns.items()}
+            parts.append(reward.score(drawn, words, **given, step=step))
             images.append(drawn)
         if sum(map(len, images)) < len(self.prompts):
             return

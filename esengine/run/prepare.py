@@ -16,7 +16,7 @@ from esengine.base.errors import ConfigError, RunError, of_setting
 from esengine.base.files import read_regular
 from esengine.base.group import Group
 from esengine.base.progress import Progress
-from esengine.base.prompt_files import read_prompts
+from esengine.base.prompt_files import Metadata, metadata_sha256, read_with_metadata
 from esengine.es.base_layers import kind_of
 from esengine.es.direct import Direct
 from esengine.es.engine import Engine
@@ -27,13 +27,23 @@ from esengine.models import Generator, RenderSettings, TextEmbeddings, require_p
 from esengine.models.defaults import defaults
 from esengine.rewards.roles import AUTO, NONE, Rewards, load_rewards, read_terms
 from esengine.rewards.spec import OPTIMISED, Term
+from esengine.rewards.trial import Trial
 from esengine.run import journal
 from esengine.run import state as run_state
 from esengine.run.checkpoint import Checkpoint, set_aside
 from esengine.run.folder import RunFolder
 from esengine.run.journal import Journal, Saved, Start
 from esengine.run.kept import Kept
-from esengine.run.settings import MAY_CHANGE, TrainConfig, differences, require_settings, started, to_dict, to_yaml
+from esengine.run.settings import (
+    MAY_CHANGE,
+    TrainConfig,
+    differences,
+    load,
+    require_settings,
+    started,
+    to_dict,
+    to_yaml,
+)
 from esengine.run.trackers import require_installed
 from esengine.sampling.build import (
     encode,
@@ -43,6 +53,7 @@ from esengine.sampling.build import (
     render_settings,
     resolved,
     settled,
+    size_before_loading,
 )
 from esengine.sampling.device import pick_device, take_device
 from esengine.sampling.environment import describe
@@ -55,6 +66,10 @@ OF_A_PROCESS = tuple(name for name in MAY_CHANGE if name not in ("steps", "check
 """Settings that may differ between the processes of a run: names, and settings that only the leading process uses."""
 
 
+LISTS = {"prompts": "prompts", "held-out prompts": "eval_prompts"}
+"""The lists of prompts of a run in messages, and their names in `Inputs`."""
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Inputs that are read and checked before the run folder is made.
@@ -64,6 +79,8 @@ class Inputs:
         terms: the rewards, not loaded. `heldout_reward auto` is resolved.
         prompts: prompts to train on.
         eval_prompts: prompts that are never trained on.
+        metadata, eval_metadata: the columns of each of them.
+        size: height and width of an image.
         sampler: draws the prompts of a step.
         run_dir: the run's folder; None: a new one below `RUNS`.
     """
@@ -74,6 +91,9 @@ class Inputs:
     eval_prompts: list[str]
     sampler: PromptSampler
     run_dir: Path | None
+    metadata: tuple[Metadata, ...]
+    eval_metadata: tuple[Metadata, ...]
+    size: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -89,6 +109,7 @@ class Prepared:
         before: the journal up to the checkpoint from which the run resumes; None for a new run.
         limits: images in one forward, and images scored together, that fit into memory. None: no limit.
         texts, held_out: embeddings of the prompts to train on and of the held-out prompts.
+        metadata, held_out_metadata: the columns of each of them.
     """
 
     config: TrainConfig
@@ -102,11 +123,14 @@ class Prepared:
     limits: tuple[int | None, int | None]
     texts: TextEmbeddings
     held_out: TextEmbeddings
+    metadata: tuple[Metadata, ...]
+    held_out_metadata: tuple[Metadata, ...]
 
     def renderer(self, texts: TextEmbeddings, progress: Progress) -> Renderer:
-        """A renderer of a list of prompts with this run's settings and the batch limit of its last checkpoint."""
+        """A renderer of `texts` or `held_out` with this run's settings and the batch limit of its last checkpoint."""
         keys = dict(seed=self.config.seed, chunk=self.config.image.chunk, limit=self.limits[0], note=progress.note)
-        return Renderer(self.model, texts, self.settings, **keys)
+        metadata = self.held_out_metadata if texts is self.held_out else self.metadata
+        return Renderer(self.model, texts, self.settings, **keys, metadata=metadata if any(metadata) else None)
 
 
 def read_inputs(config: TrainConfig, group: Group) -> Inputs:
@@ -117,11 +141,11 @@ def read_inputs(config: TrainConfig, group: Group) -> Inputs:
     """
     of_model = defaults(config.model)
     with of_setting("prompts"):
-        prompts = read_prompts(config.prompts or of_model.train)
+        prompts, metadata = read_with_metadata(config.prompts or of_model.train)
     with of_setting("eval_prompts"):
-        eval_prompts = read_prompts(config.eval_prompts or of_model.heldout)
+        eval_prompts, eval_metadata = read_with_metadata(config.eval_prompts or of_model.heldout)
     config = dataclasses.replace(config, reward=config.reward or of_model.reward)
-    sampler = PromptSampler(len(prompts), config.es.prompts_per_step, config.seed)
+    sampler = _sampler(config, len(prompts), config.prompts or of_model.train)
     render_settings(config.image)
     if config.init_adapter is not None and not config.resume and not config.init_adapter.exists():
         raise ConfigError(f"expected a folder, {config.init_adapter} does not exist", setting="init_adapter")
@@ -136,12 +160,20 @@ def read_inputs(config: TrainConfig, group: Group) -> Inputs:
         family = require_pipeline(config.model, config.revision, config.image.vae)
     lora = dataclasses.replace(config.lora, targets=config.lora.targets or family.targets)
     config = dataclasses.replace(config, image=resolved(config.image, family), lora=lora)
+    size = size_before_loading(config.image, config.model, config.revision, family)
     require_installed(config.trackers)
     if config.resume and config.dry_run:
         raise ConfigError("dry_run: expected a new run, got --resume: a resumed run needs no estimate")
     if config.resume and config.run_dir is None:
         raise ConfigError("expected --run-dir with it, the folder of the run to resume", setting="resume")
-    return Inputs(config, terms, prompts, eval_prompts, sampler, config.run_dir)
+    return Inputs(config, terms, prompts, eval_prompts, sampler, config.run_dir, metadata, eval_metadata, size)
+
+
+def _sampler(config: TrainConfig, count: int, file: Path) -> PromptSampler:
+    try:
+        return PromptSampler(count, config.es.prompts_per_step, config.seed)
+    except ConfigError as error:
+        raise ConfigError(f"{error.problem}; the prompts are those of {file}", setting=error.setting) from error
 
 
 def prepare(inputs: Inputs, folder: RunFolder, progress: Progress, group: Group) -> Prepared:
@@ -171,6 +203,7 @@ def prepare(inputs: Inputs, folder: RunFolder, progress: Progress, group: Group)
         to_dict(config),
         {
             "prompts_sha256": hashlib.sha256("\n".join(inputs.prompts).encode()).hexdigest(),
+            "metadata_sha256": metadata_sha256(inputs.prompts, inputs.metadata),
             "model": model.identity(),
             "rewards": rewards.identity(rewards.optimised),
             "contract": CONTRACT,
@@ -194,7 +227,8 @@ def prepare(inputs: Inputs, folder: RunFolder, progress: Progress, group: Group)
     texts, held_out = _encoded(inputs, model, config, progress, group)
     before = before and before.cut(saved.step)
     kept = Kept(population, decay=config.ema, saved=saved)
-    return Prepared(config, model, engine, rewards, kept, settings, start, before, limits, texts, held_out)
+    of_prompts = texts, held_out, inputs.metadata, inputs.eval_metadata
+    return Prepared(config, model, engine, rewards, kept, settings, start, before, limits, *of_prompts)
 
 
 def _saved(folder: RunFolder) -> tuple[Checkpoint, Journal]:
@@ -223,13 +257,18 @@ def _rewards(
     inputs: Inputs, config: TrainConfig, device: str, progress: Progress, group: Group
 ) -> tuple[Rewards, TrainConfig]:
     """The run's rewards, and its settings with `heldout_reward auto` replaced by the rewards that it selected."""
-    rewards = load_rewards(inputs.terms, device=device, note=progress.note)
+    tolerant = config.on_bad_reward == "drop-pair"
+    trial = Trial(inputs.size, inputs.prompts, inputs.metadata, tolerant=tolerant, note=progress.note)
+    rewards = load_rewards(inputs.terms, device=device, note=progress.note, trial=trial)
     if rewards.person and group.size > 1:
         raise ConfigError(f"human needs one process, got {group.size}", setting="reward")
     with of_setting("prompts"):
-        rewards.everything.check_prompts(inputs.prompts)
+        rewards.everything.check_prompts(inputs.prompts, inputs.metadata)
     with of_setting("eval_prompts"):
-        rewards.everything.check_prompts(inputs.eval_prompts)
+        rewards.everything.check_prompts(inputs.eval_prompts, inputs.eval_metadata)
+    for name, prompts in LISTS.items():
+        for cut in rewards.everything.cut_prompts(getattr(inputs, prompts)):
+            progress.note(f"warning: {cut.text(name)}")
     if config.heldout_every and config.heldout_reward == AUTO:
         watched = ",".join(term.text() for term in rewards.watched) or NONE
         config = dataclasses.replace(config, heldout_reward=watched)
@@ -287,14 +326,18 @@ def _encoded(
 ) -> list[TextEmbeddings]:
     """Embeddings of the prompts to train on and of the held-out prompts."""
     per_step = config.es.prompts_per_step
+    packaged = defaults(config.model).settings
+    usual = (load(packaged) if packaged else TrainConfig()).es.prompts_per_step
+    adapted = f" (all of them; the default of es.prompts_per_step is {usual})" if per_step < usual else ""
+    adapted = adapted if per_step == len(inputs.prompts) else ""
     progress.note(
-        f"encoding {len(inputs.prompts)} prompts to train on, {per_step} a step, and "
+        f"encoding {len(inputs.prompts)} prompts to train on, {per_step} a step{adapted}, and "
         f"{len(inputs.eval_prompts)} held out"
     )
     if shared := set(inputs.prompts) & set(inputs.eval_prompts):
         progress.note(f"warning: {len(shared)} of the held-out prompts are trained on too")
     with group.first():
-        return encode(model, (inputs.prompts, inputs.eval_prompts), config.image, progress)
+        return encode(model, (inputs.prompts, inputs.eval_prompts), config.image, progress, *LISTS)
 
 
 def start_population(model: Generator, config: TrainConfig) -> Population:

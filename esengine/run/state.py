@@ -60,6 +60,9 @@ def changes(before: Start, now: Start, free: Collection[str] = MAY_CHANGE) -> li
     for name, what in (("model", "model: its weights"), ("prompts_sha256", "prompts: the file's contents")):
         if old[name] != new[name]:
             found.append(what)
+    columns = old.get("metadata_sha256")  # runs of older versions have none
+    if columns not in (None, new.get("metadata_sha256")) and old["prompts_sha256"] == new["prompts_sha256"]:
+        found.append("prompts: the file's columns besides the prompt")
     return found
 
 

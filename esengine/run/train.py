@@ -17,6 +17,8 @@ from esengine.base.errors import RunError, Stopped, of_setting
 from esengine.base.files import replace_file, write_atomic
 from esengine.base.group import Group
 from esengine.base.progress import Progress
+from esengine.base.prompt_files import metadata_sha256
+from esengine.evaluation.benchmarks import Benchmark
 from esengine.evaluation.draw import Batch, Plan, compare_entries, provenance
 from esengine.evaluation.entries import ADAPTER, BASE, Entry, default_entries
 from esengine.evaluation.statistics import Report
@@ -120,7 +122,7 @@ def _train(
         if ready.before is None or changes(ready.before.start, ready.start):
             check_members(ready)
         render = ready.renderer(ready.texts, progress)
-        result = _finished(ready, folder, inputs.eval_prompts) if group.is_main else None
+        result = _finished(ready, folder, inputs) if group.is_main else None
         if group.any(result is not None):
             if result is not None:
                 progress.note(
@@ -130,7 +132,7 @@ def _train(
         else:
             if ready.engine.step >= ready.config.steps:
                 progress.note(f"all {ready.config.steps} steps are taken; the comparison is left")
-            result = _steps_and_comparison(ready, folder, render, inputs.eval_prompts, progress, group, stop, on_step)
+            result = _steps_and_comparison(ready, folder, render, inputs, progress, group, stop, on_step)
         if result is not None and finish is not None:
             finish(result.folder)
         return result
@@ -140,7 +142,7 @@ def _steps_and_comparison(
     ready: Prepared,
     folder: RunFolder,
     render: Renderer,
-    eval_prompts: Sequence[str],
+    inputs: Inputs,
     progress: Progress,
     group: Group,
     stop: Stop,
@@ -179,7 +181,7 @@ def _steps_and_comparison(
             if stop.requested or not run.ended():
                 raise
         guard.finish(ready.model.denoiser)
-    comparison = _compare(ready, folder, render.limit, eval_prompts, progress)
+    comparison = _compare(ready, folder, render.limit, inputs, progress)
     parted = held_out[0].parted() if held_out else {}
     for name in parted:
         progress.note(f"warning: {held_out[0].warning(name)}")
@@ -187,14 +189,14 @@ def _steps_and_comparison(
     return Result(folder.where(), comparison, parted, kept)
 
 
-def _finished(ready: Prepared, folder: RunFolder, eval_prompts: Sequence[str]) -> Result | None:
+def _finished(ready: Prepared, folder: RunFolder, inputs: Inputs) -> Result | None:
     """The result of a run that has taken its last step and has compared this adapter in this way; else None."""
     if ready.before is None or ready.engine.step < ready.config.steps:
         return None
-    plan = _plan(ready, folder, ready.limits[0], eval_prompts)
+    plan = _plan(ready, folder, ready.limits[0], inputs.eval_prompts)
     try:
         made = json.loads((folder.path / COMPARISON).read_bytes())
-        now = json.loads(json.dumps(_made(ready, plan, adapter_sha256(ready.engine.population), eval_prompts)))
+        now = json.loads(json.dumps(_made(ready, plan, adapter_sha256(ready.engine.population), inputs)))
         if {**made["settings"], "prompts_left_out": None} != {**now, "prompts_left_out": None}:
             return None
         comparison = Report(**made)
@@ -226,11 +228,12 @@ def _plan(ready: Prepared, folder: RunPaths, limit: int | None, prompts: Sequenc
     )
 
 
-def _made(ready: Prepared, plan: Plan, adapter: str, prompts: Sequence[str]) -> dict[str, Any]:
+def _made(ready: Prepared, plan: Plan, adapter: str, inputs: Inputs) -> dict[str, Any]:
     """How a comparison is made: two with the same values have the same result."""
-    hashed = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     made = provenance(ready.model, plan, ready.rewards.everything)
-    return {**made, "adapter_sha256": adapter, "prompts_sha256": hashed}
+    prompts = hashlib.sha256("\n".join(inputs.eval_prompts).encode()).hexdigest()
+    columns = metadata_sha256(inputs.eval_metadata)
+    return {**made, "adapter_sha256": adapter, "prompts_sha256": prompts, "metadata_sha256": columns}
 
 
 def _checkpoints(run: Run, ready: Prepared, to: Outputs | None) -> Checkpoints:
@@ -289,10 +292,9 @@ def _held_out(ready: Prepared, out: Outputs, progress: Progress, stop: Stop, gua
     return [HeldOut(out, ready.rewards, ready.renderer(ready.held_out, progress), **schedule, **acting)]
 
 
-def _compare(
-    ready: Prepared, folder: RunFolder, limit: int | None, prompts: Sequence[str], progress: Progress
-) -> Report:
+def _compare(ready: Prepared, folder: RunFolder, limit: int | None, inputs: Inputs, progress: Progress) -> Report:
     """Compare base and adapter on the held-out prompts, and write eval.json and comparison.png."""
+    prompts, nothing = inputs.eval_prompts, (None,) * len(inputs.eval_prompts)
     progress.note(f"comparing base and adapter on {len(prompts)} held-out prompts")
     images, plan = {}, _plan(ready, folder.held, limit, prompts)
     adapter = adapter_sha256(ready.engine.population)
@@ -302,7 +304,8 @@ def _compare(
         ready.held_out,
         ready.rewards.everything,
         plan,
-        settings=_made(ready, plan, adapter, prompts),
+        benchmark=Benchmark("prompts", tuple(prompts), nothing, nothing, inputs.eval_metadata),
+        settings=_made(ready, plan, adapter, inputs),
         progress=lambda done, total: progress.count("images", done, total),
         watch=lambda batch: _keep_images(images, batch),
         drop_bad=ready.engine.drop_pairs,

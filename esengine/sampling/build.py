@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -10,6 +11,8 @@ from esengine.base.errors import ConfigError
 from esengine.base.files import cache_root
 from esengine.base.progress import Progress
 from esengine.models import NAMED, Conditioning, Family, Generator, RenderSettings, TextEmbeddings, load
+from esengine.models.loading import image_size, locate
+from esengine.models.text_limits import cut_of
 from esengine.sampling.settings import ImageSettings
 
 CPU_CHUNK = 64
@@ -65,6 +68,18 @@ def resolved(image: ImageSettings, by: Family | Generator) -> ImageSettings:
         raise ConfigError(f"image.{error}") from error
 
 
+def size_before_loading(image: ImageSettings, model: str, revision: str | None, family: Family) -> tuple[int, int]:
+    """Height and width of the images in pixels, before the model is loaded.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    own = None
+    if image.height is None or image.width is None:
+        own = image_size(locate(model, revision, local_files_only=True)[0], family)
+    return image.height or own, image.width or own
+
+
 def settled(image: ImageSettings, model: Generator) -> ImageSettings:
     """The settings as a run records them: with the chosen chunk, and the absolute path of a decoder's folder."""
     vae = str(Path(image.vae).resolve()) if image.vae and Path(image.vae).is_dir() else image.vae
@@ -88,10 +103,22 @@ def text_cache() -> Path | None:
 
 
 def encode(
-    model: Generator, lists: Sequence[list[str]], image: ImageSettings, progress: Progress
+    model: Generator, lists: Sequence[list[str]], image: ImageSettings, progress: Progress, *names: str
 ) -> list[TextEmbeddings] | list[Conditioning]:
-    """Text embeddings of several lists of prompts, through the cache. The text encoder is loaded at most once."""
+    """Text embeddings of several lists of prompts, through the cache. The text encoder is loaded at most once.
+
+    `names` of the lists, by default `prompts`, are for the notes that say how many prompts the text encoder cuts.
+    """
     settings = dict(cache_dir=text_cache(), instruction=image.instruction)
     everything = list(dict.fromkeys(prompt for prompts in lists for prompt in prompts))
     texts = model.encode(everything, **settings, progress=lambda done, total: progress.count("prompts", done, total))
-    return [texts.select(prompts) for prompts in lists]
+    found = [texts.select(prompts) for prompts in lists]
+    for each, name in zip_longest(found, names, fillvalue="prompts"):
+        note_cut(each, progress, name)
+    return found
+
+
+def note_cut(texts: TextEmbeddings | Conditioning, progress: Progress, name: str = "prompts") -> None:
+    """Say how many prompts of a list the text encoder cuts."""
+    for cut in cut_of(texts.limits):
+        progress.note(f"warning: {cut.text(name)}")

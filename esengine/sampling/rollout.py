@@ -11,6 +11,7 @@ import torch
 from esengine.base.errors import OutOfMemory, Stopped
 from esengine.base.group import ALONE, Group
 from esengine.base.memory import give_back, oom_guard
+from esengine.base.prompt_files import METADATA, Metadata
 from esengine.es.engine import Task
 from esengine.es.population import Population
 from esengine.es.rows import Rows
@@ -33,6 +34,7 @@ class Renderer:
         chunk: images that are rendered and scored together.
         limit: most images in one forward; None: a chunk. On out-of-memory it is halved for the rest of the run.
         note: called with a warning when the limit is halved.
+        metadata: the columns of each prompt, for rewards. None: the prompts have none.
     """
 
     model: Generator
@@ -42,6 +44,7 @@ class Renderer:
     chunk: int
     limit: int | None = None
     note: Callable[[str], None] = _log.warning
+    metadata: Sequence[Metadata] | None = None
 
     def chunks(
         self, step: int, rows: Iterable[Rows], population: Population | None = None, *, length: int
@@ -80,6 +83,12 @@ class Renderer:
     def words(self, prompts: torch.Tensor) -> list[str]:
         return [self.texts.prompts[index] for index in prompts.tolist()]
 
+    def columns(self, prompts: torch.Tensor) -> dict[str, list[Metadata]]:
+        """The argument `metadata` for prompts by their indices, int64 [B]; nothing if no prompt has columns."""
+        if self.metadata is None:
+            return {}
+        return {METADATA: [self.metadata[index] for index in prompts.tolist()]}
+
 
 def score_task(
     render: Renderer,
@@ -95,7 +104,6 @@ def score_task(
 
     Scores stay on the device until the last chunk. A reward that `_overlaps` is at most one chunk behind, so at most
     two chunks of images are in memory. The scores are the same either way.
-
     With K processes, rank r renders chunks r, r + K, ... Chunks and scores are those of one process.
 
     Args:
@@ -118,7 +126,8 @@ def score_task(
 
     def score(images: torch.Tensor, prompts: torch.Tensor, members: torch.Tensor) -> dict[str, torch.Tensor]:
         with scoring:
-            return reward.score(images, render.words(prompts), step=task.step, members=members.tolist())
+            words, columns = render.words(prompts), render.columns(prompts)
+            return reward.score(images, words, **columns, step=task.step, members=members.tolist())
 
     mine = task.rows().split(render.chunk)[group.rank :: group.size]
     drawn = render.chunks(task.step, mine, population, length=render.texts.trimmed_length(task.prompts))

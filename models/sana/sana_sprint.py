@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from diffusers import SanaSprintPipeline
+from transformers import AutoTokenizer
 
 from esengine.base.errors import ConfigError
 from esengine.base.memory import oom_guard
@@ -32,6 +33,7 @@ from esengine.models.sana.latents import latents
 from esengine.models.sana.sana_block import Part, fused_parts, patched, why_not_fused
 from esengine.models.settings import FIRST_ANGLE, SECOND_ANGLE, RenderSettings
 from esengine.models.text_cache import Progress, TextEmbeddings, embed_prompts, fingerprint
+from esengine.models.text_limits import Limits
 
 
 class SanaSprint:
@@ -200,7 +202,23 @@ class SanaSprint:
             return self._encode(missing, words, max_sequence_length, dtype)
 
         fits = dict(channels=self.transformer.config.caption_channels, dtype=dtype)
-        return embed_prompts(prompts, encoder, key=key, cache_dir=cache_dir, progress=progress, **fits)
+        texts = embed_prompts(prompts, encoder, key=key, cache_dir=cache_dir, progress=progress, **fits)
+        return TextEmbeddings(prompts, list(texts), self._limits(prompts, words, max_sequence_length))
+
+    def _limits(self, prompts: Sequence[str], instruction: list[str] | None, most: int) -> list[Limits]:
+        """The prompts that the pipeline's tokenizer cuts. It is loaded only if a prompt has enough bytes for that."""
+        long = [prompt for prompt in dict.fromkeys(prompts) if _most_tokens(prompt) > most]
+        if not long:
+            return [()] * len(prompts)
+        source = self._source
+        if "commit" in self._identity:
+            without = dict.fromkeys(("transformer", "vae", "text_encoder"))
+            source = download(self._identity["model"], self._identity["commit"], self._local_files_only, **without)
+        tokenizer = AutoTokenizer.from_pretrained(source / "tokenizer", local_files_only=True)
+        before = "\n".join(instruction or ())
+        kept = most + (len(tokenizer.encode(before)) - 2 if instruction else 0)  # as the pipeline has it
+        cut = {p for p in long if len(tokenizer.encode(before + _preprocessed(p), verbose=False)) > kept}
+        return [(("tokenizer", most),) if prompt in cut else () for prompt in prompts]
 
     @torch.no_grad()
     def render(
@@ -557,6 +575,16 @@ class SanaSprint:
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+
+def _preprocessed(prompt: str) -> str:
+    """A prompt as the pipeline tokenizes it."""
+    return prompt.lower().strip()
+
+
+def _most_tokens(prompt: str) -> int:
+    """At least the number of a prompt's tokens: a token is a byte or more, and a space may be three of them."""
+    return len(_preprocessed(prompt).replace(" ", "\u2581").encode()) + 4  # special tokens, and the instruction's end
 
 
 def _default_instruction() -> list[str]:

@@ -229,6 +229,7 @@ def test_a_reward_that_fails_is_one_line(files, esengine, workspace, monkeypatch
     def score(images, prompts):
         raise KeyError("first\nsecond")
 
+    score.no_trial = True
     module = types.ModuleType("own")
     module.score = score
     monkeypatch.setitem(sys.modules, "own", module)
@@ -262,6 +263,7 @@ def test_ctrl_c_is_one_line_and_resumes(files, esengine, workspace, monkeypatch)
             raise KeyboardInterrupt
         return images.float().mean((1, 2, 3))
 
+    score.no_trial = True
     module = types.ModuleType("own")
     module.score = score
     monkeypatch.setitem(sys.modules, "own", module)

@@ -160,7 +160,6 @@ def test_redirects_are_not_followed(serve, images, status):
         ({"score": [1, 2]}, r'expected \{"scores": \[finite numbers\]\}, got'),
         ({"scores": 3}, "finite numbers"),
         ({"scores": "ab"}, "finite numbers"),
-        ({"scores": [1, None]}, "finite numbers"),
         ({"scores": [1, True]}, "finite numbers"),
         ({"scores": [1, "2"]}, "finite numbers"),
         ({"scores": [1, [2]]}, "finite numbers"),
@@ -188,6 +187,41 @@ def test_a_score_beyond_float32_is_caught_by_the_check(serve, images):
         rewards.parse(f"remote(url={url})").score(images(2), ["a", "b"], step=2, members=[5, 7])
     error = caught.value
     assert (error.reward, error.step, error.images, error.prompt) == ("remote", 2, (7,), "b")
+
+
+def test_null_is_no_score(serve, images):
+    url, _ = serve(reply({"scores": [1, None]}))
+    scores = rewards.load("remote", url=url)(images(2), ["a", "b"])
+    assert scores[0] == 1
+    assert scores[1].isnan()
+    with pytest.raises(RewardError, match="nan") as caught:
+        rewards.parse(f"remote(url={url})").score(images(2), ["a", "b"], step=2, members=[5, 7])
+    assert (caught.value.reward, caught.value.images) == ("remote", (7,))
+
+
+def test_an_integer_that_float32_would_round_is_refused(serve, images):
+    url, _ = serve(reply({"scores": [1, (1 << 24) + 1]}))
+    with pytest.raises(RewardError, match="exactly"):
+        rewards.load("remote", url=url)(images(2), ["a", "b"])
+
+
+def test_metadata_is_sent_beside_the_prompts_and_only_if_there_is_some_to_send(serve, images):
+    url, bodies = serve(means)
+    columns = [{"target": "Öl", "n": [1, {"a": None}]}, {}, {"target": "b"}]
+    reward = rewards.parse(f"remote(url={url},batch=2)")
+    reward.score(images(3), ["a", "b", "c"], metadata=columns)
+    assert [body["metadata"] for body in bodies] == [columns[:2], columns[2:]]
+    rewards.load("remote", url=url)(images(1), ["a"])
+    assert bodies[-1].keys() == {"images", "prompts"}
+
+
+def test_metadata_that_is_too_long_is_told_before_anything_is_sent(serve):
+    url, bodies = serve(means)
+    reward = rewards.parse(f"remote(url={url})")
+    reward.check_prompts(["a"], [{"n": "x" * (remote.METADATA_LIMIT - 9)}])
+    with pytest.raises(ConfigError, match=r"65536 bytes.*got 65537"):
+        reward.check_prompts(["a"], [{"n": "x" * (remote.METADATA_LIMIT - 8)}])
+    assert bodies == []
 
 
 def test_an_endless_answer_is_cut(serve, images):

@@ -1,5 +1,8 @@
 import asyncio
+import copy
+import functools
 import io
+import math
 import sys
 
 import numpy as np
@@ -9,6 +12,8 @@ from PIL import Image
 
 from esengine import rewards
 from esengine.base.errors import ConfigError, OutOfMemory, RewardError
+from esengine.rewards.base import as_scores, takes_metadata
+from esengine.rewards.fault_tolerant import FaultTolerant
 
 PROMPTS = ["a cat", "a dog", "a fox", "an owl"]
 
@@ -269,15 +274,19 @@ def test_many_members_and_long_prompts_are_cut_short():
         (torch.zeros(4, dtype=torch.complex64), r"complex64 \[4\]"),
         (torch.full((4,), 1e39, dtype=torch.float64), r"1e\+39, which float32 cannot hold"),
         (torch.full((4,), (1 << 24) + 1), "integers that float32 cannot hold exactly"),
-        (torch.zeros(4, 1), r"float32 \[4, 1\]"),
         (torch.zeros(3), r"float32 \[3\]"),
+        (torch.zeros(1, 4), r"float32 \[1, 4\]"),
+        (torch.zeros(4, 2), r"float32 \[4, 2\]"),
+        (np.float64(1.0), "float64"),
+        (np.zeros(4, complex), "numpy complex128"),
+        (np.array([0.0, "1", 0.0, 0.0], object), "'1' for image 1"),
+        ([0.0, 1j, 0.0, 0.0], "1j for image 1"),
+        ([0.0, torch.zeros(2), 0.0, 0.0], "for image 1"),
         (torch.zeros(()), r"float32 \[\]"),
         ([0.0] * 3, "a list of 3"),
         ([[0.0]] * 4, r"\[0.0\] for image 0"),
-        ([0.0, None, 0.0, 0.0], "None for image 1"),
         ([0.0, True, 0.0, 0.0], "True for image 1"),
         (["0"] * 4, "'0' for image 0"),
-        (np.zeros((4, 1), np.float32), r"numpy float32 \[4, 1\]"),
         (np.array(["0"] * 4), "numpy <U1"),
         (np.zeros(4, bool), "numpy bool"),
         ({0: 0.0}, "dict"),
@@ -305,6 +314,10 @@ def test_wrong_type_shape_or_dtype(result, got):
         np.ma.masked_array([0.5, 1, -2.25, 3e5], mask=[0, 0, 0, 0]),
         torch.tensor([0.5, 1, -2.25, 3e5]).double(),
         torch.tensor([0.5, 1, -2.25, 3e5], requires_grad=True),
+        torch.tensor([[0.5], [1], [-2.25], [3e5]], dtype=torch.float64, requires_grad=True),
+        np.array([[0.5], [1], [-2.25], [3e5]], np.longdouble),
+        np.array([0.5, 1, -2.25, 3e5], object),
+        [torch.tensor([0.5]), torch.tensor([[1]]), np.array([-2.25]), torch.tensor(3e5, requires_grad=True)],
     ],
 )
 def test_a_list_an_array_or_a_tensor_of_numbers_will_do(result):
@@ -359,6 +372,152 @@ def test_what_a_mask_hides_is_no_score(dtype):
     for form in (result, [1, result[1], 3, 4]):
         with pytest.raises(RewardError, match=r"member 1 .*returned nan"):
             weighted(lambda images, prompts, form=form: form).score(noise_images(), PROMPTS, step=1, members=range(4))
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        [0.5, None, math.nan, -1],
+        (0.5, None, None, -1.0),
+        np.array([0.5, None, None, -1], object),
+        torch.tensor([0.5, math.nan, math.nan, -1], dtype=torch.bfloat16),
+        np.array([[0.5], [math.nan], [math.nan], [-1]], np.float16),
+    ],
+)
+def test_none_and_nan_are_no_score(result):
+    assert as_scores(result, 4).isnan().tolist() == [False, True, True, False]
+    with pytest.raises(RewardError, match="nan") as caught:
+        weighted(lambda images, prompts: result).score(noise_images(), PROMPTS, step=1, members=range(4))
+    assert caught.value.images == (1, 2)
+    left_out = FaultTolerant(weighted(lambda images, prompts: result[:1] if len(images) == 1 else result), 40)
+    assert left_out.score(noise_images(), PROMPTS)["combined"].tolist() == [0.5] * 4  # each asked again alone
+
+
+@pytest.mark.parametrize("result", [0.5, 1, np.float16(0.5), torch.tensor(0.5), np.array(0.5), torch.tensor([[0.5]])])
+def test_a_single_number_is_the_score_of_a_single_image(result):
+    assert as_scores(result, 1).shape == (1,)
+    with pytest.raises(RewardError, match="2 numbers"):
+        as_scores(result, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, float, np.float64])
+def test_a_float_beyond_float32_names_its_image_and_value(dtype):
+    values = [1.0, -1e300, 2.0, 1e39]
+    make = {torch.float64: lambda v: torch.tensor(v, dtype=dtype), float: list, np.float64: np.array}[dtype]
+    with pytest.raises(RewardError, match="-1e\\+300") as caught:
+        weighted(lambda images, prompts: make(values)).score(noise_images(), PROMPTS, step=1, members=[4, 5, 6, 7])
+    assert (caught.value.reward, caught.value.images, caught.value.prompt) == ("my_mod:score", (5, 7), PROMPTS[1])
+
+
+# ---- metadata
+
+COLUMNS = [{"target": name, "n": [1]} for name in "wxyz"]
+
+
+class Named:
+    def __call__(self, images, prompts, metadata):
+        return [ord(each["target"]) for each in metadata]
+
+
+class Plain:
+    def __call__(self, images, prompts):
+        return [1.0] * len(images)
+
+
+class Module(torch.nn.Module):
+    def forward(self, images, prompts, *, metadata=None):
+        return Named()(images, prompts, metadata)
+
+
+class PlainModule(torch.nn.Module):
+    def forward(self, images, prompts):
+        return torch.ones(len(images))
+
+
+def with_options(scale, images, prompts, metadata):
+    return [scale * ord(each["target"]) for each in metadata]
+
+
+TAKE = {
+    "instance": Named(),
+    "method": Named().__call__,
+    "module": Module(),
+    "partial": functools.partial(with_options, 1.0),
+    "partial of a module": functools.partial(Module()),
+    "keyword": lambda images, prompts, *, metadata=(): Named()(images, prompts, metadata),
+    "any keyword": lambda images, prompts, **more: Named()(images, prompts, **more),
+    "wrapped": torch.no_grad()(lambda images, prompts, metadata: Named()(images, prompts, metadata)),
+}
+TAKE_NOT = {
+    "instance": Plain(),
+    "module": PlainModule(),
+    "partial of a module": functools.partial(PlainModule()),
+    "given already": functools.partial(with_options, 1.0, metadata=COLUMNS),
+    "another name": lambda images, prompts, columns=None: [1.0] * len(images) if columns is None else 1 / 0,
+    "by place only": eval("lambda images, prompts, metadata=None, /: [1.0] * 4 if metadata is None else 1 / 0"),
+    "without a signature": type("NoSignature", (Plain,), {"__signature__": 3})(),
+}
+
+
+@pytest.mark.parametrize("name", TAKE)
+def test_a_reward_that_takes_metadata_gets_a_dict_for_each_image(name):
+    reward = weighted(TAKE[name])
+    assert reward.score(noise_images(), PROMPTS, metadata=COLUMNS)["combined"].tolist() == [119, 120, 121, 122]
+    assert FaultTolerant(reward, 4).score(noise_images(), PROMPTS, metadata=COLUMNS)["combined"].tolist()[0] == 119
+    nested = rewards.Weighted([("outer", reward, 1.0)])
+    assert nested.score(noise_images(), PROMPTS, metadata=COLUMNS)["combined"].tolist() == [119, 120, 121, 122]
+
+
+@pytest.mark.parametrize("name", TAKE_NOT)
+def test_a_reward_that_does_not_take_metadata_is_called_as_before(name):
+    assert takes_metadata(TAKE_NOT[name]) is False
+    assert len(weighted(TAKE_NOT[name]).score(noise_images(), PROMPTS, metadata=COLUMNS)["combined"]) == 4
+
+
+def test_without_metadata_a_reward_that_takes_it_gets_empty_dicts():
+    seen = []
+    weighted(lambda images, prompts, metadata: seen.append(metadata) or [0.0] * 4).score(noise_images(), PROMPTS)
+    assert seen == [[{}, {}, {}, {}]]
+
+
+def test_a_reward_cannot_damage_the_next_ones_metadata():
+    def vandal(images, prompts, metadata):
+        metadata[0]["n"].append(2)
+        metadata.pop()
+        return [0.0] * 4
+
+    seen, before = [], copy.deepcopy(COLUMNS)
+    keep = lambda images, prompts, metadata: seen.append(metadata) or [0.0] * 4  # noqa: E731
+    rewards.Weighted([("a", vandal, 1.0), ("b", keep, 1.0)]).score(noise_images(), PROMPTS, metadata=COLUMNS)
+    assert seen == [before]
+    assert before == COLUMNS
+
+
+def test_metadata_stays_with_its_image_in_smaller_parts():
+    def score(images, prompts, metadata):
+        narrow(1, [])(images, prompts)
+        return Named()(images, prompts, metadata)
+
+    reward = rewards.Weighted([("own", score, 1.0)], lambda text: None)
+    assert reward.score(noise_images(), PROMPTS, metadata=COLUMNS)["own"].tolist() == [119, 120, 121, 122]
+    assert reward.limit == 1
+
+
+def test_metadata_of_another_length_is_refused():
+    with pytest.raises(ValueError, match="metadata: expected 4"):
+        weighted(Named()).score(noise_images(), PROMPTS, metadata=COLUMNS[:3])
+
+
+def test_check_prompts_takes_metadata_too():
+    seen = []
+
+    class Checking(Plain):
+        def check_prompts(self, prompts, metadata):
+            seen.append((prompts, metadata))
+
+    weighted(Checking()).check_prompts(["a"], [{"n": 1}])
+    weighted(Checking()).check_prompts(["a"])
+    assert seen == [(["a"], [{"n": 1}]), (["a"], [{}])]
 
 
 def test_what_is_kept_is_a_copy():

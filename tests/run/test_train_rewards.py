@@ -20,7 +20,7 @@ def brightness(images, prompts):
 FAILURES = {
     "raises": (lambda images: 1 / 0, "raised ZeroDivisionError"),
     "nan": (lambda images: torch.full((len(images),), float("nan")), "returned nan"),
-    "shape": (lambda images: torch.zeros(len(images), 1), r"returned float32 \[3, 1\]"),
+    "shape": (lambda images: torch.zeros(1, len(images)), r"returned float32 \[1, 3\]"),
     "dtype": (lambda images: torch.zeros(len(images), dtype=torch.bool), r"returned bool \[3\]"),
     "list": (lambda images: [0.0] * (len(images) + 1), "returned a list of 4"),
 }
