@@ -103,6 +103,7 @@ class DiffusersPipeline:
         folder, identity = locate(str(model), revision, local_files_only)
         family = family_at(folder, str(model))
         pipe = load_pipeline(folder, dtype, device, family, **dict.fromkeys(family.encoders))
+        getattr(pipe, family.denoiser).name_or_path = str(model)  # for the adapters that are saved
         return cls(pipe, family, source=Source(folder, identity, local_files_only))
 
     @property

@@ -17,7 +17,7 @@ from esengine.run import journal
 from esengine.run.folder import checkpoint_folders, path_step
 from esengine.run.journal import Journal, Saved, Start, Step
 from esengine.run.prepare import attach_population, start_population
-from esengine.run.saving import adapter_sha256, save_adapter
+from esengine.run.saving import adapter_sha256, card_of, save_adapter
 from esengine.run.settings import ReplayConfig, TrainConfig, load_run
 from esengine.sampling.build import load_model, pick_dtype, take_device
 
@@ -84,7 +84,7 @@ def replay(config: ReplayConfig, progress: Progress) -> Replayed:
     if parted == []:
         agreed = found.done
     if config.out is not None:
-        save_adapter(population, config.out, model.denoiser)
+        save_adapter(population, config.out, model.denoiser, **card_of(found, model))
     kept = max(map(path_step, checkpoint_folders(config.run_dir / "checkpoints")), default=0)
     if agreed is None and parted is not None and kept > found.done:
         raise RunError(

@@ -10,14 +10,16 @@ import torch
 from esengine.base.errors import RunError, Stopped
 from esengine.base.group import Group
 from esengine.es.engine import Engine
+from esengine.es.model_card import write_card
 from esengine.es.population import Population
 from esengine.kernels import CONTRACT
-from esengine.models import write_diffusers_lora
+from esengine.models import Generator, write_diffusers_lora
 from esengine.rewards import Weighted
 from esengine.run import checkpoint
 from esengine.run import state as run_state
+from esengine.run.card import run_card
 from esengine.run.hooks import Hook, Outputs
-from esengine.run.journal import Saved, Step
+from esengine.run.journal import Journal, Saved, Step
 from esengine.sampling.rollout import Renderer
 
 
@@ -51,7 +53,7 @@ class Checkpoints(Hook):
         self.engine, self.every, self.last, self.group = engine, every, last, group
         self.render, self.reward, self.to, self._agree = render, reward, to, True
         if resumed and to:
-            save_adapter(engine.population, to.folder.adapter, render.model.denoiser)
+            self._save_adapter()
         self._compare()
         self.saved_step = engine.step
         if not resumed:
@@ -84,8 +86,10 @@ class Checkpoints(Hook):
         finally:
             if unsaved and self._agree:
                 self._save()
-        if error is None and self.to:  # `save` removes them too, but not if there was no step to take
-            checkpoint.remove_temporaries(self.to.folder.checkpoints)
+        if error is None and self.to:
+            checkpoint.remove_temporaries(self.to.folder.checkpoints)  # `save` does too, if there was a step to take
+            card = card_of(self.to.journal.contents, self.render.model)["card"]  # with the last held-out scores
+            write_card(self.to.folder.adapter, card)
 
     def _compare(self) -> None:
         """Raise RunError unless every process has the same adapter."""
@@ -108,21 +112,38 @@ class Checkpoints(Hook):
             self.to.journal.sync()  # a checkpoint is never ahead of the journal
             checkpoint.save(self.to.folder.checkpoints, step, run_state.tensors(engine), meta)
             self.to.journal.append(Saved(step, sha256))
-            save_adapter(engine.population, self.to.folder.adapter, self.render.model.denoiser)
+            self._save_adapter()
         self.saved_step = step
 
+    def _save_adapter(self) -> None:
+        run, path, model = self.to.journal.contents, self.to.folder.adapter, self.render.model
+        save_adapter(self.engine.population, path, model.denoiser, **card_of(run, model))
 
-def save_adapter(population: Population, path: Path, denoiser: str = "transformer") -> None:
+
+def save_adapter(
+    population: Population,
+    path: Path,
+    denoiser: str = "transformer",
+    *,
+    base_model: str | None = None,
+    card: str | None = None,
+) -> None:
     """Write the adapter into one folder, once for PEFT and once for the pipeline's `load_lora_weights`.
 
     Args:
         population: the population.
         path: the folder.
         denoiser: the pipeline's name of the population's module.
+        base_model, card: see `Population.save_pretrained`.
     """
-    population.save_pretrained(path)
+    population.save_pretrained(path, base_model=base_model, card=card)
     scaling = {name: layer.scale for name, layer in population.layers.items()}
     write_diffusers_lora(path, population.lora(), scaling, denoiser)
+
+
+def card_of(run: Journal, model: Generator) -> dict[str, str]:
+    """Base model and model card of a run's adapter, for `save_adapter`."""
+    return {"base_model": run.start.settings["model"], "card": run_card(run, getattr(model, "family", None))}
 
 
 def adapter_sha256(population: Population) -> str:

@@ -126,6 +126,7 @@ class SanaSprint:
         if vae is not None:
             parts["vae"], vae_identity = load_vae(str(vae), source, dtype, local_files_only)
         pipeline = load(source, dtype, device, text_encoder=None, tokenizer=None, **parts)
+        pipeline.transformer.name_or_path = str(model)  # for the adapters that are saved
         return cls(
             pipeline,
             source=source,
