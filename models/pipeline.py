@@ -24,12 +24,13 @@ from esengine.models.conditioning import Conditioning
 from esengine.models.encoding import PromptEncoder, Source, options_of
 from esengine.models.families import FAMILIES, Family
 from esengine.models.loading import family_at, load_pipeline, locate
+from esengine.models.reward_vae import RewardVae, channels_last
 from esengine.models.sana.checks import Describe, FiniteChecks
 from esengine.models.settings import RenderSettings
 from esengine.models.text_cache import Progress, fingerprint
 
 
-class DiffusersPipeline:
+class DiffusersPipeline(RewardVae):
     """A frozen diffusers pipeline that renders by its own call.
 
     Its text encoders are in memory only while prompts are encoded. They are dropped before the first image.
@@ -72,7 +73,7 @@ class DiffusersPipeline:
         for part in pipe.components.values():
             if isinstance(part, torch.nn.Module):
                 part.eval().requires_grad_(False)
-        _channels_last(pipe.vae)
+        channels_last(pipe.vae)
         pipe.set_progress_bar_config(disable=True)
         self._text = PromptEncoder(pipe, family, source)
         self._checks = FiniteChecks()
@@ -103,7 +104,7 @@ class DiffusersPipeline:
         folder, identity = locate(str(model), revision, local_files_only)
         family = family_at(folder, str(model))
         pipe = load_pipeline(folder, dtype, device, family, **dict.fromkeys(family.encoders))
-        getattr(pipe, family.denoiser).name_or_path = str(model)  # for the adapters that are saved
+        getattr(pipe, family.denoiser).base_model_name = str(model)  # for the adapters that are saved
         return cls(pipe, family, source=Source(folder, identity, local_files_only))
 
     @property
@@ -281,7 +282,7 @@ class DiffusersPipeline:
             inside = population.perturbed(step=step, members=rows.members, copies=self.family.copies if guided else 1)
         with (
             inside,
-            _decoding(self.pipeline.vae, settings.decode_chunk) as good,
+            _decoding(self.pipeline, self._vae, settings.decode_chunk) as good,
             oom_guard(f"{batch} images in one transformer forward", "give a smaller chunk"),
         ):
             images = self.pipeline(
@@ -293,6 +294,10 @@ class DiffusersPipeline:
                 output_type="pt",
             ).images
         return images.float(), torch.cat(good)
+
+    @property
+    def _vae(self) -> torch.nn.Module:
+        return self.reward_vae if self._for_reward else self.pipeline.vae
 
     def render_chunks(
         self,
@@ -367,9 +372,12 @@ def row_generators(seed: int, step: int, rows: Rows) -> list[torch.Generator]:
 
 
 @contextlib.contextmanager
-def _decoding(vae: torch.nn.Module, chunk: int) -> Iterator[list[torch.Tensor]]:
-    """Inside, the VAE decodes `chunk` images at a time, channels-last. The list gets bool [b]: which are finite."""
-    decode, before, good = vae.decode, vars(vae).get("decode"), []
+def _decoding(pipe: DiffusionPipeline, vae: torch.nn.Module, chunk: int) -> Iterator[list[torch.Tensor]]:
+    """Inside, the pipeline decodes by this VAE, `chunk` images at a time, channels-last.
+
+    The list gets bool [b]: which images are finite.
+    """
+    own, decode, before, good = pipe.vae, vae.decode, vars(vae).get("decode"), []
 
     def chunked(z: torch.Tensor, *args, **kwargs):
         samples, result = [], None
@@ -384,19 +392,14 @@ def _decoding(vae: torch.nn.Module, chunk: int) -> Iterator[list[torch.Tensor]]:
         return (sample,) if isinstance(result, tuple) else type(result)(sample=sample)
 
     vae.decode = chunked
+    vars(pipe)["vae"] = vae  # past `__setattr__`, which would write it into the pipeline's configuration
     try:
         yield good
     finally:
+        vars(pipe)["vae"] = own
         del vae.decode
         if before is not None:
             vae.decode = before
-
-
-def _channels_last(vae: torch.nn.Module) -> None:
-    """Put the weights of the 2D convolutions into channels-last order, which is faster."""
-    for each in vae.modules():
-        if isinstance(each, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
-            each.to(memory_format=torch.channels_last)
 
 
 def _describe(texts: Conditioning, step: int, rows: Rows) -> Describe:

@@ -462,14 +462,16 @@ class Population:
 
         Args:
             path: the folder. A README.md in it is replaced only if it is a model card of esengine.
-            base_model: name of the model that the adapter is for. Default: the module's `name_or_path`, if it has one.
+            base_model: name of the model that the adapter is for. Default: the module's `base_model_name`, which
+                `esengine.models.load` sets, or `name_or_path`, if it has one.
             card: text of the model card. Default: one with the population's settings.
         """
         path = Path(path)
         tensors = {f"{PEFT_PREFIX}{name}": p.detach().cpu().contiguous() for name, p in self.lora().items()}
         config = copy.deepcopy(self.config)
         config._custom_modules, config.inference_mode = None, True
-        base_model = base_model or getattr(self.module, "name_or_path", None) or None
+        for name in ("base_model_name", "name_or_path"):
+            base_model = base_model or getattr(self.module, name, None) or None
         config.base_model_name_or_path = base_model
         facts = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
         facts = dict(sorted(facts.items()))  # patterns keep their order: PEFT takes the first that matches

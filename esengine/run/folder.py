@@ -19,7 +19,8 @@ from esengine.run import journal
 TEMPORARY = ".tmp-"
 LOCK = ".lock"
 _CHECKPOINT = re.compile(r"step_(\d{8,})")
-_FOLDERS = ("checkpoints", "adapter", "tensorboard", "strips", "heldout", "wandb")
+INIT_ADAPTER = "init_adapter"
+_FOLDERS = ("checkpoints", "adapter", INIT_ADAPTER, "tensorboard", "strips", "heldout", "wandb")
 _FILES = (journal.NAME, "config.yaml", "eval.json", "comparison.png", "trackers.json", "report.html")
 
 
@@ -115,6 +116,11 @@ class RunFolder:
         return self.path / "adapter"
 
     @property
+    def init_adapter(self) -> Path:
+        """A copy of the adapter that the run started from, if it was given one."""
+        return self.path / INIT_ADAPTER
+
+    @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 
@@ -151,14 +157,15 @@ class RunFolder:
     def _refuse_links(self) -> None:
         """Raise RunError for a symbolic link among the files that a run writes, prunes or appends to."""
         written = [self.path / name for name in (*_FILES, *_FOLDERS)]
-        for folder in (self.checkpoints, self.adapter, self.tensorboard, self.strips, self.held_out):
+        places = (self.checkpoints, self.adapter, self.init_adapter, self.tensorboard, self.strips, self.held_out)
+        for folder in places:
             if folder.is_dir() and not folder.is_symlink():
                 written += folder.iterdir()
         refuse_links(f"run folder {self.path}", written)
 
     def _remove_torn_files(self) -> None:
         """Remove the partly written files of a killed process."""
-        for place in (self.path, self.adapter, self.strips, self.held_out):
+        for place in (self.path, self.adapter, self.init_adapter, self.strips, self.held_out):
             for torn in place.glob(f"{TEMPORARY}*"):
                 with contextlib.suppress(IsADirectoryError):  # a run makes no such folder here
                     torn.unlink()

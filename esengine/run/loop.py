@@ -18,6 +18,7 @@ from esengine.run.journal import Step, Writer, plain
 from esengine.run.saving import Checkpoints
 from esengine.run.settings import TrainConfig
 from esengine.run.stop import Stop
+from esengine.sampling import reward_decoder
 from esengine.sampling.rollout import Renderer, score_task
 
 
@@ -47,10 +48,11 @@ def take_steps(run: Run, engine: Engine, stop: Stop, checkpoints: Checkpoints, h
             hook.start(engine.step)
         for task in engine.tasks(until=run.config.steps):
             scores, seconds = _score(run, engine, task, stop)
+            checked = _check_decoder(run, engine, task, scores, stop)
             for hook in hooks:
                 hook.before_update(task, scores)
             with checkpoints.all_or_nothing(UpdateError, OutOfMemory):
-                step = _update(run, engine, task, scores, seconds)
+                step = _update(run, engine, task, scores, seconds, checked)
             for hook in hooks:
                 hook.after_step(step)
 
@@ -66,14 +68,21 @@ def _progress(run: Run, engine: Engine) -> Iterator[None]:
         run.progress.stop()
 
 
-def _update(run: Run, engine: Engine, task: Task, scores: dict[str, torch.Tensor], seconds: dict[str, float]) -> Step:
-    """Update the adapter and record the step."""
+def _update(
+    run: Run,
+    engine: Engine,
+    task: Task,
+    scores: dict[str, torch.Tensor],
+    seconds: dict[str, float],
+    checked: dict[str, float],
+) -> Step:
+    """Update the adapter and record the step. `checked`: further metrics."""
     start = time.perf_counter()
     result = engine.tell(task, scores[COMBINED])
     update = time.perf_counter() - start
     seconds = seconds | {"seconds_update": update, "seconds": seconds["seconds"] + update}
     fitness = result.pop("fitness").tolist()
-    metrics = _metrics(run, task, scores) | result
+    metrics = _metrics(run, task, scores) | checked | result
     metrics |= {"images_per_second": task.images / seconds["seconds"], **seconds}
     step = Step(task.step, fitness, plain(metrics))
     if run.journal:
@@ -121,6 +130,23 @@ def _score(run: Run, engine: Engine, task: Task, stop: Stop) -> tuple[dict[str, 
             "they and their antithetic halves are left out of the update"
         )
     return scores, seconds
+
+
+def _check_decoder(
+    run: Run, engine: Engine, task: Task, scores: dict[str, torch.Tensor], stop: Stop
+) -> dict[str, float]:
+    """Every so many steps, metrics that compare the reward's decoder with the model's own. See `reward_decoder`."""
+    image = run.config.image
+    if image.reward_vae is None or not image.reward_vae_check or task.step % image.reward_vae_check:
+        return {}
+    reward = FaultTolerant(run.reward, task.images) if engine.drop_pairs else run.reward
+    stopping = dict(stopped=lambda: stop.requested, group=run.group)
+    full, _ = score_task(run.render, reward, engine.population, task, lambda images: None, **stopping, full=True)
+    _share_limits(run)
+    found = reward_decoder.compare(engine, task, scores, full)
+    if text := reward_decoder.warning(found):
+        run.progress.note(f"warning: step {task.step}: {text}")
+    return found
 
 
 def _some(members: list[int]) -> str:

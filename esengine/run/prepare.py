@@ -101,7 +101,7 @@ class Prepared:
     def renderer(self, texts: TextEmbeddings, progress: Progress) -> Renderer:
         """A renderer of a list of prompts with this run's settings and the batch limit of its last checkpoint."""
         keys = dict(seed=self.config.seed, chunk=self.config.image.chunk, limit=self.limits[0], note=progress.note)
-        return Renderer(self.model, texts, self.settings, **keys)
+        return Renderer(self.model, texts, self.settings, **keys, reward_vae=self.config.image.reward_vae is not None)
 
 
 def read_inputs(config: TrainConfig, group: Group) -> Inputs:
@@ -128,7 +128,8 @@ def read_inputs(config: TrainConfig, group: Group) -> Inputs:
         terms = [term for term in terms if term.role == OPTIMISED]
     pick_device(config.device)
     with group.first():
-        family = require_pipeline(config.model, config.revision, config.image.vae)
+        decoders = dict(vae=config.image.vae, reward_vae=config.image.reward_vae)
+        family = require_pipeline(config.model, config.revision, **decoders)
     lora = dataclasses.replace(config.lora, targets=config.lora.targets or family.targets)
     config = dataclasses.replace(config, image=resolved(config.image, family), lora=lora)
     require_installed(config.trackers)
@@ -158,7 +159,8 @@ def prepare(inputs: Inputs, folder: RunFolder, progress: Progress, group: Group)
     rewards, config = _rewards(inputs, config, str(device), progress)
     progress.note(f"model {config.model} on {device} in {str(dtype).removeprefix('torch.')}")
     with group.first():
-        model = load_model(config.model, config.revision, device, dtype, config.image.vae)
+        image = config.image
+        model = load_model(config.model, config.revision, device, dtype, image.vae, image.reward_vae)
     config = dataclasses.replace(config, image=resolved(config.image, model))
     allowed, config = config.allow_change, _resolved(config, model)
     settings = render_settings(config.image)
@@ -167,7 +169,7 @@ def prepare(inputs: Inputs, folder: RunFolder, progress: Progress, group: Group)
         to_dict(config),
         {
             "prompts_sha256": hashlib.sha256("\n".join(inputs.prompts).encode()).hexdigest(),
-            "model": model.identity(),
+            "model": _identity(model, config),
             "rewards": rewards.identity(rewards.optimised),
             "contract": CONTRACT,
             "environment": describe(),
@@ -190,6 +192,12 @@ def prepare(inputs: Inputs, folder: RunFolder, progress: Progress, group: Group)
     texts, held_out = _encoded(inputs, model, config, progress, group)
     before = before and before.cut(saved.step)
     return Prepared(config, model, engine, rewards, settings, start, before, limits, texts, held_out)
+
+
+def _identity(model: Generator, config: TrainConfig) -> str:
+    """What identifies the weights that affect the adapter: the model's, and those of the reward's decoder."""
+    own = model.identity()
+    return own if config.image.reward_vae is None else f"{own} reward vae {model.reward_vae_identity}"
 
 
 def _saved(folder: RunFolder) -> tuple[Checkpoint, Journal]:

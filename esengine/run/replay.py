@@ -1,5 +1,6 @@
 """Replays a run from its journal, to check its adapter. Nothing is rendered."""
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +9,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from esengine.base.errors import RunError
+from esengine.base.errors import ConfigError, RunError
 from esengine.base.progress import Progress
 from esengine.base.settings_file import from_dict
 from esengine.es.population import PEFT_PREFIX, Population
 from esengine.models import Generator
 from esengine.run import journal
-from esengine.run.folder import checkpoint_folders, path_step
+from esengine.run.folder import INIT_ADAPTER, checkpoint_folders, path_step
 from esengine.run.journal import Journal, Saved, Start, Step
 from esengine.run.prepare import attach_population, start_population
 from esengine.run.saving import adapter_sha256, card_of, save_adapter
@@ -65,9 +66,8 @@ def replay(config: ReplayConfig, progress: Progress) -> Replayed:
     model = load_model(
         config.model or run.model, None if config.model else run.revision, device, pick_dtype(now.dtype, device)
     )
-    if now.init_adapter is not None and not now.init_adapter.exists():
-        raise RunError(f"{found.path}: the run started from {now.init_adapter}, which does not exist: restore it")
-    population, agreed = start_population(model, now), None
+    now = _with_kept_adapter(now, config.run_dir, found.path)
+    population, agreed = _started(model, now), None
     for saved in found.of(Saved):
         if saved.step == 0 and saved.adapter_sha256 != adapter_sha256(population):
             what = f"{now.init_adapter} has changed since" if now.init_adapter else "the initial adapter differs"
@@ -92,6 +92,28 @@ def replay(config: ReplayConfig, progress: Progress) -> Replayed:
             f"{kept}; replay does not give the run's adapter"
         )
     return Replayed(found.done, adapter_sha256(population), agreed, parted if agreed is None else [])
+
+
+def _with_kept_adapter(config: TrainConfig, run_dir: Path, path: Path) -> TrainConfig:
+    """The settings with the run's copy of the adapter that it started from in place of the original."""
+    kept, given = run_dir / INIT_ADAPTER, config.init_adapter
+    if given is None:
+        return config
+    if kept.is_dir():
+        return dataclasses.replace(config, init_adapter=kept)
+    if not given.exists():
+        raise RunError(f"{path}: the run started from {given}; neither that nor its copy {kept} exists: restore one")
+    return config
+
+
+def _started(model: Generator, config: TrainConfig) -> Population:
+    """The population before the first step."""
+    try:
+        return start_population(model, config)
+    except ConfigError as error:
+        if error.setting != "init_adapter":
+            raise
+        raise RunError(f"the adapter that the run started from: {error.problem}: restore it") from error
 
 
 def _settings(start: Start, run: Journal) -> TrainConfig:

@@ -57,6 +57,7 @@ class Checkpoints(Hook):
         self._compare()
         self.saved_step = engine.step
         if not resumed:
+            self._keep_first()
             self._save()
 
     def after_step(self, step: Step) -> None:
@@ -114,6 +115,12 @@ class Checkpoints(Hook):
             self.to.journal.append(Saved(step, sha256))
             self._save_adapter()
         self.saved_step = step
+
+    def _keep_first(self) -> None:
+        """Keep the adapter that the run starts from, if it was given one: replay needs it, and the original may go."""
+        settings = self.to.journal.contents.start.settings if self.to else {}
+        if settings.get("init_adapter") is not None:
+            self.engine.population.save_pretrained(self.to.folder.init_adapter, base_model=settings["model"])
 
     def _save_adapter(self) -> None:
         run, path, model = self.to.journal.contents, self.to.folder.adapter, self.render.model

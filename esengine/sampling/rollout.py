@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,7 @@ class Renderer:
         chunk: images that are rendered and scored together.
         limit: most images in one forward; None: a chunk. On out-of-memory it is halved for the rest of the run.
         note: called with a warning when the limit is halved.
+        reward_vae: whether `score_task` decodes by the model's decoder for a reward.
     """
 
     model: Generator
@@ -42,6 +44,11 @@ class Renderer:
     chunk: int
     limit: int | None = None
     note: Callable[[str], None] = _log.warning
+    reward_vae: bool = False
+
+    def decoding(self) -> AbstractContextManager:
+        """A context in which images are decoded for the reward."""
+        return self.model.reward_decoding() if self.reward_vae else nullcontext()
 
     def chunks(
         self, step: int, rows: Iterable[Rows], population: Population | None = None, *, length: int
@@ -90,6 +97,7 @@ def score_task(
     *,
     stopped: Callable[[], bool] = lambda: False,
     group: Group = ALONE,
+    full: bool = False,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Render and score every image of a step.
 
@@ -102,6 +110,7 @@ def score_task(
         on_images: called with the number of images that are rendered and scored, or queued to be scored.
         stopped: called before each chunk. True ends the step.
         group: the processes that share the step.
+        full: decode by the model's own decoder, even if the reward has another one.
 
     Returns:
         Scores by reward name and "combined", float32 [N, P, R] on the CPU; and times in seconds: "seconds" in all,
@@ -124,7 +133,8 @@ def score_task(
     drawn = render.chunks(task.step, mine, population, length=render.texts.trimmed_length(task.prompts))
     parts: list[Future] = []
     worker = ThreadPoolExecutor(1) if overlapped else _AtOnce()
-    with worker, render.model.deferred_checks(), reward.deferred_checks():
+    decoding = nullcontext() if full else render.decoding()
+    with worker, decoding, render.model.deferred_checks(), reward.deferred_checks():
         for members, prompts, _ in mine:
             if stopped():
                 break
