@@ -117,7 +117,7 @@ def family_at(folder: Path, model: str = "") -> Family:
     Raises:
         ConfigError: the folder is not a pipeline of a family, see `families.family_of`.
     """
-    with reading(f"model: cannot load {folder}"):
+    with _reading(f"model: cannot load {folder}"):
         family = _checked(folder / INDEX)
     if model.startswith(TINY_PREFIX):
         family = dataclasses.replace(family, size=tiny_pipelines.SIZE)
@@ -145,7 +145,7 @@ def _family_on_hub(model: str, revision: str | None, local_files_only: bool) -> 
         index = hf_hub_download(model, INDEX, revision=revision, local_files_only=local_files_only)
     except READ_ERRORS as error:
         raise _not_on_hub(model) from error
-    with reading(f"model: cannot load {model}"):
+    with _reading(f"model: cannot load {model}"):
         return _checked(Path(index))
 
 
@@ -179,9 +179,9 @@ def load(
         ConfigError: It cannot be read, or a weight is missing or has another shape. The message names the weight.
         OutOfMemory: It does not fit into memory.
     """
-    with reading(f"model: cannot load {folder}"):
+    with _reading(f"model: cannot load {folder}"):
         _require_kind(folder)
-        own = {name: whole(cls, folder / name, dtype) for name, cls in WEIGHTS.items() if name not in parts}
+        own = {name: _whole(cls, folder / name, dtype) for name, cls in WEIGHTS.items() if name not in parts}
         pipeline = SanaSprintPipeline.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, **own, **parts
         )
@@ -204,7 +204,7 @@ def load_pipeline(
         ConfigError: it cannot be read, or a weight is missing or has another shape. The message names the weight.
         OutOfMemory: it does not fit into memory.
     """
-    with reading(f"model: cannot load {folder}"):
+    with _reading(f"model: cannot load {folder}"):
         kind = getattr(diffusers, family.pipeline)
         _checked(folder / INDEX)
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
@@ -226,11 +226,11 @@ def _component(library: str, name: str, folder: Path, dtype: torch.dtype) -> Any
             raise ValueError(f"{folder.name}/{file.name}: expected a mapping")
     kind = getattr({"diffusers": diffusers, "transformers": transformers}[library], name)
     if issubclass(kind, (ModelMixin, PreTrainedModel)):
-        return whole(kind, folder, dtype)
+        return _whole(kind, folder, dtype)
     return kind.from_pretrained(folder, local_files_only=True)
 
 
-def whole(kind: type[ModelMixin | PreTrainedModel], folder: Path, dtype: torch.dtype) -> ModelMixin | PreTrainedModel:
+def _whole(kind: type[ModelMixin | PreTrainedModel], folder: Path, dtype: torch.dtype) -> ModelMixin | PreTrainedModel:
     """Load a component and check that its files hold every weight: transformers initialises missing ones randomly."""
     files = dict(use_safetensors=True, local_files_only=True)
     name = "dtype" if issubclass(kind, PreTrainedModel) else "torch_dtype"
@@ -253,8 +253,8 @@ def load_vae(vae: str, pipeline: Path, dtype: torch.dtype, local_files_only: boo
         ConfigError: There is no such VAE, it cannot be read, or its latents have other channels, scale or compression.
     """
     folder, identity = _locate_vae(vae, pipeline, local_files_only)
-    with reading(f"vae: cannot use {vae}"):
-        loaded = whole(AutoencoderDC, folder, dtype)
+    with _reading(f"vae: cannot use {vae}"):
+        loaded = _whole(AutoencoderDC, folder, dtype)
     return loaded, identity or fingerprint(folder, ("",))
 
 
@@ -274,7 +274,7 @@ def _locate_vae(vae: str, pipeline: Path, local_files_only: bool) -> tuple[Path,
         except READ_ERRORS as error:
             raise ConfigError(f"vae: {vae} is not a folder, and no hub model of that name was found") from error
         identity = f"{name}@{folder.name}"
-    with reading(f"vae: cannot use {vae}"):
+    with _reading(f"vae: cannot use {vae}"):
         own, given = (
             json.loads((each / "config.json").read_text(encoding="utf-8")) for each in (pipeline / "vae", folder)
         )
@@ -292,7 +292,7 @@ def first_line(error: Exception) -> str:
 
 
 @contextmanager
-def reading(cannot: str) -> Iterator[None]:
+def _reading(cannot: str) -> Iterator[None]:
     """Replace read errors by a ConfigError of one line that begins with `cannot`. Out-of-memory is an `OutOfMemory`."""
     try:
         with no_progress_bars(), oom_guard("the model's weights", "take a smaller model or --dtype bfloat16"):

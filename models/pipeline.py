@@ -249,11 +249,10 @@ class DiffusersPipeline(RewardVae):
             OutOfMemory: the rows do not fit into memory.
         """
         keys = dict(seed=seed, step=step, rows=rows, population=population, text_length=text_length)
-        images, good = self.draw(texts, **keys, settings=settings)
+        images, good = self._drawn(texts, **keys, settings=settings)
         self._checks(good, _describe(texts, step, rows))
         return (images * 255).round().to(torch.uint8)
 
-    @torch.no_grad()
     def draw(
         self,
         texts: Conditioning,
@@ -266,6 +265,22 @@ class DiffusersPipeline(RewardVae):
         text_length: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The images before rounding, float32 [B, 3, H, W] in [0, 1], and bool [B]: which are finite. See `render`."""
+        keys = dict(seed=seed, step=step, rows=rows, population=population, settings=settings, text_length=text_length)
+        images, good = self._drawn(texts, **keys)
+        return images.clone(), good  # out of inference mode
+
+    def _drawn(
+        self,
+        texts: Conditioning,
+        *,
+        seed: int,
+        step: int,
+        rows: Rows,
+        population: Population | None,
+        settings: RenderSettings | None,
+        text_length: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `draw`. The images are of torch's inference mode, which saves bookkeeping on a CPU."""
         batch = rows.count
         if len(rows.repeats) != batch or (rows.members is not None and len(rows.members) != batch):
             raise ValueError(f"repeats, members: expected one for each of {batch} rows")
@@ -284,6 +299,7 @@ class DiffusersPipeline(RewardVae):
             inside,
             _decoding(self.pipeline, self._vae, settings.decode_chunk) as good,
             oom_guard(f"{batch} images in one transformer forward", "give a smaller chunk"),
+            torch.inference_mode(),
         ):
             images = self.pipeline(
                 **given,

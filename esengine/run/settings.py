@@ -220,10 +220,12 @@ class ReplayConfig:
 MAY_CHANGE = (
     *("run_dir", "resume", "allow_change", "dry_run", "config", "steps", "on_bad_reward"),
     *("checkpoint_every", "strip_every", "trackers", "heldout_reward", "heldout_every", "heldout_prompts"),
-    "image.reward_vae_check",
     *("model", "revision", "prompts", "eval_prompts"),  # names; what `model` and `prompts` hold is compared by hash
 )
 """Settings that may change on resume. None affects the adapter of a given step."""
+
+MAY_CHANGE_BELOW = ("image.reward_vae_check",)
+"""Settings of a section that may change on resume too."""
 
 
 def load_run(run_dir: Path) -> TrainConfig:

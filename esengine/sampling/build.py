@@ -96,6 +96,13 @@ def resolved(image: ImageSettings, by: Family | Generator) -> ImageSettings:
         raise ConfigError(f"image.{error}") from error
 
 
+def refuse_reward_vae(image: ImageSettings, of_run: ImageSettings) -> None:
+    """Raise ConfigError for a `reward_vae` that is not the run's: an evaluation has no use for it."""
+    if image.reward_vae not in (None, of_run.reward_vae):
+        problem = f"expected it in train only, got {image.reward_vae}: here the model's own decoder is used"
+        raise ConfigError(problem, setting="image.reward_vae")
+
+
 def settled(image: ImageSettings, model: Generator) -> ImageSettings:
     """The settings as a run records them: with the chosen chunk, and the absolute paths of decoders' folders."""
 

@@ -1,5 +1,7 @@
 """Runs whose reward scores images of a cheaper decoder."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import journals
@@ -12,7 +14,7 @@ from esengine.base.progress import Progress
 from esengine.models import load
 from esengine.run.dry_run import dry_run
 from esengine.run.replay import replay
-from esengine.run.settings import ESSettings, LoraSettings, ReplayConfig
+from esengine.run.settings import ESSettings, LoraSettings, ReplayConfig, to_yaml
 from esengine.run.train import train
 from esengine.sampling.reward_decoder import CORRELATION, COSINE
 from esengine.sampling.settings import ImageSettings
@@ -125,3 +127,33 @@ def test_the_estimate_counts_the_checks(small, tmp_path, decoder):
     without = dry_run(small(tmp_path / "run", image=ImageSettings(chunk=3), lora=LoraSettings(), **FEW))
     found = dry_run(small(tmp_path / "run", image=image, lora=LoraSettings(), **FEW))
     assert found.images - without.images == 2 * found.images_per_step
+
+
+def test_an_evaluation_refuses_it(esengine, prompt_files, trained):
+    for words in (["eval", "--prompts", prompt_files[1], "--reward", "jpeg_compressibility"], ["render", "a cat"]):
+        code, _, err = esengine(*words, "--run-dir", trained[1].folder, "--image.reward-vae", "tiny", "--out", "drawn")
+        assert code == 1
+        assert "--image.reward-vae" in err
+        assert "train only" in err
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_run_of_one(checked, tmp_path):
+    config, _ = checked
+    (tmp_path / "given.yaml").write_text(to_yaml(replace(config, run_dir=None)))
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "esengine",
+    ]
+    command = [*torchrun, "train", "--config", tmp_path / "given.yaml", "--run-dir", tmp_path / "two"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    for name in ("adapter_model.safetensors", "README.md", "adapter_config.json"):
+        assert (tmp_path / "two" / "adapter" / name).read_bytes() == (config.run_dir / "adapter" / name).read_bytes()
+    metrics = [[step.get(name) for name in (CORRELATION, COSINE)] for step in journals.steps(tmp_path / "two")]
+    assert metrics == [[step.get(name) for name in (CORRELATION, COSINE)] for step in journals.steps(config.run_dir)]
