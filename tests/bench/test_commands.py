@@ -13,7 +13,6 @@ BENCH = Path(__file__).parents[2] / "bench"
     ("words", "shown"),
     [
         (["nano", "--help"], "headline"),
-        (["generic.py", "--help"], "generic way"),
         (["nano", "training", "--help"], "the folder that was given as --work"),
         (["suite", "--plan", "--parts", "update"], "in all"),
         (["suite", "--predict", "H200"], "`linear_vs_gemm`"),
