@@ -114,7 +114,8 @@ def _check_equal(of_peft: dict[str, LayerLora], of_diffusers: dict[str, LayerLor
         parts, r = (b.mT @ b) * (a @ a.mT), len(one.a)
         limit = 8 * max(torch.finfo(each.dtype).eps for each in (one.a, one.b, other.a, other.b))
         if parts.sum().clamp(min=0).sqrt() > limit * max(parts[:r, :r].sum(), parts[r:, r:].sum()).clamp(min=0).sqrt():
-            raise ValueError(f"'{name}': expected the same LoRA in both files, got two; move one of them away")
+            what = "unless a run writes them at this moment, move one of them away"
+            raise ValueError(f"'{name}': expected the same LoRA in both files, got two; {what}")
 
 
 def parse_lora(

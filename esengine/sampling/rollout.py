@@ -46,9 +46,9 @@ class Renderer:
     note: Callable[[str], None] = _log.warning
     reward_vae: bool = False
 
-    def decoding(self) -> AbstractContextManager:
-        """A context in which images are decoded for the reward."""
-        return self.model.reward_decoding() if self.reward_vae else nullcontext()
+    def decoding(self, full: bool = False) -> AbstractContextManager:
+        """A context in which images are decoded for the reward. `full`: by the model's own decoder all the same."""
+        return self.model.reward_decoding() if self.reward_vae and not full else nullcontext()
 
     def chunks(
         self, step: int, rows: Iterable[Rows], population: Population | None = None, *, length: int
@@ -103,7 +103,6 @@ def score_task(
 
     Scores stay on the device until the last chunk. A reward that `_overlaps` is at most one chunk behind, so at most
     two chunks of images are in memory. The scores are the same either way.
-
     With K processes, rank r renders chunks r, r + K, ... Chunks and scores are those of one process.
 
     Args:
@@ -120,8 +119,7 @@ def score_task(
         RewardError, RenderError: the message names the step and the members.
         Stopped: `stopped` returned True in any process.
     """
-    began = time.perf_counter()
-    overlapped = _overlaps(reward)
+    began, overlapped = time.perf_counter(), _overlaps(reward)
     rendering = _Stopwatch(render.model.device)
     scoring = _Stopwatch(torch.device("cpu") if overlapped else render.model.device)
 
@@ -133,8 +131,7 @@ def score_task(
     drawn = render.chunks(task.step, mine, population, length=render.texts.trimmed_length(task.prompts))
     parts: list[Future] = []
     worker = ThreadPoolExecutor(1) if overlapped else _AtOnce()
-    decoding = nullcontext() if full else render.decoding()
-    with worker, decoding, render.model.deferred_checks(), reward.deferred_checks():
+    with worker, render.decoding(full), render.model.deferred_checks(), reward.deferred_checks():
         for members, prompts, _ in mine:
             if stopped():
                 break
