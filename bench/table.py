@@ -74,7 +74,7 @@ class Section(NamedTuple):
 def sections() -> list[Section]:
     """Every section of the generated part, in the order of the page."""
     nano = [_demo(), _headline(), _fresh(), _base(), _checker(), _clip()]
-    return [*nano, _forward(), _drop_in(), _peer_ratio(), _kernels(), _scaling(), _aot(), *_suite()]
+    return [*nano, _forward(), _generic(), _drop_in(), _peer_ratio(), _kernels(), _scaling(), _aot(), *_suite()]
 
 
 def generated() -> list[str]:
@@ -370,6 +370,22 @@ def _forward() -> Section:
     command = f"python bench/forward.py --json bench/results/{file}"
     tables = [_table(["batch", *pairs.values()], rows), note, _table(["part", *(f"N {n}" for n in peaks)], peak_rows)]
     return Section("The population forward on a CPU", what, record["environment"]["device"], [file], command, tables)
+
+
+def _generic() -> Section:
+    file = "cpu_generic.json"
+    record = _read(file)
+    rows = []
+    for name, layout in record["layouts"].items():
+        medians = [f"{1e3 * layout['seconds'][way]['median']:.0f} ms" for way in ("generic", "own")]
+        rows.append([name.removesuffix(" steps"), *medians, _ratio(layout["ratios"]["generic / own"])])
+    what = [
+        "64 members draw an image each with sana-sprint-nano in float32, one thread, CPU time.",
+        "`DiffusersPipeline` calls the pipeline itself, `SanaSprint` is written by hand. 1 means equal time.",
+    ]
+    command = f"python bench/generic.py --json bench/results/{file}"
+    tables = [_table(["denoising steps", "`DiffusersPipeline`", "`SanaSprint`", "ratio"], rows)]
+    return Section("Any pipeline on a CPU", what, record["environment"]["device"], [file], command, tables)
 
 
 def _kernels() -> Section:

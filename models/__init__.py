@@ -50,7 +50,7 @@ def __getattr__(name: str):
     return getattr(importlib.import_module(f"esengine.models.{_PUBLIC[name]}"), name)
 
 
-def load(model, *, device="cpu", dtype=None, revision: str | None = None, vae=None) -> "Generator":  # noqa: F821
+def load(model, *, device="cpu", dtype=None, revision: str | None = None, vae=None, reward_vae=None) -> "Generator":  # noqa: F821
     """Load a frozen image model.
 
     Args:
@@ -59,6 +59,8 @@ def load(model, *, device="cpu", dtype=None, revision: str | None = None, vae=No
         dtype: data type of the weights. None: float32.
         revision: branch, tag or commit of a hub id.
         vae: another decoder for a SANA-Sprint's latents: a folder or a hub id. A hub id may end in @revision.
+        reward_vae: a cheaper decoder for the images inside `reward_decoding`: a folder, a hub id, or `tiny`, which is
+            the family's AutoencoderTiny.
 
     Returns:
         A `Generator`: `SanaSprint` for a SANA-Sprint, `DiffusersPipeline` for every other family.
@@ -69,13 +71,21 @@ def load(model, *, device="cpu", dtype=None, revision: str | None = None, vae=No
     """
     import torch
 
-    from esengine.models.loading import require_pipeline
+    from esengine.models.loading import locate, require_pipeline
+    from esengine.models.reward_vae import load_reward_vae
 
     settings = dict(revision=revision, device=device, dtype=dtype or torch.float32)
-    if require_pipeline(str(model), revision, vae).fast:
+    family = require_pipeline(str(model), revision, vae, reward_vae=None if reward_vae is None else str(reward_vae))
+    if family.fast:
         from esengine.models.sana.sana_sprint import SanaSprint
 
-        return SanaSprint.from_pretrained(model, **settings, vae=vae)
-    from esengine.models.pipeline import DiffusersPipeline
+        loaded = SanaSprint.from_pretrained(model, **settings, vae=vae)
+    else:
+        from esengine.models.pipeline import DiffusersPipeline
 
-    return DiffusersPipeline.from_pretrained(model, **settings)
+        loaded = DiffusersPipeline.from_pretrained(model, **settings)
+    if reward_vae is not None:
+        folder, _ = locate(str(model), revision, False)
+        placed = dict(dtype=loaded.dtype, device=loaded.device)
+        loaded.set_reward_vae(*load_reward_vae(str(reward_vae), str(model), folder, family, **placed))
+    return loaded

@@ -13,9 +13,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 
 from esengine.base.errors import ConfigError
-from esengine.es.lora_folder import PEFT_PREFIX, PEFT_WEIGHTS, read_lora, require_finite
+from esengine.es.lora_folder import PEFT_PREFIX, PEFT_WEIGHTS, lora_files, read_lora, require_finite
 from esengine.models.loading import READ_ERRORS, first_line
-from esengine.models.lora_file import WEIGHT_NAME, check_diffusers_lora, weight_files, write_diffusers_lora
+from esengine.models.lora_file import WEIGHT_NAME, check_diffusers_lora, write_diffusers_lora
 
 _SELECTED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 """Metadata of a LoRA file that sets ranks and scales."""
@@ -27,16 +27,18 @@ def load_adapter(pipe: DiffusionPipeline, denoiser: str, path: str | Path) -> No
     Args:
         pipe: the pipeline.
         denoiser: its attribute that the LoRA is for.
-        path: folder with `pytorch_lora_weights.safetensors`; without it, a folder that PEFT saved.
+        path: folder that PEFT saved, or with `pytorch_lora_weights.safetensors`. If it has the files of both, they must
+            be the same LoRA, and PEFT's is loaded.
 
     Raises:
         ConfigError: the file is missing, unreadable or incomplete, or the loader loaded only some of its layers.
     """
     path = Path(path)
-    if not weight_files(path):
+    files = lora_files(path)
+    if not files:
         raise ConfigError(f"adapter: {path / WEIGHT_NAME} does not exist")
     unload_adapter(pipe, denoiser)
-    if not (path / WEIGHT_NAME).is_file():
+    if path / PEFT_WEIGHTS in files:
         with tempfile.TemporaryDirectory() as folder:
             _convert(path, Path(folder), getattr(pipe, denoiser), denoiser)
             load_adapter(pipe, denoiser, folder)

@@ -84,6 +84,9 @@ class Generator(Protocol):
     def deferred_checks(self) -> AbstractContextManager:
         """A context that delays the check for images that are not finite. Its end raises the RenderError."""
 
+    def reward_decoding(self) -> AbstractContextManager:
+        """A context in which images are decoded for a reward, by a cheaper decoder if one was given."""
+
     def image_bytes(self, settings: RenderSettings) -> int:
         """Estimated memory for one more image in a forward, in bytes."""
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import cached_property
 
 import torch
-from diffusers import AutoencoderDC
+from diffusers import AutoencoderDC, AutoencoderTiny
 
 from esengine.base.errors import ConfigError
 from esengine.base.memory import oom_guard
@@ -19,13 +19,15 @@ class Decoder:
     """The decoder of a frozen VAE.
 
     Args:
-        vae: `AutoencoderDC`.
+        vae: `AutoencoderDC`, or `AutoencoderTiny`.
         channels_last: Keep the convolutions' weights, and so all activations, in channels-last order. Convolutions are
             faster in this order on a GPU in half precision and on a CPU in single precision.
         compile_backend: Backend of torch.compile, for `mode="compiled"`.
     """
 
-    def __init__(self, vae: AutoencoderDC, *, channels_last: bool = False, compile_backend: str = "inductor"):
+    def __init__(
+        self, vae: AutoencoderDC | AutoencoderTiny, *, channels_last: bool = False, compile_backend: str = "inductor"
+    ):
         self.channels_last, self.compile_backend = channels_last, compile_backend
         self.vae = vae.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
         self._captured: tuple[graphs.Addresses, graphs.Graphs] | None = None

@@ -46,6 +46,8 @@ class Family:
         call: further arguments of the pipeline's call.
         call_at: further arguments for a certain number of steps.
         options: arguments of the pipeline's constructor.
+        tiny_vae: hub id of an AutoencoderTiny that decodes its latents; empty if none is known; None if the pipeline
+            cannot decode by that class.
         licence: what the published weights may be used for.
     """
 
@@ -68,6 +70,7 @@ class Family:
     call: Mapping[str, Any] = field(default_factory=dict)
     call_at: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    tiny_vae: str | None = ""
     licence: str = ""
 
     def __post_init__(self):
@@ -234,6 +237,7 @@ _ROWS = (
         steps=8,
         guided_above=0.0,
         copies=2,
+        tiny_vae="madebyollin/taef1",
         licence="Z-Image-Turbo: Apache-2.0",
     ),
     Family(
@@ -249,6 +253,7 @@ _ROWS = (
         texts=("prompt_embeds", None),
         guidance=1.0,
         targets=(*_JOINT, "to_qkv_mlp_proj", "to_out"),
+        tiny_vae=None,
         licence="4B: Apache-2.0; 9B: non-commercial",
     ),
     Family(
@@ -264,6 +269,7 @@ _ROWS = (
         texts=("prompt_embeds", "pooled_prompt_embeds", None),
         guided_above=None,
         targets=_JOINT,
+        tiny_vae="madebyollin/taef1",
         licence="FLUX.1-schnell: Apache-2.0; dev: non-commercial",
     ),
     Family(
@@ -284,6 +290,7 @@ _ROWS = (
         texts=_POOLED,
         copies=2,
         targets=_JOINT,
+        tiny_vae="madebyollin/taesd3",
         licence="Stability AI Community: free below 1M USD a year",
     ),
     Family(
@@ -303,6 +310,7 @@ _ROWS = (
         texts=_POOLED,
         copies=2,
         options={"add_watermarker": False},
+        tiny_vae="madebyollin/taesdxl",
         licence="Lightning, Hyper: CreativeML OpenRAIL++-M; Turbo: non-commercial",
     ),
     Family(
@@ -322,6 +330,7 @@ _ROWS = (
         copies=2,
         size=512,
         options={"requires_safety_checker": False},
+        tiny_vae="madebyollin/taesd",
         licence="SD-Turbo: non-commercial",
     ),
     Family(
@@ -337,6 +346,7 @@ _ROWS = (
         texts=_MASKED,
         copies=2,
         call={"use_resolution_binning": False, "negative_prompt": None, "clean_caption": False},
+        tiny_vae="madebyollin/taesd",
         licence="CreativeML OpenRAIL++-M",
     ),
     Family(
@@ -354,6 +364,7 @@ _ROWS = (
         guidance_argument="true_cfg_scale",
         negative=" ",
         targets=_JOINT,
+        tiny_vae=None,
         licence="Apache-2.0; fuse a Lightning LoRA first",
     ),
     Family(
@@ -394,6 +405,7 @@ _ROWS = (
         steps=8,
         guidance=1.0,
         targets=_JOINT,
+        tiny_vae="madebyollin/taef1",
         licence="Apache-2.0",
     ),
     Family(
@@ -408,6 +420,7 @@ _ROWS = (
         texts=_MASKED,
         steps=8,
         guidance=1.0,
+        tiny_vae="madebyollin/taef1",
         licence="Apache-2.0",
     ),
 )
@@ -428,14 +441,14 @@ FAMILIES: dict[str, Family] = {
                  licence="that of the SDXL weights"),
         _variant("sd-lcm", "sd", pipeline="LatentConsistencyModelPipeline", scheduler=_LCM, steps=4, guidance=8.5,
                  texts=("prompt_embeds", None), guided_above=None, copies=1, licence="that of the weights"),
-        _variant("pixart-sigma", "pixart", pipeline="PixArtSigmaPipeline"),
+        _variant("pixart-sigma", "pixart", pipeline="PixArtSigmaPipeline", tiny_vae="madebyollin/taesdxl"),
     )
 }  # fmt: skip
 """Every family by name. Where two have the same pipeline, their schedulers tell them apart."""
 
 TINY = (
     *("sana-sprint", "sana", "z-image", "flux2-klein", "flux", "sd3", "sdxl", "sdxl-lcm", "sd", "pixart"),
-    *("qwen-image", "hunyuan-image", "chroma", "lumina2"),
+    *("qwen-image", "hunyuan-image", "chroma", "lumina2", "sd-lcm", "pixart-sigma"),
 )
 """Families that have a tiny untrained pipeline, `tiny:NAME`."""
 

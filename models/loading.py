@@ -72,17 +72,29 @@ def locate(model: str, revision: str | None, local_files_only: bool) -> tuple[Pa
 
 
 def require_pipeline(
-    model: str, revision: str | None, vae: str | None = None, local_files_only: bool = False
+    model: str,
+    revision: str | None,
+    vae: str | None = None,
+    local_files_only: bool = False,
+    *,
+    reward_vae: str | None = None,
 ) -> Family:
-    """Check that the pipeline, and the decoder `vae` if given, exist. No weights are loaded.
+    """Check that the pipeline, and the decoders if given, exist. No weights are loaded.
+
+    Args:
+        model, revision: see `esengine.models.load`.
+        vae, reward_vae: decoders, see `esengine.models.load`.
+        local_files_only: take hub ids from the local cache only.
 
     Returns:
         The pipeline's family.
 
     Raises:
         ConfigError: there is no such folder or hub model, its pipeline or one of its components is of no family, or
-            `vae` does not decode its latents.
+            a decoder does not decode its latents.
     """
+    from esengine.models.reward_vae import locate_reward_vae
+
     folder, _ = locate(model, revision, local_files_only)
     family = family_at(folder, model)
     if vae is not None and not family.fast:
@@ -91,6 +103,8 @@ def require_pipeline(
         )
     if vae is not None:
         _locate_vae(vae, folder, local_files_only)
+    if reward_vae is not None:
+        locate_reward_vae(reward_vae, model, folder, family, local_files_only)
     return family
 
 

@@ -15,20 +15,12 @@ from safetensors.torch import save
 from esengine.base.files import replace_file
 from esengine.base.records import parse_json
 from esengine.es.layers import HONOURED
-from esengine.es.lora_folder import PEFT_CONFIG, PEFT_WEIGHTS, require_finite
+from esengine.es.lora_folder import require_finite
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 
 NAME = re.compile(r"\^?(\w|[.-]|\\[.-])+\$?")
 """A metadata pattern that only spells a layer's name. Other regular expressions in a file are refused, never run."""
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files of an adapter in a folder: that of diffusers' pipelines, else the two of PEFT. Empty if it has none."""
-    if (folder / WEIGHT_NAME).is_file():
-        return [folder / WEIGHT_NAME]
-    files = [folder / PEFT_CONFIG, folder / PEFT_WEIGHTS]
-    return files if all(file.is_file() for file in files) else []
 
 
 def write_diffusers_lora(

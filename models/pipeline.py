@@ -24,12 +24,13 @@ from esengine.models.conditioning import Conditioning
 from esengine.models.encoding import PromptEncoder, Source, options_of
 from esengine.models.families import FAMILIES, Family
 from esengine.models.loading import family_at, load_pipeline, locate
+from esengine.models.reward_vae import RewardVae, channels_last
 from esengine.models.sana.checks import Describe, FiniteChecks
 from esengine.models.settings import RenderSettings
 from esengine.models.text_cache import Progress, fingerprint
 
 
-class DiffusersPipeline:
+class DiffusersPipeline(RewardVae):
     """A frozen diffusers pipeline that renders by its own call.
 
     Its text encoders are in memory only while prompts are encoded. They are dropped before the first image.
@@ -72,7 +73,7 @@ class DiffusersPipeline:
         for part in pipe.components.values():
             if isinstance(part, torch.nn.Module):
                 part.eval().requires_grad_(False)
-        _channels_last(pipe.vae)
+        channels_last(pipe.vae)
         pipe.set_progress_bar_config(disable=True)
         self._text = PromptEncoder(pipe, family, source)
         self._checks = FiniteChecks()
@@ -103,6 +104,7 @@ class DiffusersPipeline:
         folder, identity = locate(str(model), revision, local_files_only)
         family = family_at(folder, str(model))
         pipe = load_pipeline(folder, dtype, device, family, **dict.fromkeys(family.encoders))
+        getattr(pipe, family.denoiser).base_model_name = str(model)  # for the adapters that are saved
         return cls(pipe, family, source=Source(folder, identity, local_files_only))
 
     @property
@@ -252,11 +254,10 @@ class DiffusersPipeline:
             OutOfMemory: the rows do not fit into memory.
         """
         keys = dict(seed=seed, step=step, rows=rows, population=population, text_length=text_length)
-        images, good = self.draw(texts, **keys, settings=settings)
+        images, good = self._drawn(texts, **keys, settings=settings)
         self._checks(good, _describe(texts, step, rows))
         return (images * 255).round().to(torch.uint8)
 
-    @torch.no_grad()
     def draw(
         self,
         texts: Conditioning,
@@ -269,6 +270,22 @@ class DiffusersPipeline:
         text_length: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The images before rounding, float32 [B, 3, H, W] in [0, 1], and bool [B]: which are finite. See `render`."""
+        keys = dict(seed=seed, step=step, rows=rows, population=population, settings=settings, text_length=text_length)
+        images, good = self._drawn(texts, **keys)
+        return images.clone(), good  # out of inference mode
+
+    def _drawn(
+        self,
+        texts: Conditioning,
+        *,
+        seed: int,
+        step: int,
+        rows: Rows,
+        population: Population | None,
+        settings: RenderSettings | None,
+        text_length: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `draw`. The images are of torch's inference mode, which saves bookkeeping on a CPU."""
         batch = rows.count
         if len(rows.repeats) != batch or (rows.members is not None and len(rows.members) != batch):
             raise ValueError(f"repeats, members: expected one for each of {batch} rows")
@@ -285,8 +302,9 @@ class DiffusersPipeline:
             inside = population.perturbed(step=step, members=rows.members, copies=self.family.copies if guided else 1)
         with (
             inside,
-            _decoding(self.pipeline.vae, settings.decode_chunk) as good,
+            _decoding(self.pipeline, self._vae, settings.decode_chunk) as good,
             oom_guard(f"{batch} images in one transformer forward", "give a smaller chunk"),
+            torch.inference_mode(),
         ):
             images = self.pipeline(
                 **given,
@@ -297,6 +315,10 @@ class DiffusersPipeline:
                 output_type="pt",
             ).images
         return images.float(), torch.cat(good)
+
+    @property
+    def _vae(self) -> torch.nn.Module:
+        return self.reward_vae if self._for_reward else self.pipeline.vae
 
     def render_chunks(
         self,
@@ -371,9 +393,12 @@ def row_generators(seed: int, step: int, rows: Rows) -> list[torch.Generator]:
 
 
 @contextlib.contextmanager
-def _decoding(vae: torch.nn.Module, chunk: int) -> Iterator[list[torch.Tensor]]:
-    """Inside, the VAE decodes `chunk` images at a time, channels-last. The list gets bool [b]: which are finite."""
-    decode, before, good = vae.decode, vars(vae).get("decode"), []
+def _decoding(pipe: DiffusionPipeline, vae: torch.nn.Module, chunk: int) -> Iterator[list[torch.Tensor]]:
+    """Inside, the pipeline decodes by this VAE, `chunk` images at a time, channels-last.
+
+    The list gets bool [b]: which images are finite.
+    """
+    own, decode, before, good = pipe.vae, vae.decode, vars(vae).get("decode"), []
 
     def chunked(z: torch.Tensor, *args, **kwargs):
         samples, result = [], None
@@ -388,19 +413,14 @@ def _decoding(vae: torch.nn.Module, chunk: int) -> Iterator[list[torch.Tensor]]:
         return (sample,) if isinstance(result, tuple) else type(result)(sample=sample)
 
     vae.decode = chunked
+    vars(pipe)["vae"] = vae  # past `__setattr__`, which would write it into the pipeline's configuration
     try:
         yield good
     finally:
+        vars(pipe)["vae"] = own
         del vae.decode
         if before is not None:
             vae.decode = before
-
-
-def _channels_last(vae: torch.nn.Module) -> None:
-    """Put the weights of the 2D convolutions into channels-last order, which is faster."""
-    for each in vae.modules():
-        if isinstance(each, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
-            each.to(memory_format=torch.channels_last)
 
 
 def _describe(texts: Conditioning, step: int, rows: Rows) -> Describe:

@@ -446,17 +446,20 @@ def _sdxl_lcm(work: Path) -> Parts:
     return _sdxl(work, lcm=True)
 
 
-def _sd(work: Path) -> Parts:
+def _sd(work: Path, lcm: bool = False) -> Parts:
     clip = _clip_tokenizer()
+    euler = diffusers.EulerDiscreteScheduler(timestep_spacing="trailing", beta_schedule="scaled_linear", steps_offset=1)
     return {
         "tokenizer": clip,
         "text_encoder": _clip(clip, 32, None),
         "vae": _kl(),
-        "unet": _unet(xl=False, lcm=False, cross=32),
-        "scheduler": diffusers.EulerDiscreteScheduler(
-            timestep_spacing="trailing", beta_schedule="scaled_linear", steps_offset=1
-        ),
+        "unet": _unet(xl=False, lcm=lcm, cross=32),
+        "scheduler": diffusers.LCMScheduler() if lcm else euler,
     }
+
+
+def _sd_lcm(work: Path) -> Parts:
+    return _sd(work, lcm=True)
 
 
 def _pixart(work: Path) -> Parts:
@@ -606,7 +609,9 @@ _BUILD: dict[str, Callable[[Path], Parts]] = {
     "sdxl": _sdxl,
     "sdxl-lcm": _sdxl_lcm,
     "sd": _sd,
+    "sd-lcm": _sd_lcm,
     "pixart": _pixart,
+    "pixart-sigma": _pixart,
     "qwen-image": _qwen_image,
     "hunyuan-image": _hunyuan_image,
     "chroma": _chroma,

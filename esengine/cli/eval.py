@@ -30,6 +30,7 @@ from esengine.sampling.build import (
     load_model,
     pick_chunk,
     pick_dtype,
+    refuse_reward_vae,
     render_settings,
     resolved,
     size_before_loading,
@@ -66,6 +67,7 @@ def evaluate(config: EvalConfig, progress: Progress) -> Evaluated:
     with of_setting(_setting_of_prompts(config), "benchmark", "prompts"):
         benchmark = read_benchmark(config.benchmark, prompts).first(config.limit)
     image = config.image or run.image
+    refuse_reward_vae(image, run.image)
     adapter = config.adapter
     if not adapter and config.run_dir and (not config.entries or any(e.startswith("adapter@") for e in config.entries)):
         adapter = adapter_of(config.run_dir)

@@ -20,7 +20,15 @@ from esengine.models.defaults import defaults
 from esengine.report import write_gallery
 from esengine.run.pictures import draw_strip
 from esengine.run.settings import TrainConfig, load_run
-from esengine.sampling.build import encode, load_model, pick_chunk, pick_dtype, render_settings, resolved
+from esengine.sampling.build import (
+    encode,
+    load_model,
+    pick_chunk,
+    pick_dtype,
+    refuse_reward_vae,
+    render_settings,
+    resolved,
+)
 from esengine.sampling.device import take_device
 from esengine.sampling.environment import describe
 from esengine.sampling.rollout import Renderer, render_all
@@ -67,6 +75,7 @@ def render(config: RenderConfig, progress: Progress) -> Drawn:
     if config.run_dir is not None and config.out is None:
         refuse_links(f"run folder {config.run_dir}", [out, out / EARLIER])
     image = config.image or run.image
+    refuse_reward_vae(image, run.image)
     model = _model_with_adapter(config, run, image.vae, progress)
     image = resolved(image, model)
     (texts,) = encode(model, [prompts], image, progress)

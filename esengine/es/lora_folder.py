@@ -4,6 +4,8 @@
 
 The scale s is the one that PEFT or diffusers would apply. What s, A and B of each target do not fully describe is
 refused. Files are read as safetensors and JSON, never as pickles.
+
+If a folder has the files of both, those of PEFT are read everywhere. They must describe the same change s B A.
 """
 
 import math
@@ -51,12 +53,19 @@ class LayerLora(NamedTuple):
     scale: float
 
 
+def lora_files(folder: Path) -> list[Path]:
+    """The files of a LoRA that are read in a folder: the two of PEFT, else that of diffusers. Empty if it has none."""
+    names = (PEFT_CONFIG, PEFT_WEIGHTS) if (folder / PEFT_WEIGHTS).is_file() else (DIFFUSERS_WEIGHTS,)
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
 def read_lora(path: str | os.PathLike, targets: Targets) -> dict[str, LayerLora]:
     """Read a LoRA on exactly these targets.
 
     Args:
         path: a PEFT folder (adapter_config.json and adapter_model.safetensors), a folder with
-            pytorch_lora_weights.safetensors, or such a file itself. If a folder has both, PEFT's is read.
+            pytorch_lora_weights.safetensors, or such a file itself. If a folder has both, PEFT's is read, and the other
+            must describe the same LoRA.
         targets: the population's.
 
     Returns:
@@ -68,19 +77,49 @@ def read_lora(path: str | os.PathLike, targets: Targets) -> dict[str, LayerLora]
     """
     path = Path(path)
     try:
-        if not (path / PEFT_WEIGHTS).is_file():
-            tensors, metadata = _tensors(path if path.suffix == ".safetensors" else path / DIFFUSERS_WEIGHTS)
-            return _of_diffusers(tensors, metadata.get(DIFFUSERS_METADATA), targets)
-        settings = _mapping(read_regular(path / PEFT_CONFIG, MAX_CONFIG), PEFT_CONFIG)
-        tensors, _ = _tensors(path / PEFT_WEIGHTS)
-        odd = [key for key in tensors if not key.startswith(PEFT_PREFIX)]
-        if odd:
-            raise ValueError(f"expected tensors {PEFT_PREFIX}<layer>, got {odd[0]}")
-        return parse_lora({key.removeprefix(PEFT_PREFIX): t for key, t in tensors.items()}, settings, targets)
+        if path / PEFT_WEIGHTS not in lora_files(path):
+            return _read_diffusers(path if path.suffix == ".safetensors" else path / DIFFUSERS_WEIGHTS, targets)
+        found = _read_peft(path, targets)
+        if (path / DIFFUSERS_WEIGHTS).is_file():
+            try:
+                _check_equal(found, _read_diffusers(path / DIFFUSERS_WEIGHTS, targets))
+            except (SafetensorError, ValueError) as error:
+                raise ValueError(f"{DIFFUSERS_WEIGHTS}, beside {PEFT_WEIGHTS}: {error}") from error
+        return found
     except FileNotFoundError as error:
         raise ValueError(f"{path}: {_what_is_missing(path, Path(error.filename or path).name)}") from error
     except (OSError, SafetensorError, ValueError, RuntimeError, LookupError, AttributeError) as error:
         raise ValueError(f"{path}: {plain(error)}") from error
+
+
+def _read_peft(folder: Path, targets: Targets) -> dict[str, LayerLora]:
+    settings = _mapping(read_regular(folder / PEFT_CONFIG, MAX_CONFIG), PEFT_CONFIG)
+    tensors, _ = _tensors(folder / PEFT_WEIGHTS)
+    odd = [key for key in tensors if not key.startswith(PEFT_PREFIX)]
+    if odd:
+        raise ValueError(f"expected tensors {PEFT_PREFIX}<layer>, got {odd[0]}")
+    return parse_lora({key.removeprefix(PEFT_PREFIX): t for key, t in tensors.items()}, settings, targets)
+
+
+def _read_diffusers(file: Path, targets: Targets) -> dict[str, LayerLora]:
+    tensors, metadata = _tensors(file)
+    return _of_diffusers(tensors, metadata.get(DIFFUSERS_METADATA), targets)
+
+
+def _check_equal(of_peft: dict[str, LayerLora], of_diffusers: dict[str, LayerLora]) -> None:
+    """Raises ValueError unless both have the same s B A in every layer, up to the rounding of their dtypes.
+
+    D = s B A - s' B' A' = [s B | -s' B'] [A; A']        |D|^2 = trace([..]^T [..] [A; A'] [A; A']^T)
+    """
+    for name, one in of_peft.items():
+        other = of_diffusers[name]
+        b = torch.cat([one.scale * one.b.double().flatten(1), -other.scale * other.b.double().flatten(1)], 1)
+        a = torch.cat([one.a.double().flatten(1), other.a.double().flatten(1)])
+        parts, r = (b.mT @ b) * (a @ a.mT), len(one.a)
+        limit = 8 * max(torch.finfo(each.dtype).eps for each in (one.a, one.b, other.a, other.b))
+        if parts.sum().clamp(min=0).sqrt() > limit * max(parts[:r, :r].sum(), parts[r:, r:].sum()).clamp(min=0).sqrt():
+            what = "unless a run writes them at this moment, move one of them away"
+            raise ValueError(f"'{name}': expected the same LoRA in both files, got two; {what}")
 
 
 def parse_lora(

@@ -17,7 +17,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -49,6 +49,7 @@ from esengine.es.layers import (
     why_not_perturbed,
 )
 from esengine.es.lora_folder import PEFT_PREFIX, read_lora
+from esengine.es.model_card import library_card, write_card
 from esengine.es.rule import UpdateRule
 from esengine.es.update import Updater, UpdateStats
 from esengine.kernels import (
@@ -456,21 +457,38 @@ class Population:
         self._refresh()
         self._updater.load_state_dict({})
 
-    def save_pretrained(self, path: str | os.PathLike) -> None:
-        """Write the adapter as a PEFT folder: adapter_config.json and adapter_model.safetensors.
+    def save_pretrained(
+        self, path: str | os.PathLike, *, base_model: str | None = None, card: str | None = None
+    ) -> None:
+        """Write the adapter as a PEFT folder: adapter_config.json, adapter_model.safetensors and a README.md.
 
         A delta becomes a LoRA of full rank min(in, out) at scale 1, see `lora`. Any LoRA reader can load it. Its size
         is about that of the weights in fp32, or twice that if they are square.
+
+        Args:
+            path: the folder. A README.md in it is replaced only if it is a model card of esengine.
+            base_model: name of the model that the adapter is for. Default: the module's `base_model_name`, which
+                `esengine.models.load` sets, or `name_or_path`, if it has one.
+            card: text of the model card. Default: one with the population's settings.
         """
         path = Path(path)
         tensors = {f"{PEFT_PREFIX}{name}": p.detach().cpu().contiguous() for name, p in self.lora().items()}
         config = copy.deepcopy(self.config)
         config._custom_modules, config.inference_mode = None, True
-        config.base_model_name_or_path = getattr(self.module, "name_or_path", None) or None
+        for name in ("base_model_name", "name_or_path"):
+            base_model = base_model or getattr(self.module, name, None) or None
+        config.base_model_name_or_path = base_model
         facts = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
         facts = dict(sorted(facts.items()))  # patterns keep their order: PEFT takes the first that matches
         replace_file(path / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
         replace_file(path / "adapter_config.json", json.dumps(facts, indent=2).encode())
+        write_card(path, library_card(base_model, self._recipe(facts)) if card is None else card)
+
+    def _recipe(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """The settings of the population for its model card. `facts`: those of its LoraConfig."""
+        shown = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules")
+        lora = {name: facts[name] for name in shown if facts[name]}
+        return {"lora": lora, "noise": asdict(self.noise), "update": asdict(self.rule)}
 
     def detach(self) -> nn.Module:
         """Remove the adapter and return the module as it was given. The population cannot be used afterwards.

@@ -12,13 +12,13 @@ import torch
 
 from esengine.base.errors import RewardError
 from esengine.base.prompt_files import Metadata
+from esengine.es.lora_folder import lora_files
 from esengine.es.rows import Rows
 from esengine.evaluation.benchmarks import Benchmark
 from esengine.evaluation.entries import Entry
 from esengine.evaluation.statistics import Report, summarise
 from esengine.kernels import CONTRACT
 from esengine.models import Generator, RenderSettings, TextEmbeddings
-from esengine.models.lora_file import weight_files
 from esengine.rewards import Weighted
 from esengine.rewards.fault_tolerant import FaultTolerant
 from esengine.sampling.environment import PACKAGES, describe
@@ -193,7 +193,7 @@ def provenance(model: Generator, plan: Plan, reward: Weighted) -> dict[str, Any]
         "weights": model.identity(),
         "adapters": {
             entry.label: "sha256:"
-            + hashlib.sha256(b"".join(map(Path.read_bytes, weight_files(entry.adapter)))).hexdigest()
+            + hashlib.sha256(b"".join(map(Path.read_bytes, lora_files(entry.adapter)))).hexdigest()
             for entry in plan.entries
             if entry.adapter is not None
         },

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from esengine.base.errors import ConfigError
-from esengine.models.lora_file import WEIGHT_NAME, weight_files
+from esengine.es.lora_folder import lora_files
+from esengine.models.lora_file import WEIGHT_NAME
 
 BASE, ADAPTER = "base", "adapter"
 ACCEPTED = (
@@ -95,7 +96,7 @@ def _parse(spec: str, adapter: Path | None) -> Entry:
 def adapter_of(run_dir: Path) -> Path:
     """The folder of a run's adapter. Raises ConfigError if the run has none."""
     folder = run_dir / ADAPTER
-    if not weight_files(folder):
+    if not lora_files(folder):
         raise ConfigError(
             f"run folder {run_dir}: it has no adapter: {folder / WEIGHT_NAME} does not exist; a run writes one with "
             "its first checkpoint"
@@ -106,6 +107,6 @@ def adapter_of(run_dir: Path) -> Path:
 def _holder(folder: Path, where: str) -> Path:
     """The folder that holds the weights: the given one, or `adapter/` of a run."""
     for place in (folder, folder / ADAPTER):
-        if weight_files(place):
+        if lora_files(place):
             return place
     raise ConfigError(f"{where}: {folder / WEIGHT_NAME} does not exist; {ACCEPTED}")

@@ -8,7 +8,7 @@ from esengine.base.group import Group
 from esengine.base.progress import Progress
 from esengine.run import journal
 from esengine.run import state as run_state
-from esengine.run.folder import KEPT, RunFolder, dated
+from esengine.run.folder import INIT_ADAPTER, KEPT, RunFolder, dated
 from esengine.run.hooks import STRIP_PROMPTS
 from esengine.run.kept import expected
 from esengine.run.prepare import RUNS, Prepared, prepare, read_inputs
@@ -26,7 +26,8 @@ class Estimate:
     Attributes:
         run_dir: its folder.
         images_per_step: images of one step.
-        images: all images: of the steps, strips, held-out measurements, and of the comparison at the end.
+        images: all images: of the steps, strips, held-out measurements, checks of image.reward_vae, and of the
+            comparison at the end.
         seconds_render, seconds_score: time of one image in a chunk, without the time to warm up.
         chunk: images in one forward.
         weight_bytes: memory of the denoiser's weights.
@@ -87,7 +88,8 @@ def _times(ready: Prepared, found: Preflight) -> tuple[float, float]:
     start = time.perf_counter()
     render = ready.renderer(ready.texts, Progress())
     length = ready.texts.trimmed_length(rows.prompts)
-    (images,) = render.chunks(0, [rows], ready.engine.population, length=length)
+    with render.decoding():
+        (images,) = render.chunks(0, [rows], ready.engine.population, length=length)
     images = images.cpu().to(ready.model.device)  # waits for them
     rendered = time.perf_counter()
     columns = render.columns(rows.prompts)
@@ -109,9 +111,12 @@ def _estimate(
     strips = len({config.steps - 1, *range(0, config.steps, config.strip_every)}) if config.strip_every else 0
     copies = expected(config)
     kept = [KEPT[kind] for kind in copies if kind in KEPT]
+    checking = config.image.reward_vae_check if config.image.reward_vae is not None else 0
+    checks = len(range(0, config.steps, checking)) if checking else 0
     files = [
         ", ".join((journal.NAME, "config.yaml", "tensorboard", "adapter", *kept)),
         f"checkpoints: every {config.checkpoint_every} steps, the last two are kept",
+        *([f"{INIT_ADAPTER}: a copy of the adapter that the run starts from"] if config.init_adapter else []),
         *([f"strips: {strips} pictures"] if strips else []),
         *([f"heldout: {measurements} pictures of {held} images"] if measurements else []),
         "eval.json, comparison.png, report.html",
@@ -121,7 +126,7 @@ def _estimate(
     return Estimate(
         run_dir=run_dir,
         images_per_step=per_step,
-        images=per_step * config.steps
+        images=per_step * (config.steps + checks)
         + 3 * strips * min(STRIP_PROMPTS, config.es.prompts_per_step)
         + measurements * held
         + (2 + len(kept)) * eval_prompts * config.es.repeats,

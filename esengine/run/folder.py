@@ -26,7 +26,8 @@ LOCK = ".lock"
 _CHECKPOINT = re.compile(r"step_(\d{8,})")
 KEPT = {"best": "adapter-best", "ema": "adapter-ema"}
 """Folders of the adapters that a run keeps besides its last one, by kind."""
-_FOLDERS = ("checkpoints", "adapter", *KEPT.values(), "tensorboard", "strips", "heldout", "wandb")
+INIT_ADAPTER = "init_adapter"
+_FOLDERS = ("checkpoints", "adapter", *KEPT.values(), INIT_ADAPTER, "tensorboard", "strips", "heldout", "wandb")
 _FILES = (journal.NAME, "config.yaml", "eval.json", "comparison.png", "trackers.json", "report.html")
 
 
@@ -64,13 +65,19 @@ class RunPaths:
     def adapter(self) -> Path:
         return self.path / "adapter"
 
+    @property
+    def init_adapter(self) -> Path:
+        """A copy of the adapter that the run started from, if it was given one."""
+        return self.path / INIT_ADAPTER
+
     def kept(self, kind: str) -> Path:
         """The folder of a kept adapter, see `KEPT`."""
         return self.path / KEPT[kind]
 
     @property
     def adapters(self) -> list[Path]:
-        return [self.adapter, *map(self.kept, KEPT)]
+        """The folders that may hold an adapter."""
+        return [self.adapter, self.init_adapter, *map(self.kept, KEPT)]
 
     @property
     def tensorboard(self) -> Path:

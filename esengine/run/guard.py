@@ -1,11 +1,13 @@
 """Acts on the held-out scores of a run: keeps the best adapter, and ends a run whose rewards diverge."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
+from esengine.models import Generator
 from esengine.run.hooks import Outputs
 from esengine.run.journal import Copied, Ended, Measured
 from esengine.run.kept import BEST, UNDIVERGED, Kept
-from esengine.run.saving import save_adapter
+from esengine.run.saving import card_of, save_adapter
 
 WARN, STOP, ROLLBACK = ACTIONS = ("warn", "stop", "rollback")
 
@@ -47,22 +49,22 @@ class Guard:
         facts = self.kept.facts(BEST)
         return facts["by"] != self.by or mean > facts["mean"]
 
-    def finish(self, denoiser: str) -> None:
+    def finish(self, model: Generator) -> None:
         """End the run: with `rollback` the run's adapter becomes that of the last measurement without divergence.
 
         Nothing happens if no measurement has ended the run.
 
         Args:
-            denoiser: the pipeline's name of the population's module.
+            model: the run's model.
         """
         if self.diverged is None:
             return
         step, parted = self.diverged.step, self.diverged.parted
         at = self.kept.facts(UNDIVERGED)["step"] if UNDIVERGED in self.kept and self.action == ROLLBACK else step
-        if at != step:
-            with self.kept.in_place(UNDIVERGED) as population:
-                save_adapter(population, self.out.folder.held.adapter, denoiser)
-        elif self.action == ROLLBACK:
+        about = card_of(self.out.journal.contents.until(at), model)
+        with self.kept.in_place(UNDIVERGED) if at != step else nullcontext(self.kept.population) as population:
+            save_adapter(population, self.out.folder.held.adapter, model.denoiser, **about)
+        if at == step and self.action == ROLLBACK:
             self.out.note("warning: no earlier adapter is kept: --heldout-action rollback was set after they diverged")
         self.out.journal.append(Ended(step, parted, at))
         self.out.note(

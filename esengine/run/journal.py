@@ -294,6 +294,15 @@ class Journal:
                 facts.append([each.step, each.adapter_sha256])
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
+    def until(self, step: int) -> "Journal":
+        """The journal of the first `step` steps, with the held-out scores after them."""
+        kept = (
+            line
+            for line, each in zip(self.lines, self.records, strict=True)
+            if each.step < step or (each.step == step and not isinstance(each, (Step, Ended)))
+        )
+        return Journal(self.path, kept)
+
     def cut(self, step: int) -> "Journal":
         """The journal as it was when the checkpoint of `step` steps was complete.
 

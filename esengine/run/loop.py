@@ -20,6 +20,7 @@ from esengine.run.person import Person
 from esengine.run.saving import Checkpoints
 from esengine.run.settings import TrainConfig
 from esengine.run.stop import Stop
+from esengine.sampling import reward_decoder
 from esengine.sampling.rollout import Renderer, judge_task, score_task
 
 
@@ -56,9 +57,10 @@ def take_steps(run: Run, engine: Engine, stop: Stop, checkpoints: Checkpoints, h
             hook.start(engine.step)
         for task in engine.tasks(until=run.config.steps):
             scores, seconds = _score(run, engine, task, stop)
+            checked = _check_decoder(run, engine, task, scores, stop)
             for hook in hooks:
                 hook.before_update(task, scores)
-            metrics = _metrics(run, task, scores)  # before the update, so that an error here changes nothing
+            metrics = _metrics(run, task, scores) | checked  # before the update, so that an error here changes nothing
             with checkpoints.all_or_nothing(UpdateError, OutOfMemory):
                 step = _update(run, engine, task, scores[COMBINED], metrics, seconds)
             if not flat and not any(step.fitness):
@@ -147,6 +149,23 @@ def _score(run: Run, engine: Engine, task: Task, stop: Stop) -> tuple[dict[str, 
             "they and their antithetic halves are left out of the update"
         )
     return scores, seconds
+
+
+def _check_decoder(
+    run: Run, engine: Engine, task: Task, scores: dict[str, torch.Tensor], stop: Stop
+) -> dict[str, float]:
+    """Every so many steps, metrics that compare the reward's decoder with the model's own. See `reward_decoder`."""
+    image = run.config.image
+    if run.person or image.reward_vae is None or not image.reward_vae_check or task.step % image.reward_vae_check:
+        return {}
+    reward = FaultTolerant(run.reward, task.images) if engine.drop_pairs else run.reward
+    stopping = dict(stopped=lambda: stop.requested, group=run.group)
+    full, _ = score_task(run.render, reward, engine.population, task, lambda images: None, **stopping, full=True)
+    _share_limits(run)
+    found = reward_decoder.compare(engine, task, scores, full)
+    if text := reward_decoder.warning(found):
+        run.progress.note(f"warning: step {task.step}: {text}")
+    return found
 
 
 def _some(members: list[int]) -> str:

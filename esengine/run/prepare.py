@@ -130,7 +130,8 @@ class Prepared:
         """A renderer of `texts` or `held_out` with this run's settings and the batch limit of its last checkpoint."""
         keys = dict(seed=self.config.seed, chunk=self.config.image.chunk, limit=self.limits[0], note=progress.note)
         metadata = self.held_out_metadata if texts is self.held_out else self.metadata
-        return Renderer(self.model, texts, self.settings, **keys, metadata=metadata if any(metadata) else None)
+        keys |= dict(metadata=metadata if any(metadata) else None, reward_vae=self.config.image.reward_vae is not None)
+        return Renderer(self.model, texts, self.settings, **keys)
 
 
 def read_inputs(config: TrainConfig, group: Group) -> Inputs:
@@ -157,7 +158,8 @@ def read_inputs(config: TrainConfig, group: Group) -> Inputs:
         terms = [term for term in terms if term.role == OPTIMISED]
     pick_device(config.device)
     with group.first():
-        family = require_pipeline(config.model, config.revision, config.image.vae)
+        decoders = dict(vae=config.image.vae, reward_vae=config.image.reward_vae)
+        family = require_pipeline(config.model, config.revision, **decoders)
     lora = dataclasses.replace(config.lora, targets=config.lora.targets or family.targets)
     config = dataclasses.replace(config, image=resolved(config.image, family), lora=lora)
     size = size_before_loading(config.image, config.model, config.revision, family)
@@ -194,7 +196,8 @@ def prepare(inputs: Inputs, folder: RunFolder, progress: Progress, group: Group)
     rewards, config = _rewards(inputs, config, str(device), progress, group)
     progress.note(f"model {config.model} on {device} in {str(dtype).removeprefix('torch.')}")
     with group.first():
-        model = load_model(config.model, config.revision, device, dtype, config.image.vae)
+        image = config.image
+        model = load_model(config.model, config.revision, device, dtype, image.vae, image.reward_vae)
     config = dataclasses.replace(config, image=resolved(config.image, model))
     allowed, config = config.allow_change, _resolved(config, model)
     settings = render_settings(config.image)
@@ -204,7 +207,7 @@ def prepare(inputs: Inputs, folder: RunFolder, progress: Progress, group: Group)
         {
             "prompts_sha256": hashlib.sha256("\n".join(inputs.prompts).encode()).hexdigest(),
             "metadata_sha256": metadata_sha256(inputs.prompts, inputs.metadata),
-            "model": model.identity(),
+            "model": _identity(model, config),
             "rewards": rewards.identity(rewards.optimised),
             "contract": CONTRACT,
             "environment": describe(),
@@ -229,6 +232,12 @@ def prepare(inputs: Inputs, folder: RunFolder, progress: Progress, group: Group)
     kept = Kept(population, decay=config.ema, saved=saved)
     of_prompts = texts, held_out, inputs.metadata, inputs.eval_metadata
     return Prepared(config, model, engine, rewards, kept, settings, start, before, limits, *of_prompts)
+
+
+def _identity(model: Generator, config: TrainConfig) -> str:
+    """What identifies the weights that affect the adapter: the model's, and those of the reward's decoder."""
+    own = model.identity()
+    return own if config.image.reward_vae is None else f"{own} reward vae {model.reward_vae_identity}"
 
 
 def _saved(folder: RunFolder) -> tuple[Checkpoint, Journal]:

@@ -1,5 +1,6 @@
 """Replays a run from its journal, to check its adapter. Nothing is rendered."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from esengine.base.errors import RunError
+from esengine.base.errors import ConfigError, RunError
 from esengine.base.files import utf8_name
 from esengine.base.progress import Progress
 from esengine.base.settings_file import from_dict
@@ -16,11 +17,11 @@ from esengine.es.population import PEFT_PREFIX, Population
 from esengine.evaluation.entries import ADAPTER
 from esengine.models import Generator
 from esengine.run import journal
-from esengine.run.folder import KEPT, checkpoint_folders, path_step
+from esengine.run.folder import INIT_ADAPTER, KEPT, checkpoint_folders, path_step
 from esengine.run.journal import IN_THE_UPDATE, Journal, Saved, Start, Step
 from esengine.run.kept import EMA, Kept
 from esengine.run.prepare import attach_population, start_population
-from esengine.run.saving import adapter_sha256, save_adapter
+from esengine.run.saving import adapter_sha256, card_of, save_adapter
 from esengine.run.settings import ReplayConfig, TrainConfig, load_run
 from esengine.sampling.build import load_model, pick_dtype
 from esengine.sampling.device import take_device
@@ -72,8 +73,7 @@ def replay(config: ReplayConfig, progress: Progress) -> Replayed:
     model = load_model(
         config.model or run.model, None if config.model else run.revision, device, pick_dtype(first.dtype, device)
     )
-    if first.init_adapter is not None and not first.init_adapter.exists():
-        raise RunError(f"{found.path}: the run started from {first.init_adapter}, which does not exist: restore it")
+    first = _with_kept_adapter(first, config.run_dir, found.path)
     end = found.ended.adapter_step if found.ended else found.done
     agreed: dict[str, int | None] = {name: None for name, each in stored.items() if each is not None}
     for done, copies in _states(model, first, found):
@@ -84,7 +84,7 @@ def replay(config: ReplayConfig, progress: Progress) -> Replayed:
             sha256 = adapter_sha256(copies.population)
             parted = None if stored[ADAPTER] is None else list(_parted(copies.population, stored[ADAPTER]))
             if config.out is not None:
-                save_adapter(copies.population, config.out, model.denoiser)
+                save_adapter(copies.population, config.out, model.denoiser, **card_of(found.until(end), model))
         progress.count("steps", done, found.done)
     equal = agreed.pop(ADAPTER, None)
     kept = max(map(path_step, checkpoint_folders(config.run_dir / "checkpoints")), default=0)
@@ -98,7 +98,7 @@ def replay(config: ReplayConfig, progress: Progress) -> Replayed:
 
 def _states(model: Generator, config: TrainConfig, run: Journal) -> Iterator[tuple[int, Kept]]:
     """The population after 0, 1, 2, ... steps, with the moving average. `config` is that of the first step."""
-    population = start_population(model, config)
+    population = _started(model, config)
     for saved in run.of(Saved):
         if saved.step == 0 and saved.adapter_sha256 != adapter_sha256(population):
             what = f"{config.init_adapter} has changed since" if config.init_adapter else "the initial adapter differs"
@@ -128,6 +128,28 @@ def _compared(copies: Kept, stored: Mapping[str, dict[str, torch.Tensor] | None]
         elif EMA in copies:
             with copies.in_place(EMA) as population:
                 yield name, next(_parted(population, tensors), None)
+
+
+def _with_kept_adapter(config: TrainConfig, run_dir: Path, path: Path) -> TrainConfig:
+    """The settings with the run's copy of the adapter that it started from in place of the original."""
+    kept, given = run_dir / INIT_ADAPTER, config.init_adapter
+    if given is None:
+        return config
+    if kept.is_dir():
+        return dataclasses.replace(config, init_adapter=kept)
+    if not given.exists():
+        raise RunError(f"{path}: the run started from {given}; neither that nor its copy {kept} exists: restore one")
+    return config
+
+
+def _started(model: Generator, config: TrainConfig) -> Population:
+    """The population before the first step."""
+    try:
+        return start_population(model, config)
+    except ConfigError as error:
+        if error.setting != "init_adapter":
+            raise
+        raise RunError(f"the adapter that the run started from: {error.problem}: restore it") from error
 
 
 def _settings(start: Start, run: Journal) -> TrainConfig:

@@ -10,14 +10,16 @@ import torch
 from esengine.base.errors import RunError, Stopped
 from esengine.base.group import Group
 from esengine.es.engine import Engine
+from esengine.es.model_card import write_card
 from esengine.es.population import Population
 from esengine.kernels import CONTRACT
-from esengine.models import write_diffusers_lora
+from esengine.models import Generator, write_diffusers_lora
 from esengine.rewards import Weighted
 from esengine.run import checkpoint
 from esengine.run import state as run_state
+from esengine.run.card import run_card
 from esengine.run.hooks import Hook, Outputs
-from esengine.run.journal import Saved, Step
+from esengine.run.journal import Journal, Saved, Step
 from esengine.run.kept import BEST, EMA, PART, Kept
 from esengine.sampling.rollout import Renderer
 
@@ -54,11 +56,12 @@ class Checkpoints(Hook):
         self.engine, self.every, self.last, self.group = engine, every, last, group
         self.render, self.reward, self.kept, self.to, self._agree = render, reward, kept, to, True
         if resumed and to:
-            save_adapter(engine.population, to.folder.held.adapter, render.model.denoiser)
+            self._save_adapter()
             self.save_kept(BEST)
         self._compare()
         self.saved_step = engine.step
         if not resumed:
+            self._keep_first()
             self._save()
 
     def after_step(self, step: Step) -> None:
@@ -88,8 +91,11 @@ class Checkpoints(Hook):
         finally:
             if unsaved and self._agree:
                 self._save()
-        if error is None and self.to:  # `save` removes them too, but not if there was no step to take
-            checkpoint.remove_temporaries(self.to.folder.held.checkpoints)
+        if error is None and self.to:
+            held = self.to.folder.held
+            checkpoint.remove_temporaries(held.checkpoints)  # `save` does too, if there was a step to take
+            card = card_of(self.to.journal.contents, self.render.model)["card"]  # with the last held-out scores
+            write_card(held.adapter, card)
 
     def _compare(self) -> None:
         """Raise RunError unless every process has the same adapter."""
@@ -114,28 +120,55 @@ class Checkpoints(Hook):
             held = self.to.folder.held
             checkpoint.save(held.checkpoints, step, run_state.tensors(engine, self.kept), meta)
             self.to.journal.append(Saved(step, sha256))
-            save_adapter(engine.population, held.adapter, self.render.model.denoiser)
+            self._save_adapter()
             self.save_kept(EMA)
         self.saved_step = step
 
     def save_kept(self, kind: str) -> None:
         """Write a kept adapter to its folder, if there is one. In the leading process only."""
         if kind in self.kept:
+            run, path, model = self.to.journal.contents, self.to.folder.held.kept(kind), self.render.model
+            about = card_of(run.until(self.kept.facts(kind)["step"]), model, measured=kind != EMA)
             with self.kept.in_place(kind) as population:
-                save_adapter(population, self.to.folder.held.kept(kind), self.render.model.denoiser)
+                save_adapter(population, path, model.denoiser, **about)
+
+    def _keep_first(self) -> None:
+        """Keep the adapter that the run starts from, if it was given one: replay needs it, and the original may go."""
+        settings = self.to.journal.contents.start.settings if self.to else {}
+        if settings.get("init_adapter") is not None:
+            path = self.to.folder.held.init_adapter
+            self.engine.population.save_pretrained(path, base_model=settings["model"])
+
+    def _save_adapter(self) -> None:
+        run, path, model = self.to.journal.contents, self.to.folder.held.adapter, self.render.model
+        save_adapter(self.engine.population, path, model.denoiser, **card_of(run, model))
 
 
-def save_adapter(population: Population, path: Path, denoiser: str = "transformer") -> None:
+def save_adapter(
+    population: Population,
+    path: Path,
+    denoiser: str = "transformer",
+    *,
+    base_model: str | None = None,
+    card: str | None = None,
+) -> None:
     """Write the adapter into one folder, once for PEFT and once for the pipeline's `load_lora_weights`.
 
     Args:
         population: the population.
         path: the folder.
         denoiser: the pipeline's name of the population's module.
+        base_model, card: see `Population.save_pretrained`.
     """
-    population.save_pretrained(path)
+    population.save_pretrained(path, base_model=base_model, card=card)
     scaling = {name: layer.scale for name, layer in population.layers.items()}
     write_diffusers_lora(path, population.lora(), scaling, denoiser)
+
+
+def card_of(run: Journal, model: Generator, *, measured: bool = True) -> dict[str, str]:
+    """Base model and model card of a run's adapter, for `save_adapter`. `measured`: see `run_card`."""
+    card = run_card(run, getattr(model, "family", None), measured=measured)
+    return {"base_model": run.start.settings["model"], "card": card}
 
 
 def adapter_sha256(population: Population) -> str:

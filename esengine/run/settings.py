@@ -255,6 +255,9 @@ MAY_CHANGE = (
 )
 """Settings that may change on resume. None affects the adapter of a given step."""
 
+MAY_CHANGE_BELOW = ("image.reward_vae_check",)
+"""Settings of a section that may change on resume too."""
+
 
 def load_run(run_dir: Path) -> TrainConfig:
     """The resolved settings that a run last started with.

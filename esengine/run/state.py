@@ -10,7 +10,7 @@ from esengine.es.engine import Engine
 from esengine.run.checkpoint import Checkpoint, load_latest
 from esengine.run.journal import Start
 from esengine.run.kept import PART, Kept
-from esengine.run.settings import MAY_CHANGE, TrainConfig, differences, to_dict
+from esengine.run.settings import MAY_CHANGE, MAY_CHANGE_BELOW, TrainConfig, differences, to_dict
 
 _PARTS = ("adapter", "optimizer", PART)
 _META = {"contract": int, "adapter_sha256": str, "steps_sha256": str}
@@ -45,7 +45,7 @@ def engine_state(saved: Checkpoint, config: TrainConfig) -> dict:
     return {"step": saved.step, "population": {**parts, "noise": noise}}
 
 
-def changes(before: Start, now: Start, free: Collection[str] = MAY_CHANGE) -> list[str]:
+def changes(before: Start, now: Start, free: Collection[str] = (*MAY_CHANGE, *MAY_CHANGE_BELOW)) -> list[str]:
     """Differences between two starts of a run or of its processes, as text. Settings in `free` are not compared.
 
     A setting that `before` does not have counts as its default.

@@ -180,7 +180,7 @@ def _steps_and_comparison(
         except Stopped:
             if stop.requested or not run.ended():
                 raise
-        guard.finish(ready.model.denoiser)
+        guard.finish(ready.model)
     comparison = _compare(ready, folder, render.limit, inputs, progress)
     parted = held_out[0].parted() if held_out else {}
     for name in parted:
@@ -232,7 +232,7 @@ def _made(ready: Prepared, plan: Plan, adapter: str, inputs: Inputs) -> dict[str
     """How a comparison is made: two with the same values have the same result."""
     made = provenance(ready.model, plan, ready.rewards.everything)
     prompts = hashlib.sha256("\n".join(inputs.eval_prompts).encode()).hexdigest()
-    columns = metadata_sha256(inputs.eval_metadata)
+    columns = metadata_sha256(inputs.eval_prompts, inputs.eval_metadata)
     return {**made, "adapter_sha256": adapter, "prompts_sha256": prompts, "metadata_sha256": columns}
 
 

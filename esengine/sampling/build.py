@@ -12,6 +12,7 @@ from esengine.base.files import cache_root
 from esengine.base.progress import Progress
 from esengine.models import NAMED, Conditioning, Family, Generator, RenderSettings, TextEmbeddings, load
 from esengine.models.loading import image_size, locate
+from esengine.models.reward_vae import TINY
 from esengine.models.text_limits import cut_of
 from esengine.sampling.settings import ImageSettings
 
@@ -25,11 +26,16 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_model(
-    model: str, revision: str | None, device: torch.device, dtype: torch.dtype, vae: str | None = None
+    model: str,
+    revision: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    vae: str | None = None,
+    reward_vae: str | None = None,
 ) -> Generator:
-    """Load a pipeline folder, a hub id, `nano` or `tiny:FAMILY`. `vae` is `ImageSettings.vae`."""
+    """Load a pipeline folder, a hub id, `nano` or `tiny:FAMILY`. The decoders are those of `ImageSettings`."""
     allow_tf32(device, dtype)
-    return load(model, device=device, dtype=dtype, revision=revision, vae=vae)
+    return load(model, device=device, dtype=dtype, revision=revision, vae=vae, reward_vae=reward_vae)
 
 
 def allow_tf32(device: torch.device, dtype: torch.dtype) -> None:
@@ -80,10 +86,21 @@ def size_before_loading(image: ImageSettings, model: str, revision: str | None, 
     return image.height or own, image.width or own
 
 
+def refuse_reward_vae(image: ImageSettings, of_run: ImageSettings) -> None:
+    """Raise ConfigError for a `reward_vae` that is not the run's: an evaluation has no use for it."""
+    if image.reward_vae not in (None, of_run.reward_vae):
+        problem = f"expected it in train only, got {image.reward_vae}: here the model's own decoder is used"
+        raise ConfigError(problem, setting="image.reward_vae")
+
+
 def settled(image: ImageSettings, model: Generator) -> ImageSettings:
-    """The settings as a run records them: with the chosen chunk, and the absolute path of a decoder's folder."""
-    vae = str(Path(image.vae).resolve()) if image.vae and Path(image.vae).is_dir() else image.vae
-    return dataclasses.replace(image, chunk=pick_chunk(image, model), vae=vae)
+    """The settings as a run records them: with the chosen chunk, and the absolute paths of decoders' folders."""
+
+    def absolute(vae: str | None) -> str | None:
+        return str(Path(vae).resolve()) if vae and vae != TINY and Path(vae).is_dir() else vae
+
+    decoders = dict(vae=absolute(image.vae), reward_vae=absolute(image.reward_vae))
+    return dataclasses.replace(image, chunk=pick_chunk(image, model), **decoders)
 
 
 def pick_chunk(image: ImageSettings, model: Generator) -> int:

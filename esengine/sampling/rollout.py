@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,7 @@ class Renderer:
         limit: most images in one forward; None: a chunk. On out-of-memory it is halved for the rest of the run.
         note: called with a warning when the limit is halved.
         metadata: the columns of each prompt, for rewards. None: the prompts have none.
+        reward_vae: whether `score_task` decodes by the model's decoder for a reward.
     """
 
     model: Generator
@@ -45,6 +47,11 @@ class Renderer:
     limit: int | None = None
     note: Callable[[str], None] = _log.warning
     metadata: Sequence[Metadata] | None = None
+    reward_vae: bool = False
+
+    def decoding(self, full: bool = False) -> AbstractContextManager:
+        """A context in which images are decoded for the reward. `full`: by the model's own decoder all the same."""
+        return self.model.reward_decoding() if self.reward_vae and not full else nullcontext()
 
     def chunks(
         self, step: int, rows: Iterable[Rows], population: Population | None = None, *, length: int
@@ -99,6 +106,7 @@ def score_task(
     *,
     stopped: Callable[[], bool] = lambda: False,
     group: Group = ALONE,
+    full: bool = False,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Render and score every image of a step.
 
@@ -110,6 +118,7 @@ def score_task(
         on_images: called with the number of images that are rendered and scored, or queued to be scored.
         stopped: called before each chunk. True ends the step.
         group: the processes that share the step.
+        full: decode by the model's own decoder, even if the reward has another one.
 
     Returns:
         Scores by reward name and "combined", float32 [N, P, R] on the CPU; and times in seconds: "seconds" in all,
@@ -119,8 +128,7 @@ def score_task(
         RewardError, RenderError: the message names the step and the members.
         Stopped: `stopped` returned True in any process.
     """
-    began = time.perf_counter()
-    overlapped = _overlaps(reward)
+    began, overlapped = time.perf_counter(), _overlaps(reward)
     rendering = _Stopwatch(render.model.device)
     scoring = _Stopwatch(torch.device("cpu") if overlapped else render.model.device)
 
@@ -131,9 +139,8 @@ def score_task(
 
     mine = task.rows().split(render.chunk)[group.rank :: group.size]
     drawn = render.chunks(task.step, mine, population, length=render.texts.trimmed_length(task.prompts))
-    parts: list[Future] = []
-    worker = ThreadPoolExecutor(1) if overlapped else _AtOnce()
-    with worker, render.model.deferred_checks(), reward.deferred_checks():
+    worker, parts = ThreadPoolExecutor(1) if overlapped else _AtOnce(), []
+    with worker, render.decoding(full), render.model.deferred_checks(), reward.deferred_checks():
         for members, prompts, _ in mine:
             if stopped():
                 break
@@ -174,7 +181,7 @@ def judge_task(
     began, watch, parts = time.perf_counter(), _Stopwatch(render.model.device), []
     rows = task.rows()
     chunks = rows.split(render.chunk)
-    with watch, render.model.deferred_checks():
+    with watch, render.decoding(), render.model.deferred_checks():
         length = render.texts.trimmed_length(task.prompts)
         for chunk, images in zip(chunks, render.chunks(task.step, chunks, population, length=length), strict=True):
             parts.append(images.cpu())

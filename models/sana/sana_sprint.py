@@ -28,6 +28,7 @@ from esengine.models import adapters, graphs
 from esengine.models.decoder import Decoder
 from esengine.models.families import FAMILIES
 from esengine.models.loading import download, load, load_vae, locate, reading
+from esengine.models.reward_vae import RewardVae
 from esengine.models.sana.checks import Describe, FiniteChecks
 from esengine.models.sana.latents import latents
 from esengine.models.sana.sana_block import Part, fused_parts, patched, why_not_fused
@@ -36,7 +37,7 @@ from esengine.models.text_cache import Progress, TextEmbeddings, embed_prompts, 
 from esengine.models.text_limits import Limits
 
 
-class SanaSprint:
+class SanaSprint(RewardVae):
     """A frozen SANA-Sprint. Its text encoder is loaded only while prompts are encoded.
 
     Attributes:
@@ -130,6 +131,7 @@ class SanaSprint:
         if vae is not None:
             parts["vae"], vae_identity = load_vae(str(vae), source, dtype, local_files_only)
         pipeline = load(source, dtype, device, text_encoder=None, tokenizer=None, **parts)
+        pipeline.transformer.base_model_name = str(model)  # for the adapters that are saved
         return cls(
             pipeline,
             source=source,
@@ -309,7 +311,7 @@ class SanaSprint:
                 x0_bchw = self.denoise(texts, **rows._asdict(), **keys)
                 side.wait_stream(main)
                 with torch.cuda.stream(side):
-                    images, good = self.decoder(x0_bchw, chunk=settings.decode_chunk, mode=settings.decode)
+                    images, good = self._decoder(x0_bchw, chunk=settings.decode_chunk, mode=settings.decode)
                     decoded = side.record_event()
                 x0_bchw.record_stream(side)
                 if waiting is not None:
@@ -319,6 +321,14 @@ class SanaSprint:
                 yield ready(*waiting)
         finally:
             main.wait_stream(side)  # if the caller stops early, a decode may still run
+
+    @property
+    def _decoder(self) -> Decoder:
+        return self._reward_decoder if self._for_reward else self.decoder
+
+    @cached_property
+    def _reward_decoder(self) -> Decoder:
+        return Decoder(self.reward_vae, channels_last=True)
 
     @cached_property
     def _side(self) -> torch.cuda.Stream:
@@ -395,7 +405,7 @@ class SanaSprint:
         Raises:
             RenderError: A decoded image is not finite; `describe` says of which row.
         """
-        images, good = self.decoder(x0_bchw, chunk=chunk, mode=mode)
+        images, good = self._decoder(x0_bchw, chunk=chunk, mode=mode)
         self._checks(good, describe)
         return images
 

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import esengine
 from esengine import Direct, Noise, UpdateRule
+from esengine.es.lora_folder import lora_files
 
 TARGETS = ["up", "down", "point"]
 
@@ -256,15 +257,6 @@ def test_without_metadata_alpha_is_the_files_or_r(alpha, spelling, tmp_path):
     assert relative(render(each.module), expected) < 1e-5
 
 
-def test_peft_comes_first_where_a_folder_has_both(tmp_path):
-    expected = saved(tmp_path)
-    save_file({"broken": torch.zeros(1)}, tmp_path / "pytorch_lora_weights.safetensors")
-    each = population()
-    each.load_lora(tmp_path)
-    with torch.no_grad():
-        assert relative(each.module(x_of()), expected) < 1e-6
-
-
 def test_names_that_a_compiled_module_left_in_a_file(tmp_path):
     expected = saved(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
@@ -406,3 +398,53 @@ def test_it_is_not_loaded_at_the_wrong_time(tmp_path):
     each.detach()
     with pytest.raises(RuntimeError, match="detached"):
         each.load_lora(tmp_path)
+
+
+def both(folder, one=lambda tensors: tensors, settings=None):
+    """A folder with the files of PEFT and of diffusers. `one` changes the latter's tensors."""
+    saved(folder, lora_alpha=3)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors = {f"transformer.{key.removeprefix('base_model.model.')}": each for key, each in tensors.items()}
+    tensors = {key: 1.5 * each if "lora_B" in key else each for key, each in tensors.items()}
+    save_file(one(tensors), folder / "pytorch_lora_weights.safetensors", metadata=settings)
+
+
+def test_of_two_files_that_are_one_lora_pefts_is_read(tmp_path):
+    both(tmp_path)
+    assert [file.name for file in lora_files(tmp_path)] == ["adapter_config.json", "adapter_model.safetensors"]
+    one, two = population(), population()
+    one.load_lora(tmp_path)
+    (tmp_path / "pytorch_lora_weights.safetensors").unlink()
+    two.load_lora(tmp_path)
+    assert all(torch.equal(tensor, theta(one)[name]) for name, tensor in theta(two).items())
+
+
+def test_the_same_change_by_other_factors_is_one_lora(tmp_path):
+    both(tmp_path, lambda tensors: {k: 2 * each if "lora_A" in k else each / 2 for k, each in tensors.items()})
+    population().load_lora(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda tensors: {key: each * 1.001 for key, each in tensors.items()}, "two"),
+        (lambda tensors: {key: each.flip(0) if "lora_B" in key else each for key, each in tensors.items()}, "two"),
+        (lambda tensors: {key: each for key, each in tensors.items() if ".up." not in key}, "up"),
+        (lambda tensors: {key: each * torch.nan for key, each in tensors.items()}, "finite"),
+    ],
+)
+def test_two_files_that_differ_are_refused(tmp_path, change, word):
+    both(tmp_path, change)
+    each = population()
+    before = theta(each)
+    with pytest.raises(ValueError, match=r"pytorch_lora_weights\.safetensors.*adapter_model\.safetensors") as caught:
+        each.load_lora(tmp_path)
+    assert word in str(caught.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in theta(each).items())
+
+
+def test_pefts_weights_without_its_settings_are_refused_beside_another_file(tmp_path):
+    both(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(ValueError, match=r"adapter_config\.json does not exist"):
+        population().load_lora(tmp_path)

@@ -574,7 +574,7 @@ def test_peft_reads_the_saved_adapter(tmp_path, case):
     population.save_pretrained(tmp_path / "run" / "adapter")
     population.save_pretrained(str(tmp_path / "run" / "adapter"))
     files = sorted(path.name for path in (tmp_path / "run" / "adapter").iterdir())
-    assert files == ["adapter_config.json", "adapter_model.safetensors"]
+    assert files == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     peft = PeftModel.from_pretrained(fresh(kind), tmp_path / "run" / "adapter").eval()
     assert not any(isinstance(module, PopulationLinear) for module in peft.modules())
     with torch.no_grad():
@@ -598,7 +598,7 @@ def test_a_full_disk_leaves_every_file_of_the_folder_whole(tmp_path, monkeypatch
     with pytest.raises(OSError, match="No space left") as caught:
         trained(fresh(), mlp_config(r=5), Noise()).save_pretrained(tmp_path)
     assert caught.value.filename == str(tmp_path / names[at])
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["README.md", *names])
     assert (tmp_path / names[1]).read_bytes() == before[names[1]]
     assert ((tmp_path / names[0]).read_bytes() == before[names[0]]) == (at == 0)
 

@@ -383,6 +383,16 @@ def test_rows_are_checked():
         model.render(texts, rows=ROWS, **KEYS)
 
 
+def test_images_are_ordinary_tensors():
+    """A reward may change them in place, which torch refuses for a tensor of its inference mode."""
+    model = load("tiny:sd")
+    texts = model.encode(PROMPTS)
+    images, (floats, good) = model.render(texts, rows=PLAIN, **KEYS), model.draw(texts, rows=PLAIN, **KEYS)
+    assert not any(each.is_inference() for each in (images, floats, good))
+    images += 1
+    floats += 1
+
+
 def test_an_image_that_is_not_finite_is_named():
     model = load("tiny:sd")
     texts = model.encode(PROMPTS)

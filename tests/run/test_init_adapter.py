@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 
-import journals
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -54,14 +53,29 @@ def test_it_starts_from_the_adapter_and_resumes_and_replays(config, outcome, tmp
     assert outcome(tmp_path / "halves") == outcome(whole)
 
 
-def test_a_first_adapter_that_has_changed_cannot_be_replayed(config, tmp_path, lora):
+def test_a_run_is_replayed_without_the_folder_that_it_started_from(config, tmp_path, lora):
     copy = shutil.copytree(lora, tmp_path / "lora")
     run = train(dataclasses.replace(config, init_adapter=copy)).folder
     settings = json.loads((copy / "adapter_config.json").read_text())
     (copy / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 4}))
+    assert replay(ReplayConfig(run_dir=run), Progress()).agreed == 2
+    shutil.rmtree(copy)
+    assert replay(ReplayConfig(run_dir=run), Progress()).agreed == 2
+    train(dataclasses.replace(config, init_adapter=copy, resume=True, steps=3))
+    assert replay(ReplayConfig(run_dir=run), Progress()).agreed == 3
+    kept = run / "init_adapter" / "adapter_config.json"
+    settings = json.loads(kept.read_text())
+    kept.write_text(json.dumps(settings | {"lora_alpha": 4}))
     with pytest.raises(RunError, match="has changed since"):
         replay(ReplayConfig(run_dir=run), Progress())
-    assert len(journals.steps(run)) == 2
+    (run / "init_adapter" / "adapter_model.safetensors").write_bytes(b"no")
+    with pytest.raises(RunError, match="init_adapter"):
+        replay(ReplayConfig(run_dir=run), Progress())
+    shutil.rmtree(run / "init_adapter")
+    with pytest.raises(RunError, match="neither that nor its copy"):
+        replay(ReplayConfig(run_dir=run), Progress())
+    shutil.copytree(lora, copy)
+    assert replay(ReplayConfig(run_dir=run), Progress()).agreed == 3  # a run of an earlier version has no copy
 
 
 def test_another_first_adapter_on_resume_is_refused(config, tmp_path, lora):
@@ -153,3 +167,20 @@ def test_the_command_line_takes_a_peft_folder(lora, esengine, workspace, prompt_
     code, _, err = esengine("eval", *flags[:3], damaged, *flags[4:])
     assert code == 1
     assert "damaged" in err
+
+
+def test_two_files_of_one_folder_are_read_in_one_order(config, lora, esengine, prompt_files, tmp_path):
+    """`train`, `eval` and `render` refuse a folder whose two files differ, and name them."""
+    run = train(config).folder
+    two = shutil.copytree(run / "adapter", tmp_path / "two")
+    shutil.copytree(lora, two, dirs_exist_ok=True)
+    with pytest.raises(ConfigError, match="pytorch_lora_weights"):
+        train(dataclasses.replace(config, init_adapter=two, run_dir=tmp_path / "other"))
+    for command in (
+        ("eval", "--prompts", prompt_files[1], "--reward", "jpeg_compressibility"),
+        ("render", "a cat", "--out", tmp_path / "drawn"),
+    ):
+        code, _, err = esengine(*command, "--model", "tiny", "--adapter", two)
+        assert code == 1
+        assert "pytorch_lora_weights.safetensors" in err
+        assert "adapter_model.safetensors" in err

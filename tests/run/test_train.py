@@ -38,7 +38,7 @@ def test_the_run_folder(trained):
         "strips", "tensorboard",
     ]  # fmt: skip
     assert sorted(path.name for path in (folder / "adapter").iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors",
     ]  # fmt: skip
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step_00000002", "step_00000004"]
     assert next((folder / "tensorboard").iterdir()).name.startswith("events.out.tfevents")
