@@ -41,6 +41,9 @@ revisions, the noise contract, versions of libraries and device."""
 IN_THE_UPDATE = ("seed", "dtype", "population", "init_adapter", "lora", "es", "update")
 """Settings that determine the adapter together with the fitness."""
 
+NEWER = {"prompt_std": "global", "alpha_pattern": {}}
+"""Settings in sections of `IN_THE_UPDATE` that runs of earlier versions lack, and the values that those runs had."""
+
 MAX_FLOAT32 = 3.4028235e38
 
 _log = logging.getLogger(__name__)
@@ -289,7 +292,7 @@ class Journal:
         facts: list[Any] = []
         for each in self.records:
             if isinstance(each, Start):
-                facts.append([each.step, {name: each.settings.get(name) for name in IN_THE_UPDATE}])
+                facts.append([each.step, {name: _without_newer(each.settings.get(name)) for name in IN_THE_UPDATE}])
             elif isinstance(each, Saved) and each.step < step:
                 facts.append([each.step, each.adapter_sha256])
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -444,6 +447,13 @@ def _record(line: bytes) -> Record:
     _require(kind in _KINDS, f"expected a kind of {', '.join(_KINDS)}, got {kind!r:.40}")
     step_of(values["step"])
     return _KINDS[kind](**values)
+
+
+def _without_newer(value: Any) -> Any:
+    """A section of settings without those of `NEWER` that have their default."""
+    if not isinstance(value, dict):
+        return value
+    return {name: each for name, each in value.items() if name not in NEWER or each != NEWER[name]}
 
 
 def _require(good: bool, problem: str) -> None:

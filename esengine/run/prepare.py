@@ -256,7 +256,7 @@ def _saved(folder: RunFolder) -> tuple[Checkpoint, Journal]:
     made_with = saved.meta.get("made_with_sha256")  # checkpoints of earlier versions have none
     if not same or (made_with is not None and cut.made_with(saved.step) != made_with):
         raise RunError(
-            f"checkpoint {saved.path}: expected one of this run, it does not match the steps or settings in "
+            f"checkpoint {saved.path}: expected one of this run, it does not match the settings or steps in "
             f"{found.path}: restore the file or the folder, or choose another --run-dir"
         )
     return saved, found

@@ -284,7 +284,8 @@ def require_settings(settings: dict[str, Any], where: str) -> None:
     """
     default = to_dict(TrainConfig())
     for name in journal.IN_THE_UPDATE:
-        inner = list(default[name]) if name in ("lora", "es", "update") else []
+        section = default[name] if isinstance(default[name], dict) else {}
+        inner = [each for each in section if each not in journal.NEWER]
         value = settings.get(name)
         given = name in settings or name == "init_adapter"  # runs of earlier versions have none
         missing = [name] if not given else [each for each in inner if each not in (value or {})]

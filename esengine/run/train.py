@@ -35,7 +35,7 @@ from esengine.run.person import Person
 from esengine.run.pictures import draw_strip
 from esengine.run.prepare import RUNS, Inputs, Prepared, prepare, read_inputs
 from esengine.run.saving import Checkpoints, adapter_sha256
-from esengine.run.settings import TrainConfig, to_yaml
+from esengine.run.settings import TrainConfig, started, to_yaml
 from esengine.run.state import changes
 from esengine.run.stop import Stop
 from esengine.run.trackers import Trackers, open_trackers
@@ -125,6 +125,7 @@ def _train(
         result = _finished(ready, folder, inputs) if group.is_main else None
         if group.any(result is not None):
             if result is not None:
+                replace_file(folder.held.config, to_yaml(started(ready.before)).encode())
                 progress.note(
                     f"run folder {folder.path} is finished: all {ready.config.steps} steps are taken and compared; "
                     f"give more --steps to train on, or esengine eval --run-dir {folder.path} to compare again"

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from esengine.base.errors import RunError
+from esengine.cli import main
 from esengine.run import folder
 from esengine.run.folder import RunFolder
 from esengine.run.settings import load, load_run
@@ -75,11 +76,13 @@ def odd(tmp_path):
         pytest.skip("this file system allows UTF-8 names only")
 
 
-def test_a_working_folder_that_is_not_utf8(cache, odd):
+def test_a_working_folder_that_is_not_utf8(cache, odd, monkeypatch, capsys):
+    monkeypatch.chdir(odd)
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+
     def good(*args):
-        done = call(odd, *args)
-        assert done.returncode == 0, done.stderr.decode(errors="replace")
-        return done.stdout.decode()
+        assert main(list(args)) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
 
     assert "held-out prompts" in good("train", *FLAGS, "--run-dir", "a")
     assert load(odd / "a" / "config.yaml") == load_run(odd / "a")
