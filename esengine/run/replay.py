@@ -27,6 +27,8 @@ from esengine.sampling.build import load_model, pick_dtype
 from esengine.sampling.device import take_device
 
 WEIGHTS = "adapter_model.safetensors"
+_OF_A_POPULATION = [name for name in IN_THE_UPDATE if name != "init_adapter"]
+"""Settings that a population is attached with. The first adapter is not among them."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def _states(model: Generator, config: TrainConfig, run: Journal) -> Iterator[tup
     copies = Kept(population, decay=config.ema)
     yield 0, copies
     for step, then in _steps(run):
-        if any(getattr(then, name) != getattr(config, name) for name in IN_THE_UPDATE):
+        if any(getattr(then, name) != getattr(config, name) for name in _OF_A_POPULATION):
             copies.population = population = _changed(model, population, then, run.path)
         if then.ema != copies.decay:
             copies.decay = then.ema
