@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 
 from esengine.base.errors import ConfigError
 from esengine.models.families import Family
-from esengine.models.loading import NAMED, READ_ERRORS, TINY_PREFIX, _reading, _whole
+from esengine.models.loading import NAMED, READ_ERRORS, TINY_PREFIX, _whole, reading
 from esengine.models.text_cache import fingerprint
 
 TINY = "tiny"
@@ -102,7 +102,7 @@ def locate_reward_vae(
         except READ_ERRORS as error:
             raise ConfigError(f"reward_vae: {name} is not a folder, and no such hub model was found") from error
         identity = f"{repository}@{folder.name}"
-    with _reading(f"reward_vae: cannot use {name}"):
+    with reading(f"reward_vae: cannot use {name}"):
         _check_latents(_config(pipeline / "vae"), _config(folder), family)
     return folder, identity
 
@@ -122,7 +122,7 @@ def load_reward_vae(
     Arguments and errors are those of `locate_reward_vae`; also OutOfMemory if it does not fit into memory.
     """
     folder, identity = locate_reward_vae(name, model, pipeline, family, local_files_only)
-    with _reading(f"reward_vae: cannot use {name}"):
+    with reading(f"reward_vae: cannot use {name}"):
         if folder is None:
             facts = latent_facts(_config(pipeline / "vae"))
             vae, identity = _untrained(**facts), f"{_UNTRAINED} {json.dumps(facts)}"
