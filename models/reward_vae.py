@@ -18,6 +18,7 @@ from huggingface_hub import snapshot_download
 from esengine.base.errors import ConfigError
 from esengine.models.families import Family
 from esengine.models.loading import NAMED, READ_ERRORS, TINY_PREFIX, _whole, reading
+from esengine.models.model_files import read_mapping, require_own_files
 from esengine.models.text_cache import fingerprint
 
 TINY = "tiny"
@@ -103,6 +104,7 @@ def locate_reward_vae(
             raise ConfigError(f"reward_vae: {name} is not a folder, and no such hub model was found") from error
         identity = f"{repository}@{folder.name}"
     with reading(f"reward_vae: cannot use {name}"):
+        require_own_files(folder)
         _check_latents(_config(pipeline / "vae"), _config(folder), family)
     return folder, identity
 
@@ -161,10 +163,7 @@ def _check_latents(own: Mapping[str, Any], given: Mapping[str, Any], family: Fam
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
-        raise ValueError(f"{folder / 'config.json'}: expected a mapping")
-    return found
+    return read_mapping(folder / "config.json")
 
 
 def _untrained(channels: int, compression: int) -> torch.nn.Module:

@@ -1192,7 +1192,7 @@ def test_fitness_may_be_any_sequence_of_numbers(kind):
         ([], ValueError),
         ([[1.0, 2.0]], ValueError),
     ],
-    ids=repr,
+    ids=lambda value: repr(value).partition(" at 0x")[0][:60],
 )
 def test_fitness_of_no_numbers_is_named(fitness, error):
     population = trained(fresh(), mlp_config(), Noise())
