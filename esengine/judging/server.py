@@ -112,6 +112,7 @@ class Asker:
             self._text = "Thank you. Images are being drawn."
 
     def close(self) -> None:
+        """Stop serving the page."""
         self._server.shutdown()
         self._server.server_close()
 
@@ -124,6 +125,7 @@ class Asker:
     # what the page asks for, in the server's threads
 
     def question(self) -> dict:
+        """The current question as JSON values, or what the person waits for."""
         current = self._round
         if current is None or current.at >= len(current.questions):
             return {"wait": self._text}
@@ -158,6 +160,7 @@ class Asker:
         return current.give(index, chosen)
 
     def back(self) -> bool:
+        """Take the last answer back. False if there is no round."""
         current = self._round
         return current is not None and current.give(current.at - 1, None)
 

@@ -1,5 +1,7 @@
 """The page of a training run: curves, images over time, norms, throughput, settings. The run may still be going."""
 
+import contextlib
+import json
 import re
 import statistics
 from dataclasses import dataclass
@@ -9,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from esengine.base.errors import ConfigError, RunError
-from esengine.base.files import require_inside
+from esengine.base.files import read_regular, require_inside
 from esengine.base.records import as_written, number, read_json, text, texts, whole
 from esengine.evaluation.entries import ADAPTER
 from esengine.evaluation.statistics import flatten
@@ -85,6 +87,7 @@ def write_training_page(run_dir: Path, *, going: bool = False) -> Path:
         ended=run.ended,
         going=going,
         kept=_kept(run),
+        loading=_loading(run_dir),
         norm_charts=_single_charts(metrics, r".*_norm"),
         speed_charts=_speed_charts(metrics),
         other_charts=_single_charts(metrics, r"(?!reward|seconds|images_per_second|.*_norm$).*"),
@@ -206,6 +209,16 @@ def _kept(run: journal.Journal) -> list[str]:
     if ema := run.start.settings.get("ema"):
         found.append(f"adapter-ema/ is the moving average over the steps, with a decay of {figure(ema)}.")
     return found
+
+
+def _loading(run_dir: Path) -> str | None:
+    """Python that loads the run's adapter: the first example of its model card. None if there is no such card."""
+    card = run_dir / ADAPTER / "README.md"
+    with contextlib.suppress(OSError, ValueError, RunError):
+        require_inside(run_dir, card)
+        found = re.search(r"^```python\n(.*?)^```$", read_regular(card, 1 << 20).decode(), re.DOTALL | re.MULTILINE)
+        return found and found[1].replace('"FOLDER"', json.dumps(f"{run_dir}/{ADAPTER}")).strip()
+    return None
 
 
 def _single_charts(metrics: dict[int, dict[str, float]], pattern: str) -> list[Chart]:

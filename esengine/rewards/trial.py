@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from esengine.base.errors import OutOfMemory, RewardError
+from esengine.base.errors import OutOfMemory, RewardError, of_setting
 from esengine.base.prompt_files import METADATA, Metadata
 from esengine.rewards.spec import Term
 from esengine.rewards.weighted import Weighted
@@ -44,6 +44,8 @@ class Trial:
         """
         if getattr(term.reward, "no_trial", False) is True:
             return
+        with of_setting("prompts"):  # a prompt that it cannot score is no fault of the reward
+            Weighted([Term(term.name, reward=term.reward)]).check_prompts(self.prompts, self.metadata)
         images = torch.randint(256, (IMAGES, 3, *self.size), dtype=torch.uint8, generator=torch.Generator())
         prompts, metadata = (list((*each[:IMAGES], *each[:1])[:IMAGES]) for each in (self.prompts, self.metadata))
         given = {METADATA: metadata} if any(metadata) else {}

@@ -317,7 +317,7 @@ def _require_all_finite(scores: dict[str, torch.Tensor], prompts, step=None, mem
         for name, score in scores.items():
             if name == COMBINED and len(bad := torch.nonzero(~score.isfinite()).flatten().tolist()):
                 parts = ", ".join(f"{part} {each[bad[0]]:g}" for part, each in scores.items() if part != COMBINED)
-                what = f"is {score[bad[0]]:g}, a sum that float32 cannot hold, of {parts}; lower the scores or weights"
+                what = f"is {score[bad[0]]:g}, a sum that float32 cannot hold, of {parts}; expected smaller ones"
                 raise _reward_error(what, name, bad, prompts, step, members)
             _require_finite(name, score, prompts, step, members)
 

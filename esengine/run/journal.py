@@ -118,7 +118,8 @@ class Measured:
         texts(self.parted)
         count = None
         if self.of is not None:
-            _require(isinstance(self.of, dict) and set(self.of) == {"prompts", "rewards"}, "of: expected a mapping")
+            names = set(self.of) - {"metadata_sha256"} if isinstance(self.of, dict) else None
+            _require(names == {"prompts", "rewards"}, "of: expected prompts and rewards")
             _require(isinstance(self.of["rewards"], dict), "of: rewards: expected a mapping")
             count = len(texts(self.of["prompts"]))
         for name, score in self.scores.items():

@@ -76,7 +76,7 @@ def test_every_example_is_one_that_the_command_line_takes(command, monkeypatch):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_second_level_has_every_setting_once_and_says_what_it_is(help_of, command):
     lines = [line for line in help_of(command, "--help-all") if line.startswith("  -")]
-    positional = {"render": "prompts", "replay": "run_dir", "report": "folder"}.get(command)
+    positional = {"render": "prompts", "replay": "run_dir", "report": "folder", "judge": "folder"}.get(command)
     expected = [f"--{name}".replace("_", "-") for name in _settings(COMMANDS[command]) if name != positional]
     assert sorted(line.split()[0].rstrip(",") for line in lines) == sorted(expected)
     for name in _settings(COMMANDS[command]):

@@ -240,7 +240,7 @@ OTHER_SHAPES = {
     "a number": lambda t: t.sum() if t.is_floating_point() else t,
     "empty": lambda t: t[:0],
     "whole numbers": lambda t: t.long() if t.is_floating_point() else t[:, :0],
-    "not finite": lambda t: t / 0 if t.is_floating_point() else t[0],
+    "not finite": lambda t: t / 0 if t.is_floating_point() else t.flatten(),
     "truth": lambda t: t.bool() if t.is_floating_point() else t[:, :1].clone() if t.shape[1] > 1 else t[:, :0],
 }
 

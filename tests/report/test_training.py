@@ -105,6 +105,9 @@ def test_before_the_comparison_the_gain_is_of_the_last_held_out_measure(run_fold
         for record in records:
             if record["kind"] == "held_out":
                 record["scores"]["pickscore"]["each"] = [20.0, None, 21.0, 22.0]
+                record["scores"]["clip_text"]["each"] = [0.5] * 4
+                if "of" in record:
+                    record["of"]["prompts"] = list("abcd")
         return records
 
     journals.rewrite(folder, each)
@@ -178,7 +181,7 @@ def test_figures_that_are_not_finite_leave_gaps(finished):
         for record in records:
             if record["kind"] == "step":
                 reward = None if record["step"] % 2 else record["metrics"]["reward"]
-                record["metrics"] |= {"reward": reward, "step_norm": float("nan")}
+                record["metrics"] |= {"reward": reward, "step_norm": None}
         return records
 
     journals.rewrite(finished, gaps)

@@ -42,7 +42,7 @@ def damaged(run):
 
 
 def other(run):
-    file = run / "adapter" / "pytorch_lora_weights.safetensors"
+    file = run / "adapter" / "adapter_model.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)

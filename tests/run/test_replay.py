@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from functools import partial
 
 import journals
 import pytest
@@ -70,7 +71,7 @@ def test_the_chunk_changes_images_by_rounding_and_the_update_not_at_all(small, t
             patch.setattr("esengine.run.train.check_members", lambda ready: None)  # it renders other rows
             found[chunk] = First(patch)
             settings = dict(image=ImageSettings(chunk=chunk), heldout_every=0, strip_every=0, steps=2)
-            train(small(run, reward=reward(found[chunk].score), **settings))
+            train(small(run, reward=reward(partial(found[chunk].score)), **settings))
         assert replay(ReplayConfig(run_dir=run), Progress()).parted == []
         ours, theirs = found[chunk], found[8]
         assert [len(each) for each in ours.images] == {8: [8], 3: [3, 3, 2], 2: [2] * 4, 1: [1] * 8}[chunk]

@@ -31,6 +31,9 @@ def score(images, prompts):
     if calls in map(int, os.environ["AT"].split(",")):
         os.kill(os.getpid(), getattr(signal, os.environ["WITH"]))
     return images.float().mean(dim=(1, 2, 3)) / 255
+
+
+score.no_trial = True
 """
 
 
