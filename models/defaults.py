@@ -24,6 +24,7 @@ class Defaults:
         clip: folder of the model's own CLIP, which a reward finds by the model's name.
         rewards: the model's own rewards: where the class of each is, as module:class. They read only captions of the
             model's own world.
+        licence: licence of a model that is part of this package.
     """
 
     train: Path
@@ -36,6 +37,7 @@ class Defaults:
     test: Path | None = None
     clip: Path | None = None
     rewards: Mapping[str, str] = field(default_factory=dict)
+    licence: str = ""
 
     def judges_of(self, *, own_captions: bool) -> dict[str, str]:
         """The judges, as for `esengine eval --reward`, that can score the model's own captions or any prompts."""
@@ -57,6 +59,7 @@ _BY_NAME = {
         "checker",
         {"checker": "checker"} | {name: f"{name}(model=nano)" for name in _CLIP},
         watches=True,
+        licence="Apache-2.0",
         settings=nano.DATA / "nano.yaml",
         benchmark_name="nano",
         test=nano.DATA / "nano_test.tsv",

@@ -80,9 +80,10 @@ def evaluate(config: EvalConfig, progress: Progress) -> Evaluated:
     family = require_pipeline(name, revision, image.vae)
     image = resolved(image, family)
     size = size_before_loading(image, name, revision, family)
-    trial = Trial(size, benchmark.prompts, benchmark.metadata, tolerant=False, note=progress.note)
+    where = _setting_of_prompts(config)
+    trial = Trial(size, benchmark.prompts, benchmark.metadata, tolerant=False, note=progress.note, setting=where)
     entries = _entries(config, image.num_steps, adapter)
-    with of_setting("reward"):
+    with of_setting("reward", where):
         reward = load_terms(_scored(config, run, model_defaults), device=str(device), trial=trial)
     with of_setting(_setting_of_prompts(config)):
         reward.check_prompts(benchmark.prompts, benchmark.metadata)

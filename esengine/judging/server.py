@@ -188,7 +188,7 @@ class _Round:
 
     def index(self, name: str) -> int | None:
         key, _, index = name.partition("-")
-        if key != self._key or not index.isdecimal() or not int(index) < len(self.questions):
+        if key != self._key or not index.isdecimal() or len(index) > 9 or not int(index) < len(self.questions):
             return None
         return int(index)
 
@@ -249,7 +249,7 @@ def _handler(asker: Asker) -> type[BaseHTTPRequestHandler]:
 
         def _choice(self) -> tuple[str, str]:
             try:
-                length = min(int(self.headers.get("Content-Length", 0)), _LONGEST)
+                length = max(0, min(int(self.headers.get("Content-Length", 0)), _LONGEST))
                 found = json.loads(self.rfile.read(length))
                 return str(found["id"]), str(found["choice"])
             except (ValueError, KeyError, TypeError, RecursionError):

@@ -144,7 +144,7 @@ def load_rewards(
     watched_first = sorted(terms, key=lambda term: term.role != WATCHED)
     for term in light_first(watched_first):  # so that a mistake is reported before anything large is loaded
         try:
-            with of_setting("heldout_reward" if term.role == WATCHED else "reward"):
+            with of_setting("heldout_reward" if term.role == WATCHED else "reward", "prompts", "eval_prompts"):
                 found |= {each.name: each for each in build([term], device=device, encoders=encoders, trial=trial)}
         except (ConfigError, RewardError) as error:
             if not term.optional:

@@ -28,6 +28,7 @@ class Trial:
         metadata: their columns.
         tolerant: whether a failure is a warning, as in a run that goes on when a reward fails.
         note: called with that warning.
+        setting: the setting that gives the prompts, for an error about them.
     """
 
     size: tuple[int, int]
@@ -35,6 +36,7 @@ class Trial:
     metadata: Sequence[Metadata]
     tolerant: bool
     note: Callable[[str], None]
+    setting: str = "prompts"
 
     def __call__(self, term: Term) -> None:
         """Call a loaded reward, unless it has `no_trial`.
@@ -44,7 +46,7 @@ class Trial:
         """
         if getattr(term.reward, "no_trial", False) is True:
             return
-        with of_setting("prompts"):  # a prompt that it cannot score is no fault of the reward
+        with of_setting(self.setting):  # a prompt that it cannot score is no fault of the reward
             Weighted([Term(term.name, reward=term.reward)]).check_prompts(self.prompts, self.metadata)
         images = torch.randint(256, (IMAGES, 3, *self.size), dtype=torch.uint8, generator=torch.Generator())
         prompts, metadata = (list((*each[:IMAGES], *each[:1])[:IMAGES]) for each in (self.prompts, self.metadata))

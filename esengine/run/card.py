@@ -5,12 +5,11 @@ from typing import Any
 
 from esengine.es.model_card import escaped, fenced, front_matter, peft_example
 from esengine.models import Family
+from esengine.models.defaults import defaults
 from esengine.run.journal import Journal, Start, Step
 
 _SHOWN = ("revision", "dtype", "deterministic", "on_bad_reward", "population", "lora", "es", "update", "image")
 """Settings of the recipe. Those with an entry of their own, and those that affect no adapter, are left out."""
-_OWN_LICENCE = {"nano": "Apache-2.0"}
-"""Licences of models that are part of this package."""
 
 
 def run_card(run: Journal, family: Family | None, *, measured: bool = True) -> str:
@@ -22,7 +21,7 @@ def run_card(run: Journal, family: Family | None, *, measured: bool = True) -> s
         measured: whether the journal's held-out scores are those of this adapter.
     """
     model = run.start.settings["model"]
-    licence = _OWN_LICENCE.get(model, family.licence if family else "") or None
+    licence = defaults(model).licence or (family.licence if family else "") or None
     loads = family is not None and _has_loader(family)
     head = front_matter(
         base_model=model,

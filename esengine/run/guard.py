@@ -7,7 +7,7 @@ from esengine.models import Generator
 from esengine.run.hooks import Outputs
 from esengine.run.journal import Copied, Ended, Measured
 from esengine.run.kept import BEST, UNDIVERGED, Kept
-from esengine.run.saving import card_of, save_adapter
+from esengine.run.saving import adapter_sha256, card_of, save_adapter
 
 WARN, STOP, ROLLBACK = ACTIONS = ("warn", "stop", "rollback")
 
@@ -20,14 +20,13 @@ class Guard:
         kept: the copies of the adapter.
         save: writes a kept adapter to its folder.
         action: one of `ACTIONS`. stop and rollback end the run at the first measurement at which rewards diverge.
-        by: the score whose highest mean makes an adapter the best. None: no best adapter is kept.
 
     Attributes:
         diverged: the measurement that ends the run, or None.
     """
 
-    def __init__(self, out: Outputs, kept: Kept, save: Callable[[str], None], *, action: str = WARN, by: str | None):
-        self.out, self.kept, self.save, self.action, self.by = out, kept, save, action, by
+    def __init__(self, out: Outputs, kept: Kept, save: Callable[[str], None], *, action: str = WARN):
+        self.out, self.kept, self.save, self.action, self.by = out, kept, save, action, kept.by
         self.diverged: Measured | None = None
 
     def measured(self, record: Measured) -> None:
@@ -49,21 +48,25 @@ class Guard:
         facts = self.kept.facts(BEST)
         return facts["by"] != self.by or mean > facts["mean"]
 
-    def finish(self, model: Generator) -> None:
+    def finish(self, model: Generator) -> str | None:
         """End the run: with `rollback` the run's adapter becomes that of the last measurement without divergence.
 
         Nothing happens if no measurement has ended the run.
 
         Args:
             model: the run's model.
+
+        Returns:
+            The SHA-256 of the run's adapter, or None if nothing has ended the run.
         """
         if self.diverged is None:
-            return
+            return None
         step, parted = self.diverged.step, self.diverged.parted
         at = self.kept.facts(UNDIVERGED)["step"] if UNDIVERGED in self.kept and self.action == ROLLBACK else step
         about = card_of(self.out.journal.contents.until(at), model)
         with self.kept.in_place(UNDIVERGED) if at != step else nullcontext(self.kept.population) as population:
             save_adapter(population, self.out.folder.held.adapter, model.denoiser, **about)
+            sha256 = adapter_sha256(population)
         if at == step and self.action == ROLLBACK:
             self.out.note("warning: no earlier adapter is kept: --heldout-action rollback was set after they diverged")
         self.out.journal.append(Ended(step, parted, at))
@@ -71,3 +74,4 @@ class Guard:
             f"the run ends after step {step}, because the rewards diverge (--heldout-action {self.action}); "
             f"its adapter is that of step {at}; to go on from step {step}: --resume --heldout-action warn"
         )
+        return sha256

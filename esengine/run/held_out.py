@@ -22,7 +22,7 @@ from esengine.evaluation.draw import EVAL_STEP
 from esengine.rewards.fault_tolerant import FaultTolerant
 from esengine.rewards.roles import Rewards
 from esengine.run.hooks import Hook, Outputs
-from esengine.run.journal import Measured, Step
+from esengine.run.journal import Measured, Start, Step
 from esengine.run.pictures import draw_grid
 from esengine.sampling.rollout import Renderer, render_all
 
@@ -83,7 +83,8 @@ class HeldOut(Hook):
                 self._require_written(record)
 
     def start(self, done: int) -> None:
-        if not self.series or done % self.every == 0 or done == self.last:
+        earlier = {start.settings.get("steps") for start in self.out.journal.contents.of(Start)}
+        if not self.series or done % self.every == 0 or done == self.last or done in earlier:
             self.measure(done)
 
     def after_step(self, step: Step) -> None:

@@ -51,17 +51,22 @@ class Kept:
     Args:
         population: the population whose adapter is copied.
         decay: the decay d of the moving average; 0: no average.
-        saved: the checkpoint that the run resumes from. An average with another decay begins again.
+        by: the score whose highest mean makes an adapter the best. None: no best adapter is kept.
+        saved: the checkpoint that the run resumes from. An average with another decay, and the best by
+            another score, begin again.
 
     Raises:
         RunError: the checkpoint's copies are not as a run writes them.
     """
 
-    def __init__(self, population: Population, *, decay: float = 0.0, saved: Checkpoint | None = None):
-        self.population, self.decay = population, decay
+    def __init__(
+        self, population: Population, *, decay: float = 0.0, saved: Checkpoint | None = None, by: str | None = None
+    ):
+        self.population, self.decay, self.by = population, decay, by
         self.copies = {} if saved is None else _read(saved, population)
-        if EMA in self.copies and self.copies[EMA].facts["decay"] != decay:
-            del self.copies[EMA]
+        for kind, name, wanted in ((EMA, "decay", decay), (BEST, "by", by)):
+            if kind in self.copies and self.copies[kind].facts[name] != wanted:
+                del self.copies[kind]
 
     def __contains__(self, kind: str) -> bool:
         return kind in self.copies

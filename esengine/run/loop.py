@@ -120,8 +120,9 @@ def _share_limits(run: Run) -> None:
 def _score(run: Run, engine: Engine, task: Task, stop: Stop) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """The step's scores by name, and its times. With `drop_pairs` a score is NaN where a reward failed."""
     if run.person:
-        judge = partial(run.person.scores, task, stopped=lambda: stop.requested or run.ended())
-        return judge_task(run.render, judge, engine.population, task, run.progress.images, names=run.reward.names)
+        of = dict(names=run.reward.names, stopped=lambda: stop.requested or run.ended())
+        judge = partial(run.person.scores, task, stopped=of["stopped"])
+        return judge_task(run.render, judge, engine.population, task, run.progress.images, **of)
     reward = FaultTolerant(run.reward, task.images) if engine.drop_pairs else run.reward
     scores, seconds = score_task(
         run.render,

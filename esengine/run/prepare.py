@@ -229,7 +229,7 @@ def prepare(inputs: Inputs, folder: RunFolder, progress: Progress, group: Group)
             set_aside(folder.held.checkpoints / path.name for path, _ in saved.skipped)
     texts, held_out = _encoded(inputs, model, config, progress, group)
     before = before and before.cut(saved.step)
-    kept = Kept(population, decay=config.ema, saved=saved)
+    kept = Kept(population, decay=config.ema, saved=saved, by=_keep_by(config, rewards))
     of_prompts = texts, held_out, inputs.metadata, inputs.eval_metadata
     return Prepared(config, model, engine, rewards, kept, settings, start, before, limits, *of_prompts)
 
@@ -267,8 +267,15 @@ def _rewards(
 ) -> tuple[Rewards, TrainConfig]:
     """The run's rewards, and its settings with `heldout_reward auto` replaced by the rewards that it selected."""
     tolerant = config.on_bad_reward == "drop-pair"
-    trial = Trial(inputs.size, inputs.prompts, inputs.metadata, tolerant=tolerant, note=progress.note)
-    rewards = load_rewards(inputs.terms, device=device, note=progress.note, trial=trial)
+    lists = [(inputs.prompts, inputs.metadata, "prompts"), (inputs.eval_prompts, inputs.eval_metadata, "eval_prompts")]
+    trials = [
+        Trial(inputs.size, prompts, columns, tolerant=tolerant, note=progress.note, setting=name)
+        for prompts, columns, name in lists
+        if name == "prompts" or any(inputs.metadata) or any(columns)
+    ]
+    rewards = load_rewards(
+        inputs.terms, device=device, note=progress.note, trial=lambda term: [trial(term) for trial in trials]
+    )
     if rewards.person and group.size > 1:
         raise ConfigError(f"human needs one process, got {group.size}", setting="reward")
     with of_setting("prompts"):
@@ -281,7 +288,8 @@ def _rewards(
     if config.heldout_every and config.heldout_reward == AUTO:
         watched = ",".join(term.text() for term in rewards.watched) or NONE
         config = dataclasses.replace(config, heldout_reward=watched)
-    return rewards, dataclasses.replace(config, keep_by=_keep_by(config, rewards))
+    _keep_by(config, rewards)  # before the model is loaded
+    return rewards, config
 
 
 def _keep_by(config: TrainConfig, rewards: Rewards) -> str | None:
@@ -290,15 +298,19 @@ def _keep_by(config: TrainConfig, rewards: Rewards) -> str | None:
     Raises:
         ConfigError: the run has no such score, or `heldout_action` has no held-out reward to act on.
     """
+    if config.heldout_action != "warn" and rewards.person:
+        problem = f"{config.heldout_action} cannot act on a person, whose choices give no held-out score"
+        raise ConfigError(problem, setting="heldout_action", others=("reward",))
     if config.heldout_action != "warn" and not rewards.held_out:
         problem = f"{config.heldout_action} needs a held-out reward, the run has none: set heldout_reward"
         raise ConfigError(problem, setting="heldout_action", others=("heldout_reward",))
     if config.keep != "best":
         return None
-    if config.keep_by is None and not rewards.held_out:
+    held_out = rewards.held_out or ([rewards.objective] if rewards.person else [])
+    if config.keep_by is None and not held_out:
         problem = "best needs a held-out reward, the run has none: set heldout_reward, or name a score with keep_by"
         raise ConfigError(problem, setting="keep", others=("heldout_reward", "keep_by"))
-    known, by = [*rewards.held_out, rewards.objective, *rewards.everything.names], config.keep_by
+    known, by = [*held_out, rewards.objective, *rewards.everything.names], config.keep_by
     if by is not None and by not in known:
         raise ConfigError(f"expected one of {', '.join(dict.fromkeys(known))}, got {by}", setting="keep_by")
     return by or known[0]

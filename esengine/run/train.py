@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from esengine.base.errors import RunError, Stopped, of_setting
+from esengine.base.errors import Stopped, of_setting
 from esengine.base.files import replace_file, write_atomic
 from esengine.base.group import Group
 from esengine.base.progress import Progress
@@ -35,7 +35,7 @@ from esengine.run.person import Person
 from esengine.run.pictures import draw_strip
 from esengine.run.prepare import RUNS, Inputs, Prepared, prepare, read_inputs
 from esengine.run.saving import Checkpoints, adapter_sha256
-from esengine.run.settings import TrainConfig, started, to_yaml
+from esengine.run.settings import TrainConfig, differences, started, to_yaml
 from esengine.run.state import changes
 from esengine.run.stop import Stop
 from esengine.run.trackers import Trackers, open_trackers
@@ -126,9 +126,12 @@ def _train(
         if group.any(result is not None):
             if result is not None:
                 replace_file(folder.held.config, to_yaml(started(ready.before)).encode())
+                whole = ready.engine.step >= ready.config.steps
+                what = "is finished: all" if whole else "has ended, because the rewards diverge: "
+                more = "give more --steps" if whole else "--heldout-action warn"
                 progress.note(
-                    f"run folder {folder.path} is finished: all {ready.config.steps} steps are taken and compared; "
-                    f"give more --steps to train on, or esengine eval --run-dir {folder.path} to compare again"
+                    f"run folder {folder.path} {what} {ready.engine.step} steps are taken and compared; "
+                    f"{more} to train on, or esengine eval --run-dir {folder.path} to compare again"
                 )
         else:
             if ready.engine.step >= ready.config.steps:
@@ -181,8 +184,11 @@ def _steps_and_comparison(
         except Stopped:
             if stop.requested or not run.ended():
                 raise
-        guard.finish(ready.model)
-    comparison = _compare(ready, folder, render.limit, inputs, progress)
+        compared = guard.finish(ready.model) or adapter_sha256(ready.engine.population)
+    for kind in KEPT:
+        if kind not in ready.kept and folder.held.kept(kind).is_dir():
+            progress.note(f"{folder.path / KEPT[kind]} is of earlier steps: the run no longer keeps such an adapter")
+    comparison = _compare(ready, folder, render.limit, inputs, compared, progress)
     parted = held_out[0].parted() if held_out else {}
     for name in parted:
         progress.note(f"warning: {held_out[0].warning(name)}")
@@ -191,22 +197,31 @@ def _steps_and_comparison(
 
 
 def _finished(ready: Prepared, folder: RunFolder, inputs: Inputs) -> Result | None:
-    """The result of a run that has taken its last step and has compared this adapter in this way; else None."""
-    if ready.before is None or ready.engine.step < ready.config.steps:
+    """The result of a run that has taken its last step, or that the guard has ended, and that has compared this adapter
+    in this way; else None.
+    """
+    if ready.before is None or (ready.kept.by and BEST not in ready.kept):
         return None
-    plan = _plan(ready, folder, ready.limits[0], inputs.eval_prompts)
+    free = ("run_dir", "resume", "allow_change")
     try:
+        run = read(folder.journal)  # `ready.before` ends with the checkpoint, the last measurement is behind it
+        if run.ended and differences(run.start.settings, ready.start.settings, free):
+            return None
+        if not run.ended and ready.engine.step < ready.config.steps:
+            return None
+        plan = _plan(ready, folder, ready.limits[0], inputs.eval_prompts)
         made = json.loads((folder.path / COMPARISON).read_bytes())
-        now = json.loads(json.dumps(_made(ready, plan, adapter_sha256(ready.engine.population), inputs)))
+        adapter = run.ended and run.ended.adapter_step < run.ended.step and made["settings"]["adapter_sha256"]
+        adapter = adapter or adapter_sha256(ready.engine.population)
+        now = json.loads(json.dumps(_made(ready, plan, adapter, inputs)))
         if {**made["settings"], "prompts_left_out": None} != {**now, "prompts_left_out": None}:
             return None
         comparison = Report(**made)
         comparison.table()
-        run = read(folder.journal)  # `ready.before` ends with the checkpoint, the last measurement is behind it
         kept = {kind: ready.kept.facts(kind)["step"] for kind in KEPT if kind in ready.kept}
         if BEST in kept:
             kept[BEST] = run.of(Copied)[-1].step
-    except (RunError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, IndexError):
+    except (EsengineError, OSError, ValueError, TypeError, AttributeError, RecursionError, LookupError):
         return None
     parted: dict[str, int] = {}
     for record in run.held_out:
@@ -244,8 +259,7 @@ def _checkpoints(run: Run, ready: Prepared, to: Outputs | None) -> Checkpoints:
 
 
 def _guard(ready: Prepared, out: Outputs, checkpoints: Checkpoints) -> Guard:
-    chosen = dict(action=ready.config.heldout_action, by=ready.config.keep_by)
-    return Guard(out, ready.kept, checkpoints.save_kept, **chosen)
+    return Guard(out, ready.kept, checkpoints.save_kept, action=ready.config.heldout_action)
 
 
 @contextmanager
@@ -293,12 +307,16 @@ def _held_out(ready: Prepared, out: Outputs, progress: Progress, stop: Stop, gua
     return [HeldOut(out, ready.rewards, ready.renderer(ready.held_out, progress), **schedule, **acting)]
 
 
-def _compare(ready: Prepared, folder: RunFolder, limit: int | None, inputs: Inputs, progress: Progress) -> Report:
-    """Compare base and adapter on the held-out prompts, and write eval.json and comparison.png."""
+def _compare(
+    ready: Prepared, folder: RunFolder, limit: int | None, inputs: Inputs, adapter: str, progress: Progress
+) -> Report:
+    """Compare base and adapter on the held-out prompts, and write eval.json and comparison.png.
+
+    `adapter` is the adapter's hash.
+    """
     prompts, nothing = inputs.eval_prompts, (None,) * len(inputs.eval_prompts)
     progress.note(f"comparing base and adapter on {len(prompts)} held-out prompts")
     images, plan = {}, _plan(ready, folder.held, limit, prompts)
-    adapter = adapter_sha256(ready.engine.population)
     ready.engine.population.detach()
     comparison = compare_entries(
         ready.model,

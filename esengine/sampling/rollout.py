@@ -167,6 +167,7 @@ def judge_task(
     on_images: Callable[[int], None],
     *,
     names: Sequence[str],
+    stopped: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Render every image of a step, and have all of them compared at once.
 
@@ -174,6 +175,7 @@ def judge_task(
         judge: takes the images uint8 [N P R, 3, H, W] on the CPU, in the order of `Task.rows`, and their prompts.
             Returns float32 [N P R].
         names: names of the scores that get the result, besides "combined".
+        stopped: called before each chunk. True ends the step.
 
     Returns:
         As `score_task`. "seconds_score" is the time that the person took.
@@ -183,12 +185,15 @@ def judge_task(
     chunks = rows.split(render.chunk)
     with watch, render.decoding(), render.model.deferred_checks():
         length = render.texts.trimmed_length(task.prompts)
-        for chunk, images in zip(chunks, render.chunks(task.step, chunks, population, length=length), strict=True):
-            parts.append(images.cpu())
+        drawn = render.chunks(task.step, chunks, population, length=length)
+        for chunk in chunks:
+            if stopped():
+                raise Stopped(f"stopped in step {task.step}")
+            parts.append(next(drawn).cpu())
             on_images(len(chunk.prompts))
-    drawn = time.perf_counter()
+    rendered = time.perf_counter()
     scores = judge(torch.cat(parts), render.words(rows.prompts)).reshape(task.shape)
-    spent = {"seconds_render": watch.total(), "seconds_score": time.perf_counter() - drawn}
+    spent = {"seconds_render": watch.total(), "seconds_score": time.perf_counter() - rendered}
     return dict.fromkeys((*names, COMBINED), scores), {"seconds": time.perf_counter() - began, **spent}
 
 

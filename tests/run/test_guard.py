@@ -1,5 +1,6 @@
 """What a run does with its held-out scores: the best adapter, the moving average, and a run that ends early."""
 
+import json
 import math
 
 import journals
@@ -102,10 +103,11 @@ def test_a_checkpoint_restores_the_copies_and_a_wrong_one_is_refused(tmp_path):
     kept.take(BEST, 4, by="score", mean=1.0)
     kept.average(5)
     saved = Checkpoint(5, tmp_path, kept.tensors(), {"kept": kept.meta()}, ())
-    again = Kept(population, decay=0.9, saved=saved)
+    again = Kept(population, decay=0.9, by="score", saved=saved)
     assert again.meta() == kept.meta()
     assert all(torch.equal(each, again.tensors()[name]) for name, each in kept.tensors().items())
-    assert EMA not in Kept(population, decay=0.8, saved=saved)
+    assert EMA not in Kept(population, decay=0.8, by="score", saved=saved)
+    assert BEST not in Kept(population, decay=0.9, by="other", saved=saved)
     less = dict(list(kept.tensors().items())[1:])
     more = kept.tensors() | {"kept/worst/0.lora_A.weight": torch.zeros(2, 6)}
     facts = kept.meta()
@@ -119,7 +121,7 @@ def test_a_checkpoint_restores_the_copies_and_a_wrong_one_is_refused(tmp_path):
         (kept.tensors(), [1]),
     ]:
         with pytest.raises(RunError, match="kept"):
-            Kept(population, decay=0.9, saved=Checkpoint(5, tmp_path, tensors, {"kept": meta}, ()))
+            Kept(population, decay=0.9, by="score", saved=Checkpoint(5, tmp_path, tensors, {"kept": meta}, ()))
 
 
 # ---- in a run
@@ -223,3 +225,50 @@ def test_records_of_the_guard_are_checked(bright, tmp_path):
     path.write_text("\n".join([*lines, last, last]) + "\n")
     with pytest.raises(RunError, match="after the end"):
         journal.read(path)
+
+
+def test_a_run_that_has_ended_is_left_as_it_is_until_it_may_go_on(bright, tmp_path, notes):
+    """Also after its last step: the adapter that was rolled back comes back with `warn`."""
+    at = train(bright(tmp_path / "warned")).parted["own:dark"]
+    train(bright(tmp_path / "run", heldout_action="rollback", steps=at))
+    rolled = files(tmp_path / "run", "adapter")
+    before = (tmp_path / "run" / journal.NAME).read_bytes()
+    train(bright(tmp_path / "run", heldout_action="rollback", steps=at, resume=True), notes)
+    assert any("is finished" in line or "has ended" in line for line in notes.said)
+    assert (tmp_path / "run" / journal.NAME).read_bytes() == before
+    assert files(tmp_path / "run", "adapter") == rolled
+    train(bright(tmp_path / "run", steps=at, resume=True))
+    train(bright(tmp_path / "short", steps=at))
+    assert files(tmp_path / "run", "adapter") == files(tmp_path / "short", "adapter") != rolled
+
+
+def test_the_best_of_the_last_step_is_kept_if_the_run_goes_on(small, reward, tmp_path):
+    """Between two measurements, at a step that only the shorter run measured."""
+    scores = iter([1.0, 2.0, 9.0, 3.0, 2.0, 9.0, 3.0, 1.0, 1.0, 1.0, 1.0])
+
+    def falling(images, prompts):
+        return torch.full((len(images),), next(scores, 0.0)) + torch.arange(len(images)) * 0.01
+
+    name = reward(brightness, other=falling)
+    settings = dict(reward=name, heldout_reward="own:other", heldout_every=2, strip_every=0, keep="best")
+    train(small(tmp_path / "run", steps=3, **settings))
+    first = records(tmp_path / "run", Copied)[-1]
+    assert first.step == 3
+    train(small(tmp_path / "run", steps=4, resume=True, **settings))
+    assert [each.step for each in records(tmp_path / "run", Measured)] == [0, 2, 3, 4]
+
+
+def test_what_is_kept_may_change_on_resume(bright, tmp_path, notes):
+    train(bright(tmp_path / "run", keep="best", ema=0.5, steps=2))
+    train(bright(tmp_path / "run", steps=3, resume=True, allow_change=True), notes)
+    for name in ("adapter-best", "adapter-ema"):
+        assert any(name in line and "no longer" in line for line in notes.said)
+    train(bright(tmp_path / "run", steps=4, resume=True, keep="best", heldout_reward="jpeg_compressibility"), notes)
+    assert records(tmp_path / "run", Copied)[-1].by == "jpeg_compressibility"
+
+
+def test_eval_json_names_the_adapter_that_was_compared(bright, tmp_path):
+    train(bright(tmp_path / "run", heldout_action="rollback"))
+    replayed = replay(ReplayConfig(tmp_path / "run"), Progress())
+    made = json.loads((tmp_path / "run" / "eval.json").read_text())["settings"]
+    assert made["adapter_sha256"] == replayed.sha256

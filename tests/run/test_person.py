@@ -239,3 +239,11 @@ def test_clicks_that_prefer_blue_make_images_bluer(tmp_path):
     report = json.loads((tmp_path / "run" / "eval.json").read_text())
     (overall,) = (group for group in report["groups"] if group["by"] == "overall")
     assert overall["rows"][1]["against_first"]["bluer:score"]["difference"] > 0
+
+
+def test_the_first_held_out_reward_chooses_the_best_adapter_and_a_guard_is_refused(hand, small, tmp_path):
+    train(judged(small, tmp_path / "run", keep="best", steps=2))
+    assert journal.read(tmp_path / "run" / journal.NAME).of(journal.Copied)[-1].by == "jpeg_compressibility"
+    with pytest.raises(ConfigError, match="person") as caught:
+        train(judged(small, tmp_path / "other", heldout_action="stop"))
+    assert caught.value.setting == "heldout_action"

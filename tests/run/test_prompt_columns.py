@@ -55,9 +55,9 @@ def test_each_image_comes_with_the_columns_of_its_prompt(small, files, tmp_path,
     config = small(tmp_path / "run", steps=1, reward=name, **files)
     train(config)
     pairs = [pair for batch in seen for pair in batch]
-    assert seen[0] == TRAIN[:2]  # the trial
-    assert seen[1] == HELD  # the first measure
-    in_the_step = [pair for batch in seen[2:6] for pair in batch]
+    assert seen[:2] == [TRAIN[:2], HELD[:2]]  # the trial
+    assert seen[2] == HELD  # the first measure
+    in_the_step = [pair for batch in seen[3:7] for pair in batch]
     assert sorted(in_the_step, key=str) == sorted(TRAIN * 4, key=str)  # 4 members
     assert [pair for pair in pairs if pair not in TRAIN + HELD] == []
     assert pairs[-6:] == HELD * 2  # the comparison
