@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from esengine.base.errors import Stopped, of_setting
+from esengine.base.errors import EsengineError, Stopped, of_setting
 from esengine.base.files import replace_file, write_atomic
 from esengine.base.group import Group
 from esengine.base.progress import Progress

@@ -118,9 +118,9 @@ KILLS = {
     "in the second entry": [["score", 5]],
     "three times": [["replace", 40], ["score", 2], ["replace", 60]],
     "a torn line at the end": [["append", 12]],
-    "before the merge": [["replace", 197]],
-    "before report.json": [["replace", 198]],
-    "before report.html": [["replace", 201]],
+    "before the merge": [["replace", 196]],
+    "before report.json": [["replace", 197]],
+    "before report.html": [["replace", 200]],
 }
 LEFT = {  # chunks that the last process drew
     "a torn line in the first chunk": 12,
