@@ -47,12 +47,17 @@ READ_ERRORS = (
 """Exceptions that the libraries raise for a missing, damaged or wrong file."""
 
 
+def is_packaged(model: str) -> bool:
+    """Whether a model's name is that of one in this package: `nano`, `tiny` or `tiny:FAMILY`."""
+    return model in NAMED or model.startswith(TINY_PREFIX)
+
+
 def locate(model: str, revision: str | None, local_files_only: bool) -> tuple[Path, dict[str, str]]:
     """The local folder of a model, and its identity: a hub id with its commit, or empty for a local folder.
 
     A name in `NAMED` always means the named model. A folder of the same name is given as ./nano.
     """
-    if model in NAMED or model.startswith(TINY_PREFIX):
+    if is_packaged(model):
         if revision is not None:
             raise ConfigError(f"revision: {model} is part of this package and has none, got {revision}")
         if model == "nano":

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from esengine.es.model_card import escaped, fenced, front_matter, peft_example
-from esengine.models import Family
+from esengine.models import Family, is_packaged
 from esengine.models.defaults import defaults
 from esengine.run.journal import Journal, Start, Step
 
@@ -93,17 +93,19 @@ def _loading(model: str, family: Family | None, loads: bool) -> str:
     """Python that loads the adapter, by the pipeline's loader where it has one, and by PEFT."""
     if family is None:
         return peft_example("module")
-    pipe = f"pipe = {family.pipeline}.from_pretrained({json.dumps(model)})"
-    start = f"from diffusers import {family.pipeline}\n\n{pipe}"
-    peft = peft_example(f"pipe.{family.denoiser}", f"{pipe}\n").replace("import PeftModel\n", _imports(family), 1)
+    packaged = is_packaged(model)
+    folder = f"locate({json.dumps(model)}, None, True)[0]" if packaged else json.dumps(model)
+    imports = f"from diffusers import {family.pipeline}\n"
+    imports += "from esengine.models.loading import locate  # it is part of esengine\n" if packaged else ""
+    pipe = f"pipe = {family.pipeline}.from_pretrained({folder})"
+    start = f"{imports}\n{pipe}"
+    peft = peft_example(f"pipe.{family.denoiser}", f"{pipe}\n").replace(
+        "import PeftModel\n", f"import PeftModel\n{imports}", 1
+    )
     if not loads:
         return f"diffusers' {family.pipeline} has no load_lora_weights. By PEFT:\n\n{peft}"
     by_pipeline = fenced(f'{start}\npipe.load_lora_weights("FOLDER")', "python")
     return f"By the pipeline:\n\n{by_pipeline}\n\nBy PEFT:\n\n{peft}"
-
-
-def _imports(family: Family) -> str:
-    return f"import PeftModel\nfrom diffusers import {family.pipeline}\n"
 
 
 def _has_loader(family: Family) -> bool:

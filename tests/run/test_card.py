@@ -94,3 +94,13 @@ def test_its_code_loads_the_adapter(name, small, tmp_path):
         assert layers
         assert all(isinstance(each, BaseTunerLayer) for each in layers)
         assert any(torch.any(b.weight != 0) for each in layers for b in each.lora_B.values())
+
+
+def test_the_code_for_a_packaged_model_runs(trained):
+    """`tiny` is no name of a hub: the card says where the folder is."""
+    _, result = trained
+    card = (result.folder / "adapter" / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(blocks) == 2
+    for code in blocks:
+        exec(code.replace("FOLDER", str(result.folder / "adapter")), {})
