@@ -52,6 +52,9 @@ class HeldOut(Hook):
         RunError: an earlier record was not written by esengine.
     """
 
+    at_ends = False
+    """Whether it measures also where the run ended before it was given more steps."""
+
     def __init__(
         self,
         out: Outputs,
@@ -83,8 +86,8 @@ class HeldOut(Hook):
                 self._require_written(record)
 
     def start(self, done: int) -> None:
-        earlier = {start.settings.get("steps") for start in self.out.journal.contents.of(Start)}
-        if not self.series or done % self.every == 0 or done == self.last or done in earlier:
+        starts = self.out.journal.contents.of(Start) if self.at_ends else ()
+        if not self.series or done % self.every == 0 or done in (self.last, *(s.settings.get("steps") for s in starts)):
             self.measure(done)
 
     def after_step(self, step: Step) -> None:

@@ -304,7 +304,9 @@ def _held_out(ready: Prepared, out: Outputs, progress: Progress, stop: Stop, gua
         return []
     schedule = dict(prompts=config.heldout_prompts, every=config.heldout_every, last=config.steps)
     acting = dict(stopped=lambda: stop.requested, drop_bad=ready.engine.drop_pairs, measured=guard.measured)
-    return [HeldOut(out, ready.rewards, ready.renderer(ready.held_out, progress), **schedule, **acting)]
+    hook = HeldOut(out, ready.rewards, ready.renderer(ready.held_out, progress), **schedule, **acting)
+    hook.at_ends = guard.by is not None
+    return [hook]
 
 
 def _compare(
