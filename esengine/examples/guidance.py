@@ -1,4 +1,4 @@
-"""Classifier-free guidance: the denoiser's batch holds each image twice, so `perturbed` is told `copies=2`.
+"""Classifier-free guidance: the denoiser's batch holds each image twice, so `perturbed` takes `copies=2`.
 
 The pipeline is an untrained Stable Diffusion of the package's tests. It calls its UNet once with the negative rows on
 top of the positive ones. Row i of such a batch belongs to member i modulo the number of images.

@@ -1,4 +1,4 @@
-"""Columns of prompt files on their way through a run, the trial of rewards, and what is told of the prompts."""
+"""Columns of prompt files on their way through a run, the trial of rewards, and what the run says of the prompts."""
 
 import dataclasses
 import json
